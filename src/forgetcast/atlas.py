@@ -1,0 +1,272 @@
+"""The atlas: a forgetting matrix on disk, with its pool, its base scores and where every row came from.
+
+    NAME.atlas/
+      atlas.json       what the base model is, the pool's fingerprint, and the tasks in row order
+      pool.parquet     the upstream examples
+      before.parquet   scores of the base model
+      numbers.zarr/    forgetting: (task, example) float32, nats per token, NaN where not measured
+
+A row is written first and named in atlas.json after that, in one atomic replacement. So a crash at any byte leaves
+an atlas that opens: a row that was not named yet is not seen and is written over; a named row whose new entries were
+cut short keeps the old ones. There is one writer at a time; a second one is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from forgetcast._files import read_json, write_json
+from forgetcast.errors import DataError, MismatchError
+from forgetcast.matrix import ForgettingMatrix, check_fingerprint
+from forgetcast.pool import Pool
+from forgetcast.scores import Scores
+
+FORMAT = 1
+BLOCK = 65_536
+"""Columns in one chunk of a row: 256 KiB, so that appending a row touches few files and a block of columns is cheap."""
+
+
+class Atlas:
+    """A forgetting matrix on disk that only grows; use `Atlas.create` or `Atlas.open`."""
+
+    def __init__(self, path: Path, pool: Pool, before: Scores, index: dict[str, Any]) -> None:
+        self.path = path
+        self.pool = pool
+        self.before = before
+        self._index = index
+
+    @classmethod
+    def create(
+        cls, path: str | Path, pool: Pool, before: Scores, *, model: str, recipe: Mapping[str, Any] | None = None
+    ) -> Atlas:
+        """Make an atlas without tasks.
+
+        Parameters
+        ----------
+        path : path
+            A directory that does not exist yet.
+        pool : Pool
+        before : Scores
+            Scores of the base model on exactly this pool.
+        model : str
+            What the base model is called, or where it is.
+        recipe : mapping, optional
+            The recipe that all tasks share, for provenance.
+
+        Raises
+        ------
+        DataError
+            If `path` exists.
+        MismatchError
+            If `before` is of another pool.
+        """
+        path = Path(path)
+        if path.exists():
+            raise DataError(f"{path} exists already; open it, or choose another name")
+        if before.pool_fingerprint is not None:
+            check_fingerprint("the score file", before.pool_fingerprint, pool)
+        if before.ids != pool.ids:
+            raise MismatchError("the scores before fine-tuning must cover the pool's examples, in its order")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # All of it is made beside its place and renamed, so that a half-made atlas is never found under the name.
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            pool.save(temporary / "pool.parquet")
+            before.save(temporary / "before.parquet")
+            array = zarr.create_group(temporary / "numbers.zarr").create_array(
+                "forgetting",
+                shape=(0, len(pool)),
+                chunks=(1, min(len(pool), BLOCK)),
+                dtype="float32",
+                fill_value=np.nan,
+                dimension_names=("task", "example"),
+            )
+            array.attrs.update(units="nats per token", sign="positive = forgotten", missing="NaN")
+            index: dict[str, Any] = {
+                "format": FORMAT,
+                "model": model,
+                "model_hash": before.metadata.get("model_hash"),
+                "pool": pool.fingerprint,
+                "recipe": dict(recipe or {}),
+                "created": _now(),
+                "tasks": [],
+            }
+            write_json(temporary / "atlas.json", index)
+            temporary.chmod(0o755)
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls(path, pool, before, index)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Atlas:
+        """Open an atlas.
+
+        Raises
+        ------
+        DataError
+            If there is none, or it was written by a newer version.
+        MismatchError
+            If its pool file is not the one that was scored.
+        """
+        path = Path(path)
+        if not (path / "atlas.json").is_file():
+            raise DataError(f"{path} is not an atlas: atlas.json is missing")
+        index = read_json(path / "atlas.json")
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise DataError(f"{path / 'atlas.json'}: format {FORMAT} is needed; upgrade forgetcast or collect it again")
+        pool = Pool.load(path / "pool.parquet")
+        check_fingerprint(f"the atlas {path}", index["pool"], pool)
+        return cls(path, pool, Scores.load(path / "before.parquet"), index)
+
+    @property
+    def model(self) -> str:
+        """What the base model is called, or where it is."""
+        return str(self._index["model"])
+
+    @property
+    def model_hash(self) -> str | None:
+        """Hash of the base model's weights, if it is known."""
+        return self._index["model_hash"]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe that the tasks share."""
+        return dict(self._index["recipe"])
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in row order."""
+        return tuple(task["name"] for task in self._index["tasks"])
+
+    def provenance(self, task: str) -> dict[str, Any]:
+        """What is kept about a task: when it was added, its recipe, and the hash of the tuned model."""
+        return dict(self._index["tasks"][self._row(task)])
+
+    def __repr__(self) -> str:
+        """Size and place."""
+        return f"Atlas({self.path}, {len(self.tasks)} tasks x {len(self.pool)} examples)"
+
+    def _row(self, task: str) -> int:
+        try:
+            return self.tasks.index(task)
+        except ValueError:
+            raise MismatchError(f"the atlas {self.path} has no task {task!r}") from None
+
+    def add(
+        self,
+        task: str,
+        after: Scores,
+        *,
+        examples: Iterable[str] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add the measurements of a task: a whole row, or some entries of one.
+
+        Parameters
+        ----------
+        task : str
+            A new name, or one whose row is to be filled further. Entries that are measured already are kept.
+        after : Scores
+            Scores of the tuned model on the pool, or on a part of it.
+        examples : iterable of str, optional
+            Ids to take from `after`; default all of them.
+        recipe : mapping, optional
+            How the model was tuned.
+
+        Raises
+        ------
+        MismatchError
+            If an example is unknown, or its text is not the one in the atlas's pool.
+        """
+        if not task:
+            raise DataError("a task needs a name")
+        ids = tuple(after.ids if examples is None else examples)
+        columns = self.columns_of(after, ids)
+        forgetting = (after.at(ids) - self.before.nll[columns]).astype(np.float32)
+        with self._writing():
+            self._index = read_json(self.path / "atlas.json")
+            new = task not in self.tasks
+            row = len(self.tasks) if new else self._row(task)
+            array = self._array("r+")
+            values = np.full(len(self.pool), np.nan, np.float32) if new else np.asarray(array[row])
+            unmeasured = np.isnan(values[columns])
+            values[columns[unmeasured]] = forgetting[unmeasured]
+            if array.shape[0] <= row:
+                array.resize((row + 1, len(self.pool)))
+            array[row] = values
+            if new:
+                entry: dict[str, Any] = {"name": task, "added": _now(), "recipe": dict(recipe or {})}
+                entry["model_hash"] = after.metadata.get("model_hash")
+                index = {**self._index, "tasks": [*self._index["tasks"], entry]}
+                write_json(self.path / "atlas.json", index)
+                self._index = index
+
+    def columns_of(self, scores: Scores, ids: Iterable[str] | None = None) -> np.ndarray:
+        """Columns of the scored examples, shape (k,), after checking that their texts are this pool's.
+
+        Raises
+        ------
+        MismatchError
+            If an example is unknown, or has the text of another pool.
+        """
+        where = "the score file"
+        columns = self.pool.positions(scores.ids if ids is None else ids, where=where)
+        if scores.pool_fingerprint not in (None, self.pool.fingerprint):
+            check_fingerprint(where, scores.pool_fingerprint, self.pool.subset(scores.ids, where=where))
+        return columns
+
+    def matrix(self, tasks: Iterable[str] | None = None) -> ForgettingMatrix:
+        """Read rows into memory: all of them, or those of `tasks`."""
+        rows = list(range(len(self.tasks))) if tasks is None else [self._row(task) for task in tasks]
+        stored = self._array("r")
+        return ForgettingMatrix(
+            np.asarray(stored.oindex[np.array(rows), :]) if rows else np.empty((0, len(self.pool))),
+            tasks=[self.tasks[row] for row in rows],
+            examples=self.pool.ids,
+            sources=self.pool.sources,
+            pool_fingerprint=self.pool.fingerprint,
+        )
+
+    def dataset(self) -> xr.Dataset:
+        """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source."""
+        dataset = xr.open_zarr(self.path / "numbers.zarr", consolidated=False)
+        dataset = dataset.isel(task=slice(0, len(self.tasks)))
+        return dataset.assign(before=("example", self.before.nll)).assign_coords(
+            task=list(self.tasks), example=list(self.pool.ids), source=("example", list(self.pool.sources))
+        )
+
+    def is_complete(self, task: str) -> bool:
+        """Whether every example that the base model could score is measured for the task."""
+        if task not in self.tasks:
+            return False
+        row = np.asarray(self._array("r")[self._row(task)])
+        return not np.isnan(row[~np.isnan(self.before.nll)]).any()
+
+    def _array(self, mode: Any) -> zarr.Array[Any]:
+        return zarr.open_array(self.path / "numbers.zarr" / "forgetting", mode=mode)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the atlas for one writer; the lock goes with the process, so a crash leaves none behind."""
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{self.path} is being written by another process; wait for it to end") from None
+            yield
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,458 @@
+"""The command line: parse, call the library, print.
+
+Exit codes: 0 done, 2 bad input (one line on standard error says which), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from forgetcast import completion, probes
+from forgetcast._files import read_json, write_json
+from forgetcast.atlas import Atlas
+from forgetcast.collect import CollectConfig, OnProgress, check_base, check_settings, collect, read_settings
+from forgetcast.errors import DataError, ForgetcastError
+from forgetcast.forecast import TaskForecast, measured_probes
+from forgetcast.pool import Pool, load_task
+from forgetcast.replay import ReplayPlan, make_plan
+from forgetcast.scores import Scores
+from forgetcast.structure import analyze
+from forgetcast.tables import demo_tables, facts_table, structure_tables, verification_tables
+from forgetcast.verification import Trial, Verification, arms, verify
+
+if TYPE_CHECKING:
+    from forgetcast.lm import Recipe
+
+app = typer.Typer(
+    name="forgetcast",
+    help="Forecast what a language model will forget before you fine-tune it, and replay just enough to keep it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+METHODS = {"bayesian": completion.Bayesian, "additive": completion.Additive, "mean": completion.Mean}
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AtlasPath = Annotated[Path, typer.Argument(help="The atlas's directory.")]
+ModelName = Annotated[str, typer.Argument(help="A Hugging Face model directory (or a PEFT adapter's), or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")]
+RecipePath = Annotated[Path | None, typer.Option(help="YAML file: method, steps, learning_rate, batch_size, ...")]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+
+
+def main() -> None:
+    """Run the command line; errors raised on purpose become one line and exit code 2."""
+    try:
+        app()
+    except ForgetcastError as error:
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; what was finished is kept, and the same command goes on from there")
+        sys.exit(130)
+
+
+@app.command(name="score")
+def score_(
+    model: ModelName,
+    pool: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a saved data set's directory.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Score file to write (Parquet).")],
+    max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the context.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192,
+    dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts each example: nats per target token.
+
+    Example: forgetcast score ./my-model pool.jsonl -o before.parquet
+    """
+    from forgetcast.lm import load, score
+
+    examples = Pool.load(pool)
+    language_model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    done = 0
+
+    with _progress() as report:
+
+        def count(finished: int) -> None:
+            nonlocal done
+            done += finished
+            report("scoring", done, len(examples))
+
+        scores = score(language_model, examples, max_length=max_length, batch_tokens=batch_tokens, on_progress=count)
+    scores.save(output)
+    unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
+    facts = {
+        "examples": len(scores),
+        "unscored": len(unscored),
+        "truncated": int(scores.truncated.sum()),
+        "tokens": int(scores.tokens.sum()),
+        "mean_nll": float(np.nanmean(scores.nll)) if len(unscored) < len(scores) else None,
+        "output": str(output),
+    }
+    if unscored:
+        err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
+    _show(facts, as_json, title="Scores")
+
+
+@app.command(name="collect")
+def collect_(
+    config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Fine-tune on every task, score the pool after each, and keep the forgetting in an atlas. Resumable.
+
+    Example: forgetcast collect config.yaml
+    """
+    from forgetcast.lm import Recipe, load
+
+    settings = CollectConfig.load(config)
+    recipe = check_settings(settings.recipe, Recipe, where=f"{config}: recipe")
+    pool, tasks = Pool.load(settings.pool), settings.load_tasks()
+    base = load(settings.model, device=device, trust_remote_code=trust_remote_code)
+    with _progress() as report:
+        atlas = collect(base, pool, tasks, settings.atlas, recipe, on_progress=report)
+    out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+
+
+@app.command(name="analyze")
+def analyze_(atlas: AtlasPath, as_json: AsJson = False) -> None:
+    """Say how nearly low-rank the forgetting is, and what its components load on.
+
+    Example: forgetcast analyze runs.atlas
+    """
+    structure = analyze(Atlas.open(atlas).matrix())
+    if as_json:
+        _print_json(structure.as_dict())
+        return
+    for part in structure_tables(structure):
+        out.print(part)
+
+
+@app.command(name="probes")
+def probes_(
+    atlas: AtlasPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Pool file of the chosen examples, for `score`.")],
+    k: Annotated[int, typer.Option("-k", help="Number of probes.")] = 10,
+    at_random: Annotated[bool, typer.Option("--random", help="Draw them instead of choosing them.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random draw.")] = 0,
+) -> None:
+    """Choose the few examples to measure after a new fine-tune.
+
+    Example: forgetcast probes runs.atlas -k 10 -o probes.jsonl
+    """
+    opened = Atlas.open(atlas)
+    matrix = opened.matrix()
+    # An example that the base model could not score cannot be a probe either.
+    usable = np.flatnonzero(~np.isnan(opened.before.nll))
+    if at_random:
+        chosen = probes.random(len(opened.pool), k, seed=seed, candidates=usable)
+    else:
+        chosen = probes.choose(completion.Bayesian().fit(matrix), k, usable)
+    opened.pool.subset(opened.pool.ids[i] for i in chosen).save(output)
+    out.print(f"{k} probes written to {output}; next: forgetcast score TUNED_MODEL {output} -o probe_scores.parquet")
+
+
+@app.command(name="forecast")
+def forecast_(
+    atlas: AtlasPath,
+    scores: Annotated[Path, typer.Option(help="Score file of the probes, by the tuned model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Forecast file to write (Parquet).")],
+    method: Annotated[Literal["bayesian", "additive", "mean"], typer.Option(help="Completion method.")] = "bayesian",
+    level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.9,
+    task: Annotated[str | None, typer.Option(help="Name of the new task, for the report.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast the forgetting of every example from the probes' scores.
+
+    Example: forgetcast forecast runs.atlas --scores probe_scores.parquet -o forecast.parquet
+    """
+    opened = Atlas.open(atlas)
+    columns, forgetting = measured_probes(opened, Scores.load(scores))
+    known = [name for name in opened.tasks if name != task]
+    model = METHODS[method]().fit(opened.matrix(known))
+    forecast = TaskForecast.of(model.predict(columns, forgetting), opened.pool, method=method, task=task, level=level)
+    forecast.save(output)
+    worst = np.argsort(-forecast.mean, kind="stable")[:10]
+    facts = {
+        "examples": len(forecast.ids),
+        "probes": len(columns),
+        "mean_forgetting": float(forecast.mean.mean()),
+        "level": level,
+        "misfit": forecast.misfit,
+        "output": str(output),
+    }
+    rows = [
+        {"id": forecast.ids[i]} | {name: float(getattr(forecast, name)[i]) for name in ("mean", "lower", "upper")}
+        for i in worst
+    ]
+    if as_json:
+        _print_json(facts | {"most_at_risk": rows})
+        return
+    _show(facts, False, title="Forecast")
+    table = Table("example", "forecast", f"{level:.0%} interval", title="Most at risk (nats per token)")
+    for row in rows:
+        table.add_row(escape(row["id"]), f"{row['mean']:.3f}", f"{row['lower']:.3f} to {row['upper']:.3f}")
+    out.print(table)
+    if forecast.misfit < 0.05:
+        out.print(
+            "The probes say that this task is unlike those in the atlas: measure more of them before you rely on it."
+        )
+
+
+@app.command(name="plan")
+def plan_(
+    atlas: AtlasPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")],
+    strategy: Annotated[Literal["none", "random", "forecast"], typer.Option(help="What to replay.")] = "forecast",
+    ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
+    forecast: Annotated[Path | None, typer.Option(help="Forecast file; default: the atlas's own mean.")] = None,
+    hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the softmax, in nats; default: spread over a quarter of the pool.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the hold-out and of the order.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Plan what to mix into the fine-tune, and what to keep aside for judging.
+
+    Example: forgetcast plan runs.atlas --forecast forecast.parquet --ratio 0.125 -o plan.parquet
+    """
+    opened = Atlas.open(atlas)
+    pool = opened.pool
+    given = TaskForecast.load(forecast) if forecast is not None else None
+    mean = None
+    if given is not None:
+        given.check_pool(pool)
+        mean = given.mean[_order(given.ids, pool)]
+    elif strategy == "forecast":
+        mean = completion.Bayesian().fit(opened.matrix()).predict([], []).mean
+    unscored = [id_ for id_, nll in zip(pool.ids, opened.before.nll, strict=True) if np.isnan(nll)]
+    excluded = {*(given.probes if given is not None else ()), *unscored}
+    plan = make_plan(
+        pool,
+        strategy,
+        0.0 if strategy == "none" else ratio,
+        held_out=pool.hold_out(hold_out, seed=seed, exclude=excluded),
+        forecast=mean,
+        temperature=temperature,
+        seed=seed,
+    )
+    plan.save(output)
+    facts = {
+        "strategy": strategy,
+        "ratio": plan.ratio,
+        "forecast": str(forecast) if given is not None else "the atlas's mean" if strategy == "forecast" else None,
+        "usable": int((plan.weights > 0).sum()),
+        "effective_size": round(plan.effective_size, 1),
+        "held_out": len(plan.held_out_ids),
+        "output": str(output),
+    }
+    _show(facts, as_json, title="Replay plan")
+
+
+@app.command(name="train")
+def train_(
+    model: ModelName,
+    task: Annotated[Path, typer.Argument(help="Fine-tuning data: JSONL, Parquet, or a saved data set.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the tuned model.")],
+    recipe: RecipePath = None,
+    plan: Annotated[Path | None, typer.Option(help="Replay plan; default: no replay.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="The pool that the plan was made for.")] = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model, with or without replay.
+
+    Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
+    """
+    from forgetcast.lm import Workbench, load
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} exists and is not empty; choose another directory")
+    if (plan is None) != (pool is None):
+        raise DataError("--plan and --pool go together")
+    settings = _recipe(recipe)
+    examples = load_task(task)
+    replay = ReplayPlan.load(plan) if plan is not None else None
+    upstream = Pool.load(pool) if pool is not None else None
+    if replay is not None and upstream is not None:
+        replay.check_pool(upstream)
+    workbench = Workbench(load(model, device=device, trust_remote_code=trust_remote_code))
+    with _progress() as report:
+        tuned = workbench.tune(
+            examples, settings, plan=replay, pool=upstream, on_step=lambda i, n: report("fine-tuning", i, n)
+        )
+    tuned.save(output)
+    facts = {
+        "steps": tuned.steps,
+        "replayed": len(tuned.replayed),
+        "seconds": round(tuned.seconds, 1),
+        "output": str(output),
+    }
+    _show(facts, as_json, title="Fine-tuned")
+
+
+@app.command(name="verify")
+def verify_(
+    model: ModelName,
+    task: Annotated[Path, typer.Argument(help="Fine-tuning data.")],
+    atlas: Annotated[Path, typer.Option(help="Atlas with the pool and the base model's scores.")],
+    plan: Annotated[Path, typer.Option(help="Replay plan to verify.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Verification to write (JSON).")],
+    recipe: RecipePath = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes per arm.")] = 2,
+    test_share: Annotated[float, typer.Option(help="Share of the task that only its loss is judged on.")] = 0.1,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune without replay, with random replay and with the plan; judge on examples that were never replayed.
+
+    The recipe is the atlas's unless one is given. Finished runs are kept beside the output and not repeated.
+
+    Example: forgetcast verify ./my-model task.jsonl --atlas runs.atlas --plan plan.parquet -o verification.json
+    """
+    from forgetcast.lm import Recipe, Workbench, load
+
+    opened, replay, examples = Atlas.open(atlas), ReplayPlan.load(plan), load_task(task)
+    replay.check_pool(opened.pool)
+    shared = (
+        check_settings(opened.recipe, Recipe, where=f"the recipe of {atlas}") if recipe is None else _recipe(recipe)
+    )
+    test = set(examples.hold_out(test_share))
+    if not test or len(test) == len(examples):
+        raise DataError(f"a test share of {test_share} of {len(examples)} examples leaves none to test or to train on")
+    trial = Trial(
+        name=task.stem,
+        train=examples.subset(id_ for id_ in examples.ids if id_ not in test),
+        test=examples.subset(id_ for id_ in examples.ids if id_ in test),
+        plans=arms(replay, opened.pool),
+    )
+    base = load(model, device=device, trust_remote_code=trust_remote_code)
+    check_base(opened, base)
+    with _progress() as report:
+        result = verify(
+            Workbench(base),
+            [trial],
+            opened.pool,
+            opened.before,
+            shared,
+            seeds=range(seeds),
+            directory=output.with_suffix(".runs"),
+            on_progress=report,
+        )
+    write_json(output, result.as_dict())
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        for part in verification_tables(result):
+            out.print(part)
+
+
+@app.command(name="report")
+def report_(
+    atlas: AtlasPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    forecast: Annotated[list[Path] | None, typer.Option(help="Forecast file; may be given several times.")] = None,
+    verification: Annotated[Path | None, typer.Option(help="What `verify` wrote.")] = None,
+) -> None:
+    """Write one HTML file that says what was measured, what is forecast, and whether replay helped.
+
+    Example: forgetcast report runs.atlas --forecast forecast.parquet -o report.html
+    """
+    from forgetcast.report import write_report
+
+    opened = Atlas.open(atlas)
+    forecasts = [TaskForecast.load(path) for path in forecast or ()]
+    for given in forecasts:
+        given.check_pool(opened.pool)
+    verified = Verification.from_dict(read_json(verification)) if verification is not None else None
+    write_report(output, opened, forecasts=forecasts, verification=verified)
+    out.print(f"report written to {output}", markup=False)
+
+
+@app.command(name="demo")
+def demo_(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything it writes.")] = Path(
+        "demo-output"
+    ),
+    full: Annotated[bool, typer.Option("--full", help="40 tasks instead of 16.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole path on the demo model: collect, forecast, replay, verify, report. Resumable.
+
+    Example: forgetcast demo -o demo-output
+    """
+    from forgetcast.demo.run import FULL, STANDARD, run_demo
+
+    with _progress() as report:
+        summary = run_demo(output, FULL if full else STANDARD, on_progress=report)
+    if as_json:
+        _print_json(summary)
+    else:
+        for part in demo_tables(summary):
+            out.print(part)
+
+
+def _recipe(path: Path | None) -> Recipe:
+    from forgetcast.lm import Recipe
+
+    return Recipe() if path is None else read_settings(path, Recipe)
+
+
+def _order(ids: Any, pool: Pool) -> np.ndarray:
+    positions = {id_: i for i, id_ in enumerate(ids)}
+    return np.array([positions[id_] for id_ in pool.ids])
+
+
+def _show(facts: dict[str, Any], as_json: bool, *, title: str) -> None:
+    if as_json:
+        _print_json(facts)
+    else:
+        out.print(facts_table(title, facts))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """Bar with the time left, on standard error; where that is no terminal, a line now and then instead."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, speed_estimate_period=120) as bar:
+        row = bar.add_task("starting", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(row, description=what, completed=done, total=total)
+
+        yield report
+
+
+if __name__ == "__main__":
+    main()

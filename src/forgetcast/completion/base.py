@@ -1,0 +1,269 @@
+"""What all completion methods share: the linear-Gaussian model of a new row, its posterior, and its calibration.
+
+A new task's forgetting of example j is modelled as
+
+    z_j = mean_j + loadings_j . c + e_j,    c ~ N(0, diag(prior)),    e_j ~ N(0, noise_j)
+
+A method decides what these four are (`_estimate`); given the probes, the posterior of c and of every z_j follows in
+closed form (Bishop, Pattern Recognition and Machine Learning, section 3.3).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from scipy import linalg, stats
+
+from forgetcast.errors import ConfigError, DataError
+from forgetcast.matrix import ForgettingMatrix
+
+LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
+"""Interval levels whose width is learned from left-out tasks; levels between are interpolated."""
+
+CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 40, 1_000, 10
+"""Calibration leaves out at most this many tasks, on at most this many examples, from this many random probes."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A completed row, or B of them.
+
+    Attributes
+    ----------
+    mean, std : array, shape (N,) or (B, N)
+        Expected forgetting and its standard deviation, nats per token. At a probe: the measurement, and 0.
+    probes : array of int, shape (k,)
+        Columns that were measured.
+    misfit : float or array, shape () or (B,)
+        p-value of "this task is like those in the atlas", from how well the model explains the probes together.
+        Small (say below .05) says: unlike the atlas, so trust the forecast less. 1.0 where there are no probes.
+    widths : array, shape (len(LEVELS),)
+        Half-width of the interval at each level of LEVELS, in standard deviations.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    probes: np.ndarray
+    misfit: np.ndarray | float
+    widths: np.ndarray
+
+    def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper end of the interval that should hold `level` of the truths, shapes like `mean`.
+
+        Raises
+        ------
+        ConfigError
+            If `level` is not in [0, .99].
+        """
+        if not 0 <= level <= LEVELS[-1]:
+            raise ConfigError(f"an interval's level must be between 0 and {LEVELS[-1]}, not {level}")
+        half = np.interp(level, LEVELS, self.widths) * self.std
+        return self.mean - half, self.mean + half
+
+
+class Estimate(NamedTuple):
+    """The model's four parts: mean (N,), loadings (N, r), prior variances (r,), noise variances (N,)."""
+
+    mean: np.ndarray
+    loadings: np.ndarray
+    prior: np.ndarray
+    noise: np.ndarray
+
+
+class LinearGaussian(ABC):
+    """Base of the completion methods.
+
+    Attributes
+    ----------
+    mean_ : array, shape (N,)
+    loadings_ : array, shape (N, r)
+    prior_ : array, shape (r,)
+        Prior variances of the coefficients; infinite where nothing is assumed.
+    noise_ : array, shape (N,)
+        Variance, around the model, of each example.
+    examples_ : tuple of str, length N
+    widths_ : array, shape (len(LEVELS),)
+        Interval half-widths in standard deviations, from left-out tasks.
+    scale_ : float
+        What the model's own standard deviation is multiplied by, so that left-out tasks have variance one.
+    """
+
+    mean_: np.ndarray
+    loadings_: np.ndarray
+    prior_: np.ndarray
+    noise_: np.ndarray
+    examples_: tuple[str, ...]
+    widths_: np.ndarray
+    scale_: float
+    _log_misfits: np.ndarray
+
+    @abstractmethod
+    def _estimate(self, values: np.ndarray) -> Estimate:
+        """Learn from `values`, shape (M, N) of float64, M >= 2; no row or column is all NaN."""
+
+    def fit(self, matrix: ForgettingMatrix | Any) -> Self:
+        """Learn from the tasks of a forgetting matrix; NaN is legal anywhere.
+
+        A row without any entry is passed over. An example that was never measured is given the average example's
+        parameters and a noise that covers the spread of all examples.
+
+        Raises
+        ------
+        DataError
+            If fewer than two tasks have measurements.
+        """
+        if not isinstance(matrix, ForgettingMatrix):
+            matrix = ForgettingMatrix(matrix)
+        values = matrix.values[matrix.observed.any(axis=1)].astype(np.float64)
+        if len(values) < 2:
+            raise DataError(f"completion needs at least two measured tasks; the matrix has {len(values)}")
+        known = ~np.isnan(values).all(axis=0)
+        estimate = self._estimate(values[:, known])
+        if not known.all():
+            estimate = _extend(estimate, known)
+        self.mean_, self.loadings_, self.prior_, self.noise_ = estimate
+        self.examples_ = matrix.examples
+        self._calibrate(values[:, known])
+        return self
+
+    def predict(self, probes: Any, observed: Any) -> Forecast:
+        """Complete new rows from their probes.
+
+        Parameters
+        ----------
+        probes : array-like of int, shape (k,)
+            Columns that were measured; all different. k = 0 gives the forecast before anything is measured.
+        observed : array-like, shape (k,) or (B, k)
+            Forgetting there, nats per token.
+
+        Raises
+        ------
+        DataError
+            If a probe is out of range or repeats, or a measurement is not a finite number.
+        """
+        if not hasattr(self, "mean_"):
+            raise DataError(f"{type(self).__name__} is not fitted; call fit first")
+        probes = np.asarray(probes, dtype=np.intp).reshape(-1)
+        rows = np.asarray(observed, dtype=np.float64)
+        single = rows.ndim == 1
+        rows = np.atleast_2d(rows)
+        if rows.ndim != 2 or rows.shape[1] != len(probes):
+            raise DataError(f"{len(probes)} probes, but the measurements have the shape {np.shape(observed)}")
+        if len(np.unique(probes)) < len(probes):
+            raise DataError("a probe is given twice")
+        if len(probes) and not (probes.min() >= 0 and probes.max() < len(self.mean_)):
+            raise DataError(f"a probe is outside the {len(self.mean_)} examples of the atlas")
+        if not np.isfinite(rows).all():
+            bad = self.examples_[probes[np.argwhere(~np.isfinite(rows))[0, 1]]]
+            raise DataError(f"the measurement of the probe {bad!r} is not a finite number")
+        mean, variance, log_misfit = self._posterior(probes, rows)
+        std = np.sqrt(variance) * self.scale_
+        std[probes] = 0.0
+        mean[:, probes] = rows
+        std = np.broadcast_to(std, mean.shape)
+        misfit = self._p_value(log_misfit) if len(probes) else np.ones(len(rows))
+        if single:
+            return Forecast(mean[0], std[0].copy(), probes, float(misfit[0]), self.widths_)
+        return Forecast(mean, std.copy(), probes, misfit, self.widths_)
+
+    def covariance(self, probes: np.ndarray) -> np.ndarray:
+        """Posterior covariance of the coefficients given which columns are measured, shape (r, r)."""
+        precision = np.diag(1.0 / self.prior_)
+        loadings = self.loadings_[probes]
+        precision = precision + loadings.T @ (loadings / self.noise_[probes, None])
+        try:
+            return linalg.inv(precision) if len(precision) else precision
+        except linalg.LinAlgError:
+            raise DataError(f"{type(self).__name__} needs at least one probe") from None
+
+    def _posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean (B, N), variance (N,), and the log of the probes' mean squared standardised surprise (B,)."""
+        covariance = self.covariance(probes)
+        loadings, noise = self.loadings_[probes], self.noise_[probes]
+        surprise = rows - self.mean_[probes]
+        weighted = surprise / noise
+        coefficients = weighted @ loadings @ covariance
+        mean = self.mean_ + coefficients @ self.loadings_.T
+        variance = np.einsum("nr,rs,ns->n", self.loadings_, covariance, self.loadings_, optimize=True) + self.noise_
+        # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
+        squared = (surprise * weighted).sum(axis=1) - ((weighted @ loadings) * coefficients).sum(axis=1)
+        return mean, variance, np.log(np.maximum(squared, 1e-12) / max(len(probes), 1))
+
+    def _p_value(self, log_misfit: np.ndarray) -> np.ndarray:
+        """One-sided prediction test of a new task's log misfit against those of the left-out tasks."""
+        reference = self._log_misfits
+        if len(reference) < 3 or (spread := reference.std(ddof=1)) == 0:
+            return np.ones_like(log_misfit)
+        t = (log_misfit - reference.mean()) / (spread * np.sqrt(1 + 1 / len(reference)))
+        return np.asarray(stats.t.sf(t, len(reference) - 1))
+
+    def _calibrate(self, values: np.ndarray) -> None:
+        """Leave out one task at a time, forecast it from random probes, and learn the scale and the widths."""
+        self.scale_, self.widths_ = 1.0, stats.norm.ppf(0.5 + LEVELS / 2)
+        self._log_misfits = np.empty(0)
+        rng = np.random.default_rng(0)  # fixed, so that a fit is a function of the matrix alone
+        columns = rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]
+        left_out = rng.permutation(len(values))[:CALIBRATION_TASKS]
+        ratios, misfits = [], []
+        for task in left_out if len(values) >= 4 else ():
+            row = values[task, columns]
+            rest = np.delete(values[:, columns], task, axis=0)
+            usable = np.flatnonzero(~np.isnan(row) & ~np.isnan(rest).all(axis=0))
+            rest = rest[~np.isnan(rest).all(axis=1)]
+            if len(usable) < 2 * CALIBRATION_PROBES or len(rest) < 2:
+                continue
+            other = _Fixed(*self._estimate(rest[:, usable]))
+            probes = rng.permutation(len(usable))[:CALIBRATION_PROBES]
+            mean, variance, log_misfit = other._posterior(probes, row[usable][None, probes])
+            ratio = (row[usable] - mean[0]) / np.sqrt(variance)
+            ratios.append(np.delete(ratio, probes))
+            misfits.append(float(log_misfit[0]))
+        if not ratios:
+            return
+        pooled = np.abs(np.concatenate(ratios))
+        self.scale_ = float(np.sqrt(np.mean(pooled**2))) or 1.0
+        self.widths_ = np.quantile(pooled, LEVELS) / self.scale_
+        self.widths_[0] = 0.0
+        self._log_misfits = np.array(misfits)
+
+
+class _Fixed(LinearGaussian):
+    """A model whose parts are given: what calibration predicts a left-out task with."""
+
+    def __init__(self, mean: np.ndarray, loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray) -> None:
+        self.mean_, self.loadings_, self.prior_, self.noise_ = mean, loadings, prior, noise
+
+    def _estimate(self, values: np.ndarray) -> Estimate:
+        return Estimate(self.mean_, self.loadings_, self.prior_, self.noise_)
+
+
+def _extend(estimate: Estimate, known: np.ndarray) -> Estimate:
+    """Give examples that were never measured the parameters of the average one, and a noise to match."""
+    mean = np.full(len(known), estimate.mean.mean())
+    loadings = np.tile(estimate.loadings.mean(axis=0), (len(known), 1))
+    noise = np.full(len(known), estimate.noise.mean() + estimate.mean.var())
+    mean[known], loadings[known], noise[known] = estimate.mean, estimate.loadings, estimate.noise
+    return Estimate(mean, loadings, estimate.prior, noise)
+
+
+def column_variance(residuals: np.ndarray, lost: float, shrinkage: float) -> np.ndarray:
+    """Variance of each column of residuals with NaN, drawn towards the mean of all columns, shape (N,).
+
+    Parameters
+    ----------
+    residuals : array, shape (M, N)
+    lost : float
+        Degrees of freedom that each column's residuals have lost to the fit.
+    shrinkage : float
+        Weight of the mean over columns, in [0, 1].
+    """
+    counts = (~np.isnan(residuals)).sum(axis=0)
+    sums = np.nansum(residuals**2, axis=0)
+    average = sums.sum() / max(np.maximum(counts - lost, 0).sum(), 1.0)
+    own = np.where(counts > lost, sums / np.maximum(counts - lost, 1e-9), average)
+    variance = (1 - shrinkage) * own + shrinkage * average
+    # A matrix without any noise still needs a positive variance to divide by.
+    return np.maximum(variance, max(1e-12, 1e-9 * average))

@@ -1,0 +1,74 @@
+"""The demo's fine-tuning tasks: procedurally generated questions and answers from reasoning-gym."""
+
+from __future__ import annotations
+
+from forgetcast.errors import MissingExtraError
+from forgetcast.pool import Example, Pool
+
+NEW_TASKS = ("basic_arithmetic", "word_sequence_reversal", "family_relationships", "rotate_matrix")
+"""Tasks that the forecast has not seen: arithmetic, words, language, and tables of digits."""
+
+KNOWN_TASKS = (
+    "chain_sum",
+    "spell_backward",
+    "syllogism",
+    "binary_matrix",
+    "letter_counting",
+    "time_intervals",
+    "sentence_reordering",
+    "base_conversion",
+    "caesar_cipher",
+    "leg_counting",
+    "number_filtering",
+    "simple_geometry",
+    # The demo with 40 tasks goes on from here.
+    "fraction_simplification",
+    "word_ladder",
+    "calendar_arithmetic",
+    "gcd",
+    "aiw",
+    "power_function",
+    "bf",
+    "number_format",
+    "bitwise_arithmetic",
+    "dice",
+    "isomorphic_strings",
+    "ransom_note",
+    "survo",
+    "cryptarithm",
+    "word_sorting",
+    "simple_equations",
+    "mini_sudoku",
+    "palindrome_generation",
+    "color_cube_rotation",
+    "coin_flip",
+    "decimal_chain_sum",
+    "prime_factorization",
+    "complex_arithmetic",
+    "number_sequence",
+)
+"""Tasks that make the atlas, in an order of which every beginning is a mixture."""
+
+
+def demo_task(name: str, size: int, *, seed: int = 0) -> Pool:
+    """Generate `size` questions with their answers; the same seed gives the same ones.
+
+    Raises
+    ------
+    MissingExtraError
+        If reasoning-gym is not installed.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise MissingExtraError("demo", error) from error
+    entries = reasoning_gym.create_dataset(name, size=size, seed=seed)
+    return Pool(
+        [
+            Example(
+                id=f"{name}-{i}", prompt=f"Question: {entry['question']}\nAnswer:", completion=f" {entry['answer']}"
+            )
+            for i, entry in enumerate(entries)
+        ],
+        where=f"the task {name}",
+    )

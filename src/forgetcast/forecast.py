@@ -1,0 +1,126 @@
+"""The forecast of one task by example id, as it is kept in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from forgetcast.atlas import Atlas
+from forgetcast.completion import Forecast
+from forgetcast.errors import DataError, MismatchError
+from forgetcast.matrix import check_fingerprint
+from forgetcast.pool import Pool
+from forgetcast.scores import Scores, read_table, write_table
+
+_COLUMNS = ("mean", "std", "lower", "upper", "probed")
+
+
+@dataclass(frozen=True)
+class TaskForecast:
+    """Forecast forgetting of every example of a pool after one task.
+
+    Attributes
+    ----------
+    ids : sequence of str, length N
+    mean, std, lower, upper : array, shape (N,)
+        Nats per token; lower and upper are the ends of the interval at `level`.
+    probed : array of bool, shape (N,)
+        Where the forecast is a measurement.
+    level : float
+    misfit : float
+        p-value of "the task is like those in the atlas".
+    method : str
+        Name of the completion method.
+    pool_fingerprint : str
+    task : str or None
+    """
+
+    ids: Sequence[str]
+    mean: np.ndarray
+    std: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    probed: np.ndarray
+    level: float
+    misfit: float
+    method: str
+    pool_fingerprint: str
+    task: str | None = None
+
+    @classmethod
+    def of(
+        cls, forecast: Forecast, pool: Pool, *, method: str, task: str | None = None, level: float = 0.9
+    ) -> TaskForecast:
+        """Name the examples of a completed row."""
+        lower, upper = forecast.interval(level)
+        probed = np.isin(np.arange(len(pool)), forecast.probes)
+        misfit = float(forecast.misfit)
+        return cls(
+            pool.ids, forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, pool.fingerprint, task
+        )
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """Ids of the probes."""
+        return tuple(id_ for id_, probed in zip(self.ids, self.probed, strict=True) if probed)
+
+    def check_pool(self, pool: Pool) -> None:
+        """Raise MismatchError if the forecast is of a pool with another fingerprint."""
+        check_fingerprint("the forecast", self.pool_fingerprint, pool)
+
+    def save(self, path: str | Path) -> None:
+        """Write a Parquet file with the columns id, mean, std, lower, upper and probed."""
+        table = pa.table({"id": pa.array(self.ids, pa.string()), **{name: getattr(self, name) for name in _COLUMNS}})
+        metadata = {
+            "level": self.level,
+            "misfit": self.misfit,
+            "method": self.method,
+            "pool": self.pool_fingerprint,
+            "task": self.task,
+        }
+        write_table(table, Path(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskForecast:
+        """Read a file that `save` wrote."""
+        table, metadata = read_table(Path(path), ("id", *_COLUMNS), kind="forecast")
+        columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in _COLUMNS}
+        if not np.isfinite(np.concatenate([columns[name] for name in _COLUMNS])).all():
+            raise DataError(f"{path}: a forecast is not a finite number")
+        try:
+            return cls(
+                ids=table.column("id").to_pylist(),
+                **columns,
+                level=metadata["level"],
+                misfit=metadata["misfit"],
+                method=metadata["method"],
+                pool_fingerprint=metadata["pool"],
+                task=metadata["task"],
+            )
+        except KeyError as error:
+            raise DataError(f"{path} is not a forecast: its metadata lacks {error}") from None
+
+
+def measured_probes(atlas: Atlas, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the probes that a score file holds, and how much each was forgotten, both of shape (k,).
+
+    Raises
+    ------
+    MismatchError
+        If an example is not in the atlas, has another text there, or the base model could not score it.
+    DataError
+        If a probe has no score.
+    """
+    columns = atlas.columns_of(scores)
+    for id_, value, reason in zip(scores.ids, scores.nll, scores.reasons, strict=True):
+        if np.isnan(value):
+            raise DataError(f"the probe {id_!r} has no score: {reason}")
+    forgetting = scores.nll - atlas.before.nll[columns]
+    if np.isnan(forgetting).any():
+        bad = scores.ids[int(np.argmax(np.isnan(forgetting)))]
+        raise MismatchError(f"the base model has no score for the probe {bad!r}")
+    return columns, forgetting

@@ -1,0 +1,17 @@
+"""Language models: loading, scoring and fine-tuning. Nothing outside this folder imports torch."""
+
+from forgetcast.errors import MissingExtraError
+
+try:
+    import peft as _peft  # noqa: F401  # probing for the extra
+    import torch as _torch  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise MissingExtraError("lm", error) from error
+
+from forgetcast.lm.load import LanguageModel, load
+from forgetcast.lm.replay import ReplayMixture
+from forgetcast.lm.score import score
+from forgetcast.lm.train import Recipe, Tuned, Workbench
+
+__all__ = ["LanguageModel", "Recipe", "ReplayMixture", "Tuned", "Workbench", "load", "score"]

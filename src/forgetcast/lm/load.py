@@ -1,0 +1,114 @@
+"""A language model with its tokenizer, from a directory, a hub id, or objects that are loaded already."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from forgetcast.errors import DataError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_DEFAULT_CONTEXT = 2048
+"""For models without a limit of their own, such as those with no positions at all."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model and the tokenizer that belongs to it.
+
+    Raises
+    ------
+    DataError
+        If the tokenizer has tokens that the model has no embedding for.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "a loaded model"
+
+    def __post_init__(self) -> None:
+        """Check that the two belong together."""
+        rows = embedding_rows(self.model)
+        # Models pad their vocabulary, so fewer tokens than rows is usual; more cannot be looked up.
+        if len(self.tokenizer) > rows:
+            raise DataError(f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model only {rows}")
+
+    @property
+    def context(self) -> int:
+        """Longest input, in tokens."""
+        config = self.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
+        return int(min(longest, self.tokenizer.model_max_length))
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 over names, shapes and values of all parameters (64 hexadecimal digits)."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Size of the vocabulary that the model has embeddings for, padding rows included."""
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a model and its tokenizer.
+
+    Parameters
+    ----------
+    model : str or path
+        A Hugging Face model directory (a PEFT adapter's directory too), or a hub id.
+    device : str, optional
+        Default: the first GPU if there is one, else the CPU.
+    dtype : str, optional
+        Such as 'float32' or 'bfloat16'. Default float32, which fine-tuning needs and scores are exact in.
+    trust_remote_code : bool
+        Whether code that comes with the model may run. Off unless asked for.
+
+    Raises
+    ------
+    DataError
+        If there is no model or no tokenizer at that place.
+    """
+    name = str(model)
+    directory = Path(model)
+    if directory.is_dir():
+        if not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise DataError(f"{name} is not a model directory: config.json is missing")
+        if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
+            raise DataError(f"{name} has no tokenizer; save the model's tokenizer into the same directory")
+    elif directory.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise DataError(f"{name}: there is no such directory")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch_dtype = getattr(torch, dtype or "float32", None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise DataError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    return LanguageModel(loaded.to(device).eval(), tokenizer, name)

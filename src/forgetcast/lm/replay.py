@@ -1,0 +1,108 @@
+"""Replay as a data set: the new task's batches with whole batches of upstream examples spread evenly between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from forgetcast.errors import ConfigError
+from forgetcast.lm.text import Encoded, encode, pad, pad_id
+from forgetcast.pool import Pool
+from forgetcast.replay import ReplayPlan
+
+
+class ReplayMixture(Dataset[Encoded]):
+    """Everything a fine-tune sees, in order; read it without shuffling.
+
+    Replay comes on top of the task's examples, in whole batches: a batch is all new or all old, so the share of the
+    loss that replay gets does not depend on how long its texts are.
+
+    Parameters
+    ----------
+    task : Pool
+        New examples; their order is drawn anew in every pass.
+    tokenizer : PreTrainedTokenizerBase
+    steps : int
+        Batches of new examples.
+    batch_size : int
+        Examples that one optimiser step sees, over all devices and accumulation steps.
+    max_length : int
+        Longest input, in tokens.
+    seed : int
+        Of the order of the new examples.
+    plan : ReplayPlan, optional
+    pool : Pool, optional
+        Needed with a plan; must be the one that the plan was made for.
+
+    Attributes
+    ----------
+    replayed : tuple of str
+        Ids of the upstream examples in it, in order.
+
+    Raises
+    ------
+    ConfigError
+        If the ratio is so small that no batch would be replayed.
+    """
+
+    def __init__(
+        self,
+        task: Pool,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        steps: int,
+        batch_size: int,
+        max_length: int,
+        seed: int = 0,
+        plan: ReplayPlan | None = None,
+        pool: Pool | None = None,
+    ) -> None:
+        replay_steps = 0
+        if plan is not None and plan.ratio > 0:
+            if pool is None:
+                raise ConfigError("a replay plan needs the pool that it was made for")
+            plan.check_pool(pool)
+            replay_steps = round(steps * plan.ratio)
+            if replay_steps == 0:
+                raise ConfigError(
+                    f"a ratio of {plan.ratio:g} over {steps} steps replays no batch; use at least {1 / steps:.3g}"
+                )
+        self.replayed = plan.order(replay_steps * batch_size) if plan is not None and replay_steps else ()
+        self.steps = steps + replay_steps
+        self._tokenizer, self._max_length = tokenizer, max_length
+        new, old = _passes(len(task), seed), iter(self.replayed)
+        self._examples = [
+            pool.subset([next(old)])[0] if replay and pool is not None else task[next(new)]
+            for replay in spread(steps, replay_steps)
+            for _ in range(batch_size)
+        ]
+
+    def __len__(self) -> int:
+        """Count the examples: steps times batch size."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Tokens of the example at a position."""
+        return encode(self._examples[index], self._tokenizer, self._max_length, end=True)
+
+    def collate(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """Pad a batch to what a causal language model is trained on."""
+        ids, mask, labels = pad(batch, pad_id(self._tokenizer))
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def spread(new: int, old: int) -> Iterator[bool]:
+    """Say for each of new + old batches whether it is an old one: as evenly spaced as whole numbers allow."""
+    total = new + old
+    for i in range(total):
+        yield ((2 * i + 2) * old + total) // (2 * total) > (2 * i * old + total) // (2 * total)
+
+
+def _passes(n: int, seed: int) -> Iterator[int]:
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(n).tolist()

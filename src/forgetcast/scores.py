@@ -1,0 +1,156 @@
+"""Scores: how well one model predicts each example of a pool, and how a later model's scores differ from them.
+
+The unit is the mean negative log-likelihood in nats per target token; lower is better. An example that could not be
+scored is NaN, with the reason beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from forgetcast._files import atomic_path
+from forgetcast.errors import DataError, MismatchError
+
+_METADATA_KEY = b"forgetcast"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-example losses of one model on one pool.
+
+    Parameters
+    ----------
+    ids : sequence of str, length N
+    nll : array of float, shape (N,)
+        Mean negative log-likelihood, nats per target token. NaN where the example could not be scored.
+    tokens : array of int, shape (N,)
+        Number of target tokens; 0 where the example could not be scored.
+    truncated : array of bool, shape (N,)
+        Whether the text was longer than the context and was cut.
+    reasons : sequence of str or None, length N
+        Why an example could not be scored; None where it was. Default: None for all.
+    metadata : mapping
+        Provenance that is saved with the numbers: 'model', 'model_hash', 'pool' (the pool's fingerprint), settings.
+
+    Raises
+    ------
+    DataError
+        If lengths differ, ids repeat, a loss is infinite or negative, or is NaN without a reason.
+    """
+
+    ids: Sequence[str]
+    nll: np.ndarray
+    tokens: np.ndarray
+    truncated: np.ndarray
+    reasons: Sequence[str | None] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Bring the arrays to their types and check them."""
+        set_ = object.__setattr__
+        set_(self, "ids", tuple(self.ids))
+        set_(self, "nll", np.asarray(self.nll, dtype=np.float64))
+        set_(self, "tokens", np.asarray(self.tokens, dtype=np.int64))
+        set_(self, "truncated", np.asarray(self.truncated, dtype=bool))
+        set_(self, "reasons", tuple(self.reasons) or (None,) * len(self.ids))
+        n = len(self.ids)
+        for name in ("nll", "tokens", "truncated", "reasons"):
+            if len(getattr(self, name)) != n:
+                raise DataError(f"scores: {n} ids but {len(getattr(self, name))} values of {name!r}")
+        if len(set(self.ids)) != n:
+            raise DataError("scores: an id occurs twice")
+        for id_, value, reason in zip(self.ids, self.nll, self.reasons, strict=True):
+            if np.isinf(value) or value < 0:
+                raise DataError(f"scores: the loss of example {id_!r} is {value}; it must be finite and not negative")
+            if np.isnan(value) and reason is None:
+                raise DataError(f"scores: the loss of example {id_!r} is NaN and no reason is given")
+
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.ids)
+
+    @property
+    def pool_fingerprint(self) -> str | None:
+        """Fingerprint of the pool that was scored, if it is known."""
+        return self.metadata.get("pool")
+
+    def at(self, ids: Iterable[str], *, where: str = "the scores") -> np.ndarray:
+        """Losses of the examples with these ids, in their order, shape (len(ids),); NaN where there is none.
+
+        Raises
+        ------
+        MismatchError
+            If an id was not scored at all.
+        """
+        positions = {id_: i for i, id_ in enumerate(self.ids)}
+        try:
+            return self.nll[[positions[id_] for id_ in ids]]
+        except KeyError as error:
+            raise MismatchError(f"{where}: example {error.args[0]!r} has no score") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write a Parquet file with the columns id, nll, tokens, truncated and reason."""
+        table = pa.table(
+            {
+                "id": pa.array(self.ids, pa.string()),
+                "nll": pa.array(self.nll, pa.float64()),
+                "tokens": pa.array(self.tokens, pa.int64()),
+                "truncated": pa.array(self.truncated, pa.bool_()),
+                "reason": pa.array(self.reasons, pa.string()),
+            }
+        )
+        write_table(table, Path(path), self.metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        DataError
+            If the file is not a score file; the message names what is missing.
+        """
+        table, metadata = read_table(Path(path), ("id", "nll", "tokens", "truncated"), kind="score")
+        reasons = table.column("reason").to_pylist() if "reason" in table.column_names else ()
+        try:
+            return cls(
+                ids=table.column("id").to_pylist(),
+                nll=table.column("nll").to_numpy(),
+                tokens=table.column("tokens").to_numpy(),
+                truncated=table.column("truncated").to_numpy(zero_copy_only=False),
+                reasons=reasons,
+                metadata=metadata,
+            )
+        except (DataError, pa.ArrowInvalid, TypeError, ValueError) as error:
+            raise DataError(f"{path}: {error}") from None
+
+
+def write_table(table: pa.Table, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a Parquet file, atomically, with `metadata` as JSON in its schema."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(dict(metadata))}), temporary)
+
+
+def read_table(path: Path, columns: Iterable[str], *, kind: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a Parquet file of ours and its metadata; an error names what the file lacks."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
+    ids = table.column("id").to_pylist()
+    if any(not isinstance(id_, str) for id_ in ids):
+        raise DataError(f"{path}: an id is missing or is not a string")
+    return table, json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))

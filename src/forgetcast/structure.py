@@ -1,0 +1,131 @@
+"""Structure of a forgetting matrix: how nearly low-rank it is, and what its components load on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from forgetcast.completion.additive import additive_effects
+from forgetcast.completion.bayesian import principal_factors
+from forgetcast.errors import DataError
+from forgetcast.matrix import ForgettingMatrix
+
+MAX_RANK = 10
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of the rank-r fit and where it acts.
+
+    Attributes
+    ----------
+    share : float
+        Share of the fit's sum of squares that is this component's.
+    by_source : dict
+        Mean loading of each source's examples, in units of the loadings' root mean square; the sign is chosen so
+        that the average task has a positive coordinate, so positive means "forgotten when this component acts".
+    between_sources : float
+        Share of the loadings' variance that lies between sources (eta squared), in [0, 1].
+    """
+
+    share: float
+    by_source: dict[str, float]
+    between_sources: float
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What `analyze` finds. R^2 is over measured entries, with the sum of squares around the grand mean.
+
+    Attributes
+    ----------
+    tasks, examples : int
+    measured : float
+        Share of the entries that are measured.
+    mean_by_task : dict
+        Mean forgetting of each task, nats per token.
+    rank_r2 : tuple of float
+        R^2 of the best rank-1, rank-2, ... reconstruction (truncated SVD, not centred, as in arXiv 2406.14026).
+    row_r2, column_r2, additive_r2 : float
+        R^2 of a_i alone, b_j alone, and a_i + b_j.
+    components : tuple of Component
+    """
+
+    tasks: int
+    examples: int
+    measured: float
+    mean_by_task: dict[str, float]
+    rank_r2: tuple[float, ...]
+    row_r2: float
+    column_r2: float
+    additive_r2: float
+    components: tuple[Component, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return asdict(self)
+
+
+def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: int = 3) -> Structure:
+    """Measure the structure of a forgetting matrix.
+
+    Parameters
+    ----------
+    matrix : ForgettingMatrix, shape (M, N)
+        NaN is legal; rows and columns without any entry are passed over.
+    max_rank : int
+        Highest rank that is fitted; at most min(M, N).
+    components : int
+        How many components are described.
+
+    Raises
+    ------
+    DataError
+        If nothing is measured, or all measurements are the same number.
+    """
+    seen = matrix.observed
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    values = matrix.values[np.ix_(rows, columns)].astype(np.float64)
+    if values.size == 0:
+        raise DataError("the matrix has no measured entry")
+    total = float(np.nansum((values - np.nanmean(values)) ** 2))
+    if total == 0:
+        raise DataError("all measured entries are equal: there is no structure to analyse")
+
+    def r2(fit: np.ndarray) -> float:
+        return 1.0 - float(np.nansum((values - fit) ** 2)) / total
+
+    task_effects, example_effects = additive_effects(values)
+    ranks = range(1, min(max_rank, *values.shape) + 1)
+    fits = [principal_factors(values, rank) for rank in ranks]
+    described = fits[min(components, len(fits)) - 1]
+    tasks = [matrix.tasks[i] for i in rows]
+    return Structure(
+        tasks=len(values),
+        examples=values.shape[1],
+        measured=float(np.mean(~np.isnan(values))),
+        mean_by_task=dict(zip(tasks, np.nanmean(values, axis=1).tolist(), strict=True)),
+        rank_r2=tuple(r2(low_rank) for low_rank, _ in fits),
+        row_r2=r2(np.nanmean(values, axis=1, keepdims=True)),
+        column_r2=r2(np.nanmean(values, axis=0, keepdims=True)),
+        additive_r2=r2(task_effects[:, None] + example_effects),
+        components=_components(*described, [matrix.sources[j] for j in columns]),
+    )
+
+
+def _components(low_rank: np.ndarray, loadings: np.ndarray, sources: Sequence[str]) -> tuple[Component, ...]:
+    labels = np.array(sources)
+    names = sorted(set(sources))
+    squares = (loadings**2).sum(axis=0)
+    found = []
+    for loading, square in zip(loadings.T, squares, strict=True):
+        unit = loading / np.sqrt(np.mean(loading**2))
+        if (low_rank @ unit).mean() < 0:
+            unit = -unit
+        means = {name: float(unit[labels == name].mean()) for name in names}
+        between = sum(float((labels == name).mean()) * (means[name] - unit.mean()) ** 2 for name in names)
+        found.append(Component(float(square / squares.sum()), means, float(between / max(unit.var(), 1e-30))))
+    return tuple(found)

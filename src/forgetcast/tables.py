@@ -1,0 +1,100 @@
+"""What the commands print for people: rich tables of a structure, a verification and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from forgetcast.structure import Structure
+from forgetcast.verification import METRICS, Verification
+
+_METRIC_NAMES = {"mean": "mean forgetting", "worst_tenth": "worst tenth", "new_task_loss": "new-task loss"}
+
+
+def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
+    """One row a fact; those that are None are left out."""
+    table = Table(title=title, show_header=False)
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+    return table
+
+
+def structure_tables(structure: Structure) -> Iterator[RenderableType]:
+    """How much each fit explains, and what the components load on."""
+    yield (
+        f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
+        f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
+    )
+    fits = Table("fit", "R^2", title="How much of the forgetting each fit explains")
+    fits.add_row("task means", f"{structure.row_r2:.3f}")
+    fits.add_row("example means", f"{structure.column_r2:.3f}")
+    fits.add_row("additive", f"{structure.additive_r2:.3f}")
+    for rank, r2 in enumerate(structure.rank_r2, 1):
+        fits.add_row(f"rank {rank}", f"{r2:.3f}")
+    yield fits
+    components = structure.components
+    loadings = Table("source", *(f"component {i}" for i in range(1, len(components) + 1)))
+    loadings.title = "Mean loading by source (1 is a typical example's)"
+    for source in components[0].by_source:
+        loadings.add_row(escape(source) or "(none)", *(f"{c.by_source[source]:+.2f}" for c in components))
+    loadings.add_section()
+    loadings.add_row("share of the fit", *(f"{c.share:.0%}" for c in components))
+    loadings.add_row("variance between sources", *(f"{c.between_sources:.0%}" for c in components))
+    yield loadings
+
+
+def verification_tables(result: Verification) -> Iterator[RenderableType]:
+    """The arms, and what their differences allow to be said."""
+    table = Table("replay", *(_METRIC_NAMES[metric] for metric in METRICS), "replayed", "seconds")
+    table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
+    for arm in result.arms:
+        figures = (f"{result.average(arm, metric):.3f}" for metric in METRICS)
+        table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
+    yield table
+    gaps = Table("metric", "difference", "mean", "95 % interval", "verdict")
+    for c in result.comparisons():
+        gap = c.difference
+        verdict = c.verdict() if c.metric != "new_task_loss" else ""
+        interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
+        gaps.add_row(_METRIC_NAMES[c.metric], f"{c.arm} - {c.baseline}", f"{gap.mean:+.3f}", interval, verdict)
+    if gaps.row_count:
+        pairs = result.comparisons()[0].difference.pairs
+        gaps.title = f"Paired differences over {pairs} pairs of runs (same task, same seed); negative is better"
+        yield gaps
+
+
+def demo_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """The demo's summary.json in the order of its stages."""
+    forgetting, structure, forecast = summary["forgetting"], summary["structure"], summary["forecast"]
+    yield (
+        f"{structure['tasks']} fine-tunes of the demo model, each scored on {structure['examples']} upstream examples; "
+        f"loss before: {summary['base_loss']:.2f} nats per token"
+    )
+    tasks = Table("task", "mean forgetting", title=f"Forgetting: {forgetting['mean']:.3f} nats per token on average")
+    for name, mean in sorted(forgetting["by_task"].items(), key=lambda item: -item[1]):
+        tasks.add_row(escape(name) + (" (new)" if name in forecast["by_task"] else ""), f"{mean:.3f}")
+    yield tasks
+    ranks = ", ".join(f"{r2:.2f}" for r2 in structure["rank_r2"][:3])
+    yield f"Structure: R^2 {ranks} at ranks 1, 2, 3 (additive {structure['additive_r2']:.2f})"
+    table = Table("method", "RMSE", "rank correlation", "top-tenth recall", f"in the {forecast['level']:.0%} interval")
+    table.title = (
+        f"Forecast of {len(forecast['by_task'])} new tasks from {summary['settings']['probes']} probes, "
+        f"judged on {summary['examples']['judged']} other examples"
+    )
+    for method, figures in forecast["mean"].items():
+        table.add_row(
+            method,
+            f"{figures['rmse']:.3f}",
+            f"{figures['spearman']:.2f}",
+            f"{figures['recall']:.2f}",
+            f"{figures['coverage']:.0%}",
+        )
+    yield table
+    yield from verification_tables(Verification.from_dict(summary["replay"]))
+    yield f"Written: {summary['files']['report']}, {summary['files']['atlas']} ({summary['seconds']:.0f} s)"

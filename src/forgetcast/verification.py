@@ -1,0 +1,297 @@
+"""Verify a replay plan: fine-tune with and without it, several seeds, and judge on examples that were never replayed.
+
+Every finished run is one score file, so an interrupted verification goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from forgetcast.collect import TRAINING_UNITS, Meter, OnProgress, measure
+from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.evaluation import PairedDifference, paired_difference, worst_tenth
+from forgetcast.pool import Pool
+from forgetcast.replay import ReplayPlan, make_plan
+from forgetcast.scores import Scores
+
+if TYPE_CHECKING:
+    from forgetcast.lm import Recipe, Workbench
+
+METRICS = ("mean", "worst_tenth", "new_task_loss")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune, judged.
+
+    Attributes
+    ----------
+    task, arm : str
+    seed : int
+    mean, worst_tenth : float
+        Forgetting of the judged upstream examples, nats per token: all of them, and the most forgotten tenth.
+    new_task_loss : float
+        Mean loss on examples of the task that were not trained on, nats per target token.
+    replayed, steps : int
+    seconds : float
+        Wall time of the training.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    mean: float
+    worst_tenth: float
+    new_task_loss: float
+    replayed: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another on one metric, paired by task and seed; negative is better for every metric."""
+
+    arm: str
+    baseline: str
+    metric: str
+    difference: PairedDifference
+
+    def verdict(self) -> str:
+        """Say in a sentence what the interval allows to be said."""
+        gap = self.difference
+        if gap.upper < 0:
+            return f"{self.arm} replay is better than {self.baseline}"
+        if gap.lower > 0:
+            return f"{self.arm} replay is worse than {self.baseline}"
+        return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Runs of all arms.
+
+    Attributes
+    ----------
+    runs : tuple of Run
+    judged : int
+        Upstream examples that each run was judged on.
+    ratio : float
+        Replayed examples per new one.
+    """
+
+    runs: tuple[Run, ...]
+    judged: int
+    ratio: float
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, in the order they were run."""
+        return tuple(dict.fromkeys(run.arm for run in self.runs))
+
+    def average(self, arm: str, metric: str) -> float:
+        """Mean of a metric over an arm's runs."""
+        return float(np.mean([getattr(run, metric) for run in self.runs if run.arm == arm]))
+
+    def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
+        """Compare two arms; None if fewer than two pairs were run."""
+        value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
+        pairs = [(t, s) for t, s, a in value if a == arm and (t, s, baseline) in value]
+        if len(pairs) < 2:
+            return None
+        ours = [value[(*pair, arm)] for pair in pairs]
+        theirs = [value[(*pair, baseline)] for pair in pairs]
+        return Comparison(arm, baseline, metric, paired_difference(ours, theirs))
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every arm with a plan against 'none', and 'forecast' against 'random', on every metric."""
+        wanted = [(arm, "none") for arm in self.arms if arm != "none"]
+        wanted += [(arm, "random") for arm in self.arms if arm not in ("none", "random")]
+        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in METRICS)
+        return tuple(comparison for comparison in found if comparison is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return {
+            "judged": self.judged,
+            "ratio": self.ratio,
+            "arms": {
+                arm: {name: self.average(arm, name) for name in (*METRICS, "replayed", "steps", "seconds")}
+                for arm in self.arms
+            },
+            "comparisons": [
+                {"arm": c.arm, "baseline": c.baseline, "metric": c.metric, "verdict": c.verdict()}
+                | asdict(c.difference)
+                for c in self.comparisons()
+            ],
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Verification:
+        """Read what `as_dict` wrote.
+
+        Raises
+        ------
+        DataError
+            If a field is missing.
+        """
+        try:
+            return cls(tuple(Run(**run) for run in content["runs"]), content["judged"], content["ratio"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"this is not a verification: {error}") from None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A task to verify on: its name, what is trained on, what its loss is judged on, and a plan for each arm."""
+
+    name: str
+    train: Pool
+    test: Pool
+    plans: Mapping[str, ReplayPlan]
+
+
+def arms(plan: ReplayPlan, pool: Pool) -> dict[str, ReplayPlan]:
+    """Arms to compare a plan with: no replay, and random replay at the same ratio with the same held-out examples."""
+    held_out = plan.held_out_ids
+    arms = {
+        "none": make_plan(pool, "none", 0.0, held_out=held_out),
+        "random": make_plan(pool, "random", plan.ratio, held_out=held_out),
+    }
+    return arms if plan.strategy in arms else arms | {plan.strategy: plan}
+
+
+def verify(
+    workbench: Workbench,
+    trials: Sequence[Trial],
+    pool: Pool,
+    before: Scores,
+    recipe: Recipe,
+    *,
+    seeds: Iterable[int] = (0, 1),
+    directory: str | Path,
+    on_progress: OnProgress | None = None,
+) -> Verification:
+    """Fine-tune on every trial with every arm and seed, and judge on the examples that its plans hold out.
+
+    Parameters
+    ----------
+    workbench : Workbench
+        With the base model.
+    trials : sequence of Trial
+        The plans of a trial must hold out the same examples.
+    pool : Pool
+    before : Scores
+        Of the base model on the pool.
+    recipe : Recipe
+        Its seed is replaced by each of `seeds`, which also sets the order of replay.
+    directory : path
+        Where the score file of every run is kept. Runs that are there already are not repeated.
+    on_progress : callable, optional
+
+    Raises
+    ------
+    MismatchError
+        If a plan is of another pool, or a run in `directory` was made with other settings.
+    """
+    seeds = tuple(seeds)
+    judged = {trial.name: _judged(trial, pool) for trial in trials}
+    todo = [(trial, arm, seed) for trial in trials for seed in seeds for arm in trial.plans]
+    files = {(t.name, arm, seed): Path(directory) / f"{t.name}.{arm}.{seed}.parquet" for t, arm, seed in todo}
+
+    def units(trial: Trial, arm: str) -> int:
+        steps = recipe.steps + round(recipe.steps * trial.plans[arm].ratio)
+        return steps * recipe.batch_size * TRAINING_UNITS + len(judged[trial.name]) + len(trial.test)
+
+    missing = [(t, arm, seed) for t, arm, seed in todo if not files[t.name, arm, seed].exists()]
+    meter = Meter(sum(units(trial, arm) for trial, arm, _ in missing), on_progress)
+    runs = []
+    for trial, arm, seed in todo:
+        file = files[trial.name, arm, seed]
+        settings = _settings(workbench, trial, arm, recipe.model_copy(update={"seed": seed}), judged[trial.name])
+        if not file.exists():
+            _run(workbench, trial, arm, seed, recipe, pool, judged[trial.name], meter, settings).save(file)
+        runs.append(_read(file, trial, arm, seed, before, settings))
+    if missing:
+        workbench.restore()
+    ratio = max(plan.ratio for trial in trials for plan in trial.plans.values())
+    return Verification(tuple(runs), min(len(j) for j in judged.values()), ratio)
+
+
+def _judged(trial: Trial, pool: Pool) -> Pool:
+    for plan in trial.plans.values():
+        plan.check_pool(pool)
+    held_out = {plan.held_out_ids for plan in trial.plans.values()}
+    if len(held_out) != 1 or not (ids := held_out.pop()):
+        raise ConfigError(f"{trial.name}: the arms' plans must hold out the same examples, and at least one")
+    return pool.subset(ids)
+
+
+def _settings(workbench: Workbench, trial: Trial, arm: str, recipe: Recipe, judged: Pool) -> dict[str, Any]:
+    """Everything that a run's outcome depends on; a stored run with other settings is not this run."""
+    plan = trial.plans[arm]
+    return {
+        "base": workbench.base_hash,
+        "train": trial.train.fingerprint,
+        "test": trial.test.fingerprint,
+        "judged": judged.fingerprint,
+        "recipe": recipe.model_dump(),
+        "ratio": plan.ratio,
+        "weights": plan.fingerprint,
+    }
+
+
+def _run(
+    workbench: Workbench,
+    trial: Trial,
+    arm: str,
+    seed: int,
+    recipe: Recipe,
+    pool: Pool,
+    judged: Pool,
+    meter: Meter,
+    settings: dict[str, Any],
+) -> Scores:
+    name = f"{trial.name}, {arm} replay, seed {seed}"
+    tuned = workbench.tune(
+        trial.train,
+        recipe.model_copy(update={"seed": seed}),
+        plan=replace(trial.plans[arm], seed=seed),
+        pool=pool,
+        on_step=lambda *_: meter.advance(f"{name}: fine-tuning", recipe.batch_size * TRAINING_UNITS),
+    )
+    after = measure(tuned.language_model, judged, meter, name)
+    test = measure(tuned.language_model, trial.test, meter, name)
+    facts = {
+        "settings": settings,
+        "new_task_loss": float(np.nanmean(test.nll)),
+        "replayed": len(tuned.replayed),
+        "steps": tuned.steps,
+        "seconds": tuned.seconds,
+    }
+    return replace(after, metadata={**after.metadata, **facts})
+
+
+def _read(file: Path, trial: Trial, arm: str, seed: int, before: Scores, settings: dict[str, Any]) -> Run:
+    scores = Scores.load(file)
+    facts = scores.metadata
+    if facts.get("settings") != settings:
+        raise MismatchError(f"{file} is of a run with other settings; remove it, or use another directory")
+    forgetting = scores.nll - before.at(scores.ids)
+    return Run(
+        task=trial.name,
+        arm=arm,
+        seed=seed,
+        mean=float(np.nanmean(forgetting)),
+        worst_tenth=worst_tenth(forgetting),
+        new_task_loss=facts["new_task_loss"],
+        replayed=facts["replayed"],
+        steps=facts["steps"],
+        seconds=facts["seconds"],
+    )
