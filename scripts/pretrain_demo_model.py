@@ -15,6 +15,7 @@ import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,12 +188,10 @@ def write(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def model_card(facts: dict[str, object]) -> str:
+def model_card(facts: dict[str, Any]) -> str:
     """Say what the model is, what it saw and how well it does."""
     loss, curve, tokens = facts["loss"], facts["curve"], facts["corpus_tokens"]
-    assert isinstance(loss, dict) and isinstance(curve, list) and isinstance(tokens, dict)
     mean = facts["mean"]
-    assert isinstance(mean, list)
     rows = "\n".join(f"| {s} | {tokens[s]:,} | {a:.2f} | {b:.2f} |" for s, (a, b) in loss.items())
     steps = "\n".join(f"| {step} | {a:.2f} | {b:.2f} |" for step, a, b in curve[:: max(1, len(curve) // 10)])
     return f"""# The demo base model
@@ -202,17 +201,19 @@ embeddings, byte-level BPE vocabulary of {VOCABULARY:,}, context {CONTEXT}), sto
 that forgetcast can be tried and tested without a network; it is of no other use.
 
 - **Made by** `python scripts/pretrain_demo_model.py --steps {facts["steps"]}`, on {platform.machine()}, Python
-  {platform.python_version()}, PyTorch {torch.__version__}: {facts["tokens"]:,} tokens in {facts["minutes"]} minutes on two cores.
+  {platform.python_version()}, PyTorch {torch.__version__}: {facts["tokens"]:,} tokens in {facts["minutes"]} minutes
+  on two cores.
 - **Data**: text of the Python installation it was trained on: the language reference, doc strings and code of the
   standard library, of NumPy, SciPy, PyTorch, xarray, Zarr and Rich. No text is shipped. One file in twenty is
   held out, chosen by a hash of its name.
-- **Optimiser**: AdamW, peak learning rate {facts["learning_rate"]}, weight decay .05; 50 steps of warm-up, plateau, linear fall over
-  the last 40 %.
+- **Optimiser**: AdamW, peak learning rate {facts["learning_rate"]}, weight decay .05; 50 steps of
+  warm-up, a plateau, a linear fall over the last 40 %.
 - **Licence**: Apache-2.0, like the rest of the project.
 
 ## Loss (nats per token, windows of {WINDOW} tokens)
 
-Mean over the sources as they were sampled: {mean[0]:.2f} on the text it was trained on, {mean[1]:.2f} on held-out files.
+Mean over the sources as they were sampled: {mean[0]:.2f} on the text it was trained on, {mean[1]:.2f} on held-out
+files.
 
 | source | tokens to train on | trained-on text | held-out files |
 |---|---|---|---|

@@ -130,7 +130,7 @@ def check_fingerprint(what: str, fingerprint: str | None, pool: Pool) -> None:
     """Raise MismatchError if `fingerprint` is known and is not the pool's."""
     if fingerprint is not None and fingerprint != pool.fingerprint:
         raise MismatchError(
-            f"{what} belongs to the pool with fingerprint {fingerprint[:12]}, but this pool has {pool.fingerprint[:12]}; "
+            f"{what} belongs to another pool (fingerprint {fingerprint[:12]}, this one has {pool.fingerprint[:12]}); "
             "use the pool that was scored"
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.bayesian import principal_factors
+from forgetcast.completion.bayesian import fit_low_rank, sum_of
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
 
@@ -100,7 +100,7 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
 
     task_effects, example_effects = additive_effects(values)
     ranks = range(1, min(max_rank, *values.shape) + 1)
-    fits = [principal_factors(values, rank) for rank in ranks]
+    fits = [fit_low_rank(values, rank, centred=False) for rank in ranks]
     described = fits[min(components, len(fits)) - 1]
     tasks = [matrix.tasks[i] for i in rows]
     return Structure(
@@ -108,11 +108,11 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
         examples=values.shape[1],
         measured=float(np.mean(~np.isnan(values))),
         mean_by_task=dict(zip(tasks, np.nanmean(values, axis=1).tolist(), strict=True)),
-        rank_r2=tuple(r2(low_rank) for low_rank, _ in fits),
+        rank_r2=tuple(r2(low_rank.fit) for low_rank in fits),
         row_r2=r2(np.nanmean(values, axis=1, keepdims=True)),
         column_r2=r2(np.nanmean(values, axis=0, keepdims=True)),
-        additive_r2=r2(task_effects[:, None] + example_effects),
-        components=_components(*described, [matrix.sources[j] for j in columns]),
+        additive_r2=r2(sum_of(task_effects, example_effects)),
+        components=_components(described.fit, described.loadings, [matrix.sources[j] for j in columns]),
     )
 
 

@@ -72,6 +72,36 @@ class Estimate(NamedTuple):
     prior: np.ndarray
     noise: np.ndarray
 
+    def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Condition on rows (B, k) measured at the probes (k,).
+
+        Returns
+        -------
+        mean : array, shape (B, N)
+        variance : array, shape (N,)
+        log_misfit : array, shape (B,)
+            Log of the probes' mean squared surprise, standardised by their joint covariance.
+
+        Raises
+        ------
+        DataError
+            If the probes leave a coefficient undetermined: an infinite prior and no probe.
+        """
+        loadings, noise = self.loadings[probes], self.noise[probes]
+        precision = np.diag(1.0 / self.prior) + loadings.T @ (loadings / noise[:, None])
+        try:
+            covariance = linalg.inv(precision) if len(precision) else precision
+        except linalg.LinAlgError:
+            raise DataError("this method needs at least one probe") from None
+        surprise = rows - self.mean[probes]
+        weighted = surprise / noise
+        coefficients = weighted @ loadings @ covariance
+        mean = self.mean + coefficients @ self.loadings.T
+        variance = ((self.loadings @ covariance) * self.loadings).sum(axis=1) + self.noise
+        # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
+        squared = (surprise * weighted).sum(axis=1) - ((weighted @ loadings) * coefficients).sum(axis=1)
+        return mean, variance, np.log(np.maximum(squared, 1e-12) / max(len(probes), 1))
+
 
 class LinearGaussian(ABC):
     """Base of the completion methods.
@@ -120,7 +150,7 @@ class LinearGaussian(ABC):
         values = matrix.values[matrix.observed.any(axis=1)].astype(np.float64)
         if len(values) < 2:
             raise DataError(f"completion needs at least two measured tasks; the matrix has {len(values)}")
-        known = ~np.isnan(values).all(axis=0)
+        known: np.ndarray = np.any(~np.isnan(values), axis=0)
         estimate = self._estimate(values[:, known])
         if not known.all():
             estimate = _extend(estimate, known)
@@ -159,7 +189,8 @@ class LinearGaussian(ABC):
         if not np.isfinite(rows).all():
             bad = self.examples_[probes[np.argwhere(~np.isfinite(rows))[0, 1]]]
             raise DataError(f"the measurement of the probe {bad!r} is not a finite number")
-        mean, variance, log_misfit = self._posterior(probes, rows)
+        estimate = Estimate(self.mean_, self.loadings_, self.prior_, self.noise_)
+        mean, variance, log_misfit = estimate.posterior(probes, rows)
         std = np.sqrt(variance) * self.scale_
         std[probes] = 0.0
         mean[:, probes] = rows
@@ -168,29 +199,6 @@ class LinearGaussian(ABC):
         if single:
             return Forecast(mean[0], std[0].copy(), probes, float(misfit[0]), self.widths_)
         return Forecast(mean, std.copy(), probes, misfit, self.widths_)
-
-    def covariance(self, probes: np.ndarray) -> np.ndarray:
-        """Posterior covariance of the coefficients given which columns are measured, shape (r, r)."""
-        precision = np.diag(1.0 / self.prior_)
-        loadings = self.loadings_[probes]
-        precision = precision + loadings.T @ (loadings / self.noise_[probes, None])
-        try:
-            return linalg.inv(precision) if len(precision) else precision
-        except linalg.LinAlgError:
-            raise DataError(f"{type(self).__name__} needs at least one probe") from None
-
-    def _posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean (B, N), variance (N,), and the log of the probes' mean squared standardised surprise (B,)."""
-        covariance = self.covariance(probes)
-        loadings, noise = self.loadings_[probes], self.noise_[probes]
-        surprise = rows - self.mean_[probes]
-        weighted = surprise / noise
-        coefficients = weighted @ loadings @ covariance
-        mean = self.mean_ + coefficients @ self.loadings_.T
-        variance = np.einsum("nr,rs,ns->n", self.loadings_, covariance, self.loadings_, optimize=True) + self.noise_
-        # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
-        squared = (surprise * weighted).sum(axis=1) - ((weighted @ loadings) * coefficients).sum(axis=1)
-        return mean, variance, np.log(np.maximum(squared, 1e-12) / max(len(probes), 1))
 
     def _p_value(self, log_misfit: np.ndarray) -> np.ndarray:
         """One-sided prediction test of a new task's log misfit against those of the left-out tasks."""
@@ -215,9 +223,9 @@ class LinearGaussian(ABC):
             rest = rest[~np.isnan(rest).all(axis=1)]
             if len(usable) < 2 * CALIBRATION_PROBES or len(rest) < 2:
                 continue
-            other = _Fixed(*self._estimate(rest[:, usable]))
+            other = self._estimate(rest[:, usable])
             probes = rng.permutation(len(usable))[:CALIBRATION_PROBES]
-            mean, variance, log_misfit = other._posterior(probes, row[usable][None, probes])
+            mean, variance, log_misfit = other.posterior(probes, row[usable][None, probes])
             ratio = (row[usable] - mean[0]) / np.sqrt(variance)
             ratios.append(np.delete(ratio, probes))
             misfits.append(float(log_misfit[0]))
@@ -228,16 +236,6 @@ class LinearGaussian(ABC):
         self.widths_ = np.quantile(pooled, LEVELS) / self.scale_
         self.widths_[0] = 0.0
         self._log_misfits = np.array(misfits)
-
-
-class _Fixed(LinearGaussian):
-    """A model whose parts are given: what calibration predicts a left-out task with."""
-
-    def __init__(self, mean: np.ndarray, loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray) -> None:
-        self.mean_, self.loadings_, self.prior_, self.noise_ = mean, loadings, prior, noise
-
-    def _estimate(self, values: np.ndarray) -> Estimate:
-        return Estimate(self.mean_, self.loadings_, self.prior_, self.noise_)
 
 
 def _extend(estimate: Estimate, known: np.ndarray) -> Estimate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy import linalg
 
@@ -63,14 +65,13 @@ class Bayesian(LinearGaussian):
             raise ConfigError("Bayesian: factors >= 0, positive scales and a noise_shrinkage in [0, 1] are needed")
         tasks = len(values)
         rank = max(min(self.factors, tasks - 2), 0)
-        rows, columns = additive_effects(values)
-        centred = values - rows[:, None] - columns
-        low_rank, loadings = principal_factors(centred, rank)
-        noise = column_variance(centred - low_rank, lost=_lost(values, rank), shrinkage=self.noise_shrinkage)
-        shift = max(float(rows.var(ddof=1)), float(noise.mean()) / 10)
+        low_rank = fit_low_rank(values, rank, centred=True)
+        loadings = low_rank.loadings
+        noise = column_variance(values - low_rank.fit, lost=_lost(values, rank), shrinkage=self.noise_shrinkage)
+        shift = max(float(low_rank.rows.var(ddof=1)), float(noise.mean()) / 10)
         return Estimate(
-            mean=columns,
-            loadings=np.column_stack([np.ones(len(columns)), loadings]),
+            mean=low_rank.columns,
+            loadings=np.column_stack([np.ones(len(loadings)), loadings]),
             prior=np.concatenate([[self.shift_scale**2 * shift], np.full(loadings.shape[1], self.prior_scale**2)]),
             noise=noise,
         )
@@ -82,34 +83,51 @@ def _lost(values: np.ndarray, rank: int) -> float:
     return 1.0 + rank + (rank + 1) * tasks / examples
 
 
-def principal_factors(values: np.ndarray, rank: int, *, rounds: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    """Best rank-`rank` reconstruction of the measured entries, and the factors' loadings.
+class LowRank(NamedTuple):
+    """Reconstruction (M, N) of a matrix, its row effects (M,), column effects (N,) and the factors' loadings (N, r).
+
+    The loadings are scaled so that the known tasks' coordinates have variance one; factors without any variance are
+    left out, so r may be less than the rank asked for.
+    """
+
+    fit: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    loadings: np.ndarray
+
+
+def fit_low_rank(values: np.ndarray, rank: int, *, centred: bool, rounds: int = 500) -> LowRank:
+    """Best rank-`rank` reconstruction of the measured entries, around row and column effects if `centred`.
 
     Parameters
     ----------
     values : array, shape (M, N)
-        NaN where not measured.
+        NaN where not measured. Such entries are filled with the reconstruction until it stops changing.
     rank : int
-
-    Returns
-    -------
-    low_rank : array, shape (M, N)
-    loadings : array, shape (N, r), r <= rank
-        Scaled so that the known tasks' coordinates have variance one; factors without any variance are left out.
+    centred : bool
+        Whether the factors come on top of a_i + b_j (effects of rows and columns) or stand alone.
     """
+    tasks, examples = values.shape
     present = ~np.isnan(values)
-    filled = np.where(present, values, 0.0)
-    low_rank = np.zeros_like(filled)
-    complete = bool(present.all())
-    strength, right = np.empty(0), np.empty((0, values.shape[1]))
-    for _ in range(1 if complete else rounds):
-        before = low_rank
-        left, strength, right = truncated_svd(filled, rank)
-        low_rank = (left * strength) @ right
-        if np.abs(low_rank - before).max(initial=0.0) <= 1e-4 * np.abs(low_rank).max(initial=0.0):
+    rows, columns = np.zeros(tasks), np.zeros(examples)
+    filled = values if present.all() else np.where(present, values, sum_of(*additive_effects(values)))
+    fit = filled
+    for _ in range(1 if present.all() else rounds):
+        before = fit
+        if centred:
+            columns = filled.mean(axis=0)
+            rows = filled.mean(axis=1) - columns.mean()
+        left, strength, right = truncated_svd(filled - sum_of(rows, columns), rank)
+        fit = sum_of(rows, columns) + (left * strength) @ right
+        if np.abs(fit - before).max() <= 1e-5 * np.abs(fit).max():
             break
-        filled = np.where(present, values, low_rank)
-    return low_rank, (right * strength[:, None] / np.sqrt(max(len(values) - 1, 1))).T
+        filled = np.where(present, values, fit)
+    return LowRank(fit, rows, columns, (right * strength[:, None] / np.sqrt(max(tasks - 1, 1))).T)
+
+
+def sum_of(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """a_i + b_j, shape (M, N)."""
+    return np.asarray(rows[:, None] + columns)
 
 
 def truncated_svd(values: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -220,5 +220,6 @@ class _Progress(TrainerCallback):
     def __init__(self, on_step: Callable[[int, int], None]) -> None:
         self._on_step = on_step
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Is called by the Trainer, with arguments of these names."""
         self._on_step(state.global_step, state.max_steps)
