@@ -36,7 +36,7 @@ def planted(tasks: int, examples: int, rank: int, noise: float, seed: int = 0) -
 def make_pool(n: int = 24, sources: int = 3) -> Pool:
     """Texts of different lengths, with a prompt and completion among every four."""
     rng = np.random.default_rng(1)
-    words = "the loss of a model is measured on every token and then it is averaged over all of them".split()
+    words = ["the", "loss", "of", "a", "model", "is", "measured", "on", "every", "token", "and", "averaged"]
     examples = []
     for i in range(n):
         text = " ".join(rng.choice(words, size=int(rng.integers(3, 40))))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_atlas, make_scores
 
+from conftest import make_atlas, make_scores
 from forgetcast import Atlas, DataError, Example, MismatchError, Pool
 
 

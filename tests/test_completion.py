@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import planted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import planted
 from forgetcast import ConfigError, DataError, probes
 from forgetcast.completion import Additive, Bayesian, LinearGaussian, Mean
 from forgetcast.completion.additive import additive_effects
@@ -59,9 +59,7 @@ class TestContract:
 
     @every_method
     @pytest.mark.parametrize("factor", [1e-3, 1e3])
-    def test_units_scale_and_means_shift(
-        self, method: type[LinearGaussian], values: np.ndarray, factor: float
-    ) -> None:
+    def test_units_scale_and_means_shift(self, method: type[LinearGaussian], values: np.ndarray, factor: float) -> None:
         at = [3, 50, 7]
         plain = method().fit(values[:-1]).predict(at, values[-1, at])
         scaled = method().fit(values[:-1] * factor).predict(at, values[-1, at] * factor)
@@ -130,7 +128,8 @@ def test_bayesian_recovers_planted_low_rank(share_missing: float) -> None:
     at = probes.choose(model, 20)
     forecast = model.predict(at, noisy[-1, at])
     error = np.sqrt(np.mean((forecast.mean - truth[-1]) ** 2))
-    # Three coefficients from 20 probes with noise .1 leave about .1 * sqrt(3 / 20) = .04; loadings add .1 * sqrt(3 / 60).
+    # Three coefficients from 20 probes with noise .1 leave about .1 * sqrt(3 / 20) = .04;
+    # the loadings add .1 * sqrt(3 / 60).
     assert error < 0.08
     additive = Additive().fit(known).predict(at, noisy[-1, at])
     assert error < 0.1 * np.sqrt(np.mean((additive.mean - truth[-1]) ** 2))

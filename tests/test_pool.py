@@ -35,7 +35,7 @@ def write(path: Path, *rows: object) -> Path:
 )
 def test_bad_rows_are_named(tmp_path: Path, rows: list[object], message: str) -> None:
     file = write(tmp_path / "pool.jsonl", *rows)
-    with pytest.raises(DataError, match="pool.jsonl") as error:
+    with pytest.raises(DataError, match=r"pool\.jsonl") as error:
         Pool.load(file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_scores
 
+from conftest import make_scores
 from forgetcast import DataError, ForgettingMatrix, MismatchError, Pool, Scores
 
 
@@ -37,7 +37,7 @@ def test_unusable_losses_are_refused(pool: Pool, bad: float, message: str) -> No
 
 def test_a_file_that_is_no_score_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "loss": [1.0]}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match="x.parquet is not a score file: the column 'nll' is missing"):
+    with pytest.raises(DataError, match=r"x\.parquet is not a score file: the column 'nll' is missing"):
         Scores.load(tmp_path / "x.parquet")
     table = {"id": ["a"], "nll": [float("inf")], "tokens": [1], "truncated": [False]}
     pq.write_table(pa.table(table), tmp_path / "y.parquet")

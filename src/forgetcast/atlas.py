@@ -20,10 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 
 from forgetcast._files import read_json, write_json
@@ -31,6 +30,9 @@ from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.pool import Pool
 from forgetcast.scores import Scores
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 FORMAT = 1
 BLOCK = 65_536
@@ -141,6 +143,11 @@ class Atlas:
         return self._index["model_hash"]
 
     @property
+    def created(self) -> str:
+        """When the atlas was begun, in ISO 8601."""
+        return str(self._index["created"])
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The recipe that the tasks share."""
         return dict(self._index["recipe"])
@@ -241,6 +248,8 @@ class Atlas:
 
     def dataset(self) -> xr.Dataset:
         """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source."""
+        import xarray as xr  # half a second, which no other method needs
+
         dataset = xr.open_zarr(self.path / "numbers.zarr", consolidated=False)
         dataset = dataset.isel(task=slice(0, len(self.tasks)))
         return dataset.assign(before=("example", self.before.nll)).assign_coords(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy  # its parts load when they are first used, which keeps starting fast
 
 from forgetcast.completion.base import Forecast
 from forgetcast.errors import DataError
@@ -55,19 +55,30 @@ def accuracy(forecast: Forecast, truth: Any, judged: Any, *, level: float = 0.9)
     judged = np.asarray(judged, dtype=np.intp)
     if np.isin(judged, forecast.probes).any():
         raise DataError("a probe cannot be judged on: its forecast is its measurement")
-    truth = np.asarray(truth, dtype=np.float64)
-    judged = judged[~np.isnan(truth[judged])]
-    if len(judged) < 2:
+    lower, upper = forecast.interval(level)
+    return judge(*(np.asarray(part)[judged] for part in (forecast.mean, lower, upper, truth)))
+
+
+def judge(mean: np.ndarray, lower: np.ndarray, upper: np.ndarray, truth: Any) -> Accuracy:
+    """Compare forecasts and the ends of their intervals with the truth, each of shape (n,); NaN truths are left out.
+
+    Raises
+    ------
+    DataError
+        If fewer than two examples have a truth.
+    """
+    actual = np.asarray(truth, dtype=np.float64)
+    measured = ~np.isnan(actual)
+    if measured.sum() < 2:
         raise DataError("at least two measured examples are needed to judge a forecast")
-    mean, actual = forecast.mean[judged], truth[judged]
-    lower, upper = (end[judged] for end in forecast.interval(level))
+    mean, lower, upper, actual = (values[measured] for values in (mean, lower, upper, actual))
     constant = np.ptp(mean) == 0 or np.ptp(actual) == 0
-    top = max(1, round(len(judged) / 10))
+    top = max(1, round(len(actual) / 10))
     hits = np.intersect1d(np.argsort(-mean, kind="stable")[:top], np.argsort(-actual, kind="stable")[:top])
     return Accuracy(
         rmse=float(np.sqrt(np.mean((mean - actual) ** 2))),
         mae=float(np.mean(np.abs(mean - actual))),
-        spearman=float("nan") if constant else float(stats.spearmanr(mean, actual).statistic),
+        spearman=float("nan") if constant else float(scipy.stats.spearmanr(mean, actual).statistic),
         recall=len(hits) / top,
         coverage=float(np.mean((lower <= actual) & (actual <= upper))),
         width=float(np.mean(upper - lower)),
@@ -106,6 +117,6 @@ def paired_difference(a: Any, b: Any, *, level: float = 0.95) -> PairedDifferenc
     mean = float(difference.mean())
     if np.ptp(difference) == 0:
         return PairedDifference(mean, mean, mean, float(mean == 0), len(difference))
-    test = stats.ttest_1samp(difference, 0.0)
+    test = scipy.stats.ttest_1samp(difference, 0.0)
     interval = test.confidence_interval(level)
     return PairedDifference(mean, float(interval.low), float(interval.high), float(test.pvalue), len(difference))

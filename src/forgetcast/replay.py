@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import optimize
+import scipy
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
@@ -214,7 +214,7 @@ def softmax_weights(forecast: np.ndarray, temperature: float | None = None) -> n
     low, high = np.log(1e-3 / spread), np.log(1e6 / spread)
     if excess(low) <= 0 or excess(high) >= 0:  # too few examples, or ties: no temperature reaches the target
         return weights(1 / spread)
-    return weights(float(np.exp(optimize.brentq(excess, low, high))))
+    return weights(float(np.exp(scipy.optimize.brentq(excess, low, high))))
 
 
 def _check_ratio(ratio: float, strategy: str) -> None:

@@ -11,9 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from forgetcast.structure import Structure
-from forgetcast.verification import METRICS, Verification
-
-_METRIC_NAMES = {"mean": "mean forgetting", "worst_tenth": "worst tenth", "new_task_loss": "new-task loss"}
+from forgetcast.verification import METRIC_NAMES, METRICS, Verification
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
@@ -51,7 +49,7 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
     """The arms, and what their differences allow to be said."""
-    table = Table("replay", *(_METRIC_NAMES[metric] for metric in METRICS), "replayed", "seconds")
+    table = Table("replay", *(METRIC_NAMES[metric] for metric in METRICS), "replayed", "seconds")
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
         figures = (f"{result.average(arm, metric):.3f}" for metric in METRICS)
@@ -62,7 +60,7 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
         gap = c.difference
         verdict = c.verdict() if c.metric != "new_task_loss" else ""
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
-        gaps.add_row(_METRIC_NAMES[c.metric], f"{c.arm} - {c.baseline}", f"{gap.mean:+.3f}", interval, verdict)
+        gaps.add_row(METRIC_NAMES[c.metric], f"{c.arm} - {c.baseline}", f"{gap.mean:+.3f}", interval, verdict)
     if gaps.row_count:
         pairs = result.comparisons()[0].difference.pairs
         gaps.title = f"Paired differences over {pairs} pairs of runs (same task, same seed); negative is better"

@@ -22,7 +22,10 @@ from forgetcast.scores import Scores
 if TYPE_CHECKING:
     from forgetcast.lm import Recipe, Workbench
 
-METRICS = ("mean", "worst_tenth", "new_task_loss")
+METRIC_NAMES = {"mean": "mean forgetting", "worst_tenth": "worst tenth", "new_task_loss": "new-task loss"}
+"""Fields of `Run` that are compared, and what people call them; lower is better for each."""
+
+METRICS = tuple(METRIC_NAMES)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from scipy import linalg, stats
+from scipy import linalg, special
 
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.matrix import ForgettingMatrix
@@ -206,11 +206,11 @@ class LinearGaussian(ABC):
         if len(reference) < 3 or (spread := reference.std(ddof=1)) == 0:
             return np.ones_like(log_misfit)
         t = (log_misfit - reference.mean()) / (spread * np.sqrt(1 + 1 / len(reference)))
-        return np.asarray(stats.t.sf(t, len(reference) - 1))
+        return np.asarray(special.stdtr(len(reference) - 1, -t))
 
     def _calibrate(self, values: np.ndarray) -> None:
         """Leave out one task at a time, forecast it from random probes, and learn the scale and the widths."""
-        self.scale_, self.widths_ = 1.0, stats.norm.ppf(0.5 + LEVELS / 2)
+        self.scale_, self.widths_ = 1.0, special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
         rng = np.random.default_rng(0)  # fixed, so that a fit is a function of the matrix alone
         columns = rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]

@@ -1,0 +1,279 @@
+"""The report's plots, as pieces of HTML that need plotly.js once in the page.
+
+Every string from data goes through `label` before it reaches plotly, which reads labels as a small subset of HTML.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from forgetcast.forecast import TaskForecast
+from forgetcast.matrix import ForgettingMatrix
+from forgetcast.structure import Structure
+from forgetcast.verification import METRIC_NAMES, Verification
+
+MOST_COLUMNS = 2_000
+"""A picture is at most this wide; beyond it, neighbouring examples of one source are averaged."""
+
+BLUE, ORANGE, GREY = "#2f6690", "#d1603d", "#8a8f98"
+LONGEST_LABEL = 40
+
+
+def label(text: str) -> str:
+    """Make a label of a string from data: escaped, and cut where it is long."""
+    return html.escape(text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…")
+
+
+def forgetting_by_task(means: Mapping[str, float], new: Sequence[str]) -> str:
+    """Bars of the mean forgetting of each task, most forgetting first; `new` ones in another colour."""
+    names = sorted(means, key=lambda name: -means[name])
+    figure = go.Figure()
+    for legend, colour, shown in (
+        ("in the atlas", BLUE, [name for name in names if name not in new]),
+        ("new to the forecast", ORANGE, [name for name in names if name in new]),
+    ):
+        if shown:
+            figure.add_bar(
+                x=[means[name] for name in shown],
+                y=[label(name) for name in shown],
+                orientation="h",
+                name=legend,
+                marker_color=colour,
+                hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+            )
+    figure.update_yaxes(
+        type="category", categoryorder="array", categoryarray=[label(name) for name in names], autorange="reversed"
+    )
+    figure.update_xaxes(title="mean forgetting (nats per token)", zeroline=True)
+    return _html(figure, height=90 + 22 * len(names), legend=bool(new), what="Mean forgetting by task")
+
+
+def heatmap(matrix: ForgettingMatrix) -> str:
+    """Draw the matrix: tasks by mean forgetting, examples by source and within it by mean forgetting."""
+    values = matrix.values
+    column_means = mean_of_measured(values, 0)
+    labels = np.array(matrix.sources)
+    order = np.lexsort((-np.nan_to_num(column_means, nan=-np.inf), labels))
+    rows = np.argsort(-np.nan_to_num(mean_of_measured(values, 1), nan=-np.inf), kind="stable")
+    step = -(-len(order) // MOST_COLUMNS)
+    blocks: list[np.ndarray] = []
+    ticks: list[tuple[float, str]] = []
+    edges: list[int] = []
+    for source in sorted(set(matrix.sources)):
+        members = order[labels[order] == source]
+        start = len(blocks)
+        blocks += [members[i : i + step] for i in range(0, len(members), step)]
+        ticks.append(((start + len(blocks) - 1) / 2, label(source or "(no source)")))
+        edges.append(len(blocks))
+    shown = np.column_stack([mean_of_measured(values[np.ix_(rows, block)], 1) for block in blocks])
+    measured = np.abs(shown[~np.isnan(shown)])
+    limit = float(np.quantile(measured, 0.99)) if measured.size else 1.0
+    names = [
+        label(matrix.examples[block[0]]) + (f" and {len(block) - 1} more" if len(block) > 1 else "") for block in blocks
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=shown.astype(np.float32),
+            x=np.arange(len(blocks)),
+            y=[label(matrix.tasks[i]) for i in rows],
+            customdata=np.broadcast_to(np.array(names, dtype=object), shown.shape) if shown.size <= 50_000 else None,
+            colorscale="RdBu_r",
+            zmid=0,
+            zmin=-(limit or 1.0),
+            zmax=limit or 1.0,
+            colorbar={"title": {"text": "nats per<br>token"}, "thickness": 12},
+            hovertemplate="%{y}<br>%{customdata}<br>%{z:.3f} nats per token<extra></extra>"
+            if shown.size <= 50_000
+            else "%{y}<br>%{z:.3f} nats per token<extra></extra>",
+        )
+    )
+    for edge in edges[:-1]:
+        figure.add_vline(x=edge - 0.5, line_width=1, line_color="#333")
+    figure.update_xaxes(tickvals=[at for at, _ in ticks], ticktext=[name for _, name in ticks], tickangle=-30)
+    figure.update_yaxes(type="category", autorange="reversed")
+    return _html(figure, height=150 + max(18 * len(rows), 120), what="The forgetting matrix", grid=False)
+
+
+def spectrum(structure: Structure) -> str:
+    """R^2 of each rank, beside what task means, example means and their sum explain."""
+    ranks = list(range(1, len(structure.rank_r2) + 1))
+    figure = go.Figure(
+        go.Scatter(
+            x=ranks,
+            y=structure.rank_r2,
+            mode="lines+markers",
+            line_color=BLUE,
+            name="rank r",
+            hovertemplate="rank %{x}: %{y:.3f}<extra></extra>",
+        )
+    )
+    # A name above its line or below it, so that two lines that are close keep their names apart.
+    lines = sorted(
+        ((structure.row_r2, "task means"), (structure.column_r2, "example means"), (structure.additive_r2, "their sum"))
+    )
+    for i, (r2, name) in enumerate(lines):
+        place = "bottom right" if i == 0 and len(lines) > 1 and lines[1][0] - r2 < 0.08 else "top right"
+        figure.add_hline(
+            y=r2, line_dash="dot", line_color=GREY, annotation_text=f"{name}: {r2:.2f}", annotation_position=place
+        )
+    figure.update_xaxes(title="rank", dtick=1)
+    figure.update_yaxes(title="share explained (R²)", range=[min(0.0, lines[0][0]) - 0.08, 1.04])
+    return _html(figure, height=340, what="How much of the forgetting each rank explains")
+
+
+def loadings(structure: Structure) -> str:
+    """Mean loading of each component on each source."""
+    sources = list(structure.components[0].by_source)
+    values = np.array([[c.by_source[source] for source in sources] for c in structure.components])
+    figure = go.Figure()
+    for i, row in enumerate(values):
+        figure.add_bar(
+            y=[label(source or "(no source)") for source in sources],
+            x=row,
+            orientation="h",
+            name=f"component {i + 1}",
+            marker_color=[BLUE, ORANGE, GREY][i % 3],
+            hovertemplate="%{y}: %{x:.2f}<extra></extra>",
+        )
+    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_xaxes(title="mean loading (1 = a typical example's)", zeroline=True)
+    height = max(340, 90 + 15 * len(sources) * len(values))
+    return _html(figure, height=height, legend=True, what="What the components load on")
+
+
+def forecast_and_truth(forecast: TaskForecast, truth: np.ndarray) -> str:
+    """Measured forgetting against its forecast, an interval for each example, and the line of a perfect forecast."""
+    others = ~forecast.probed & ~np.isnan(truth)
+    figure = go.Figure()
+    ends = _range(forecast.mean, truth)
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line={"color": GREY, "dash": "dot"}, hoverinfo="skip", name="exact"
+    )
+    figure.add_scatter(
+        x=truth[others],
+        y=forecast.mean[others],
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": (forecast.upper - forecast.mean)[others],
+            "arrayminus": (forecast.mean - forecast.lower)[others],
+            "color": "rgba(47,102,144,.18)",
+            "thickness": 1,
+            "width": 0,
+        },
+        customdata=_ids(forecast, others),
+        mode="markers",
+        marker={"color": BLUE, "size": 4, "opacity": 0.75},
+        name="forecast",
+        hovertemplate="%{customdata}<br>measured %{x:.3f}, forecast %{y:.3f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=truth[forecast.probed],
+        y=forecast.mean[forecast.probed],
+        customdata=_ids(forecast, forecast.probed),
+        mode="markers",
+        marker={"color": ORANGE, "size": 8, "symbol": "diamond"},
+        name="probes",
+        hovertemplate="%{customdata} (probe): %{x:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title="measured (nats per token)", range=ends)
+    figure.update_yaxes(title="forecast (nats per token)")
+    return _html(figure, height=380, legend=True, what=f"Forecast and measurement for {forecast.task}")
+
+
+def forecast_alone(forecast: TaskForecast) -> str:
+    """Forecasts in descending order with their intervals, where nothing else was measured yet."""
+    order = np.argsort(-forecast.mean, kind="stable")
+    order = order[:: -(-len(order) // MOST_COLUMNS)]
+    rank = np.arange(len(order))
+    figure = go.Figure()
+    figure.add_scatter(x=rank, y=forecast.upper[order], mode="lines", line_width=0, hoverinfo="skip", showlegend=False)
+    figure.add_scatter(
+        x=rank,
+        y=forecast.lower[order],
+        mode="lines",
+        line_width=0,
+        fill="tonexty",
+        fillcolor="rgba(47,102,144,.2)",
+        hoverinfo="skip",
+        name=f"{forecast.level:.0%} interval",
+    )
+    figure.add_scatter(
+        x=rank,
+        y=forecast.mean[order],
+        customdata=[label(forecast.ids[int(i)]) for i in order],
+        mode="lines",
+        line_color=BLUE,
+        name="forecast",
+        hovertemplate="%{customdata}: %{y:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title="examples, most at risk first")
+    figure.update_yaxes(title="forecast (nats per token)", zeroline=True)
+    return _html(figure, height=340, legend=True, what="Forecast of every example")
+
+
+def replay_differences(verification: Verification) -> str:
+    """Paired differences between the arms with their intervals; None of them is drawn without an interval."""
+    figure = go.Figure()
+    for metric, colour in zip(METRIC_NAMES, (BLUE, ORANGE, GREY), strict=True):
+        shown = [c for c in verification.comparisons() if c.metric == metric]
+        figure.add_scatter(
+            x=[c.difference.mean for c in shown],
+            y=[f"{c.arm} − {c.baseline}" for c in shown],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [c.difference.upper - c.difference.mean for c in shown],
+                "arrayminus": [c.difference.mean - c.difference.lower for c in shown],
+            },
+            mode="markers",
+            marker={"color": colour, "size": 9},
+            name=METRIC_NAMES[metric],
+            hovertemplate="%{y}: %{x:+.3f}<extra>" + METRIC_NAMES[metric] + "</extra>",
+        )
+    figure.add_vline(x=0, line_width=1, line_color="#333")
+    figure.update_layout(scattermode="group", scattergap=0.5)
+    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_xaxes(title="difference (nats per token; below zero is better)")
+    return _html(figure, height=320, legend=True, what="Differences between the replay strategies")
+
+
+def _ids(forecast: TaskForecast, chosen: np.ndarray) -> list[str]:
+    return [label(id_) for id_, wanted in zip(forecast.ids, chosen, strict=True) if wanted]
+
+
+def _range(*values: np.ndarray) -> list[float]:
+    low, high = (float(end(np.concatenate(values))) for end in (np.nanmin, np.nanmax))
+    margin = 0.04 * (high - low) or 1.0
+    return [low - margin, high + margin]
+
+
+def mean_of_measured(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of what is measured; NaN, without a warning, where nothing is."""
+    seen = ~np.isnan(values)
+    counts = seen.sum(axis=axis)
+    sums = np.where(seen, values, 0.0).sum(axis=axis)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _html(figure: go.Figure, *, height: int, what: str, legend: bool = False, grid: bool = True) -> str:
+    figure.update_layout(
+        height=height,
+        template="plotly_white",
+        plot_bgcolor="white" if grid else "#e4e5e8",  # behind a matrix: the colour of what was not measured
+        paper_bgcolor="white",
+        font={"family": "system-ui, sans-serif", "size": 13, "color": "#222"},
+        margin={"l": 10, "r": 10, "t": 34 if legend else 12, "b": 10},
+        showlegend=legend,
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+    )
+    figure.update_xaxes(automargin=True, showgrid=grid)
+    figure.update_yaxes(automargin=True, showgrid=grid)
+    config: dict[str, Any] = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
+    return f'<figure role="img" aria-label="{html.escape(what)}">{drawn}</figure>'
