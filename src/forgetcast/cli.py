@@ -72,7 +72,7 @@ def score_(
     pool: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a saved data set's directory.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Score file to write (Parquet).")],
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the context.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, padding included.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
     device: Device = None,
     trust_remote_code: TrustCode = False,

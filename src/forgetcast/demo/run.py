@@ -54,7 +54,7 @@ class DemoSettings:
     test_size: int = 64
     steps: int = 40
     batch_size: int = 8
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     probes: int = 10
     ratio: float = 0.2
     seeds: int = 2
@@ -93,7 +93,7 @@ def run_demo(
         steps=settings.steps,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        max_length=256,
+        max_length=128,
     )
     with as_file(files("forgetcast.demo") / "model") as model_directory:
         base = replace(load(model_directory), name="the demo model")

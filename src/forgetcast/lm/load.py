@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -86,7 +87,7 @@ def load(
     Raises
     ------
     DataError
-        If there is no model or no tokenizer at that place.
+        If there is no model or no tokenizer at that place, or some of the weights are missing.
     """
     name = str(model)
     directory = Path(model)
@@ -99,16 +100,22 @@ def load(
         raise DataError(f"{name}: there is no such directory")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = getattr(torch, dtype or "float32", None)
-    if not isinstance(torch_dtype, torch.dtype):
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise DataError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch_dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+        loaded, notes = result
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+    if missing := sorted(notes["missing_keys"]):
+        # Transformers only warns, and goes on with random numbers in their place.
+        raise DataError(f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing")
     return LanguageModel(loaded.to(device).eval(), tokenizer, name)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 import forgetcast
 from forgetcast.errors import ConfigError, DataError
@@ -14,7 +15,10 @@ from forgetcast.lm.text import Encoded, encode, pad, pad_id
 from forgetcast.pool import Pool
 from forgetcast.scores import Scores
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = {"cuda": 8192}
+SMALL_BATCH_TOKENS = 2048
+"""Default size of a batch on kinds of devices, and on all others: on a CPU, larger ones only leave its cache."""
+
 LOGITS = 2**26
 """Most logits that are computed at once: 256 MiB in float32, whatever the vocabulary."""
 
@@ -25,7 +29,7 @@ def score(
     pool: Pool,
     *,
     max_length: int | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score every example of a pool.
@@ -36,8 +40,8 @@ def score(
     pool : Pool
     max_length : int, optional
         Longest input, in tokens; default and upper limit: the model's context.
-    batch_tokens : int
-        Tokens in a batch, padding included; at least one example goes into each.
+    batch_tokens : int, optional
+        Tokens in a batch, padding included; at least one example goes into each. Default: what suits the device.
     on_progress : callable, optional
         Called with the number of examples that a batch has finished.
 
@@ -55,12 +59,14 @@ def score(
     context = _context(language_model, max_length)
     encoded = [encode(example, tokenizer, context) for example in pool]
     nll = np.full(len(pool), np.nan)
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS.get(model.device.type, SMALL_BATCH_TOKENS)
     was_training = model.training
     model.eval()
     for batch in _batches(encoded, min(batch_tokens, LOGITS // embedding_rows(model))):
         ids, mask, labels = pad([encoded[i] for i in batch], pad_id(tokenizer))
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-        nll[batch] = _mean_nll(logits[:, :-1], labels[:, 1:].to(logits.device))
+        nll[batch] = _mean_nll(logits, labels.to(logits.device))
         bad = [i for i in batch if not np.isfinite(nll[i])]
         if bad:
             raise DataError(
@@ -112,11 +118,9 @@ def _batches(encoded: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int
 
 
 def _mean_nll(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Mean over the labels that count, shape (B,), of logits (B, L, V) and labels (B, L)."""
-    counted = labels != -100
-    logits = logits[counted].float()
-    targets = labels[counted]
-    nll = torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
-    sums = torch.zeros(len(labels), dtype=torch.float64)
-    sums.index_add_(0, counted.nonzero()[:, 0].cpu(), nll.double().cpu())
-    return np.asarray((sums / counted.sum(dim=1).cpu()).numpy())
+    """Mean over the labels that count, shape (B,), of logits (B, L, V) and the labels (B, L) of the same places."""
+    # The last place predicts nothing. Moving the labels instead of cutting the logits spares a copy of the logits.
+    following = torch.full_like(labels, -100)
+    following[:, :-1] = labels[:, 1:]
+    nll = cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none").view(labels.shape)
+    return np.asarray((nll.double().sum(dim=1) / (following != -100).sum(dim=1)).cpu().numpy())

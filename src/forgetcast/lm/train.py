@@ -203,6 +203,7 @@ def _arguments(
         remove_unused_columns=False,
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # its default hides a loss that is not finite, which must be an error here
         report_to="none",
         disable_tqdm=True,
     )

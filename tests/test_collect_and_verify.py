@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import make_pool
+from forgetcast import Atlas, ConfigError, DataError, Example, MismatchError, Pool, Scores, make_plan
+from forgetcast.collect import CollectConfig, collect
+from forgetcast.evaluation import paired_difference, worst_tenth
+from forgetcast.lm import Recipe, Workbench, score
+from forgetcast.verification import METRICS, Run, Trial, Verification, arms, verify
+from models import tiny
+
+RECIPE = Recipe(steps=3, batch_size=2, learning_rate=5e-3, max_length=48)
+
+
+def task(name: str, n: int = 6) -> Pool:
+    return Pool([Example(f"{i}", prompt=f"{name} {i}:", completion=f" {name[::-1]}") for i in range(n)])
+
+
+TASKS = {name: task(name) for name in ("adding", "naming", "spelling")}
+
+
+class Interruption(Exception):  # noqa: N818  # it is none
+    pass
+
+
+def stop_at(words: str) -> Any:
+    def on_progress(what: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        if words in what:
+            raise Interruption
+
+    return on_progress
+
+
+def test_the_atlas_holds_after_minus_before(tmp_path: Path) -> None:
+    base, pool = tiny(), make_pool()
+    atlas = collect(base, pool, TASKS, tmp_path / "a.atlas", RECIPE)
+    assert atlas.tasks == tuple(TASKS)
+    np.testing.assert_allclose(atlas.before.nll, score(base, pool).nll)
+    tuned = Workbench(tiny()).tune(TASKS["naming"], RECIPE).language_model
+    expected = score(tuned, pool).nll - score(tiny(), pool).nll
+    row = atlas.matrix(["naming"]).values[0]
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(row, expected, atol=1e-5)
+    kept = atlas.provenance("naming")
+    assert kept["recipe"] == RECIPE.model_dump()
+    assert kept["model_hash"] not in (None, atlas.model_hash)
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    pool = make_pool()
+    with pytest.raises(Interruption):
+        collect(tiny(), pool, TASKS, tmp_path / "a.atlas", RECIPE, on_progress=stop_at("spelling"))
+    assert Atlas.open(tmp_path / "a.atlas").tasks == ("adding", "naming")
+    done: list[str] = []
+    atlas = collect(tiny(), pool, TASKS, tmp_path / "a.atlas", RECIPE, on_progress=lambda what, *_: done.append(what))
+    assert {what.partition(":")[0] for what in done} == {"spelling"}
+    straight = collect(tiny(), pool, TASKS, tmp_path / "b.atlas", RECIPE)
+    np.testing.assert_allclose(atlas.matrix().values, straight.matrix().values, atol=1e-6)
+
+
+def test_progress_ends_at_its_total(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE, on_progress=lambda _, *n: seen.append(n))
+    assert seen[-1][0] == seen[-1][1]
+    assert all(a[0] <= b[0] and a[1] == b[1] for a, b in pairwise(seen))
+
+
+def test_an_atlas_of_something_else_does_not_grow(tmp_path: Path) -> None:
+    collect(tiny(), make_pool(), {"adding": TASKS["adding"]}, tmp_path / "a.atlas", RECIPE)
+    before = Atlas.open(tmp_path / "a.atlas").matrix().values
+    with pytest.raises(MismatchError, match="another pool"):
+        collect(tiny(), make_pool(20), TASKS, tmp_path / "a.atlas", RECIPE)
+    with pytest.raises(MismatchError, match="another base model"):
+        collect(tiny(seed=1), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE)
+    with pytest.raises(MismatchError, match=r"another recipe \(steps differ\)"):
+        collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE.model_copy(update={"steps": 4}))
+    np.testing.assert_array_equal(Atlas.open(tmp_path / "a.atlas").matrix().values, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\npool: p\natlas: a\n", "tasks: Field required"),
+        ("model: m\npool: p\ntasks: t\natlas: a\nsteps: 3\n", "steps: Extra inputs are not permitted"),
+        ("model: [", "is not YAML"),
+        ("- a\n- b\n", "the content"),
+    ],
+)
+def test_configurations_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        CollectConfig.load(tmp_path / "config.yaml")
+    assert "config.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_task_folders(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\npool: p.jsonl\ntasks: tasks\natlas: a\n")
+    config = CollectConfig.load(tmp_path / "config.yaml")
+    with pytest.raises(DataError, match="no such folder"):
+        config.load_tasks()
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(DataError, match="holds no task"):
+        config.load_tasks()
+    TASKS["adding"].save(tmp_path / "tasks" / "adding.jsonl")
+    TASKS["naming"].save(tmp_path / "tasks" / "naming.parquet")
+    assert {name: list(found) for name, found in config.load_tasks().items()} == {
+        name: list(TASKS[name]) for name in ("adding", "naming")
+    }
+    TASKS["naming"].save(tmp_path / "tasks" / "adding.parquet")
+    with pytest.raises(DataError, match="two tasks are called 'adding'"):
+        config.load_tasks()
+
+
+class TestVerify:
+    def trial(self, pool: Pool) -> Trial:
+        plan = make_plan(pool, "forecast", 0.7, held_out=pool.ids[:10], forecast=np.arange(24.0))
+        return Trial("naming", TASKS["naming"], task("naming", 2), arms(plan, pool))
+
+    def test_every_arm_is_judged_on_the_held_out_examples(self, tmp_path: Path) -> None:
+        pool, base = make_pool(), tiny()
+        before = score(base, pool)
+        trial = self.trial(pool)
+        result = verify(Workbench(base), [trial], pool, before, RECIPE, directory=tmp_path)
+        assert result.arms == ("none", "random", "forecast")
+        assert result.judged == 10
+        assert len(result.runs) == 6
+        assert [run.replayed for run in result.runs if run.seed == 0] == [0, 4, 4]
+        by_hand = Workbench(tiny()).tune(TASKS["naming"], RECIPE.model_copy(update={"seed": 1})).language_model
+        forgetting = score(by_hand, pool).nll[:10] - before.nll[:10]
+        run = next(run for run in result.runs if (run.arm, run.seed) == ("none", 1))
+        assert run.mean == pytest.approx(forgetting.mean(), abs=1e-5)
+        assert run.worst_tenth == pytest.approx(worst_tenth(forgetting), abs=1e-5)
+        assert run.new_task_loss == pytest.approx(score(by_hand, trial.test).nll.mean(), rel=1e-5)
+        assert Verification.from_dict(result.as_dict()) == result
+
+    def test_an_interrupted_verification_goes_on(self, tmp_path: Path) -> None:
+        pool, base = make_pool(), tiny()
+        before, trial = score(base, pool), self.trial(pool)
+        with pytest.raises(Interruption):
+            verify(
+                Workbench(base),
+                [trial],
+                pool,
+                before,
+                RECIPE,
+                directory=tmp_path,
+                on_progress=stop_at("random replay, seed 1"),
+            )
+        kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+        assert len(kept) == 4
+        workbench = Workbench(tiny())
+        result = verify(workbench, [trial], pool, before, RECIPE, directory=tmp_path)
+        assert len(result.runs) == 6
+        assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+        with pytest.raises(MismatchError, match="other settings"):
+            verify(workbench, [trial], pool, before, RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
+
+    def test_arms_must_be_judged_on_the_same_examples(self, tmp_path: Path) -> None:
+        pool, base = make_pool(), tiny()
+        plans = {
+            "none": make_plan(pool, "none", 0.0, held_out=pool.ids[:5]),
+            "random": make_plan(pool, "random", 0.5, held_out=pool.ids[:6]),
+        }
+        trial = Trial("naming", TASKS["naming"], task("naming", 2), plans)
+        with pytest.raises(ConfigError, match="hold out the same examples"):
+            verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, directory=tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def runs(**means: list[float]) -> Verification:
+    return Verification(
+        tuple(
+            Run("t", arm, seed, value, 2 * value, 1.0, 0, 4, 1.0)
+            for arm, values in means.items()
+            for seed, value in enumerate(values)
+        ),
+        judged=10,
+        ratio=0.1,
+    )
+
+
+def test_verdicts_say_no_more_than_the_interval() -> None:
+    result = runs(none=[1.0, 1.1, 1.05], random=[0.8, 0.91, 0.84], forecast=[0.8, 0.92, 0.83])
+    verdicts = {(c.arm, c.baseline, c.metric): c.verdict() for c in result.comparisons()}
+    assert verdicts["random", "none", "mean"] == "random replay is better than none"
+    assert "not shown to be better than random" in verdicts["forecast", "random", "mean"]
+    assert set(verdicts) == {
+        (arm, baseline, metric)
+        for arm, baseline in (("random", "none"), ("forecast", "none"), ("forecast", "random"))
+        for metric in METRICS
+    }
+    worse = runs(none=[1.0, 1.1, 1.05], random=[1.2, 1.3, 1.26])
+    found = worse.compare("random", "none", "mean")
+    assert found is not None
+    assert found.verdict() == "random replay is worse than none"
+    assert found.difference == paired_difference([1.2, 1.3, 1.26], [1.0, 1.1, 1.05])
+    assert runs(none=[1.0], random=[2.0]).comparisons() == ()
+
+
+def test_a_file_that_is_no_verification() -> None:
+    for content in ({}, {"runs": [{"task": "t"}], "judged": 1, "ratio": 0.1}):
+        with pytest.raises(DataError, match="not a verification"):
+            Verification.from_dict(content)
+
+
+def test_score_files_of_runs_are_ordinary_score_files(tmp_path: Path) -> None:
+    pool, base = make_pool(), tiny()
+    plan = make_plan(pool, "random", 0.7, held_out=pool.ids[:10])
+    trial = Trial("naming", TASKS["naming"], task("naming", 2), arms(plan, pool))
+    verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, seeds=[0], directory=tmp_path)
+    assert Scores.load(tmp_path / "naming.random.0.parquet").ids == pool.ids[:10]

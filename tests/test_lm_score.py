@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from conftest import make_pool
+from forgetcast import ConfigError, DataError, Example, Pool
+from forgetcast.lm import LanguageModel, load, score
+from forgetcast.lm.text import encode
+from models import FAMILIES, tiny
+
+
+@pytest.fixture(scope="module")
+def llama() -> LanguageModel:
+    return tiny()
+
+
+def plain_nll(language_model: LanguageModel, example: Example) -> float:
+    """The oracle: one example, one forward pass, one Python loop over its target tokens."""
+    tokenizer = language_model.tokenizer
+    if example.text is not None:
+        ids, first = tokenizer(example.text)["input_ids"], 1
+    else:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        ids = prompt + tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        first = max(len(prompt), 1)
+    with torch.no_grad():
+        logits = language_model.model(input_ids=torch.tensor([ids])).logits[0].double()
+    losses = [-float(torch.log_softmax(logits[at - 1], dim=0)[ids[at]]) for at in range(first, len(ids))]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_a_plain_forward_pass(family: str, bos: bool) -> None:
+    language_model, pool = tiny(family, bos=bos), make_pool(12)
+    scores = score(language_model, pool)
+    expected = [plain_nll(language_model, example) for example in pool]
+    assert np.ptp(expected) > 0.01  # a constant would agree with anything
+    np.testing.assert_allclose(scores.nll, expected, rtol=2e-5)
+    assert scores.tokens.tolist() == [encode(e, language_model.tokenizer, 96).targets for e in pool]
+    assert not scores.truncated.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_order_and_padding_change_nothing(family: str) -> None:
+    language_model, pool = tiny(family), make_pool(12)
+    reference = score(language_model, pool, batch_tokens=1).nll  # one example a batch, no padding
+    for batch_tokens in (100, 300, 8192):
+        np.testing.assert_allclose(score(language_model, pool, batch_tokens=batch_tokens).nll, reference, rtol=2e-5)
+    reverse = Pool(reversed(list(pool)))
+    np.testing.assert_allclose(score(language_model, reverse).nll[::-1], reference, rtol=2e-5)
+
+
+def test_the_padding_token_changes_nothing(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(12)
+    reference = score(llama, pool).nll
+    for padding in (0, 17, 4095):
+        monkeypatch.setattr(sys.modules[score.__module__], "pad_id", lambda _, padding=padding: padding)
+        np.testing.assert_allclose(score(llama, pool).nll, reference, rtol=1e-6)
+
+
+def test_only_the_completion_counts(llama: LanguageModel) -> None:
+    both = Pool([Example("a", prompt="def area(r):\n", completion="    return 3 * r * r")])
+    joined = Pool([Example("a", text="def area(r):\n    return 3 * r * r")])
+    scores = score(llama, both)
+    assert scores.tokens[0] < score(llama, joined).tokens[0]
+    np.testing.assert_allclose(scores.nll, [plain_nll(llama, both[0])], rtol=2e-5)
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
+def test_an_empty_prompt_is_no_prompt(bos: bool) -> None:
+    """Without a token to begin with, the first token has nothing before it, so the rest is scored."""
+    language_model = tiny(bos=bos)
+    bare = score(language_model, Pool([Example("a", prompt="", completion="return 3 * r")]))
+    text = score(language_model, Pool([Example("a", text="return 3 * r")]))
+    np.testing.assert_allclose(bare.nll, text.nll, rtol=1e-6)
+
+
+def test_a_single_token_is_not_scored_and_says_why() -> None:
+    scores = score(tiny(bos=False), Pool([Example("one", text="a"), Example("more", text="a model of the world")]))
+    assert np.isnan(scores.nll[0])
+    assert scores.tokens[0] == 0
+    assert "single token" in str(scores.reasons[0])
+    assert np.isfinite(scores.nll[1])
+    assert scores.reasons[1] is None
+
+
+def test_long_texts_are_cut_and_say_so(llama: LanguageModel) -> None:
+    long = "the loss of a model " * 60
+    scores = score(llama, Pool([Example("long", text=long), Example("short", text="the loss")]))
+    assert scores.truncated.tolist() == [True, False]
+    assert scores.tokens[0] == 95
+    cut = score(llama, Pool([Example("long", text=long)]), max_length=10)
+    assert cut.tokens[0] == 9
+    for length in (1, 97):
+        with pytest.raises(ConfigError, match="between 2 and the model's context of 96"):
+            score(llama, make_pool(2), max_length=length)
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(2, 40), st.booleans())
+def test_cutting_keeps_the_completion_and_the_end_of_the_prompt(
+    prompt: int, completion: int, context: int, end: bool
+) -> None:
+    tokenizer = tiny_tokenizer()
+    words = [f" w{i}" for i in range(prompt)], [f" c{i}" for i in range(completion)]
+    example = Example("x", prompt="".join(words[0]), completion="".join(words[1]))
+    before = tokenizer(example.prompt)["input_ids"]
+    after = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * end
+    found = encode(example, tokenizer, context, end=end)
+    assert len(found.ids) == min(context, len(before) + len(after))
+    assert found.truncated == (len(before) + len(after) > context)
+    if before and len(before) + len(after) > context:
+        kept = after[: context - 1]
+        assert found.ids[-len(kept) :] == kept
+        room = context - len(kept)
+        # The token that begins every text stays, if there is room for another one of the prompt.
+        expected = [before[0], *before[len(before) - room + 1 :]] if room > 1 else before[-1:]
+        assert found.ids[:room] == expected
+        assert found.targets == len(kept)
+    if not found.truncated:
+        assert found.ids == before + after
+
+
+def tiny_tokenizer(cache: list[Any] = []) -> Any:  # noqa: B006  # loaded once for all of hypothesis's examples
+    if not cache:
+        cache.append(tiny().tokenizer)
+    return cache[0]
+
+
+def test_a_model_that_gives_no_numbers_is_refused() -> None:
+    broken = tiny()
+    with torch.no_grad():
+        next(broken.model.parameters())[:] = float("nan")
+    with pytest.raises(DataError, match="llama gives 'e"):
+        score(broken, make_pool(4))
+
+
+def test_scores_know_their_model_and_pool(llama: LanguageModel) -> None:
+    pool = make_pool(4)
+    metadata = score(llama, pool).metadata
+    assert metadata["pool"] == pool.fingerprint
+    assert metadata["model_hash"] == llama.weights_hash == tiny().weights_hash
+    assert metadata["model_hash"] != tiny(seed=1).weights_hash
+    assert metadata["dtype"] == "float32"
+
+
+def test_bfloat16_is_near_float32(llama: LanguageModel, tmp_path: Path) -> None:
+    llama.model.save_pretrained(tmp_path)
+    llama.tokenizer.save_pretrained(tmp_path)
+    half = load(tmp_path, dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    np.testing.assert_allclose(score(half, make_pool(6)).nll, score(llama, make_pool(6)).nll, rtol=0.05)
+
+
+def test_scoring_leaves_the_model_as_it_was(llama: LanguageModel) -> None:
+    llama.model.train()
+    score(llama, make_pool(2))
+    assert llama.model.training
+    llama.model.eval()
+
+
+def test_places_without_a_usable_model(llama: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"config\.json is missing"):
+        load(tmp_path)
+    llama.model.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="has no tokenizer"):
+        load(tmp_path)
+    llama.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="unknown dtype 'int3'"):
+        load(tmp_path, dtype="int3")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"weights of model\.layers\.0\.mlp\.up_proj\.weight and 0 other"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(llama: LanguageModel) -> None:
+    small = tiny()
+    small.model.resize_token_embeddings(100)
+    with pytest.raises(DataError, match="the tokenizer has 4096 tokens, the model only 100"):
+        LanguageModel(small.model, llama.tokenizer)
+
+
+def test_a_model_on_the_hub_that_is_not_here() -> None:
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load("nobody/no-such-model")

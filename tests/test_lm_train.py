@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_pool
+from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, make_plan
+from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
+from forgetcast.lm.replay import spread
+from models import tiny
+
+TASK = Pool(
+    [Example(f"q{i}", prompt=f"Question: what is {i} + 1?\nAnswer:", completion=f" {i + 1}") for i in range(12)]
+)
+RECIPE = Recipe(steps=8, batch_size=4, learning_rate=5e-3, max_length=64)
+
+
+def same_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    state = model.state_dict()
+    return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_tuning_learns_the_task_and_restoring_undoes_it(method: str) -> None:
+    base = tiny()
+    weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    before = score(base, TASK).nll.mean()
+    workbench = Workbench(base)
+    recipe = RECIPE.model_copy(update={"method": method})
+    seen: list[tuple[int, int]] = []
+    tuned = workbench.tune(TASK, recipe, on_step=lambda *step: seen.append(step))
+    assert seen == [(i, 8) for i in range(1, 9)]
+    assert tuned.steps == 8
+    assert tuned.replayed == ()
+    after = score(tuned.language_model, TASK).nll
+    assert after.mean() < before - 0.3
+    workbench.restore()
+    assert same_weights(base.model, weights)
+    # The same seed gives the same model, whatever was tuned before it.
+    workbench.tune(TASK, RECIPE.model_copy(update={"seed": 9, "method": "lora" if method == "full" else "full"}))
+    np.testing.assert_allclose(score(workbench.tune(TASK, recipe).language_model, TASK).nll, after, rtol=1e-4)
+    workbench.restore()
+    assert same_weights(base.model, weights)
+
+
+def test_batches_in_parts_give_the_same_model() -> None:
+    whole = Workbench(tiny()).tune(TASK, RECIPE).language_model
+    in_parts = Workbench(tiny()).tune(TASK, RECIPE.model_copy(update={"micro_batch_size": 2})).language_model
+    np.testing.assert_allclose(score(in_parts, TASK).nll, score(whole, TASK).nll, rtol=1e-3)
+    with pytest.raises(ConfigError, match="does not divide"):
+        Workbench(tiny()).tune(TASK, RECIPE.model_copy(update={"micro_batch_size": 3}))
+
+
+def test_training_is_that_of_a_plain_loop() -> None:
+    """Oracle: AdamW with a linear decay, one batch after another, the mean loss over target tokens."""
+    recipe = RECIPE.model_copy(update={"steps": 3})
+    tuned = Workbench(tiny()).tune(TASK, recipe).language_model
+    plain = tiny()
+    mixture = ReplayMixture(TASK, plain.tokenizer, steps=3, batch_size=4, max_length=64)
+    plain.model.train()
+    optimizer = torch.optim.AdamW(plain.model.parameters(), lr=5e-3, weight_decay=0.0)
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - step / 3)
+        batch = mixture.collate([mixture[4 * step + i] for i in range(4)])
+        logits = plain.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 1.0)
+        optimizer.step()
+    np.testing.assert_allclose(score(tuned, TASK).nll, score(plain, TASK).nll, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_saved_model_scores_as_the_one_in_memory(tmp_path: Path, method: str) -> None:
+    base = tiny()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    workbench = Workbench(load(tmp_path / "base"))
+    tuned = workbench.tune(TASK, RECIPE.model_copy(update={"method": method}))
+    tuned.save(tmp_path / "tuned")
+    expected = score(tuned.language_model, TASK).nll
+    np.testing.assert_allclose(score(load(tmp_path / "tuned"), TASK).nll, expected, rtol=1e-5)
+
+
+def test_replay_comes_on_top_in_whole_batches_that_are_never_held_out() -> None:
+    pool, base = make_pool(24), tiny()
+    plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], seed=3)
+    mixture = ReplayMixture(TASK, base.tokenizer, steps=8, batch_size=4, max_length=64, plan=plan, pool=pool)
+    alone = ReplayMixture(TASK, base.tokenizer, steps=8, batch_size=4, max_length=64)
+    assert len(mixture) == 48
+    assert mixture.replayed == plan.order(16)
+    assert not set(mixture.replayed) & set(plan.held_out_ids)
+    batches = [[mixture[4 * step + i].ids for i in range(4)] for step in range(12)]
+    new = [[alone[4 * step + i].ids for i in range(4)] for step in range(8)]
+    is_old = list(spread(8, 4))
+    assert [batch for batch, old in zip(batches, is_old, strict=True) if not old] == new
+    tuned = Workbench(base).tune(TASK, RECIPE, plan=plan, pool=pool)
+    assert tuned.replayed == mixture.replayed
+    assert tuned.steps == 12
+
+
+@pytest.mark.parametrize(("new", "old"), [(8, 4), (40, 8), (5, 0), (3, 7), (1, 1), (100, 3)])
+def test_replayed_batches_are_evenly_spread(new: int, old: int) -> None:
+    marks = np.array(list(spread(new, old)))
+    assert len(marks) == new + old
+    assert marks.sum() == old
+    share = old / (new + old)
+    counted = np.cumsum(marks) - share * np.arange(1, new + old + 1)
+    assert np.abs(counted).max() <= 0.5 + 1e-9
+
+
+def test_replay_keeps_what_it_replays() -> None:
+    """Examples that are replayed are forgotten less than without replay; else the mixture is not trained on."""
+    pool = make_pool(16)
+    plan = make_plan(pool, "random", 1.0)
+    workbench = Workbench(tiny())
+    without = score(workbench.tune(TASK, RECIPE).language_model, pool).nll.mean()
+    with_replay = score(workbench.tune(TASK, RECIPE, plan=plan, pool=pool).language_model, pool).nll.mean()
+    assert with_replay < without - 0.3
+
+
+def test_replay_that_cannot_be() -> None:
+    pool, base = make_pool(24), tiny()
+    plan = make_plan(pool, "random", 0.01)
+    sizes = {"steps": 8, "batch_size": 4, "max_length": 64}
+    with pytest.raises(ConfigError, match=r"replays no batch; use at least 0\.125"):
+        ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan, pool=pool)
+    with pytest.raises(ConfigError, match="needs the pool"):
+        ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan)
+    with pytest.raises(MismatchError, match="another pool"):
+        ReplayMixture(TASK, base.tokenizer, **sizes, plan=make_plan(pool, "random", 0.5), pool=make_pool(23))
+
+
+def test_a_loss_that_explodes_is_an_error() -> None:
+    with pytest.raises(DataError, match="learning_rate"):
+        Workbench(tiny()).tune(TASK, RECIPE.model_copy(update={"learning_rate": 1e30, "steps": 4}))
+
+
+def test_recipes_refuse_what_they_do_not_know() -> None:
+    for bad in ({"stepz": 3}, {"steps": 0}, {"learning_rate": -1.0}, {"method": "qlora"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Recipe.model_validate(bad)
+
+
+def test_a_loaded_model_without_its_own_limit_has_the_tokenizers() -> None:
+    language_model: LanguageModel = tiny()
+    assert language_model.context == 96
+    language_model.tokenizer.model_max_length = 50
+    assert language_model.context == 50
