@@ -217,10 +217,20 @@ def test_other_bad_input(work: Path, atlas: Path, run: Run, tmp_path: Path) -> N
     assert "has no tokenizer" in refused("score", no_tokenizer, work / "pool.jsonl", "-o", tmp_path / "s.parquet")
     assert "is not an atlas" in refused("analyze", tmp_path)
     assert "cannot be chosen from 30" in refused("probes", atlas, "-k", 31, "-o", tmp_path / "p.jsonl")
-    assert "go together" in refused("train", work / "model", work / "rhyming.parquet", "--plan", "p", "-o", tmp_path / "t")
+    assert "go together" in refused(
+        "train", work / "model", work / "rhyming.parquet", "--plan", "p", "-o", tmp_path / "t"
+    )
     assert "not empty" in refused("train", work / "model", work / "rhyming.parquet", "-o", work / "tasks")
     (tmp_path / "recipe.yaml").write_text("stepz: 3")
-    words = ("train", work / "model", work / "rhyming.parquet", "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "t")
+    words = (
+        "train",
+        work / "model",
+        work / "rhyming.parquet",
+        "--recipe",
+        tmp_path / "recipe.yaml",
+        "-o",
+        tmp_path / "t",
+    )
     assert "stepz: Extra inputs" in refused(*words)
     # A plan for another pool, in training and in verification.
     make_pool(12).save(tmp_path / "other.jsonl")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_progress_ends_at_its_total(tmp_path: Path) -> None:
     settings = replace(SMALL, known=3, new=1, seeds=1, steps=2)
     seen: list[tuple[int, int]] = []
     run_demo(tmp_path, settings, on_progress=lambda _, done, total: seen.append((done, total)))
-    assert all(a[0] <= b[0] for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a[0] <= b[0] for a, b in pairwise(seen))
     assert 0.9 < seen[-1][0] / seen[-1][1] <= 1
 
 

@@ -200,9 +200,10 @@ def test_in_a_browser(tmp_path: Path, atlas: Atlas) -> None:
                 assert page.locator("figure").count() == 6
                 assert page.locator("figure .trace, figure .heatmaplayer image, figure .point").count() > 20
                 page.locator("#risk details").first.click()
-                assert "token" in page.locator("#risk pre").first.inner_text() or "text" in page.locator(
-                    "#risk pre"
-                ).first.inner_text()
+                assert (
+                    "token" in page.locator("#risk pre").first.inner_text()
+                    or "text" in page.locator("#risk pre").first.inner_text()
+                )
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
                 assert problems == [file.as_uri()]
                 page.close()

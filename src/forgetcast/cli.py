@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,6 +45,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+SECONDS_BETWEEN_LINES = 15
+"""Of progress, where the output is no terminal but a log."""
 
 METHODS = {"bayesian": completion.Bayesian, "additive": completion.Additive, "mean": completion.Mean}
 
@@ -447,9 +452,16 @@ def _progress() -> Iterator[OnProgress]:
     )
     with Progress(*columns, console=err, transient=True, speed_estimate_period=120) as bar:
         row = bar.add_task("starting", total=None)
+        printed = time.monotonic()
 
         def report(what: str, done: int, total: int) -> None:
+            nonlocal printed
             bar.update(row, description=what, completed=done, total=total)
+            if not err.is_terminal and time.monotonic() - printed > SECONDS_BETWEEN_LINES:
+                printed = time.monotonic()
+                left = bar.tasks[row].time_remaining
+                guess = f", {timedelta(seconds=round(left))} left" if left is not None else ""
+                err.print(f"{done / total:4.0%}{guess}  {what}", markup=False)
 
         yield report
 

@@ -49,22 +49,27 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
     """The arms, and what their differences allow to be said."""
-    table = Table("replay", *(METRIC_NAMES[metric] for metric in METRICS), "replayed", "seconds")
+    table = Table("replay", *METRIC_NAMES.values(), "replayed", "seconds")
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
         figures = (f"{result.average(arm, metric):.3f}" for metric in METRICS)
         table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
     yield table
-    gaps = Table("metric", "difference", "mean", "95 % interval", "verdict")
-    for c in result.comparisons():
+    comparisons = result.comparisons()
+    if not comparisons:
+        return
+    gaps = Table("metric", "difference", "mean", "95 % interval")
+    gaps.title = (
+        f"Differences over {comparisons[0].difference.pairs} pairs of runs (same task and seed); negative is better"
+    )
+    for c in comparisons:
         gap = c.difference
-        verdict = c.verdict() if c.metric != "new_task_loss" else ""
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
-        gaps.add_row(METRIC_NAMES[c.metric], f"{c.arm} - {c.baseline}", f"{gap.mean:+.3f}", interval, verdict)
-    if gaps.row_count:
-        pairs = result.comparisons()[0].difference.pairs
-        gaps.title = f"Paired differences over {pairs} pairs of runs (same task, same seed); negative is better"
-        yield gaps
+        gaps.add_row(METRIC_NAMES[c.metric], f"{escape(c.arm)} - {c.baseline}", f"{gap.mean:+.3f}", interval)
+    yield gaps
+    for c in comparisons:
+        if c.metric != "new_task_loss":
+            yield f"On the {METRIC_NAMES[c.metric]}, {escape(c.verdict())}."
 
 
 def demo_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
