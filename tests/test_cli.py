@@ -234,6 +234,8 @@ def test_other_bad_input(work: Path, atlas: Path, run: Run, tmp_path: Path) -> N
     assert "stepz: Extra inputs" in refused(*words)
     # A plan for another pool, in training and in verification.
     make_pool(12).save(tmp_path / "other.jsonl")
+    words = ("score", work / "model", work / "pool.jsonl", "-o", work / "pool.jsonl" / "scores.parquet")
+    assert "pool.jsonl" in refused(*words)
     assert run("plan", atlas, "--strategy", "random", "-o", tmp_path / "plan.parquet")[0] == 0
     words = ("--plan", tmp_path / "plan.parquet", "--pool", tmp_path / "other.jsonl", "-o", tmp_path / "t")
     assert "another pool" in refused("train", work / "model", work / "rhyming.parquet", *words)
@@ -252,9 +254,10 @@ def test_usage_errors_and_help(run: Run) -> None:
     assert run("no-such-command")[0] == 2
 
 
-def test_words_from_data_are_not_markup(work: Path, run: Run, tmp_path: Path) -> None:
+def test_words_from_data_are_not_markup(work: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     Pool([Example("[red]a[/x]", text="the loss of a model"), Example("b", text="t")]).save(tmp_path / "p.jsonl")
-    code, out, _ = run("score", work / "model", tmp_path / "p.jsonl", "-o", tmp_path / "[bold]s.parquet")
+    code, out, _ = run("score", work / "model", tmp_path / "p.jsonl", "-o", "[bold]s.parquet")
     assert code == 0
     assert "[bold]s.parquet" in out
 

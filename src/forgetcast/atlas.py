@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from forgetcast._files import read_json, write_json
+from forgetcast._files import read_json, umask, write_json
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.pool import Pool
@@ -105,7 +105,7 @@ class Atlas:
                 "tasks": [],
             }
             write_json(temporary / "atlas.json", index)
-            temporary.chmod(0o755)
+            temporary.chmod(0o777 & ~umask())
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

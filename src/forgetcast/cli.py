@@ -66,9 +66,9 @@ def main() -> None:
     except ForgetcastError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; what was finished is kept, and the same command goes on from there")
-        sys.exit(130)
+    except OSError as error:
+        err.print(f"error: {error.filename or 'writing'}: {error.strerror or error}", markup=False, soft_wrap=True)
+        sys.exit(2)
 
 
 @app.command(name="score")
@@ -463,7 +463,11 @@ def _progress() -> Iterator[OnProgress]:
                 guess = f", {timedelta(seconds=round(left))} left" if left is not None else ""
                 err.print(f"{done / total:4.0%}{guess}  {what}", markup=False)
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt:
+            err.print("interrupted; what was finished is kept, and the same command goes on from there")
+            raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ class Structure:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
-        return asdict(self)
+        lists = {"rank_r2": list(self.rank_r2), "components": [asdict(component) for component in self.components]}
+        return asdict(self) | lists
 
 
 def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: int = 3) -> Structure:

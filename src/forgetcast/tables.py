@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from forgetcast.structure import Structure
 from forgetcast.verification import METRIC_NAMES, METRICS, Verification
@@ -16,7 +16,7 @@ from forgetcast.verification import METRIC_NAMES, METRICS, Verification
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     """One row a fact; those that are None are left out."""
-    table = Table(title=title, show_header=False)
+    table = Table("", Column(overflow="fold"), title=title, show_header=False)
     for name, value in facts.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else escape(str(value)))

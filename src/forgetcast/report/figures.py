@@ -1,12 +1,14 @@
 """The report's plots, as pieces of HTML that need plotly.js once in the page.
 
-Every string from data goes through `label` before it reaches plotly, which reads labels as a small subset of HTML.
+Every string from data goes through `labels` before it reaches plotly, which reads labels as a small subset of HTML.
 """
 
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,14 +26,18 @@ BLUE, ORANGE, GREY = "#2f6690", "#d1603d", "#8a8f98"
 LONGEST_LABEL = 40
 
 
-def label(text: str) -> str:
-    """Make a label of a string from data: escaped, and cut where it is long."""
-    return html.escape(text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…")
+def labels(texts: Sequence[str]) -> list[str]:
+    """Make labels of strings from data: escaped, cut in the middle where they are long, and still all different."""
+    half = LONGEST_LABEL // 2
+    short = [text if len(text) <= LONGEST_LABEL else f"{text[:half]}…{text[-half:]}" for text in texts]
+    again = {text for text, count in Counter(short).items() if count > 1}
+    return [html.escape(f"{text} ({i})" if text in again else text) for i, text in enumerate(short, 1)]
 
 
 def forgetting_by_task(means: Mapping[str, float], new: Sequence[str]) -> str:
     """Bars of the mean forgetting of each task, most forgetting first; `new` ones in another colour."""
     names = sorted(means, key=lambda name: -means[name])
+    called = dict(zip(names, labels(names), strict=True))
     figure = go.Figure()
     for legend, colour, shown in (
         ("in the atlas", BLUE, [name for name in names if name not in new]),
@@ -40,14 +46,14 @@ def forgetting_by_task(means: Mapping[str, float], new: Sequence[str]) -> str:
         if shown:
             figure.add_bar(
                 x=[means[name] for name in shown],
-                y=[label(name) for name in shown],
+                y=[called[name] for name in shown],
                 orientation="h",
                 name=legend,
                 marker_color=colour,
                 hovertemplate="%{y}: %{x:.3f}<extra></extra>",
             )
     figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=[label(name) for name in names], autorange="reversed"
+        type="category", categoryorder="array", categoryarray=list(called.values()), autorange="reversed"
     )
     figure.update_xaxes(title="mean forgetting (nats per token)", zeroline=True)
     return _html(figure, height=90 + 22 * len(names), legend=bool(new), what="Mean forgetting by task")
@@ -57,44 +63,42 @@ def heatmap(matrix: ForgettingMatrix) -> str:
     """Draw the matrix: tasks by mean forgetting, examples by source and within it by mean forgetting."""
     values = matrix.values
     column_means = mean_of_measured(values, 0)
-    labels = np.array(matrix.sources)
-    order = np.lexsort((-np.nan_to_num(column_means, nan=-np.inf), labels))
+    source_of = np.array(matrix.sources)
+    order = np.lexsort((-np.nan_to_num(column_means, nan=-np.inf), source_of))
     rows = np.argsort(-np.nan_to_num(mean_of_measured(values, 1), nan=-np.inf), kind="stable")
     step = -(-len(order) // MOST_COLUMNS)
     blocks: list[np.ndarray] = []
-    ticks: list[tuple[float, str]] = []
-    edges: list[int] = []
-    for source in sorted(set(matrix.sources)):
-        members = order[labels[order] == source]
-        start = len(blocks)
+    edges = [0]
+    sources = sorted(set(matrix.sources))
+    for source in sources:
+        members = order[source_of[order] == source]
         blocks += [members[i : i + step] for i in range(0, len(members), step)]
-        ticks.append(((start + len(blocks) - 1) / 2, label(source or "(no source)")))
         edges.append(len(blocks))
     shown = np.column_stack([mean_of_measured(values[np.ix_(rows, block)], 1) for block in blocks])
     measured = np.abs(shown[~np.isnan(shown)])
     limit = float(np.quantile(measured, 0.99)) if measured.size else 1.0
+    first = labels([matrix.examples[int(block[0])] for block in blocks])
     names = [
-        label(matrix.examples[block[0]]) + (f" and {len(block) - 1} more" if len(block) > 1 else "") for block in blocks
+        name + (f" and {len(block) - 1} more" if len(block) > 1 else "")
+        for name, block in zip(first, blocks, strict=True)
     ]
     figure = go.Figure(
         go.Heatmap(
             z=shown.astype(np.float32),
-            x=np.arange(len(blocks)),
-            y=[label(matrix.tasks[i]) for i in rows],
-            customdata=np.broadcast_to(np.array(names, dtype=object), shown.shape) if shown.size <= 50_000 else None,
+            x=names,
+            y=labels([matrix.tasks[int(i)] for i in rows]),
             colorscale="RdBu_r",
             zmid=0,
             zmin=-(limit or 1.0),
             zmax=limit or 1.0,
             colorbar={"title": {"text": "nats per<br>token"}, "thickness": 12},
-            hovertemplate="%{y}<br>%{customdata}<br>%{z:.3f} nats per token<extra></extra>"
-            if shown.size <= 50_000
-            else "%{y}<br>%{z:.3f} nats per token<extra></extra>",
+            hovertemplate="%{y}<br>%{x}<br>%{z:.3f} nats per token<extra></extra>",
         )
     )
-    for edge in edges[:-1]:
+    for edge in edges[1:-1]:
         figure.add_vline(x=edge - 0.5, line_width=1, line_color="#333")
-    figure.update_xaxes(tickvals=[at for at, _ in ticks], ticktext=[name for _, name in ticks], tickangle=-30)
+    middles = [names[(start + end) // 2] for start, end in pairwise(edges)]
+    figure.update_xaxes(type="category", tickvals=middles, ticktext=_source_labels(sources), tickangle=-30)
     figure.update_yaxes(type="category", autorange="reversed")
     return _html(figure, height=150 + max(18 * len(rows), 120), what="The forgetting matrix", grid=False)
 
@@ -133,7 +137,7 @@ def loadings(structure: Structure) -> str:
     figure = go.Figure()
     for i, row in enumerate(values):
         figure.add_bar(
-            y=[label(source or "(no source)") for source in sources],
+            y=_source_labels(sources),
             x=row,
             orientation="h",
             name=f"component {i + 1}",
@@ -206,7 +210,7 @@ def forecast_alone(forecast: TaskForecast) -> str:
     figure.add_scatter(
         x=rank,
         y=forecast.mean[order],
-        customdata=[label(forecast.ids[int(i)]) for i in order],
+        customdata=labels([forecast.ids[int(i)] for i in order]),
         mode="lines",
         line_color=BLUE,
         name="forecast",
@@ -220,11 +224,12 @@ def forecast_alone(forecast: TaskForecast) -> str:
 def replay_differences(verification: Verification) -> str:
     """Paired differences between the arms with their intervals; None of them is drawn without an interval."""
     figure = go.Figure()
-    for metric, colour in zip(METRIC_NAMES, (BLUE, ORANGE, GREY), strict=True):
+    names = list(dict.fromkeys(f"{c.arm} − {c.baseline}" for c in verification.comparisons()))
+    for metric, colour, offset in zip(METRIC_NAMES, (BLUE, ORANGE, GREY), (-0.2, 0.0, 0.2), strict=True):
         shown = [c for c in verification.comparisons() if c.metric == metric]
         figure.add_scatter(
             x=[c.difference.mean for c in shown],
-            y=[f"{c.arm} − {c.baseline}" for c in shown],
+            y=[names.index(f"{c.arm} − {c.baseline}") + offset for c in shown],
             error_x={
                 "type": "data",
                 "symmetric": False,
@@ -234,17 +239,20 @@ def replay_differences(verification: Verification) -> str:
             mode="markers",
             marker={"color": colour, "size": 9},
             name=METRIC_NAMES[metric],
-            hovertemplate="%{y}: %{x:+.3f}<extra>" + METRIC_NAMES[metric] + "</extra>",
+            hovertemplate="%{x:+.3f}<extra>" + METRIC_NAMES[metric] + "</extra>",
         )
     figure.add_vline(x=0, line_width=1, line_color="#333")
-    figure.update_layout(scattermode="group", scattergap=0.5)
-    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels(names), autorange="reversed")
     figure.update_xaxes(title="difference (nats per token; below zero is better)")
     return _html(figure, height=320, legend=True, what="Differences between the replay strategies")
 
 
 def _ids(forecast: TaskForecast, chosen: np.ndarray) -> list[str]:
-    return [label(id_) for id_, wanted in zip(forecast.ids, chosen, strict=True) if wanted]
+    return labels([id_ for id_, wanted in zip(forecast.ids, chosen, strict=True) if wanted])
+
+
+def _source_labels(sources: Sequence[str]) -> list[str]:
+    return labels([source or "(no source)" for source in sources])
 
 
 def _range(*values: np.ndarray) -> list[float]:
