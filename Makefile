@@ -12,10 +12,10 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## run the main job on the demo model (about 5 minutes), into demo-output/
+demo: $(VENV)/.demo  ## run the main job on the demo model (about 7 minutes), into demo-output/
 	$(BIN)/forgetcast demo -o demo-output
 
-test: $(VENV)/.dev  ## run every test
+test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev  ## run the tests that take minutes each
