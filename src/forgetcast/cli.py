@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -61,6 +62,8 @@ TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code t
 
 def main() -> None:
     """Run the command line; errors raised on purpose become one line and exit code 2."""
+    # Between PEFT and Transformers; nothing that a user of the command could act on.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     try:
         app()
     except ForgetcastError as error:
@@ -205,7 +208,8 @@ def forecast_(
         "output": str(output),
     }
     rows = [
-        {"id": forecast.ids[i]} | {name: float(getattr(forecast, name)[i]) for name in ("mean", "lower", "upper")}
+        {"id": forecast.ids[i], "probed": bool(forecast.probed[i])}
+        | {name: float(getattr(forecast, name)[i]) for name in ("mean", "lower", "upper")}
         for i in worst
     ]
     if as_json:
@@ -214,7 +218,8 @@ def forecast_(
     _show(facts, False, title="Forecast")
     table = Table("example", "forecast", f"{level:.0%} interval", title="Most at risk (nats per token)")
     for row in rows:
-        table.add_row(escape(row["id"]), f"{row['mean']:.3f}", f"{row['lower']:.3f} to {row['upper']:.3f}")
+        interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
+        table.add_row(escape(row["id"]), f"{row['mean']:.3f}", interval)
     out.print(table)
     if forecast.misfit < 0.05:
         out.print(

@@ -53,10 +53,10 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, context: int, *
     """
     tail = [int(tokenizer.eos_token_id)] if end and tokenizer.eos_token_id is not None else []
     if example.text is not None:
-        ids = list(tokenizer(example.text)["input_ids"]) + tail
+        ids = _tokens(tokenizer, example.text) + tail
         return Encoded(ids[:context], 1, len(ids) > context)
-    prompt = list(tokenizer(example.prompt or "")["input_ids"])
-    completion = list(tokenizer(example.completion or "", add_special_tokens=False)["input_ids"]) + tail
+    prompt = _tokens(tokenizer, example.prompt or "")
+    completion = _tokens(tokenizer, example.completion or "", add_special_tokens=False) + tail
     truncated = len(prompt) + len(completion) > context
     if truncated:
         completion = completion[: context - 1]
@@ -64,6 +64,11 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, context: int, *
         leading = 1 if prompt[0] in tokenizer.all_special_ids and room > 1 else 0
         prompt = prompt[:leading] + prompt[len(prompt) - (room - leading) :]
     return Encoded(prompt + completion, max(len(prompt), 1), truncated)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    # Not verbose: else it warns that the text is longer than the context, which is cut to it right after.
+    return list(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
 def pad(batch: Sequence[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
