@@ -1,6 +1,6 @@
-"""What all completion methods share: the linear-Gaussian model of a new row, its posterior, and its calibration.
+"""What all completion methods share: the contract, calibration on left-out tasks, and the linear-Gaussian model.
 
-A new task's forgetting of example j is modelled as
+Most methods are linear-Gaussian: a new task's forgetting of example j is modelled as
 
     z_j = mean_j + loadings_j . c + e_j,    c ~ N(0, diag(prior)),    e_j ~ N(0, noise_j)
 
@@ -11,8 +11,9 @@ closed form (Bishop, Pattern Recognition and Machine Learning, section 3.3).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from scipy import linalg, special
@@ -102,18 +103,44 @@ class Estimate(NamedTuple):
         squared = (surprise * weighted).sum(axis=1) - ((weighted @ loadings) * coefficients).sum(axis=1)
         return mean, variance, np.log(np.maximum(squared, 1e-12) / max(len(probes), 1))
 
+    def extended(self, known: np.ndarray) -> Estimate:
+        """Give examples that were never measured the parameters of the average one, and a noise to match."""
+        mean = np.full(len(known), self.mean.mean())
+        loadings = np.tile(self.loadings.mean(axis=0), (len(known), 1))
+        noise = np.full(len(known), self.noise.mean() + self.mean.var())
+        mean[known], loadings[known], noise[known] = self.mean, self.loadings, self.noise
+        return Estimate(mean, loadings, self.prior, noise)
 
-class LinearGaussian(ABC):
-    """Base of the completion methods.
+
+class State(Protocol):
+    """What a method has learned: enough to complete new rows."""
+
+    def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Condition on rows (B, k) measured at the probes (k,).
+
+        Returns
+        -------
+        mean : array, shape (B, N)
+        variance : array, shape (N,) or (B, N)
+        log_misfit : array, shape (B,)
+            Log of how badly the probes fit, on any scale that left-out tasks can be compared on.
+        """
+        ...
+
+    def extended(self, known: np.ndarray) -> State:
+        """Give examples that were never measured, where `known` (N,) is False, the parameters of the average one."""
+        ...
+
+
+class Completion(ABC):
+    """Base of all completion methods: checks, conditioning on probes, calibration on left-out tasks.
+
+    A method derives from this class and writes `_estimate`; or from `LinearGaussian`, which most methods are.
 
     Attributes
     ----------
-    mean_ : array, shape (N,)
-    loadings_ : array, shape (N, r)
-    prior_ : array, shape (r,)
-        Prior variances of the coefficients; infinite where nothing is assumed.
-    noise_ : array, shape (N,)
-        Variance, around the model, of each example.
+    state_ : State
+        What was learned.
     examples_ : tuple of str, length N
     widths_ : array, shape (len(LEVELS),)
         Interval half-widths in standard deviations, from left-out tasks.
@@ -121,18 +148,18 @@ class LinearGaussian(ABC):
         What the model's own standard deviation is multiplied by, so that left-out tasks have variance one.
     """
 
-    mean_: np.ndarray
-    loadings_: np.ndarray
-    prior_: np.ndarray
-    noise_: np.ndarray
+    state_: State
     examples_: tuple[str, ...]
     widths_: np.ndarray
     scale_: float
     _log_misfits: np.ndarray
 
     @abstractmethod
-    def _estimate(self, values: np.ndarray) -> Estimate:
+    def _estimate(self, values: np.ndarray) -> State:
         """Learn from `values`, shape (M, N) of float64, M >= 2; no row or column is all NaN."""
+
+    def _prepare(self, values: np.ndarray) -> None:  # noqa: B027  # most methods have nothing to prepare
+        """Check the settings and choose hyper-parameters once, before `_estimate` is called on parts of `values`."""
 
     def fit(self, matrix: ForgettingMatrix | Any) -> Self:
         """Learn from the tasks of a forgetting matrix; NaN is legal anywhere.
@@ -151,10 +178,9 @@ class LinearGaussian(ABC):
         if len(values) < 2:
             raise DataError(f"completion needs at least two measured tasks; the matrix has {len(values)}")
         known: np.ndarray = np.any(~np.isnan(values), axis=0)
-        estimate = self._estimate(values[:, known])
-        if not known.all():
-            estimate = _extend(estimate, known)
-        self.mean_, self.loadings_, self.prior_, self.noise_ = estimate
+        self._prepare(values[:, known])
+        state = self._estimate(values[:, known])
+        self.state_ = state if known.all() else state.extended(known)
         self.examples_ = matrix.examples
         self._calibrate(values[:, known])
         return self
@@ -174,7 +200,7 @@ class LinearGaussian(ABC):
         DataError
             If a probe is out of range or repeats, or a measurement is not a finite number.
         """
-        if not hasattr(self, "mean_"):
+        if not hasattr(self, "state_"):
             raise DataError(f"{type(self).__name__} is not fitted; call fit first")
         probes = np.asarray(probes, dtype=np.intp).reshape(-1)
         rows = np.asarray(observed, dtype=np.float64)
@@ -184,21 +210,19 @@ class LinearGaussian(ABC):
             raise DataError(f"{len(probes)} probes, but the measurements have the shape {np.shape(observed)}")
         if len(np.unique(probes)) < len(probes):
             raise DataError("a probe is given twice")
-        if len(probes) and not (probes.min() >= 0 and probes.max() < len(self.mean_)):
-            raise DataError(f"a probe is outside the {len(self.mean_)} examples of the atlas")
+        if len(probes) and not (probes.min() >= 0 and probes.max() < len(self.examples_)):
+            raise DataError(f"a probe is outside the {len(self.examples_)} examples of the atlas")
         if not np.isfinite(rows).all():
             bad = self.examples_[probes[np.argwhere(~np.isfinite(rows))[0, 1]]]
             raise DataError(f"the measurement of the probe {bad!r} is not a finite number")
-        estimate = Estimate(self.mean_, self.loadings_, self.prior_, self.noise_)
-        mean, variance, log_misfit = estimate.posterior(probes, rows)
-        std = np.sqrt(variance) * self.scale_
-        std[probes] = 0.0
+        mean, variance, log_misfit = self.state_.posterior(probes, rows)
+        std = np.broadcast_to(np.sqrt(variance) * self.scale_, mean.shape).copy()
+        std[:, probes] = 0.0
         mean[:, probes] = rows
-        std = np.broadcast_to(std, mean.shape)
         misfit = self._p_value(log_misfit) if len(probes) else np.ones(len(rows))
         if single:
-            return Forecast(mean[0], std[0].copy(), probes, float(misfit[0]), self.widths_)
-        return Forecast(mean, std.copy(), probes, misfit, self.widths_)
+            return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_)
+        return Forecast(mean, std, probes, misfit, self.widths_)
 
     def _p_value(self, log_misfit: np.ndarray) -> np.ndarray:
         """One-sided prediction test of a new task's log misfit against those of the left-out tasks."""
@@ -212,22 +236,10 @@ class LinearGaussian(ABC):
         """Leave out one task at a time, forecast it from random probes, and learn the scale and the widths."""
         self.scale_, self.widths_ = 1.0, special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
-        rng = np.random.default_rng(0)  # fixed, so that a fit is a function of the matrix alone
-        columns = rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]
-        left_out = rng.permutation(len(values))[:CALIBRATION_TASKS]
         ratios, misfits = [], []
-        for task in left_out if len(values) >= 4 else ():
-            row = values[task, columns]
-            rest = np.delete(values[:, columns], task, axis=0)
-            usable = np.flatnonzero(~np.isnan(row) & ~np.isnan(rest).all(axis=0))
-            rest = rest[~np.isnan(rest).all(axis=1)]
-            if len(usable) < 2 * CALIBRATION_PROBES or len(rest) < 2:
-                continue
-            other = self._estimate(rest[:, usable])
-            probes = rng.permutation(len(usable))[:CALIBRATION_PROBES]
-            mean, variance, log_misfit = other.posterior(probes, row[usable][None, probes])
-            ratio = (row[usable] - mean[0]) / np.sqrt(variance)
-            ratios.append(np.delete(ratio, probes))
+        for rest, row, probes in left_out(values):
+            mean, variance, log_misfit = self._estimate(rest).posterior(probes, row[None, probes])
+            ratios.append(np.delete((row - mean[0]) / np.sqrt(np.atleast_2d(variance)[0]), probes))
             misfits.append(float(log_misfit[0]))
         if not ratios:
             return
@@ -238,13 +250,61 @@ class LinearGaussian(ABC):
         self._log_misfits = np.array(misfits)
 
 
-def _extend(estimate: Estimate, known: np.ndarray) -> Estimate:
-    """Give examples that were never measured the parameters of the average one, and a noise to match."""
-    mean = np.full(len(known), estimate.mean.mean())
-    loadings = np.tile(estimate.loadings.mean(axis=0), (len(known), 1))
-    noise = np.full(len(known), estimate.noise.mean() + estimate.mean.var())
-    mean[known], loadings[known], noise[known] = estimate.mean, estimate.loadings, estimate.noise
-    return Estimate(mean, loadings, estimate.prior, noise)
+def left_out(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Leave out one task at a time, on a part of the columns: the other rows, its row, and random probes in it.
+
+    At most CALIBRATION_TASKS tasks and CALIBRATION_EXAMPLES columns, those on which the task was measured; nothing
+    where there are fewer than four tasks. The choice is fixed, so that a fit is a function of the matrix alone.
+    """
+    rng = np.random.default_rng(0)
+    columns = rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]
+    for task in rng.permutation(len(values))[:CALIBRATION_TASKS] if len(values) >= 4 else ():
+        row = values[task, columns]
+        rest = np.delete(values[:, columns], task, axis=0)
+        usable = np.flatnonzero(~np.isnan(row) & ~np.isnan(rest).all(axis=0))
+        rest = rest[~np.isnan(rest).all(axis=1)]
+        if len(usable) >= 2 * CALIBRATION_PROBES and len(rest) >= 2:
+            yield rest[:, usable], row[usable], rng.permutation(len(usable))[:CALIBRATION_PROBES]
+
+
+class LinearGaussian(Completion):
+    """Base of the methods whose new row is `mean + loadings @ c + noise` with Gaussian c and noise.
+
+    Attributes
+    ----------
+    state_ : Estimate
+    mean_ : array, shape (N,)
+    loadings_ : array, shape (N, r)
+    prior_ : array, shape (r,)
+        Prior variances of the coefficients; infinite where nothing is assumed.
+    noise_ : array, shape (N,)
+        Variance, around the model, of each example.
+    """
+
+    state_: Estimate
+
+    @abstractmethod
+    def _estimate(self, values: np.ndarray) -> Estimate: ...
+
+    @property
+    def mean_(self) -> np.ndarray:
+        """Expected row of a task that nothing is known of, shape (N,)."""
+        return self.state_.mean
+
+    @property
+    def loadings_(self) -> np.ndarray:
+        """Loadings of the examples, shape (N, r)."""
+        return self.state_.loadings
+
+    @property
+    def prior_(self) -> np.ndarray:
+        """Prior variances of the coefficients, shape (r,)."""
+        return self.state_.prior
+
+    @property
+    def noise_(self) -> np.ndarray:
+        """Noise variance of each example, shape (N,)."""
+        return self.state_.noise
 
 
 def column_variance(residuals: np.ndarray, lost: float, shrinkage: float) -> np.ndarray:
