@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from conftest import planted
 from forgetcast import ConfigError, DataError, probes
 from forgetcast.completion import Additive, Bayesian, LinearGaussian, Mean
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import LEVELS
-from forgetcast.completion.bayesian import fit_low_rank, truncated_svd
+from forgetcast.completion.base import LEVELS, SCALE_DEGREES
+from forgetcast.completion.bayesian import fit_low_rank, shrink_variances, truncated_svd
 from forgetcast.evaluation import accuracy
 
 METHODS = [Mean, Additive, Bayesian]
@@ -65,7 +66,8 @@ class TestContract:
         scaled = method().fit(values[:-1] * factor).predict(at, values[-1, at] * factor)
         np.testing.assert_allclose(scaled.mean, plain.mean * factor, rtol=1e-3, atol=1e-4 * factor)
         np.testing.assert_allclose(scaled.std, plain.std * factor, rtol=1e-3)
-        shift = np.linspace(-1, 1, 120)
+        # The example means' own pattern is one of Bayesian's loadings, so only a shift of all of them is nothing to it.
+        shift = np.full(120, 0.7) if method is Bayesian else np.linspace(-1, 1, 120)
         shifted = method().fit(values[:-1] + shift).predict(at, (values[-1] + shift)[at])
         np.testing.assert_allclose(shifted.mean, plain.mean + shift, rtol=1e-3, atol=1e-3)
 
@@ -135,17 +137,51 @@ def test_bayesian_recovers_planted_low_rank(share_missing: float) -> None:
     assert error < 0.1 * np.sqrt(np.mean((additive.mean - truth[-1]) ** 2))
 
 
-def test_posterior_is_dense_gaussian_conditioning(values: np.ndarray) -> None:
+def test_posterior_is_dense_conditioning(values: np.ndarray) -> None:
+    """Oracle: all N x N covariances written out, a mixture of multivariate Student's t by SciPy's density."""
     model = Bayesian(factors=3).fit(values[:-1])
     at = np.array([5, 17, 80, 2])
-    joint = (model.loadings_ * model.prior_) @ model.loadings_.T + np.diag(model.noise_)
-    gain = joint[:, at] @ np.linalg.inv(joint[np.ix_(at, at)])
-    mean = model.mean_ + gain @ (values[-1, at] - model.mean_[at])
-    variance = np.diag(joint - gain @ joint[at])
+    surprise = values[-1, at] - model.mean_[at]
+    means, variances, densities = [], [], []
+    for prior in (model.prior_, *model.state_.alternatives):
+        joint = (model.loadings_ * prior) @ model.loadings_.T + np.diag(model.noise_)
+        seen = joint[np.ix_(at, at)]
+        gain = joint[:, at] @ np.linalg.inv(seen)
+        scale = (SCALE_DEGREES + surprise @ np.linalg.solve(seen, surprise)) / (SCALE_DEGREES + len(at))
+        means.append(model.mean_ + gain @ surprise)
+        variances.append(np.diag(joint - gain @ joint[at]) * scale)
+        densities.append(stats.multivariate_t(shape=seen, df=SCALE_DEGREES).pdf(surprise))
+    weights = np.array(densities) / np.sum(densities)
+    mean = weights @ np.array(means)
+    variance = weights @ (np.array(variances) + (np.array(means) - mean) ** 2)
     forecast = model.predict(at, values[-1, at])
     rest = np.setdiff1d(np.arange(120), at)
     np.testing.assert_allclose(forecast.mean[rest], mean[rest], rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(forecast.std[rest], np.sqrt(variance[rest]) * model.scale_, rtol=1e-6)
+
+
+def test_a_task_that_only_shifts_is_completed_by_its_shift(values: np.ndarray) -> None:
+    """Its pattern is unlike the atlas's, so the atlas's factors must not be read into it."""
+    rng = np.random.default_rng(5)
+    odd = 20.0 + rng.normal(0, 1.0, 120)
+    at = np.arange(10)
+    forecast = Bayesian().fit(np.abs(values[:-1])).predict(at, odd[at])
+    assert np.sqrt(np.mean((forecast.mean - odd)[10:] ** 2)) < 2.5
+    half = (forecast.interval(0.9)[1] - forecast.mean)[10:]
+    assert np.mean(np.abs(forecast.mean - odd)[10:] < half) > 0.8
+
+
+def test_variances_are_drawn_together_as_far_as_they_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    degrees = np.full(4000, 12.0)
+    same = shrink_variances(2.0 * rng.chisquare(12, 4000) / 12, degrees)
+    np.testing.assert_allclose(same, 2.0, rtol=0.1)
+    # Inverse chi-squared truths with 6 degrees: the best estimate given s is (6 * 1 + 12 * s) / 18.
+    truth = 6 / rng.chisquare(6, 4000)
+    sample = truth * rng.chisquare(12, 4000) / 12
+    np.testing.assert_allclose(shrink_variances(sample, degrees), (6 + 12 * sample) / 18, rtol=0.15)
+    with_nothing = shrink_variances(np.append(sample, 99.0), np.append(degrees, 0.0))
+    assert with_nothing[-1] == pytest.approx(1.0, rel=0.1)
 
 
 def test_mean_and_additive_are_what_they_say(values: np.ndarray) -> None:
@@ -231,7 +267,7 @@ def test_examples_never_measured_get_the_average_and_a_wide_interval(values: np.
 
 
 def test_settings_are_checked_when_fitting(values: np.ndarray) -> None:
-    for bad in ({"factors": -1}, {"prior_scale": 0.0}, {"noise_shrinkage": 2.0}):
+    for bad in ({"factors": -1}, {"prior_scale": 0.0}, {"shift_scale": 0.0}):
         with pytest.raises(ConfigError):
             Bayesian(**bad).fit(values)
 

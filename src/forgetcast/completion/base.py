@@ -5,7 +5,7 @@ Most methods are linear-Gaussian: a new task's forgetting of example j is modell
     z_j = mean_j + loadings_j . c + e_j,    c ~ N(0, diag(prior)),    e_j ~ N(0, noise_j)
 
 A method decides what these four are (`_estimate`); given the probes, the posterior of c and of every z_j follows in
-closed form (Bishop, Pattern Recognition and Machine Learning, section 3.3).
+closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 2.3.7).
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99]
 
 CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 40, 1_000, 10
 """Calibration leaves out at most this many tasks, on at most this many examples, from this many random probes."""
+
+
+SCALE_DEGREES = 1.0
+"""Observations that what is assumed of a new task's own scale of variances is worth; few, because tasks differ much."""
 
 
 @dataclass(frozen=True)
@@ -66,42 +70,73 @@ class Forecast:
 
 
 class Estimate(NamedTuple):
-    """The model's four parts: mean (N,), loadings (N, r), prior variances (r,), noise variances (N,)."""
+    """The parts of a linear-Gaussian model.
+
+    Attributes
+    ----------
+    mean : array, shape (N,)
+    loadings : array, shape (N, r)
+    prior : array, shape (r,)
+        Prior variances of the coefficients.
+    noise : array, shape (N,)
+        Variances.
+    alternatives : tuple of array, each of shape (r,)
+        Prior variances that a task unlike the known ones may follow. They and `prior` are averaged over by how well
+        each explains the probes, with equal weights beforehand: known tasks cannot tell how likely unlike ones are.
+    """
 
     mean: np.ndarray
     loadings: np.ndarray
     prior: np.ndarray
     noise: np.ndarray
+    alternatives: tuple[np.ndarray, ...] = ()
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Condition on rows (B, k) measured at the probes (k,).
+        """Condition on rows (B, k) measured at the probes (k,): mean (B, N), variance (B, N), log_misfit (B,).
 
-        Returns
-        -------
-        mean : array, shape (B, N)
-        variance : array, shape (N,)
-        log_misfit : array, shape (B,)
-            Log of the probes' mean squared surprise, standardised by their joint covariance.
+        A task's variances have a scale of their own, known as SCALE_DEGREES observations would tell it, so the
+        posterior is Student's t: with the probes' squared surprise s, standardised by their joint covariance, all
+        variances are multiplied by (SCALE_DEGREES + s) / (SCALE_DEGREES + k).
 
         Raises
         ------
         DataError
             If the probes leave a coefficient undetermined: an infinite prior and no probe.
         """
+        k = len(probes)
         loadings, noise = self.loadings[probes], self.noise[probes]
-        precision = np.diag(1.0 / self.prior) + loadings.T @ (loadings / noise[:, None])
-        try:
-            covariance = linalg.inv(precision) if len(precision) else precision
-        except linalg.LinAlgError:
-            raise DataError("this method needs at least one probe") from None
         surprise = rows - self.mean[probes]
         weighted = surprise / noise
-        coefficients = weighted @ loadings @ covariance
-        mean = self.mean + coefficients @ self.loadings.T
-        variance = ((self.loadings @ covariance) * self.loadings).sum(axis=1) + self.noise
-        # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
-        squared = (surprise * weighted).sum(axis=1) - ((weighted @ loadings) * coefficients).sum(axis=1)
-        return mean, variance, np.log(np.maximum(squared, 1e-12) / max(len(probes), 1))
+        information, projected = loadings.T @ (loadings / noise[:, None]), weighted @ loadings
+        plain = (surprise * weighted).sum(axis=1)
+        coefficients, covariances, scales, evidence = [], [], [], []
+        for prior in (self.prior, *self.alternatives):
+            precision = np.diag(1.0 / prior) + information
+            try:
+                covariance = linalg.inv(precision) if len(precision) else precision
+            except linalg.LinAlgError:
+                raise DataError("this method needs at least one probe") from None
+            coefficients.append(projected @ covariance)
+            covariances.append(covariance)
+            # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
+            squared = np.maximum(plain - (projected * coefficients[-1]).sum(axis=1), 1e-12)
+            scales.append((SCALE_DEGREES + squared) / (SCALE_DEGREES + k))
+            # Density of the probes under Student's t, without what the priors share; flat ones have no alternatives.
+            volume = np.linalg.slogdet(precision)[1] + np.log(prior).sum() if self.alternatives else 0.0
+            evidence.append(-0.5 * volume - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared))
+            if len(evidence) == 1:
+                log_misfit = np.log(squared / max(k, 1))
+        weights = special.softmax(np.array(evidence), axis=0)  # (priors, B)
+        average = np.einsum("pb,pbr->br", weights, coefficients)
+        mean = self.mean + average @ self.loadings.T
+        variance = np.empty_like(mean)
+        for row in range(len(rows)):
+            spread = np.einsum("p,prs->rs", weights[:, row] * np.array(scales)[:, row], covariances)
+            for weight, found in zip(weights[:, row], coefficients, strict=True):
+                spread = spread + weight * np.outer(found[row] - average[row], found[row] - average[row])
+            own = float(weights[:, row] @ np.array(scales)[:, row])
+            variance[row] = ((self.loadings @ spread) * self.loadings).sum(axis=1) + own * self.noise
+        return mean, variance, log_misfit
 
     def extended(self, known: np.ndarray) -> Estimate:
         """Give examples that were never measured the parameters of the average one, and a noise to match."""
@@ -109,7 +144,7 @@ class Estimate(NamedTuple):
         loadings = np.tile(self.loadings.mean(axis=0), (len(known), 1))
         noise = np.full(len(known), self.noise.mean() + self.mean.var())
         mean[known], loadings[known], noise[known] = self.mean, self.loadings, self.noise
-        return Estimate(mean, loadings, self.prior, noise)
+        return Estimate(mean, loadings, self.prior, noise, self.alternatives)
 
 
 class State(Protocol):

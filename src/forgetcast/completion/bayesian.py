@@ -1,39 +1,45 @@
-"""Factor analysis of the atlas with a task shift and per-example noise; the posterior of a new row in closed form."""
+"""Factor analysis of the atlas with a task's shift and scale and per-example noise; the posterior in closed form."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg
+from scipy import linalg, special
 
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import Estimate, LinearGaussian, column_variance
 from forgetcast.errors import ConfigError
 
+UNLIKE = (0.25, 0.02)
+"""Prior scales of tasks unlike the known ones, as multiples: they follow the known pattern little, or hardly at all.
+
+A task that follows it hardly at all is completed by its shift, as `Additive` does."""
+
 
 class Bayesian(LinearGaussian):
     """Low-rank Gaussian model of a new task's row.
 
-    The row is the examples' means, plus a shift of the whole task, plus a few principal factors of the doubly centred
-    atlas, plus noise that differs by example. The shift has a wide prior, because a new task may be milder or harsher
-    than any known one; the factors a narrow one, because the known tasks' coordinates were fitted to their own noise.
+    The row is the examples' means, plus a shift of the whole task, plus a multiple of the means' own pattern (a harsher
+    task makes forgotten what is mostly forgotten), plus a few principal factors of the doubly centred atlas, plus noise
+    that differs by example. The shift has a wide prior, because a new task may be milder or harsher than any known one;
+    the others a narrow one, because the known tasks' coordinates were fitted to their own noise. Still narrower ones
+    are averaged in as far as the probes speak for them: then the task is unlike the atlas, and only its shift is left.
 
     Parameters
     ----------
     factors : int
-        Principal factors beside the shift; at most M - 2 are used.
+        Principal factors beside shift and scale; at most M - 2 are used.
     prior_scale : float
-        Prior standard deviation of a factor, as a multiple of what the known tasks show.
+        Prior standard deviation of a factor and of the scale, as a multiple of what the known tasks show.
     shift_scale : float
         The same for the shift.
-    noise_shrinkage : float
-        Weight of the average over examples in each example's noise variance, in [0, 1].
 
     Notes
     -----
     Factors are determined up to their sign. Missing entries of the atlas are filled with the model's own
     reconstruction until it stops changing (Mazumder, Hastie and Tibshirani 2010 with a rank in place of a penalty).
+    The noise variances are drawn together as far as their spread says that they are alike (Smyth 2004).
 
     Examples
     --------
@@ -50,37 +56,75 @@ class Bayesian(LinearGaussian):
     def __init__(
         self,
         *,
-        factors: int = 5,
+        factors: int = 8,
         prior_scale: float = 0.5,
         shift_scale: float = 3.0,
-        noise_shrinkage: float = 0.3,
     ) -> None:
         self.factors = factors
         self.prior_scale = prior_scale
         self.shift_scale = shift_scale
-        self.noise_shrinkage = noise_shrinkage
+
+    def _prepare(self, values: np.ndarray) -> None:  # noqa: ARG002
+        if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0:
+            raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
 
     def _estimate(self, values: np.ndarray) -> Estimate:
-        if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0 or not 0 <= self.noise_shrinkage <= 1:
-            raise ConfigError("Bayesian: factors >= 0, positive scales and a noise_shrinkage in [0, 1] are needed")
-        tasks = len(values)
+        tasks, examples = values.shape
         rank = max(min(self.factors, tasks - 2), 0)
         low_rank = fit_low_rank(values, rank, centred=True)
-        loadings = low_rank.loadings
-        noise = column_variance(values - low_rank.fit, lost=_lost(values, rank), shrinkage=self.noise_shrinkage)
+        # A column loses one degree of freedom to its mean, its loadings, and its part of the tasks' coordinates.
+        lost = 1.0 + rank + (rank + 1) * tasks / examples
+        residuals = values - low_rank.fit
+        degrees = np.maximum((~np.isnan(residuals)).sum(axis=0) - lost, 0.0)
+        noise = shrink_variances(column_variance(residuals, lost=lost, shrinkage=0.0), degrees)
         shift = max(float(low_rank.rows.var(ddof=1)), float(noise.mean()) / 10)
+        pattern = low_rank.columns - low_rank.columns.mean()
+        pattern /= float(np.sqrt(np.mean(pattern**2))) or 1.0
+        scales = (low_rank.fit - sum_of(low_rank.rows, low_rank.columns)) @ pattern / examples
+        priors = self.prior_scale**2 * np.concatenate(
+            [[max(float(scales.var(ddof=1)), 1e-12)], np.ones(low_rank.loadings.shape[1])]
+        )
         return Estimate(
             mean=low_rank.columns,
-            loadings=np.column_stack([np.ones(len(loadings)), loadings]),
-            prior=np.concatenate([[self.shift_scale**2 * shift], np.full(loadings.shape[1], self.prior_scale**2)]),
+            loadings=np.column_stack([np.ones(examples), pattern, low_rank.loadings]),
+            prior=np.concatenate([[self.shift_scale**2 * shift], priors]),
             noise=noise,
+            alternatives=tuple(
+                np.concatenate([[self.shift_scale**2 * shift], multiple**2 * priors]) for multiple in UNLIKE
+            ),
         )
 
 
-def _lost(values: np.ndarray, rank: int) -> float:
-    """Degrees of freedom a column loses: one to its mean, its loadings, and its part of the tasks' coordinates."""
-    tasks, examples = values.shape
-    return 1.0 + rank + (rank + 1) * tasks / examples
+def shrink_variances(variances: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Draw sample variances (N,) with these degrees of freedom (N,) towards their common value, shape (N,).
+
+    The true variances are taken to be scaled inverse chi-squared; its two parameters follow from the mean and the
+    variance of the logarithms (Smyth 2004, section 6.2), so variances that differ much are hardly changed.
+    """
+    usable = degrees >= 1
+    if usable.sum() < 3:
+        return variances
+    half = degrees[usable] / 2
+    logs = np.log(variances[usable]) - special.digamma(half) + np.log(half)
+    excess = float(logs.var(ddof=1) - special.polygamma(1, half).mean())
+    prior = 2 * _inverse_trigamma(excess) if excess > 0 else np.inf
+    if np.isinf(prior):
+        return np.full_like(variances, np.exp(logs.mean()))
+    common = np.exp(logs.mean() + special.digamma(prior / 2) - np.log(prior / 2))
+    own = np.where(usable, degrees, 0.0)
+    return np.asarray((prior * common + own * variances) / (prior + own))
+
+
+def _inverse_trigamma(value: float) -> float:
+    """Solve trigamma(y) = value by Newton's method on 1 / trigamma, which is convex and nearly linear."""
+    y = 0.5 + 1 / value
+    for _ in range(50):
+        trigamma = float(special.polygamma(1, y))
+        step = trigamma * (1 - trigamma / value) / float(special.polygamma(2, y))
+        y += step
+        if abs(step) < 1e-10 * y:
+            break
+    return y
 
 
 class LowRank(NamedTuple):
