@@ -11,7 +11,8 @@ from forgetcast import ConfigError, DataError, probes
 from forgetcast.completion import Additive, Bayesian, LinearGaussian, Mean
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import LEVELS, SCALE_DEGREES
-from forgetcast.completion.bayesian import fit_low_rank, shrink_variances, truncated_svd
+from forgetcast.completion.bayesian import shrink_variances
+from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
 from forgetcast.evaluation import accuracy
 
 METHODS = [Mean, Additive, Bayesian]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.bayesian import fit_low_rank, sum_of
+from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
 

@@ -4,7 +4,36 @@ Every method is fitted once on the atlas and then completes any number of new ro
 """
 
 from forgetcast.completion.additive import Additive, Mean
-from forgetcast.completion.base import Forecast, LinearGaussian
+from forgetcast.completion.auto import Auto
+from forgetcast.completion.base import Completion, Forecast, LinearGaussian
 from forgetcast.completion.bayesian import Bayesian
+from forgetcast.completion.factorisation import MatrixFactorization, SoftImpute
+from forgetcast.completion.logistic import LogisticMF
+from forgetcast.completion.neighbours import KNN
 
-__all__ = ["Additive", "Bayesian", "Forecast", "LinearGaussian", "Mean"]
+METHODS: dict[str, type[Completion]] = {
+    "mean": Mean,
+    "additive": Additive,
+    "knn": KNN,
+    "mf": MatrixFactorization,
+    "soft-impute": SoftImpute,
+    "logistic-mf": LogisticMF,
+    "bayesian": Bayesian,
+    "auto": Auto,
+}
+"""Every method by the name that the command line knows it by."""
+
+__all__ = [
+    "KNN",
+    "METHODS",
+    "Additive",
+    "Auto",
+    "Bayesian",
+    "Completion",
+    "Forecast",
+    "LinearGaussian",
+    "LogisticMF",
+    "MatrixFactorization",
+    "Mean",
+    "SoftImpute",
+]

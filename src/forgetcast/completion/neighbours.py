@@ -1,0 +1,88 @@
+"""Nearest neighbours among the known tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from forgetcast.completion.additive import additive_effects
+from forgetcast.completion.base import Completion, column_variance
+from forgetcast.errors import ConfigError
+
+
+class KNN(Completion):
+    """Complete a new task from the known tasks that look most like it at the probes.
+
+    On the residuals e_ij of the additive model, a known task i has the weight 1 / (d_i + softening), with d_i the mean
+    squared difference of its residuals and the new task's at the probes (arXiv 2406.14026, where softening is 1, in
+    squared nats). The forecast is a + b_j plus the weighted mean of the k nearest tasks' residuals.
+
+    Parameters
+    ----------
+    k : int
+        Tasks to average over; all of them if there are fewer.
+    softening : float or None
+        In squared nats. None: the mean squared residual, so that the unit does not matter.
+
+    Notes
+    -----
+    A known task's residual that was not measured counts as zero: its additive prediction.
+
+    Examples
+    --------
+    >>> from forgetcast.completion import KNN
+    >>> atlas = [[0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]]
+    >>> KNN(k=2, softening=0.0).fit(atlas).predict([0, 1], [0.0, 1.0]).mean.round(3)
+    array([0., 1., 0., 1.])
+    """
+
+    def __init__(self, *, k: int = 40, softening: float | None = None) -> None:
+        self.k = k
+        self.softening = softening
+
+    def _prepare(self, values: np.ndarray) -> None:  # noqa: ARG002
+        if self.k < 1 or (self.softening is not None and not self.softening >= 0):
+            raise ConfigError("KNN: k >= 1 and a softening that is not negative are needed")
+
+    def _estimate(self, values: np.ndarray) -> Neighbours:
+        rows, columns = additive_effects(values)
+        residuals = values - rows[:, None] - columns
+        noise = column_variance(residuals, lost=1.0, shrinkage=0.0)
+        softening = float(np.nanmean(residuals**2)) if self.softening is None else self.softening
+        return Neighbours(columns, np.nan_to_num(residuals), noise, self.k, max(softening, 1e-12))
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Example effects (N,), the known tasks' residuals (M, N), their variance (N,), and how neighbours are weighed."""
+
+    columns: np.ndarray
+    residuals: np.ndarray
+    noise: np.ndarray
+    k: int
+    softening: float
+
+    def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Complete rows (B, k) measured at the probes (k,); the variance (N,) is that of the additive residuals."""
+        surprise = rows - self.columns[probes]
+        shift = surprise.mean(axis=1, keepdims=True) if len(probes) else np.zeros((len(rows), 1))
+        own = surprise - shift
+        count = max(len(probes), 1)
+        distance = ((own[:, None, :] - self.residuals[None, :, probes]) ** 2).sum(axis=2) / count  # (B, M)
+        weights = 1.0 / (distance + self.softening)
+        if self.k < weights.shape[1]:
+            farther = np.argsort(distance, axis=1, kind="stable")[:, self.k :]
+            np.put_along_axis(weights, farther, 0.0, axis=1)
+        weights /= weights.sum(axis=1, keepdims=True)
+        mean = self.columns + shift + weights @ self.residuals
+        log_misfit = np.log(np.maximum((own**2 / self.noise[probes]).sum(axis=1) / count, 1e-12))
+        return mean, self.noise, log_misfit
+
+    def extended(self, known: np.ndarray) -> Neighbours:
+        """Give examples that were never measured the average effect, and a noise to match."""
+        columns = np.full(len(known), self.columns.mean())
+        residuals = np.zeros((len(self.residuals), len(known)))
+        noise = np.full(len(known), self.noise.mean() + self.columns.var())
+        columns[known], residuals[:, known], noise[known] = self.columns, self.residuals, self.noise
+        return Neighbours(columns, residuals, noise, self.k, self.softening)
