@@ -9,6 +9,8 @@ from forgetcast.completion.base import Estimate, LinearGaussian, column_variance
 from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import ConfigError
 
+TASKS_PER_FACTOR = 4
+
 UNLIKE = (0.25, 0.02)
 """Prior scales of tasks unlike the known ones, as multiples: they follow the known pattern little, or hardly at all.
 
@@ -27,7 +29,8 @@ class Bayesian(LinearGaussian):
     Parameters
     ----------
     factors : int
-        Principal factors beside shift and scale; at most M - 2 are used.
+        Principal factors beside shift and scale; at most a quarter of the tasks are used, because more would leave too
+        few degrees of freedom to tell loadings from noise.
     prior_scale : float
         Prior standard deviation of a factor and of the scale, as a multiple of what the known tasks show.
     shift_scale : float
@@ -68,7 +71,7 @@ class Bayesian(LinearGaussian):
 
     def _estimate(self, values: np.ndarray) -> Estimate:
         tasks, examples = values.shape
-        rank = max(min(self.factors, tasks - 2), 0)
+        rank = min(self.factors, tasks // TASKS_PER_FACTOR)
         low_rank = fit_low_rank(values, rank, centred=True)
         # A column loses one degree of freedom to its mean, its loadings, and its part of the tasks' coordinates.
         lost = 1.0 + rank + (rank + 1) * tasks / examples

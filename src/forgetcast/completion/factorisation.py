@@ -60,7 +60,7 @@ class MatrixFactorization(LinearGaussian):
         found = fit_low_rank(values, self.rank, centred=True, penalty=penalty)
         residuals = values - found.fit
         noise = max(float(np.nanmean(residuals**2)), 1e-12)
-        # Loadings come scaled to tasks' coordinates of variance one; the ridge is one on p = U sqrt(S) and q = V sqrt(S).
+        # Loadings come scaled to tasks' coordinates of variance one; the ridge is on p = U sqrt(S) and q = V sqrt(S).
         strength = np.sqrt(len(values) - 1) * np.linalg.norm(found.loadings, axis=0)
         loadings = found.loadings * np.sqrt(len(values) - 1) / np.sqrt(strength)
         prior = np.concatenate([[np.inf], np.full(loadings.shape[1], noise / penalty)])

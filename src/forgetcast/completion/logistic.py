@@ -10,7 +10,10 @@ from scipy import special
 from forgetcast.completion.base import Completion
 from forgetcast.errors import ConfigError, DataError
 
-ROUNDS, HALVINGS, TOLERANCE = 100, 20, 1e-7
+ROUNDS, HALVINGS = 100, 20
+FIT_TOLERANCE, ROW_TOLERANCE = 1e-4, 1e-7
+"""When to stop: relative gain in likelihood of a round over the matrix; largest change of a row's coefficients."""
+
 BIAS_PRECISION = 0.01
 """Of a task's and an example's own effect: weak, so that only what was always or never forgotten is held back."""
 
@@ -73,7 +76,7 @@ class Bernoulli:
         for _ in range(ROUNDS):
             before = coefficients
             coefficients = _newton(coefficients, design, self.logits[probes], rows, self.precision)
-            if np.abs(coefficients - before).max(initial=0.0) < TOLERANCE:
+            if np.abs(coefficients - before).max(initial=0.0) < ROW_TOLERANCE:
                 break
         curvature = _curvature(coefficients, design, self.logits[probes], np.ones_like(rows), self.precision)
         logits = self.logits + coefficients @ self.loadings.T
@@ -108,7 +111,7 @@ def fit_logistic(values: np.ndarray, rank: int, precision: float) -> Bernoulli:
         logits = base + rows[:, :1] + columns[:, 0] + rows[:, 1:] @ columns[:, 1:].T
         reached = float(np.nansum(_log_likelihood(logits, values)))
         reached -= 0.5 * float((prior * rows**2).sum() + (prior * columns**2).sum())
-        if reached - best < TOLERANCE * abs(reached):
+        if reached - best < FIT_TOLERANCE * abs(reached):
             break
         best = reached
     centre = rows[:, 0].mean()
@@ -164,9 +167,10 @@ def _newton(
     gradient = residual @ design - precision * weights
     step = np.linalg.solve(_curvature(weights, design, offset, present, precision), gradient[:, :, None])[:, :, 0]
     reached = objective(weights)
+    slack = 1e-12 * np.abs(reached)  # what rounding alone may take away
     length = np.ones((len(weights), 1))
     for _ in range(HALVINGS):
-        worse = objective(weights + length * step) < reached
+        worse = objective(weights + length * step) < reached - slack
         if not worse.any():
             return np.asarray(weights + length * step)
         length[worse] /= 2
