@@ -20,7 +20,7 @@ from forgetcast import Atlas, Example, Pool, ReplayPlan, Scores
 from forgetcast.cli import app, main
 from models import tiny
 
-COMMANDS = ("score", "collect", "analyze", "probes", "forecast", "plan", "train", "verify", "report", "demo")
+COMMANDS = ("score", "collect", "analyze", "probes", "forecast", "plan", "train", "verify", "bench", "report", "demo")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -178,6 +178,34 @@ def test_bad_pools_are_one_line_and_exit_code_2(work: Path, run: Run, tmp_path: 
         assert err.count("\n") == 1
         assert "Traceback" not in out + err
     assert (tmp_path / "out.parquet").read_bytes() == b"what was here before"
+
+
+def test_bench(atlas: Path, run: Run, tmp_path: Path) -> None:
+    values = np.vstack([np.outer(np.arange(1.0, 9.0), np.linspace(0, 1, 50)), np.linspace(0, 3, 50)])
+    values += np.random.default_rng(0).normal(0, 0.05, values.shape)
+    np.save(tmp_path / "z.npy", values)
+    words = ("bench", tmp_path / "z.npy", "--test", "6-8", "-k", "5", "--seeds", 2, "--methods", "mean,bayesian")
+    code, out, _ = run(*words, "--baseline", "mean", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert {(row["method"], row["probes"], row["k"]) for row in rows} == {
+        (method, probes, 5) for method in ("mean", "bayesian") for probes in ("random", "chosen")
+    }
+    assert all(row["f1"] is None for row in rows)
+    assert next(row for row in rows if row["method"] == "bayesian")["ratio"] < 0.5
+    code, out, _ = run(*words, "--baseline", "mean")
+    assert "bayesian" in out
+    assert run("bench", atlas, "--test", "adding", "-k", 3, "--seeds", 1)[0] == 0
+    for bad, message in (
+        (("--test", "nobody"), "'nobody' is unknown"),
+        (("--test", "9"), "there is no row 9"),
+        (("--test", "1", "--train", "1,2"), "in --train and in --test"),
+        (("--test", "1", "--methods", "magic"), "unknown method 'magic'"),
+        (("--test", "1", "-k", "many"), "is not a number"),
+    ):
+        code, _, err = run("bench", tmp_path / "z.npy", *bad)
+        assert code == 2
+        assert message in err
 
 
 def test_bad_probe_scores_change_nothing(atlas: Path, run: Run, tmp_path: Path) -> None:

@@ -8,14 +8,23 @@ from scipy import stats
 
 from conftest import planted
 from forgetcast import ConfigError, DataError, probes
-from forgetcast.completion import Additive, Bayesian, LinearGaussian, Mean
+from forgetcast.completion import (
+    KNN,
+    Additive,
+    Auto,
+    Bayesian,
+    Completion,
+    MatrixFactorization,
+    Mean,
+    SoftImpute,
+)
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import LEVELS, SCALE_DEGREES
 from forgetcast.completion.bayesian import shrink_variances
 from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
 from forgetcast.evaluation import accuracy
 
-METHODS = [Mean, Additive, Bayesian]
+METHODS = [Mean, Additive, KNN, MatrixFactorization, SoftImpute, Bayesian, Auto]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -28,7 +37,7 @@ class TestContract:
     """What holds for every method."""
 
     @every_method
-    def test_shapes_and_probes(self, method: type[LinearGaussian], values: np.ndarray) -> None:
+    def test_shapes_and_probes(self, method: type[Completion], values: np.ndarray) -> None:
         model = method().fit(values[:-2])
         at = [3, 50, 7]
         one = model.predict(at, values[-1, at])
@@ -48,9 +57,7 @@ class TestContract:
         assert 0 <= one.misfit <= 1
 
     @every_method
-    def test_order_of_rows_columns_and_probes_is_nothing(
-        self, method: type[LinearGaussian], values: np.ndarray
-    ) -> None:
+    def test_order_of_rows_columns_and_probes_is_nothing(self, method: type[Completion], values: np.ndarray) -> None:
         rng = np.random.default_rng(0)
         rows, columns = rng.permutation(29), rng.permutation(120)
         at = np.array([3, 50, 7])
@@ -61,21 +68,21 @@ class TestContract:
 
     @every_method
     @pytest.mark.parametrize("factor", [1e-3, 1e3])
-    def test_units_scale_and_means_shift(self, method: type[LinearGaussian], values: np.ndarray, factor: float) -> None:
+    def test_units_scale_and_means_shift(self, method: type[Completion], values: np.ndarray, factor: float) -> None:
         at = [3, 50, 7]
         plain = method().fit(values[:-1]).predict(at, values[-1, at])
         scaled = method().fit(values[:-1] * factor).predict(at, values[-1, at] * factor)
         np.testing.assert_allclose(scaled.mean, plain.mean * factor, rtol=1e-3, atol=1e-4 * factor)
         np.testing.assert_allclose(scaled.std, plain.std * factor, rtol=1e-3)
         # The example means' own pattern is one of Bayesian's loadings, so only a shift of all of them is nothing to it.
-        shift = np.full(120, 0.7) if method is Bayesian else np.linspace(-1, 1, 120)
+        shift = np.full(120, 0.7) if method in (Bayesian, Auto) else np.linspace(-1, 1, 120)
         shifted = method().fit(values[:-1] + shift).predict(at, (values[-1] + shift)[at])
         np.testing.assert_allclose(shifted.mean, plain.mean + shift, rtol=1e-3, atol=1e-3)
 
     @every_method
     @settings(max_examples=25, deadline=None)
     @given(data=st.data())
-    def test_nan_anywhere(self, method: type[LinearGaussian], data: st.DataObject) -> None:
+    def test_nan_anywhere(self, method: type[Completion], data: st.DataObject) -> None:
         truth = planted(8, 20, 1, 0.1).astype(np.float32)
         mask = np.array(data.draw(st.lists(st.booleans(), min_size=160, max_size=160))).reshape(8, 20)
         truth[mask] = np.nan
@@ -88,7 +95,7 @@ class TestContract:
         assert np.isfinite(forecast.std).all()
 
     @every_method
-    def test_bad_probes_are_named(self, method: type[LinearGaussian], values: np.ndarray) -> None:
+    def test_bad_probes_are_named(self, method: type[Completion], values: np.ndarray) -> None:
         with pytest.raises(DataError, match="not fitted"):
             method().predict([0], [1.0])
         model = method().fit(values)
@@ -104,14 +111,14 @@ class TestContract:
             model.predict([4], [1.0]).interval(1.5)
 
     @every_method
-    def test_fitting_again_changes_nothing(self, method: type[LinearGaussian], values: np.ndarray) -> None:
+    def test_fitting_again_changes_nothing(self, method: type[Completion], values: np.ndarray) -> None:
         at = [3, 50, 7]
         first, second = (method().fit(values[:-1]).predict(at, values[-1, at]) for _ in range(2))
         np.testing.assert_array_equal(first.mean, second.mean)
         np.testing.assert_array_equal(first.std, second.std)
 
     @every_method
-    def test_intervals_cover_tasks_that_were_not_seen(self, method: type[LinearGaussian]) -> None:
+    def test_intervals_cover_tasks_that_were_not_seen(self, method: type[Completion]) -> None:
         truth = planted(140, 200, 2, 0.3)
         model = method().fit(truth[:40])
         at = np.arange(10)
@@ -310,6 +317,40 @@ class TestProbes:
             chosen.append(min((j for j in range(12) if j not in chosen), key=lambda j: total([*chosen, j])))
         assert probes.choose(model, 4).tolist() == chosen
         assert probes.choose(model, 2).tolist() == chosen[:2]
+
+    def test_greedy_per_cost_is_brute_force(self, values: np.ndarray) -> None:
+        model = Bayesian(factors=2).fit(values[:, :12])
+        cost = np.random.default_rng(0).uniform(1, 20, 12)
+        prior = np.diag(model.prior_)
+
+        def total(at: list[int]) -> float:
+            loadings, noise = model.loadings_[at], model.noise_[at]
+            covariance = np.linalg.inv(np.linalg.inv(prior) + loadings.T @ (loadings / noise[:, None]))
+            return float(np.trace(model.loadings_ @ covariance @ model.loadings_.T))
+
+        chosen: list[int] = []
+        for _ in range(5):
+            left = [j for j in range(12) if j not in chosen]
+            chosen.append(max(left, key=lambda j: (total(chosen) - total([*chosen, j])) / cost[j]))
+        assert probes.choose(model, 5, cost=cost).tolist() == chosen
+        assert cost[probes.choose(model, 3, cost=cost)].sum() < cost[probes.choose(model, 3)].sum()
+        for bad in (np.zeros(12), np.ones(11), np.full(12, np.nan)):
+            with pytest.raises(DataError, match="cost"):
+                probes.choose(model, 3, cost=bad)
+
+    def test_going_on_from_what_was_measured(self, values: np.ndarray) -> None:
+        model = Bayesian().fit(values)
+        straight = probes.choose(model, 8)
+        assert probes.choose(model, 3, measured=straight[:5]).tolist() == straight[5:].tolist()
+
+    def test_audit_probes_are_random_and_come_last(self, values: np.ndarray) -> None:
+        model = Bayesian().fit(values)
+        mixed = probes.choose(model, 10, audit=4)
+        assert mixed[:6].tolist() == probes.choose(model, 6).tolist()
+        assert len(set(mixed)) == 10
+        assert mixed.tolist() != probes.choose(model, 10).tolist()
+        with pytest.raises(DataError, match="at random"):
+            probes.choose(model, 3, audit=4)
 
     def test_only_candidates(self, values: np.ndarray) -> None:
         model = Bayesian().fit(values)

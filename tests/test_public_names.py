@@ -27,7 +27,20 @@ def test_public_names() -> None:
         "make_plan",
         "probes",
     ]
-    assert sorted(forgetcast.completion.__all__) == ["Additive", "Bayesian", "Forecast", "LinearGaussian", "Mean"]
+    assert sorted(forgetcast.completion.__all__) == [
+        "Additive",
+        "Auto",
+        "Bayesian",
+        "Completion",
+        "Forecast",
+        "KNN",
+        "LinearGaussian",
+        "LogisticMF",
+        "METHODS",
+        "MatrixFactorization",
+        "Mean",
+        "SoftImpute",
+    ]
     for name in forgetcast.__all__:
         assert hasattr(forgetcast, name)
 

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,13 +26,15 @@ from forgetcast import completion, probes
 from forgetcast._files import read_json, write_json
 from forgetcast.atlas import Atlas
 from forgetcast.collect import CollectConfig, OnProgress, check_base, check_settings, collect, read_settings
-from forgetcast.errors import DataError, ForgetcastError
+from forgetcast.errors import ConfigError, DataError, ForgetcastError
+from forgetcast.evaluation import bench
 from forgetcast.forecast import TaskForecast, measured_probes
+from forgetcast.matrix import ForgettingMatrix
 from forgetcast.pool import Pool, load_task
 from forgetcast.replay import ReplayPlan, make_plan
 from forgetcast.scores import Scores
 from forgetcast.structure import analyze
-from forgetcast.tables import demo_tables, facts_table, structure_tables, verification_tables
+from forgetcast.tables import bench_table, demo_tables, facts_table, structure_tables, verification_tables
 from forgetcast.verification import Trial, Verification, arms, verify
 
 if TYPE_CHECKING:
@@ -49,8 +51,6 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 15
 """Of progress, where the output is no terminal but a log."""
-
-METHODS = {"bayesian": completion.Bayesian, "additive": completion.Additive, "mean": completion.Mean}
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AtlasPath = Annotated[Path, typer.Argument(help="The atlas's directory.")]
@@ -160,7 +160,9 @@ def probes_(
     output: Annotated[Path, typer.Option("-o", "--output", help="Pool file of the chosen examples, for `score`.")],
     k: Annotated[int, typer.Option("-k", help="Number of probes.")] = 10,
     at_random: Annotated[bool, typer.Option("--random", help="Draw them instead of choosing them.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the random draw.")] = 0,
+    audit: Annotated[int, typer.Option(help="How many of the k to draw at random, as an honest sample.")] = 0,
+    by_tokens: Annotated[bool, typer.Option(help="Count an example's tokens as the cost of measuring it.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draw with --random.")] = 0,
 ) -> None:
     """Choose the few examples to measure after a new fine-tune.
 
@@ -173,7 +175,8 @@ def probes_(
     if at_random:
         chosen = probes.random(len(opened.pool), k, seed=seed, candidates=usable)
     else:
-        chosen = probes.choose(completion.Bayesian().fit(matrix), k, usable)
+        cost = np.maximum(opened.before.tokens, 1) if by_tokens else None
+        chosen = probes.choose(completion.Bayesian().fit(matrix), k, usable, cost, audit=audit)
     opened.pool.subset(opened.pool.ids[i] for i in chosen).save(output)
     out.print(f"{k} probes written to {output}; next: forgetcast score TUNED_MODEL {output} -o probe_scores.parquet")
 
@@ -183,7 +186,7 @@ def forecast_(
     atlas: AtlasPath,
     scores: Annotated[Path, typer.Option(help="Score file of the probes, by the tuned model.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Forecast file to write (Parquet).")],
-    method: Annotated[Literal["bayesian", "additive", "mean"], typer.Option(help="Completion method.")] = "bayesian",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(completion.METHODS)}.")] = "bayesian",
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.9,
     task: Annotated[str | None, typer.Option(help="Name of the new task, for the report.")] = None,
     as_json: AsJson = False,
@@ -195,7 +198,9 @@ def forecast_(
     opened = Atlas.open(atlas)
     columns, forgetting = measured_probes(opened, Scores.load(scores))
     known = [name for name in opened.tasks if name != task]
-    model = METHODS[method]().fit(opened.matrix(known))
+    if method not in completion.METHODS:
+        raise ConfigError(f"unknown method {method!r}; choose from {', '.join(completion.METHODS)}")
+    model = completion.METHODS[method]().fit(opened.matrix(known))
     forecast = TaskForecast.of(model.predict(columns, forgetting), opened.pool, method=method, task=task, level=level)
     forecast.save(output)
     worst = np.argsort(-forecast.mean, kind="stable")[:10]
@@ -378,6 +383,41 @@ def verify_(
             out.print(part)
 
 
+@app.command(name="bench")
+def bench_(
+    matrix: Annotated[Path, typer.Argument(help="An atlas, or a matrix as .npy or .json.")],
+    test: Annotated[str, typer.Option(help="Tasks to forecast: names or row numbers, such as 3,5,10-19.")],
+    train: Annotated[str | None, typer.Option(help="Tasks to learn from; default: all others.")] = None,
+    k: Annotated[str, typer.Option("-k", help="Numbers of probes.")] = "10,30",
+    seeds: Annotated[int, typer.Option(min=1, help="Halvings of the examples.")] = 10,
+    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(completion.METHODS)}.")] = "mean,additive,knn,"
+    "mf,bayesian",
+    baseline: Annotated[str, typer.Option(help="Method that the ratios are relative to.")] = "additive",
+    as_json: AsJson = False,
+) -> None:
+    """Compare completion methods on unseen tasks: errors, rank correlation, interval coverage, time.
+
+    Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
+    """
+    values = Atlas.open(matrix).matrix() if matrix.is_dir() else ForgettingMatrix.load(matrix)
+    tested = _tasks(test, values.tasks)
+    known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]
+    if both := set(tested).intersection(known):
+        raise DataError(f"the task {min(both)!r} is in --train and in --test")
+    wanted = {}
+    for name in methods.split(","):
+        if name not in completion.METHODS:
+            raise ConfigError(f"unknown method {name!r}; choose from {', '.join(completion.METHODS)}")
+        wanted[name] = completion.METHODS[name]()
+    rows = bench(
+        values.select(known), values.select(tested), wanted, ks=_numbers(k, "-k"), seeds=seeds, baseline=baseline
+    )
+    if as_json:
+        _print_json([_without_nan(row.as_dict()) for row in rows])
+    else:
+        out.print(bench_table(rows, baseline))
+
+
 @app.command(name="report")
 def report_(
     atlas: AtlasPath,
@@ -421,6 +461,35 @@ def demo_(
     else:
         for part in demo_tables(summary):
             out.print(part)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Read "3,5,10-12" as [3, 5, 10, 11, 12]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        ends = part.split("-")
+        if not 1 <= len(ends) <= 2 or not all(end.strip().isdigit() for end in ends):
+            raise ConfigError(f"{option}: {part!r} is not a number, nor a range such as 10-19")
+        numbers.extend(range(int(ends[0]), int(ends[-1]) + 1))
+    return numbers
+
+
+def _tasks(text: str, names: Sequence[str]) -> list[str]:
+    """Names of tasks, from names or row numbers and ranges of them."""
+    chosen: list[str] = []
+    for part in text.split(","):
+        if part in names:
+            chosen.append(part)
+            continue
+        rows = _numbers(part, f"the task {part!r} is unknown, and as a row number")
+        if max(rows) >= len(names):
+            raise ConfigError(f"there is no row {max(rows)}: the matrix has {len(names)} tasks, counted from 0")
+        chosen.extend(names[row] for row in rows)
+    return list(dict.fromkeys(chosen))
+
+
+def _without_nan(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in figures.items()}
 
 
 def _recipe(path: Path | None) -> Recipe:

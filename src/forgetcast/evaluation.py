@@ -1,15 +1,19 @@
-"""How good a forecast was, and whether one arm of an experiment beats another: metrics and a paired interval."""
+"""How good a forecast was, which method forecasts best, and whether one arm of an experiment beats another."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # its parts load when they are first used, which keeps starting fast
 
-from forgetcast.completion.base import Forecast
+from forgetcast.completion import Bayesian, Completion, Forecast
 from forgetcast.errors import DataError
+from forgetcast.matrix import ForgettingMatrix
+from forgetcast.probes import choose
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,149 @@ def paired_difference(a: Any, b: Any, *, level: float = 0.95) -> PairedDifferenc
     test = scipy.stats.ttest_1samp(difference, 0.0)
     interval = test.confidence_interval(level)
     return PairedDifference(mean, float(interval.low), float(interval.high), float(test.pvalue), len(difference))
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """Figures of one method with one kind and number of probes.
+
+    Attributes
+    ----------
+    method : str
+    probes : 'random' or 'chosen'
+    k : int
+    accuracy : Accuracy
+        Mean over seeds and test tasks; the root mean squared error is over all judged entries of a seed.
+    f1 : float
+        Of "forgotten" at a forecast of at least one half, for binary forgetting; NaN otherwise.
+    ratio, ratio_lower, ratio_upper : float
+        RMSE relative to the baseline's with as many random probes, and its 95 % interval by a paired bootstrap over the
+        test tasks.
+    seconds : float
+        Time to complete one task's row, without the fit.
+    """
+
+    method: str
+    probes: str
+    k: int
+    accuracy: Accuracy
+    f1: float
+    ratio: float
+    ratio_lower: float
+    ratio_upper: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures on one level, ready for JSON but for NaN."""
+        figures = asdict(self)
+        return figures | figures.pop("accuracy")
+
+
+def bench(
+    train: ForgettingMatrix,
+    test: ForgettingMatrix,
+    methods: Mapping[str, Completion],
+    *,
+    ks: Sequence[int] = (10, 30),
+    seeds: int = 10,
+    baseline: str = "additive",
+) -> list[BenchRow]:
+    """Compare completion methods on tasks that they have not seen.
+
+    For each seed, probes are taken from one half of the examples and errors on the other half. Random probes are the
+    same for all methods; chosen ones are those that `Bayesian`, fitted on `train`, chooses.
+
+    Parameters
+    ----------
+    train, test : ForgettingMatrix, shapes (M, N) and (T, N)
+        Known and unseen tasks over the same examples.
+    methods : mapping of name to unfitted Completion
+    ks : sequence of int
+        Numbers of probes.
+    seeds : int
+        Numbers of halvings, and of draws of random probes.
+    baseline : str
+        One of `methods`.
+
+    Raises
+    ------
+    DataError
+        If the examples differ, `baseline` is not among `methods`, or too few examples are measured for all test tasks.
+    """
+    if train.examples != test.examples:
+        raise DataError("the known and the unseen tasks must be measured on the same examples")
+    if baseline not in methods:
+        raise DataError(f"the baseline {baseline!r} is not among the methods: {', '.join(methods)}")
+    truth = test.values.astype(np.float64)
+    complete = np.flatnonzero(test.observed.all(axis=0))
+    if len(complete) // 2 < max(ks) or min(ks) < 1:
+        raise DataError(
+            f"{max(ks)} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
+        )
+    chooser = Bayesian().fit(train)
+    fitted = {name: method.fit(train) for name, method in methods.items()}
+    is_binary = bool(np.isin(truth[test.observed], (0.0, 1.0)).all())
+    figures: dict[tuple[str, str, int], list[_Figures]] = {}
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(truth.shape[1])
+        half = len(order) // 2
+        candidates, judged = np.intersect1d(np.sort(order[:half]), complete), order[half:]
+        at_random = rng.choice(candidates, min(max(ks), len(candidates)), replace=False)
+        chosen = choose(chooser, len(at_random), candidates)
+        for k in ks:
+            for kind, at in (("random", at_random[:k]), ("chosen", chosen[:k])):
+                for name, model in fitted.items():
+                    started = time.perf_counter()
+                    forecast = model.predict(at, truth[:, at])
+                    seconds = (time.perf_counter() - started) / len(truth)
+                    of_seed = _figures(forecast, truth, judged, seconds, is_binary)
+                    figures.setdefault((name, kind, k), []).append(of_seed)
+    rows = []
+    for (name, kind, k), found in figures.items():
+        own = np.mean([f.squared for f in found], axis=0)
+        theirs = np.mean([f.squared for f in figures[baseline, "random", k]], axis=0)
+        resampled = np.random.default_rng(0).integers(len(own), size=(2000, len(own)))
+        ratios = np.sqrt(own[resampled].mean(axis=1) / theirs[resampled].mean(axis=1))
+        lower, upper = np.quantile(ratios, [0.025, 0.975])
+        rmse = float(np.mean([np.sqrt(np.mean(f.squared)) for f in found]))
+        base = float(np.mean([np.sqrt(np.mean(f.squared)) for f in figures[baseline, "random", k]]))
+        parts = [asdict(a) for f in found for a in f.accuracies]
+        average = {field: float(np.nanmean([part[field] for part in parts])) for field in parts[0]}
+        rows.append(
+            BenchRow(
+                method=name,
+                probes=kind,
+                k=k,
+                accuracy=Accuracy(**{**average, "rmse": rmse}),
+                f1=float(np.mean([f.f1 for f in found])),
+                ratio=rmse / base,
+                ratio_lower=float(lower),
+                ratio_upper=float(upper),
+                seconds=float(np.median([f.seconds for f in found])),
+            )
+        )
+    return rows
+
+
+class _Figures(NamedTuple):
+    """Of one method at one seed: mean squared error and accuracy of each test task, F1 over all, time a task."""
+
+    squared: np.ndarray
+    accuracies: list[Accuracy]
+    f1: float
+    seconds: float
+
+
+def _figures(forecast: Forecast, truth: np.ndarray, judged: np.ndarray, seconds: float, is_binary: bool) -> _Figures:
+    lower, upper = forecast.interval(0.9)
+    accuracies = [
+        judge(*(part[row, judged] for part in (forecast.mean, lower, upper, truth))) for row in range(len(truth))
+    ]
+    squared = np.array([found.rmse**2 for found in accuracies])
+    f1 = float("nan")
+    if is_binary:
+        forgotten, said = truth[:, judged] == 1, forecast.mean[:, judged] >= 0.5
+        hits = 2 * float((forgotten & said).sum())
+        f1 = hits / max(float(forgotten.sum() + said.sum()), 1.0)
+    return _Figures(squared, accuracies, f1, seconds)

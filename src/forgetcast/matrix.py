@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from forgetcast._files import read_json
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.pool import Pool
 from forgetcast.scores import Scores
@@ -59,6 +61,29 @@ class ForgettingMatrix:
         if np.isinf(array).any():
             row, column = np.argwhere(np.isinf(array))[0]
             raise DataError(f"the forgetting of {self.examples[column]!r} after {self.tasks[row]!r} is infinite")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ForgettingMatrix:
+        """Read a matrix of numbers: `.npy`, or `.json` with a list of rows (null is NaN), alone or under the key "arr".
+
+        Raises
+        ------
+        DataError
+            If the file cannot be read or holds something else.
+        """
+        path = Path(path)
+        if path.suffix == ".npy":
+            try:
+                return cls(np.load(path, allow_pickle=False))
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path} is not a readable .npy file of numbers: {error}") from None
+        if path.suffix != ".json":
+            raise DataError(f"{path}: a matrix is read from .npy, .json, or an atlas's directory")
+        content = read_json(path)
+        try:
+            return cls(content["arr"] if isinstance(content, dict) else content)
+        except (DataError, KeyError) as error:
+            raise DataError(f"{path}: a list of rows of the same length is needed: {error}") from None
 
     @classmethod
     def from_scores(cls, before: Scores, after: dict[str, Scores], *, pool: Pool | None = None) -> ForgettingMatrix:

@@ -10,7 +10,15 @@ from forgetcast.completion.base import LinearGaussian
 from forgetcast.errors import DataError
 
 
-def choose(model: LinearGaussian, k: int, candidates: Any = None) -> np.ndarray:
+def choose(
+    model: LinearGaussian,
+    k: int,
+    candidates: Any = None,
+    cost: Any = None,
+    *,
+    measured: Any = (),
+    audit: int = 0,
+) -> np.ndarray:
     """Choose probes greedily: each one leaves the smallest summed posterior variance over all examples (A-optimal).
 
     Parameters
@@ -20,6 +28,13 @@ def choose(model: LinearGaussian, k: int, candidates: Any = None) -> np.ndarray:
     k : int
     candidates : array-like of int, optional
         Columns to choose from; default all.
+    cost : array-like, shape (N,), optional
+        What measuring each example costs, such as its tokens; then each probe lowers the variance most for its cost.
+    measured : array-like of int
+        Columns that were measured already: they are not chosen again, and what they tell is not asked for again.
+    audit : int
+        How many of the k are drawn at random instead (they come last): they keep the error that is seen at the probes
+        an honest sample of the others'.
 
     Returns
     -------
@@ -35,9 +50,16 @@ def choose(model: LinearGaussian, k: int, candidates: Any = None) -> np.ndarray:
     Raises
     ------
     DataError
-        If there are fewer candidates than probes, or the model has no loadings.
+        If there are fewer candidates than probes, the model has no loadings, or a cost is not a positive number.
     """
-    pool = _candidates(len(model.mean_), k, candidates)
+    n = len(model.mean_)
+    seen = np.unique(np.asarray(measured, dtype=np.intp))
+    pool = _candidates(n, k, np.setdiff1d(np.arange(n) if candidates is None else candidates, seen))
+    price = np.ones(n) if cost is None else np.asarray(cost, dtype=np.float64)
+    if price.shape != (n,) or not (np.isfinite(price) & (price > 0)).all():
+        raise DataError(f"a cost is needed for each of the {n} examples, finite and above zero")
+    if not 0 <= audit <= k:
+        raise DataError(f"of {k} probes, {audit} cannot be drawn at random")
     if model.loadings_.shape[1] == 0:
         raise DataError(f"{type(model).__name__} learns nothing from probes; choose them with Bayesian or Additive")
     loadings, noise = model.loadings_[pool], model.noise_[pool]
@@ -45,17 +67,21 @@ def choose(model: LinearGaussian, k: int, candidates: Any = None) -> np.ndarray:
     # An infinite prior has no finite covariance to start from; a very wide one leads to the same choice.
     widest = 1e6 * (noise.max() + np.abs(model.mean_).max() ** 2 + 1.0)
     covariance = np.diag(np.minimum(model.prior_, widest))
+    for loading, own in zip(model.loadings_[seen], model.noise_[seen], strict=True):
+        told = covariance @ loading
+        covariance -= np.outer(told, told) / (own + loading @ told)
     chosen: list[int] = []
     free = np.ones(len(pool), dtype=bool)
-    for _ in range(k):
+    for _ in range(k - audit):
         projected = loadings @ covariance
         spread = noise + np.einsum("nr,nr->n", projected, loadings)
-        gain = np.einsum("nr,rs,ns->n", projected, total, projected, optimize=True) / spread
+        gain = np.einsum("nr,rs,ns->n", projected, total, projected, optimize=True) / spread / price[pool]
         best = int(np.argmax(np.where(free, gain, -np.inf)))
         covariance -= np.outer(projected[best], projected[best]) / spread[best]
         free[best] = False
         chosen.append(best)
-    return pool[chosen]
+    drawn = np.random.default_rng(0).choice(np.flatnonzero(free), size=audit, replace=False)
+    return pool[np.concatenate([np.array(chosen, dtype=np.intp), drawn])]
 
 
 def random(n: int, k: int, *, seed: int = 0, candidates: Any = None) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from forgetcast.evaluation import BenchRow
 from forgetcast.structure import Structure
 from forgetcast.verification import METRIC_NAMES, METRICS, Verification
 
@@ -45,6 +47,29 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     loadings.add_row("share of the fit", *(f"{c.share:.0%}" for c in components))
     loadings.add_row("variance between sources", *(f"{c.between_sources:.0%}" for c in components))
     yield loadings
+
+
+def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
+    """One row a method, kind and number of probes."""
+    table = Table(Column("method", no_wrap=True), "probes", "RMSE", "ratio (95 %)", "corr.", "recall", "in 90%", "ms")
+    table.box, table.pad_edge = SIMPLE, False
+    table.title = f"Forecast of unseen tasks, on examples that were never probed; ratio to {baseline}, random probes"
+    binary = any(not np.isnan(row.f1) for row in rows)
+    if binary:
+        table.add_column("F1")
+    for row in sorted(rows, key=lambda row: (row.k, row.probes == "chosen")):
+        figures = [
+            row.method,
+            f"{row.k} {row.probes}",
+            f"{row.accuracy.rmse:.4f}",
+            f"{row.ratio:.3f} ({row.ratio_lower:.2f}-{row.ratio_upper:.2f})",
+            f"{row.accuracy.spearman:.2f}",
+            f"{row.accuracy.recall:.2f}",
+            f"{row.accuracy.coverage:.0%}",
+            f"{1000 * row.seconds:.2f}",
+        ]
+        table.add_row(*figures, *([f"{row.f1:.3f}"] if binary else []))
+    return table
 
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:

@@ -1,0 +1,243 @@
+"""Each completion method beside an independent oracle; the contract that all share is in test_completion.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import optimize, special
+
+from conftest import planted
+from forgetcast import ConfigError, DataError, ForgettingMatrix
+from forgetcast.completion import KNN, Additive, Auto, Bayesian, LogisticMF, MatrixFactorization, Mean, SoftImpute
+from forgetcast.completion.additive import additive_effects
+from forgetcast.completion.factorisation import choose_penalty
+from forgetcast.completion.logistic import fit_logistic
+from forgetcast.completion.low_rank import fit_low_rank
+from forgetcast.evaluation import bench
+
+
+@pytest.fixture(scope="module")
+def values() -> np.ndarray:
+    return planted(30, 120, 2, 0.1)
+
+
+@pytest.fixture(scope="module")
+def binary() -> np.ndarray:
+    rng = np.random.default_rng(2)
+    logits = (
+        rng.normal(-0.5, 1, 90) + rng.normal(0, 0.7, (40, 1)) + rng.normal(size=(40, 2)) @ rng.normal(0, 1.5, (2, 90))
+    )
+    return (rng.random((40, 90)) < special.expit(logits)).astype(float)
+
+
+class TestKNN:
+    @pytest.mark.parametrize("k", [3, 40])
+    @pytest.mark.parametrize("softening", [1.0, 0.01])
+    def test_against_a_plain_loop(self, values: np.ndarray, k: int, softening: float) -> None:
+        known, new = values[:-1].astype(np.float32).astype(float), values[-1]
+        at = [4, 60, 99, 7]
+        found = KNN(k=k, softening=softening).fit(known).predict(at, new[at])
+        effects, columns = additive_effects(known)
+        residuals = known - effects[:, None] - columns
+        shift = sum(new[j] - columns[j] for j in at) / 4
+        distances = [sum((new[j] - columns[j] - shift - residuals[i, j]) ** 2 for j in at) / 4 for i in range(29)]
+        nearest = sorted(range(29), key=lambda i: distances[i])[:k]
+        weights = {i: 1 / (distances[i] + softening) for i in nearest}
+        for j in (0, 33, 119):
+            expected = columns[j] + shift + sum(w * residuals[i, j] for i, w in weights.items()) / sum(weights.values())
+            assert found.mean[j] == pytest.approx(expected, rel=1e-6)
+
+    def test_settings(self, values: np.ndarray) -> None:
+        for bad in ({"k": 0}, {"softening": -1.0}):
+            with pytest.raises(ConfigError):
+                KNN(**bad).fit(values)
+
+
+class TestFactorisation:
+    def test_the_penalised_optimum_is_that_of_alternating_ridge(self, values: np.ndarray) -> None:
+        """Oracle: alternating ridge regressions on the doubly centred matrix, from a random start."""
+        centred = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+        ridge, rank = 2.0, 3
+        rng = np.random.default_rng(0)
+        left, right = rng.normal(size=(30, rank)), rng.normal(size=(120, rank))
+        for _ in range(3000):
+            left = centred @ right @ np.linalg.inv(right.T @ right + ridge * np.eye(rank))
+            right = centred.T @ left @ np.linalg.inv(left.T @ left + ridge * np.eye(rank))
+        found = fit_low_rank(values, rank, centred=True, penalty=ridge)
+        shown = found.fit - found.rows[:, None] - found.columns
+        np.testing.assert_allclose(shown, left @ right.T, atol=1e-6)
+
+    def test_a_new_row_is_a_ridge_regression(self, values: np.ndarray) -> None:
+        known = values[:-1].astype(np.float32).astype(float)
+        model = MatrixFactorization(rank=3, penalty=0.05).fit(known)
+        centred = known - known.mean(0) - known.mean(1, keepdims=True) + known.mean()
+        _, strength, right = np.linalg.svd(centred)
+        ridge = 0.05 * strength[0]
+        q = right[:3].T * np.sqrt(np.maximum(strength[:3] - ridge, 0))
+        at = np.arange(0, 60, 3)
+        design = np.column_stack([np.ones(20), q[at]])
+        penalty = ridge * np.diag([0.0, 1, 1, 1])
+        weights = np.linalg.solve(design.T @ design + penalty, design.T @ (values[-1, at] - known.mean(0)[at]))
+        expected = known.mean(0) + weights[0] + q @ weights[1:]
+        found = model.predict(at, values[-1, at]).mean
+        rest = np.setdiff1d(np.arange(120), at)
+        np.testing.assert_allclose(found[rest], expected[rest], rtol=1e-5, atol=1e-6)
+
+    def test_soft_impute_is_the_proximal_gradient_optimum(self, values: np.ndarray) -> None:
+        """Oracle: soft-thresholded SVD of the filled matrix, repeated, with entries missing (not centred)."""
+        holes = values.copy()
+        holes[np.random.default_rng(0).random(values.shape) < 0.2] = np.nan
+        present, filled, penalty = ~np.isnan(holes), np.nan_to_num(holes), 3.0
+        for _ in range(3000):
+            left, strength, right = np.linalg.svd(filled, full_matrices=False)
+            low_rank = (left * np.maximum(strength - penalty, 0)) @ right
+            filled = np.where(present, holes, low_rank)
+        found = fit_low_rank(holes, 100, centred=False, penalty=penalty, rounds=3000).fit
+        np.testing.assert_allclose(found, low_rank, atol=2e-3)
+
+    def test_more_noise_asks_for_more_penalty(self) -> None:
+        calm, loud = (choose_penalty(planted(30, 200, 2, noise), 10_000) for noise in (0.01, 2.0))
+        assert calm < loud
+
+    @pytest.mark.parametrize("method", [MatrixFactorization, SoftImpute])
+    def test_settings(self, values: np.ndarray, method: type[MatrixFactorization]) -> None:
+        for bad in (0.0, 1.0, -1.0):
+            with pytest.raises(ConfigError, match="penalty"):
+                method(penalty=bad).fit(values)
+
+
+class TestLogistic:
+    def test_the_additive_form_is_the_optimum_of_a_general_solver(self, binary: np.ndarray) -> None:
+        part = binary[:8, :10]
+
+        def loss(flat: np.ndarray) -> float:
+            rows, columns = flat[:8], flat[8:]
+            logits = rows[:, None] + columns + special.logit(np.clip(part.mean(), 0.01, 0.99))
+            likelihood = (part * logits - np.logaddexp(0, logits)).sum()
+            return float(-likelihood + 0.005 * (rows**2).sum() + 0.005 * (columns**2).sum())
+
+        best = optimize.minimize(loss, np.zeros(18), method="BFGS").x
+        found = fit_logistic(part, 0, 1.0)
+        expected = special.logit(np.clip(part.mean(), 0.01, 0.99)) + best[8:] + best[:8].mean()
+        np.testing.assert_allclose(found.logits, expected, atol=0.1)
+
+    def test_a_new_row_is_penalised_logistic_regression(self, binary: np.ndarray) -> None:
+        state = fit_logistic(binary[:-1], 2, 1.0)
+        at = np.arange(0, 60, 2)
+        y = binary[-1, at]
+
+        def loss(weights: np.ndarray) -> float:
+            logits = state.logits[at] + state.loadings[at] @ weights
+            return float(-(y * logits - np.logaddexp(0, logits)).sum() + 0.5 * (state.precision * weights**2).sum())
+
+        best = optimize.minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-9})
+        logits = state.logits + state.loadings @ best.x
+        curved = (state.loadings[at].T * (p := special.expit(logits[at])) * (1 - p)) @ state.loadings[at]
+        covariance = np.linalg.inv(curved + np.diag(state.precision))
+        spread = np.einsum("nr,rs,ns->n", state.loadings, covariance, state.loadings)
+        mean, variance, _ = state.posterior(at, y[None])
+        np.testing.assert_allclose(mean[0], special.expit(logits / np.sqrt(1 + np.pi * spread / 8)), rtol=1e-5)
+        np.testing.assert_allclose(variance, mean * (1 - mean))
+
+    def test_probabilities_are_better_than_the_means(self, binary: np.ndarray) -> None:
+        at, rest = np.arange(0, 90, 3), np.setdiff1d(np.arange(90), np.arange(0, 90, 3))
+        errors = {}
+        for name, method in (("logistic", LogisticMF(rank=2)), ("mean", Mean())):
+            forecast = method.fit(binary[:30]).predict(at, binary[30:][:, at])
+            errors[name] = np.mean((forecast.mean - binary[30:])[:, rest] ** 2)
+        assert errors["logistic"] < 0.9 * errors["mean"]
+
+    def test_missing_entries_and_columns_of_one_kind(self, binary: np.ndarray) -> None:
+        holes = binary.copy()
+        holes[np.random.default_rng(0).random(holes.shape) < 0.3] = np.nan
+        holes[:, 0], holes[:, 1], holes[:, 2] = 0.0, 1.0, np.nan
+        forecast = LogisticMF(rank=2).fit(holes[:-1]).predict([5, 6], binary[-1, [5, 6]])
+        assert np.isfinite(forecast.mean).all()
+        assert forecast.mean[0] < 0.1
+        assert forecast.mean[1] > 0.9
+
+    def test_real_values_are_refused(self, values: np.ndarray, binary: np.ndarray) -> None:
+        with pytest.raises(DataError, match="0 or 1, not"):
+            LogisticMF().fit(values)
+        with pytest.raises(DataError, match=r"0 or 1, not 0\.5"):
+            LogisticMF(rank=1).fit(binary[:5]).predict([0], [0.5])
+        with pytest.raises(ConfigError):
+            LogisticMF(precision=0.0).fit(binary)
+
+
+class TestAuto:
+    def test_the_best_on_left_out_tasks_is_used(self, values: np.ndarray) -> None:
+        auto = Auto(candidates=[Mean(), Bayesian(), Additive()]).fit(values[:-1])
+        assert isinstance(auto.chosen_, Bayesian)
+        assert min(auto.errors_, key=lambda name: auto.errors_[name]) == "Bayesian"
+        at = [1, 2, 3]
+        np.testing.assert_allclose(
+            auto.predict(at, values[-1, at]).mean, Bayesian().fit(values[:-1]).predict(at, values[-1, at]).mean
+        )
+
+    def test_without_structure_the_simplest_wins(self) -> None:
+        noise = np.random.default_rng(0).normal(size=(20, 200)) + np.linspace(0, 9, 200)
+        assert isinstance(Auto(candidates=[KNN(k=1), Mean()]).fit(noise).chosen_, Mean)
+
+    def test_zeros_and_ones(self, binary: np.ndarray) -> None:
+        assert "LogisticMF" in Auto().fit(binary[:12, :40]).errors_
+
+    def test_too_few_tasks_to_choose_by(self, values: np.ndarray) -> None:
+        assert isinstance(Auto(candidates=[Additive(), Mean()]).fit(values[:3]).chosen_, Additive)
+        with pytest.raises(ConfigError, match="at least one candidate"):
+            Auto(candidates=[]).fit(values)
+
+
+class TestBench:
+    def test_figures_against_plain_code(self, values: np.ndarray) -> None:
+        train, test = ForgettingMatrix(values[:24]), ForgettingMatrix(values[24:])
+        rows = bench(train, test, {"additive": Additive(), "bayesian": Bayesian()}, ks=(5, 10), seeds=3)
+        assert {(r.method, r.probes, r.k) for r in rows} == {
+            (m, p, k) for m in ("additive", "bayesian") for p in ("random", "chosen") for k in (5, 10)
+        }
+        errors = []
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            order = rng.permutation(120)
+            at, judged = rng.choice(np.sort(order[:60]), 10, replace=False), order[60:]
+            forecast = Bayesian().fit(train).predict(at, test.values[:, at])
+            errors.append(np.sqrt(np.mean((forecast.mean - test.values)[:, judged] ** 2)))
+        row = next(r for r in rows if (r.method, r.probes, r.k) == ("bayesian", "random", 10))
+        assert row.accuracy.rmse == pytest.approx(np.mean(errors), rel=1e-6)
+        base = next(r for r in rows if (r.method, r.probes, r.k) == ("additive", "random", 10))
+        assert row.ratio == pytest.approx(row.accuracy.rmse / base.accuracy.rmse)
+        assert row.ratio_lower <= row.ratio <= row.ratio_upper < 1
+        assert (base.ratio, base.ratio_lower, base.ratio_upper) == (1, 1, 1)
+        assert np.isnan(row.f1)
+
+    def test_binary_forgetting_has_an_f1(self, binary: np.ndarray) -> None:
+        rows = bench(
+            ForgettingMatrix(binary[:30]), ForgettingMatrix(binary[30:]), {"logistic": LogisticMF(rank=2)},
+            ks=[20], seeds=1, baseline="logistic",
+        )  # fmt: skip
+        assert all(0.5 < row.f1 < 1 for row in rows)
+
+    def test_what_cannot_be_compared(self, values: np.ndarray) -> None:
+        train, test = ForgettingMatrix(values[:20]), ForgettingMatrix(values[20:])
+        with pytest.raises(DataError, match="same examples"):
+            bench(train, ForgettingMatrix(values[20:, :50]), {"additive": Additive()})
+        with pytest.raises(DataError, match="baseline 'additive'"):
+            bench(train, test, {"mean": Mean()})
+        with pytest.raises(DataError, match="61 probes cannot be taken"):
+            bench(train, test, {"additive": Additive()}, ks=[61])
+
+
+def test_matrices_from_files(tmp_path: Path, values: np.ndarray) -> None:
+    np.save(tmp_path / "z.npy", values)
+    np.testing.assert_array_equal(ForgettingMatrix.load(tmp_path / "z.npy").values, values.astype(np.float32))
+    (tmp_path / "z.json").write_text('{"arr": [[1, null], [2.5, 3]]}')
+    np.testing.assert_array_equal(ForgettingMatrix.load(tmp_path / "z.json").values, [[1, np.nan], [2.5, 3]])
+    (tmp_path / "rows.json").write_text("[[1, 2], [3, 4]]")
+    assert ForgettingMatrix.load(tmp_path / "rows.json").shape == (2, 2)
+    (tmp_path / "bad.json").write_text("[[1, 2], [3]]")
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for name in ("bad.json", "objects.npy", "z.csv"):
+        with pytest.raises(DataError, match=name.replace(".", r"\.")):
+            ForgettingMatrix.load(tmp_path / name)
