@@ -62,7 +62,7 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
             row.method,
             f"{row.k} {row.probes}",
             f"{row.accuracy.rmse:.4f}",
-            f"{row.ratio:.3f} ({row.ratio_lower:.2f}-{row.ratio_upper:.2f})",
+            f"{row.ratio:.2f} ({row.ratio_lower:.2f}-{row.ratio_upper:.2f})",
             f"{row.accuracy.spearman:.2f}",
             f"{row.accuracy.recall:.2f}",
             f"{row.accuracy.coverage:.0%}",

@@ -1,0 +1,291 @@
+"""Completion beside the paper's own three algorithms, in one run: error, interval coverage, time per new task, scaling.
+
+    python benchmarks/completion.py --quick             # one split, three new tasks a domain: about a minute
+    python benchmarks/completion.py --json result.json  # ten splits, all new tasks: about two minutes
+    python benchmarks/completion.py --refit             # the same, with the paper's algorithms run anew: an hour
+
+The paper's algorithms are scikit-surprise's with the paper's settings, refitted for every new task as its code does.
+Their errors on the ten splits lie beside the data (olmo-7b-reference.json) and are read from there, and only their
+time is measured, on three tasks, unless they are to be refitted. The matrix is the authors' OLMo-7B measurement;
+FORGETCAST_DATA names its folder (default ../shared/data).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy
+import surprise
+from rich.console import Console
+from rich.table import Table
+
+import forgetcast
+from forgetcast import ForgettingMatrix, probes
+from forgetcast.completion import KNN, Additive, Bayesian, MatrixFactorization
+
+IN_DOMAIN = (6, 65, 18, 8, 60, 13, 37, 22, 30, 19, 64, 50, 25, 31, 32, 61, 16, 5, 53, 49)
+OUT_OF_DOMAIN = tuple(range(66, 76))
+KNOWN = tuple(row for row in range(66) if row not in IN_DOMAIN)
+DOMAINS = {"in domain": IN_DOMAIN, "out of domain": OUT_OF_DOMAIN}
+REFERENCE = {"in domain": "olmo-7b/in-domain", "out of domain": "olmo-7b/flan-to-tulu"}
+TIMED = 3
+"""New tasks that the paper's algorithms are timed on where they are not all refitted."""
+
+PAPER: dict[str, Callable[[], Any]] = {
+    "additive": lambda: surprise.BaselineOnly(verbose=False),
+    "knn": lambda: surprise.KNNBaseline(k=40, sim_options={"name": "msd"}, verbose=False),
+    "svd": lambda: surprise.SVD(
+        n_factors=5, n_epochs=1000, lr_all=0.005, reg_all=0.0, init_std_dev=0.001, random_state=0
+    ),
+}
+OURS = {"additive": Additive, "KNN": KNN, "MF": MatrixFactorization, "Bayesian": Bayesian}
+
+MUST = {
+    ("in domain", "30 random"): 0.95,
+    ("out of domain", "30 random"): 0.98,
+    ("in domain", "30 chosen"): 0.92,
+    ("out of domain", "30 chosen"): 0.99,
+    ("in domain", "10 chosen"): 0.98,
+    ("out of domain", "10 chosen"): 1.05,
+}
+"""Most that Bayesian's error may be, relative to the best of the paper's three with 30 random probes."""
+
+
+def refit(make: Callable[[], Any], known: np.ndarray, at: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Fit one of the paper's algorithms on the known rows and one new row's probes; complete the new row."""
+    tasks, examples = known.shape
+    frame = pd.DataFrame(
+        {
+            "task": np.concatenate([np.repeat(np.arange(tasks), examples), np.full(len(at), tasks)]),
+            "example": np.concatenate([np.tile(np.arange(examples), tasks), at]),
+            "value": np.concatenate([known.ravel(), observed]),
+        }
+    )
+    reader = surprise.Reader(rating_scale=(float(frame["value"].min()), float(frame["value"].max())))
+    algorithm = make()
+    algorithm.fit(surprise.Dataset.load_from_df(frame, reader).build_full_trainset())
+    return np.array([algorithm.predict(tasks, example, clip=False).est for example in range(examples)])
+
+
+def quality(
+    values: np.ndarray, seeds: int, most_tasks: int | None, reference: dict[str, Any] | None, console: Console
+) -> list[dict[str, Any]]:
+    """Errors of the paper's algorithms and ours on the same splits, and the time that one new task takes.
+
+    With a `reference`, the errors of the paper's are taken from it.
+    """
+    known = values[list(KNOWN)]
+    fitted = {name: method().fit(known) for name, method in OURS.items()}
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+
+    def add(domain: str, name: str, kind: str, rmse: float, seconds: float, covered: float = np.nan) -> None:
+        lists = found.setdefault((domain, name, kind), {"rmse": [], "seconds": [], "coverage": []})
+        lists["rmse"].append(rmse)
+        lists["seconds"].append(seconds)
+        lists["coverage"].append(covered)
+
+    for domain, rows in DOMAINS.items():
+        new = values[list(rows[:most_tasks])]
+        for seed in range(seeds):
+            console.print(f"{domain}, split {seed + 1} of {seeds}", style="dim")
+            rng = np.random.default_rng(seed)
+            order = rng.permutation(values.shape[1])
+            candidates, judged = np.sort(order[:500]), order[500:]
+            at_random = rng.choice(candidates, 30, replace=False)
+            for name, make in PAPER.items():
+                refitted = new if reference is None else new[: TIMED if seed == 0 else 0]
+                started = time.perf_counter()
+                completed = [refit(make, known, at_random, row[at_random]) for row in refitted]
+                seconds = (time.perf_counter() - started) / len(refitted) if len(refitted) else np.nan
+                if reference is None:
+                    error = rmse((np.array(completed) - new)[:, judged])
+                else:
+                    error = reference[REFERENCE[domain]]["seeds"][seed]["rmse"][name]
+                add(domain, f"paper: {name}", "30 random", error, seconds)
+            kinds = {
+                "30 random": at_random,
+                "30 chosen": probes.choose(fitted["Bayesian"], 30, candidates),
+                "10 chosen": probes.choose(fitted["Bayesian"], 10, candidates),
+            }
+            for name, model in fitted.items():
+                for kind, at in kinds.items():
+                    times = []
+                    for row in new:
+                        started = time.perf_counter()
+                        model.predict(at, row[at])
+                        times.append(time.perf_counter() - started)
+                    forecast = model.predict(at, new[:, at])
+                    lower, upper = forecast.interval(0.9)
+                    covered = float(np.mean(((lower <= new) & (new <= upper))[:, judged]))
+                    add(domain, name, kind, rmse((forecast.mean - new)[:, judged]), float(np.median(times)), covered)
+    best = {
+        domain: min(float(np.mean(found[domain, f"paper: {name}", "30 random"]["rmse"])) for name in PAPER)
+        for domain in DOMAINS
+    }
+    return [
+        {
+            "part": "quality",
+            "domain": domain,
+            "method": name,
+            "probes": kind,
+            "rmse": float(np.mean(lists["rmse"])),
+            "ratio_to_papers_best": float(np.mean(lists["rmse"])) / best[domain],
+            "coverage_90": float(np.mean(lists["coverage"])),
+            "seconds_per_task": float(np.nanmedian(lists["seconds"])),
+        }
+        for (domain, name, kind), lists in found.items()
+    ]
+
+
+def rmse(error: np.ndarray) -> float:
+    """Root mean square."""
+    return float(np.sqrt(np.mean(error**2)))
+
+
+def scaling(sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Time of a fit and of a forecast with intervals, relative to one float32 product of the same size."""
+    rows = []
+    for tasks, examples in sizes:
+        rng = np.random.default_rng(0)
+        values = rng.normal(size=(tasks, 5)).astype(np.float32) @ rng.normal(size=(5, examples)).astype(np.float32)
+        values += rng.standard_normal(values.shape, dtype=np.float32)
+        matrix = ForgettingMatrix(values)
+        gram = _median(partial(np.matmul, values, values.T))
+        fit = _median(partial(_fit, matrix), rounds=3)
+        model = Bayesian().fit(matrix)
+        at, weights = np.arange(30), np.ones(model.loadings_.shape[1], dtype=np.float32)
+        loadings = np.ascontiguousarray(model.loadings_.T, dtype=np.float32)
+        product = _median(partial(np.matmul, weights, loadings))
+        forecast = _median(partial(_forecast, model, at, values[0, at]))
+        rows.append(
+            {
+                "part": "scaling",
+                "tasks": tasks,
+                "examples": examples,
+                "fit_seconds": fit,
+                "fit_to_gram": fit / gram,
+                "forecast_seconds": forecast,
+                "forecast_to_product": forecast / product,
+            }
+        )
+    return rows
+
+
+def _fit(matrix: ForgettingMatrix) -> Bayesian:
+    return Bayesian().fit(matrix)
+
+
+def _forecast(model: Bayesian, at: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return model.predict(at, observed).interval(0.9)
+
+
+def _median(call: Callable[[], Any], rounds: int = 9) -> float:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the figures have to hold up to."""
+    found = []
+    quality_of = {(r["domain"], r["method"], r["probes"]): r for r in rows if r["part"] == "quality"}
+    for (domain, kind), bound in MUST.items():
+        value = quality_of[domain, "Bayesian", kind]["ratio_to_papers_best"]
+        found.append(
+            {"name": f"error, {kind} probes, {domain}", "value": value, "bound": bound, "holds": value <= bound}
+        )
+    for domain, (low, high) in {"in domain": (0.87, 0.93), "out of domain": (0.80, 1.0)}.items():
+        value = quality_of[domain, "Bayesian", "30 random"]["coverage_90"]
+        holds = low <= value <= high
+        found.append({"name": f"coverage of 90 % intervals, {domain}", "value": value, "bound": low, "holds": holds})
+    paper = quality_of["in domain", "paper: svd", "30 random"]["seconds_per_task"]
+    speed = paper / quality_of["in domain", "Bayesian", "30 random"]["seconds_per_task"]
+    found.append(
+        {
+            "name": "times faster per new task than the paper's MF (svd)",
+            "value": speed,
+            "bound": 10_000,
+            "holds": speed >= 10_000,
+        }
+    )
+    largest = max((r for r in rows if r["part"] == "scaling"), key=lambda r: r["tasks"] * r["examples"])
+    for name, key, bound in (
+        ("fit / Gram product", "fit_to_gram", 5),
+        ("forecast / product", "forecast_to_product", 3),
+    ):
+        size = f"{largest['tasks']} x {largest['examples']}"
+        holds = largest[key] <= bound
+        found.append({"name": f"{name}, {size}", "value": largest[key], "bound": bound, "holds": holds})
+    return found
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one split, three new tasks a domain")
+    parser.add_argument("--refit", action="store_true", help="run the paper's algorithms on every split and task")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    arguments = parser.parse_args()
+    console = Console()
+    folder = Path(os.environ.get("FORGETCAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    file = folder / "olmo-7b-dolma.json"
+    if not file.is_file():
+        parser.error(f"{file} is not here; set FORGETCAST_DATA to the folder with the reference data")
+    values = ForgettingMatrix.load(file).values.astype(np.float64)
+
+    kept = folder / "olmo-7b-reference.json"
+    anew = arguments.quick or arguments.refit or not kept.is_file()
+    reference = None if anew else json.loads(kept.read_text())["settings"]
+    rows = quality(values, 1 if arguments.quick else 10, TIMED if arguments.quick else None, reference, console)
+    sizes = [(46, 1_000), (85, 20_000)] if arguments.quick else [(46, 1_000), (85, 20_000), (85, 141_871)]
+    rows += scaling(sizes)
+    table = Table(
+        "domain", "method", "probes", "RMSE", "to paper's best", "in 90 %", "s per task", title="Quality and time"
+    )
+    for r in rows:
+        if r["part"] == "quality":
+            covered = "" if np.isnan(r["coverage_90"]) else f"{r['coverage_90']:.1%}"
+            figures = [f"{r['rmse']:.4f}", f"{r['ratio_to_papers_best']:.3f}", covered, f"{r['seconds_per_task']:.2g}"]
+            table.add_row(r["domain"], r["method"], r["probes"], *figures)
+    console.print(table)
+    table = Table("size", "fit, s", "fit / Gram", "forecast, ms", "forecast / product", title="Scaling (Bayesian)")
+    for r in rows:
+        if r["part"] == "scaling":
+            figures = [f"{r['fit_seconds']:.3f}", f"{r['fit_to_gram']:.1f}", f"{1e3 * r['forecast_seconds']:.2f}"]
+            table.add_row(f"{r['tasks']} x {r['examples']}", *figures, f"{r['forecast_to_product']:.1f}")
+    console.print(table)
+    checked = targets(rows)
+    table = Table("target", "value", "bound", "holds", title="Targets")
+    for t in checked:
+        table.add_row(t["name"], f"{t['value']:.4g}", f"{t['bound']:g}", "yes" if t["holds"] else "NO")
+    console.print(table)
+    if arguments.json:
+        environment = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "scikit-surprise": surprise.__version__,
+            "forgetcast": forgetcast.__version__,
+            "quick": arguments.quick,
+        }
+        rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
+        arguments.json.write_text(json.dumps({"environment": environment, "rows": rows, "targets": checked}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
