@@ -182,13 +182,13 @@ def test_a_task_that_only_shifts_is_completed_by_its_shift(values: np.ndarray) -
 def test_variances_are_drawn_together_as_far_as_they_are_alike() -> None:
     rng = np.random.default_rng(0)
     degrees = np.full(4000, 12.0)
-    same = shrink_variances(2.0 * rng.chisquare(12, 4000) / 12, degrees)
+    same = shrink_variances(2.0 * rng.chisquare(12, 4000), degrees)
     np.testing.assert_allclose(same, 2.0, rtol=0.1)
     # Inverse chi-squared truths with 6 degrees: the best estimate given s is (6 * 1 + 12 * s) / 18.
     truth = 6 / rng.chisquare(6, 4000)
     sample = truth * rng.chisquare(12, 4000) / 12
-    np.testing.assert_allclose(shrink_variances(sample, degrees), (6 + 12 * sample) / 18, rtol=0.15)
-    with_nothing = shrink_variances(np.append(sample, 99.0), np.append(degrees, 0.0))
+    np.testing.assert_allclose(shrink_variances(12 * sample, degrees), (6 + 12 * sample) / 18, rtol=0.15)
+    with_nothing = shrink_variances(np.append(12 * sample, 99.0), np.append(degrees, 0.0))
     assert with_nothing[-1] == pytest.approx(1.0, rel=0.1)
 
 

@@ -58,12 +58,10 @@ class Auto(Completion):
         self.errors_ = {}
         for candidate in candidates:
             candidate._prepare(values)
-            squares = [
-                np.mean(
-                    np.delete(row - candidate._estimate(rest).posterior(probes, row[None, probes])[0][0], probes) ** 2
-                )
-                for rest, row, probes in parts
-            ]
+            squares = []
+            for rest, rows, probes in parts:
+                mean, _, _ = candidate._estimate(rest).posterior(probes, rows[:, probes])
+                squares.extend(np.mean(np.delete(rows - mean, probes, axis=1) ** 2, axis=1))
             self.errors_[type(candidate).__name__] = float(np.sqrt(np.mean(squares))) if squares else float("nan")
         errors = list(self.errors_.values())
         self.chosen_ = candidates[int(np.argmin(errors))] if parts else candidates[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from scipy import linalg, special
@@ -24,9 +24,12 @@ from forgetcast.matrix import ForgettingMatrix
 LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
 """Interval levels whose width is learned from left-out tasks; levels between are interpolated."""
 
-CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 40, 1_000, 10
-"""Calibration leaves out at most this many tasks, on at most this many examples, from this many random probes."""
+CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
+"""Of `left_out`: groups of tasks, or single tasks where entries are missing; examples; and probes of each task."""
 
+
+BLOCK = 8_192
+"""Examples that are worked on at once, so that they stay in the cache."""
 
 SCALE_DEGREES = 1.0
 """Observations that what is assumed of a new task's own scale of variances is worth; few, because tasks differ much."""
@@ -104,7 +107,7 @@ class Estimate(NamedTuple):
             If the probes leave a coefficient undetermined: an infinite prior and no probe.
         """
         k = len(probes)
-        loadings, noise = self.loadings[probes], self.noise[probes]
+        loadings, noise = (part[probes].astype(np.float64) for part in (self.loadings, self.noise))
         surprise = rows - self.mean[probes]
         weighted = surprise / noise
         information, projected = loadings.T @ (loadings / noise[:, None]), weighted @ loadings
@@ -127,15 +130,19 @@ class Estimate(NamedTuple):
             if len(evidence) == 1:
                 log_misfit = np.log(squared / max(k, 1))
         weights = special.softmax(np.array(evidence), axis=0)  # (priors, B)
-        average = np.einsum("pb,pbr->br", weights, coefficients)
-        mean = self.mean + average @ self.loadings.T
+        found, kind = np.array(coefficients), self.loadings.dtype
+        average = np.einsum("pb,pbr->br", weights, found)
+        mean = self.mean + average.astype(kind) @ self.loadings.T
+        # Of the coefficients, for each row (B, r, r): within the priors, and between their means.
+        scaled = weights * np.array(scales)
+        spread = np.einsum("pb,prs->brs", scaled, np.array(covariances))
+        spread += np.einsum("pb,pbr,pbs->brs", weights, found - average, found - average)
         variance = np.empty_like(mean)
-        for row in range(len(rows)):
-            spread = np.einsum("p,prs->rs", weights[:, row] * np.array(scales)[:, row], covariances)
-            for weight, found in zip(weights[:, row], coefficients, strict=True):
-                spread = spread + weight * np.outer(found[row] - average[row], found[row] - average[row])
-            own = float(weights[:, row] @ np.array(scales)[:, row])
-            variance[row] = ((self.loadings @ spread) * self.loadings).sum(axis=1) + own * self.noise
+        for start in range(0, mean.shape[1], BLOCK):  # small enough for the cache
+            part = slice(start, start + BLOCK)
+            for row, own in enumerate(scaled.sum(axis=0)):
+                told = self.loadings[part] @ spread[row].astype(kind)
+                variance[row, part] = np.einsum("nr,nr->n", told, self.loadings[part]) + own * self.noise[part]
         return mean, variance, log_misfit
 
     def extended(self, known: np.ndarray) -> Estimate:
@@ -188,10 +195,14 @@ class Completion(ABC):
     widths_: np.ndarray
     scale_: float
     _log_misfits: np.ndarray
+    _reads_float32: ClassVar[bool] = False
 
     @abstractmethod
     def _estimate(self, values: np.ndarray) -> State:
-        """Learn from `values`, shape (M, N) of float64, M >= 2; no row or column is all NaN."""
+        """Learn from `values`, shape (M, N), M >= 2; no row or column is all NaN.
+
+        They are float64, unless the class sets `_reads_float32` to be given the matrix itself.
+        """
 
     def _prepare(self, values: np.ndarray) -> None:  # noqa: B027  # most methods have nothing to prepare
         """Check the settings and choose hyper-parameters once, before `_estimate` is called on parts of `values`."""
@@ -209,15 +220,21 @@ class Completion(ABC):
         """
         if not isinstance(matrix, ForgettingMatrix):
             matrix = ForgettingMatrix(matrix)
-        values = matrix.values[matrix.observed.any(axis=1)].astype(np.float64)
+        values, known = matrix.values, None
+        flat = values.ravel()
+        if np.isnan(np.vdot(flat, flat)):  # one pass without a temporary, where most matrices are complete
+            values = values[matrix.observed.any(axis=1)]
+            known = np.any(~np.isnan(values), axis=0)
+            values = values[:, known]
         if len(values) < 2:
             raise DataError(f"completion needs at least two measured tasks; the matrix has {len(values)}")
-        known: np.ndarray = np.any(~np.isnan(values), axis=0)
-        self._prepare(values[:, known])
-        state = self._estimate(values[:, known])
-        self.state_ = state if known.all() else state.extended(known)
+        if not self._reads_float32:
+            values = values.astype(np.float64)
+        self._prepare(values)
+        state = self._estimate(values)
+        self.state_ = state if known is None or known.all() else state.extended(known)
         self.examples_ = matrix.examples
-        self._calibrate(values[:, known])
+        self._calibrate(values)
         return self
 
     def predict(self, probes: Any, observed: Any) -> Forecast:
@@ -251,7 +268,8 @@ class Completion(ABC):
             bad = self.examples_[probes[np.argwhere(~np.isfinite(rows))[0, 1]]]
             raise DataError(f"the measurement of the probe {bad!r} is not a finite number")
         mean, variance, log_misfit = self.state_.posterior(probes, rows)
-        std = np.broadcast_to(np.sqrt(variance) * self.scale_, mean.shape).copy()
+        std = np.sqrt(np.broadcast_to(variance, mean.shape))
+        std *= self.scale_
         std[:, probes] = 0.0
         mean[:, probes] = rows
         misfit = self._p_value(log_misfit) if len(probes) else np.ones(len(rows))
@@ -268,14 +286,15 @@ class Completion(ABC):
         return np.asarray(special.stdtr(len(reference) - 1, -t))
 
     def _calibrate(self, values: np.ndarray) -> None:
-        """Leave out one task at a time, forecast it from random probes, and learn the scale and the widths."""
+        """Leave tasks out, forecast them from random probes, and learn the scale and the widths."""
         self.scale_, self.widths_ = 1.0, special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
-        ratios, misfits = [], []
-        for rest, row, probes in left_out(values):
-            mean, variance, log_misfit = self._estimate(rest).posterior(probes, row[None, probes])
-            ratios.append(np.delete((row - mean[0]) / np.sqrt(np.atleast_2d(variance)[0]), probes))
-            misfits.append(float(log_misfit[0]))
+        ratios: list[np.ndarray] = []
+        misfits: list[float] = []
+        for rest, rows, probes in left_out(values):
+            mean, variance, log_misfit = self._estimate(rest).posterior(probes, rows[:, probes])
+            ratios.append(np.delete((rows - mean) / np.sqrt(variance), probes, axis=1).ravel())
+            misfits.extend(log_misfit)
         if not ratios:
             return
         pooled = np.abs(np.concatenate(ratios))
@@ -286,20 +305,28 @@ class Completion(ABC):
 
 
 def left_out(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Leave out one task at a time, on a part of the columns: the other rows, its row, and random probes in it.
+    """Leave tasks out, on a part of the columns: the other rows, theirs, and random probes.
 
-    At most CALIBRATION_TASKS tasks and CALIBRATION_EXAMPLES columns, those on which the task was measured; nothing
-    where there are fewer than four tasks. The choice is fixed, so that a fit is a function of the matrix alone.
+    Of a complete matrix, every task is left out once, in at most CALIBRATION_FOLDS groups. Where entries are missing,
+    tasks are left out singly, at most CALIBRATION_TASKS of them, each on the columns that it was measured on. At most
+    CALIBRATION_EXAMPLES columns are used; nothing is left out of fewer than four tasks. The choice is fixed, so that a
+    fit is a function of the matrix alone.
     """
+    if len(values) < 4:
+        return
     rng = np.random.default_rng(0)
-    columns = rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]
-    for task in rng.permutation(len(values))[:CALIBRATION_TASKS] if len(values) >= 4 else ():
-        row = values[task, columns]
-        rest = np.delete(values[:, columns], task, axis=0)
-        usable = np.flatnonzero(~np.isnan(row) & ~np.isnan(rest).all(axis=0))
-        rest = rest[~np.isnan(rest).all(axis=1)]
-        if len(usable) >= 2 * CALIBRATION_PROBES and len(rest) >= 2:
-            yield rest[:, usable], row[usable], rng.permutation(len(usable))[:CALIBRATION_PROBES]
+    part = values[:, np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])].astype(np.float64)
+    present, order = ~np.isnan(part), rng.permutation(len(part))
+    folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))
+    if not present.all():
+        folds = list(order[:CALIBRATION_TASKS, None])
+    for fold in folds:
+        known = np.delete(np.arange(len(part)), fold)
+        usable = np.flatnonzero(present[fold].all(axis=0) & present[known].any(axis=0))
+        known = known[present[np.ix_(known, usable)].any(axis=1)]
+        if len(usable) >= 2 * CALIBRATION_PROBES and len(known) >= 2:
+            probes = rng.permutation(len(usable))[:CALIBRATION_PROBES]
+            yield part[np.ix_(known, usable)], part[np.ix_(fold, usable)], probes
 
 
 class LinearGaussian(Completion):

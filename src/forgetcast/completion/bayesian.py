@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from forgetcast.completion.base import Estimate, LinearGaussian, column_variance
-from forgetcast.completion.low_rank import fit_low_rank, sum_of
+from forgetcast.completion.base import Estimate, LinearGaussian
+from forgetcast.completion.low_rank import factor_complete, fit_low_rank
 from forgetcast.errors import ConfigError
 
 TASKS_PER_FACTOR = 4
@@ -65,6 +65,8 @@ class Bayesian(LinearGaussian):
         self.prior_scale = prior_scale
         self.shift_scale = shift_scale
 
+    _reads_float32 = True
+
     def _prepare(self, values: np.ndarray) -> None:  # noqa: ARG002
         if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0:
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
@@ -72,22 +74,27 @@ class Bayesian(LinearGaussian):
     def _estimate(self, values: np.ndarray) -> Estimate:
         tasks, examples = values.shape
         rank = min(self.factors, tasks // TASKS_PER_FACTOR)
-        low_rank = fit_low_rank(values, rank, centred=True)
+        flat = values.ravel()
+        if np.isnan(np.vdot(flat, flat)):
+            low_rank = fit_low_rank(values.astype(np.float64), rank, centred=True)
+            residuals = values - low_rank.fit
+            squares, counts = np.nansum(residuals**2, axis=0), (~np.isnan(residuals)).sum(axis=0)
+        else:
+            low_rank, squares = factor_complete(values, rank)
+            counts = np.full(examples, tasks)
         # A column loses one degree of freedom to its mean, its loadings, and its part of the tasks' coordinates.
-        lost = 1.0 + rank + (rank + 1) * tasks / examples
-        residuals = values - low_rank.fit
-        degrees = np.maximum((~np.isnan(residuals)).sum(axis=0) - lost, 0.0)
-        noise = shrink_variances(column_variance(residuals, lost=lost, shrinkage=0.0), degrees)
+        degrees = np.maximum(counts - (1.0 + rank + (rank + 1) * tasks / examples), 0.0)
+        noise = shrink_variances(squares, degrees)
         shift = max(float(low_rank.rows.var(ddof=1)), float(noise.mean()) / 10)
         pattern = low_rank.columns - low_rank.columns.mean()
         pattern /= float(np.sqrt(np.mean(pattern**2))) or 1.0
-        scales = (low_rank.fit - sum_of(low_rank.rows, low_rank.columns)) @ pattern / examples
+        scales = low_rank.coordinates @ (low_rank.loadings.T @ pattern) / examples
         priors = self.prior_scale**2 * np.concatenate(
             [[max(float(scales.var(ddof=1)), 1e-12)], np.ones(low_rank.loadings.shape[1])]
         )
         return Estimate(
             mean=low_rank.columns,
-            loadings=np.column_stack([np.ones(examples), pattern, low_rank.loadings]),
+            loadings=np.column_stack([np.ones_like(pattern), pattern, low_rank.loadings]),
             prior=np.concatenate([[self.shift_scale**2 * shift], priors]),
             noise=noise,
             alternatives=tuple(
@@ -96,24 +103,28 @@ class Bayesian(LinearGaussian):
         )
 
 
-def shrink_variances(variances: np.ndarray, degrees: np.ndarray) -> np.ndarray:
-    """Draw sample variances (N,) with these degrees of freedom (N,) towards their common value, shape (N,).
+def shrink_variances(squares: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Variances of columns from their sums of squares (N,) with these degrees of freedom (N,), drawn together, (N,).
 
     The true variances are taken to be scaled inverse chi-squared; its two parameters follow from the mean and the
     variance of the logarithms (Smyth 2004, section 6.2), so variances that differ much are hardly changed.
     """
+    average = float(squares.sum(dtype=np.float64) / max(degrees.sum(), 1.0))
+    # A matrix without any noise still needs a positive variance to divide by.
+    variances = np.maximum(squares / np.maximum(degrees, 1.0), max(1e-12, 1e-9 * average))
     usable = degrees >= 1
     if usable.sum() < 3:
-        return variances
-    half = degrees[usable] / 2
+        return np.full_like(variances, max(average, 1e-12))
+    # All alike in a complete matrix: then one evaluation of the special functions serves all.
+    half = degrees[usable][: 1 if np.ptp(degrees) == 0 else None] / 2
     logs = np.log(variances[usable]) - special.digamma(half) + np.log(half)
     excess = float(logs.var(ddof=1) - special.polygamma(1, half).mean())
     prior = 2 * _inverse_trigamma(excess) if excess > 0 else np.inf
     if np.isinf(prior):
         return np.full_like(variances, np.exp(logs.mean()))
     common = np.exp(logs.mean() + special.digamma(prior / 2) - np.log(prior / 2))
-    own = np.where(usable, degrees, 0.0)
-    return np.asarray((prior * common + own * variances) / (prior + own))
+    own = np.where(usable, degrees, 0.0).astype(variances.dtype)
+    return np.asarray((variances.dtype.type(prior * common) + own * variances) / (variances.dtype.type(prior) + own))
 
 
 def _inverse_trigamma(value: float) -> float:

@@ -8,19 +8,80 @@ import numpy as np
 from scipy import linalg
 
 from forgetcast.completion.additive import additive_effects
+from forgetcast.completion.base import BLOCK
+
+SMALL = 2**22
+"""Entries up to which a matrix is factored in double precision; larger ones are in the one they come in."""
 
 
 class LowRank(NamedTuple):
-    """Reconstruction (M, N) of a matrix, its row effects (M,), column effects (N,) and the factors' loadings (N, r).
+    """Reconstruction of a matrix: rows_i + columns_j + coordinates_i . loadings_j.
 
-    The loadings are scaled so that the known tasks' coordinates have variance one; factors without any variance are
-    left out, so r may be less than the rank asked for.
+    The tasks' coordinates have variance one; factors without any variance are left out, so r may be less than the rank
+    asked for.
+
+    Attributes
+    ----------
+    rows, columns : array, shapes (M,) and (N,)
+    coordinates, loadings : array, shapes (M, r) and (N, r)
     """
 
-    fit: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
+    coordinates: np.ndarray
     loadings: np.ndarray
+
+    @property
+    def fit(self) -> np.ndarray:
+        """The reconstruction, shape (M, N)."""
+        return sum_of(self.rows, self.columns) + self.coordinates @ self.loadings.T
+
+
+def factor_complete(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]:
+    """Best reconstruction of a matrix without NaN, around row and column effects, in two passes over its columns.
+
+    Parameters
+    ----------
+    values : array, shape (M, N)
+    rank : int
+
+    Returns
+    -------
+    LowRank
+    squares : array, shape (N,)
+        Sum of squared residuals of each column.
+
+    Notes
+    -----
+    The first pass adds up the Gram matrix of the rows, the second projects the columns on its eigenvectors, both on
+    blocks that stay in the cache: the cost is little more than that of ``values @ values.T``.
+    """
+    tasks, examples = values.shape
+    kind = np.float64 if values.size <= SMALL else values.dtype
+    columns, squares = np.empty(examples, kind), np.empty(examples, kind)
+    gram, sums = np.zeros((tasks, tasks)), np.zeros(tasks)
+    parts = [slice(start, start + BLOCK) for start in range(0, examples, BLOCK)]
+    ones = np.full(tasks, 1 / tasks, kind)
+    for part in parts:
+        block = values[:, part].astype(kind)
+        columns[part] = ones @ block
+        block -= columns[part]
+        gram += block @ block.T
+        sums += block.sum(axis=1)
+        squares[part] = np.einsum("mn,mn->n", block, block)
+    rows = sums / examples
+    left, strength = _leading(gram - examples * np.outer(rows, rows), min(rank, tasks, examples))
+    projector = np.column_stack([left, rows]).astype(kind)
+    shares = projector.sum(axis=0)
+    loadings = np.empty((examples, len(strength)), kind)
+    for part in parts:
+        told = projector.T @ values[:, part].astype(kind, copy=False) - shares[:, None] * columns[part]
+        told[:-1] -= (left.T @ rows)[:, None].astype(kind)
+        squares[part] += rows @ rows - 2 * told[-1] - np.einsum("rn,rn->n", told[:-1], told[:-1])
+        loadings[part] = told[:-1].T
+    scale = np.sqrt(max(tasks - 1, 1))
+    loadings /= scale
+    return LowRank(rows, columns, left * scale, loadings), np.maximum(squares, 0.0)
 
 
 def fit_low_rank(values: np.ndarray, rank: int, *, centred: bool, penalty: float = 0.0, rounds: int = 500) -> LowRank:
@@ -57,7 +118,8 @@ def fit_low_rank(values: np.ndarray, rank: int, *, centred: bool, penalty: float
         if np.abs(fit - before).max() <= 1e-5 * np.abs(fit).max():
             break
         filled = np.where(present, values, fit)
-    return LowRank(fit, rows, columns, (right * strength[:, None] / np.sqrt(max(tasks - 1, 1))).T)
+    scale = np.sqrt(max(tasks - 1, 1))
+    return LowRank(rows, columns, left * scale, (right * strength[:, None] / scale).T)
 
 
 def sum_of(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -75,8 +137,16 @@ def truncated_svd(values: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
     rank = min(rank, tasks, values.shape[1])
     if rank == 0:
         return np.empty((tasks, 0)), np.empty(0), np.empty((0, values.shape[1]))
-    squares, left = linalg.eigh(values @ values.T, subset_by_index=(tasks - rank, tasks - 1))
+    left, strength = _leading(values @ values.T, rank)
+    return left, strength, (left.T @ values) / strength[:, None]
+
+
+def _leading(gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Leading eigenvectors (M, r) of a Gram matrix and the square roots (r,) of their eigenvalues, no zero ones."""
+    tasks = len(gram)
+    if rank == 0:
+        return np.empty((tasks, 0)), np.empty(0)
+    squares, left = linalg.eigh(gram, subset_by_index=(tasks - rank, tasks - 1))
     squares, left = squares[::-1], left[:, ::-1]
     kept = squares > max(squares[0], 0.0) * 1e-12
-    strength, left = np.sqrt(squares[kept]), left[:, kept]
-    return left, strength, (left.T @ values) / strength[:, None]
+    return left[:, kept], np.sqrt(squares[kept])
