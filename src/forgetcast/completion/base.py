@@ -140,7 +140,7 @@ class Estimate(NamedTuple):
         variance = np.empty_like(mean)
         for start in range(0, mean.shape[1], BLOCK):  # small enough for the cache
             part = slice(start, start + BLOCK)
-            for row, own in enumerate(scaled.sum(axis=0)):
+            for row, own in enumerate(scaled.sum(axis=0).tolist()):
                 told = self.loadings[part] @ spread[row].astype(kind)
                 variance[row, part] = np.einsum("nr,nr->n", told, self.loadings[part]) + own * self.noise[part]
         return mean, variance, log_misfit

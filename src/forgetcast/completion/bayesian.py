@@ -96,7 +96,7 @@ class Bayesian(LinearGaussian):
             mean=low_rank.columns,
             loadings=np.column_stack([np.ones_like(pattern), pattern, low_rank.loadings]),
             prior=np.concatenate([[self.shift_scale**2 * shift], priors]),
-            noise=noise,
+            noise=noise.astype(low_rank.columns.dtype),
             alternatives=tuple(
                 np.concatenate([[self.shift_scale**2 * shift], multiple**2 * priors]) for multiple in UNLIKE
             ),
