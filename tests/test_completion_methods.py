@@ -14,7 +14,7 @@ from forgetcast.completion import KNN, Additive, Auto, Bayesian, LogisticMF, Mat
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.factorisation import choose_penalty
 from forgetcast.completion.logistic import fit_logistic
-from forgetcast.completion.low_rank import fit_low_rank
+from forgetcast.completion.low_rank import factor_complete, fit_low_rank
 from forgetcast.evaluation import bench
 
 
@@ -53,6 +53,31 @@ class TestKNN:
         for bad in ({"k": 0}, {"softening": -1.0}):
             with pytest.raises(ConfigError):
                 KNN(**bad).fit(values)
+
+
+class TestBlocks:
+    """A complete matrix is factored in blocks; the general way is the oracle."""
+
+    @pytest.mark.parametrize("block", [7, 64, 8192])
+    def test_two_passes_give_the_same_as_the_whole(
+        self, values: np.ndarray, block: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("forgetcast.completion.low_rank.BLOCK", block)
+        whole = fit_low_rank(values, 4, centred=True)
+        blocks, squares = factor_complete(values, 4)
+        np.testing.assert_allclose(blocks.fit, whole.fit, atol=1e-10)
+        np.testing.assert_allclose(blocks.rows, whole.rows, atol=1e-12)
+        np.testing.assert_allclose(squares, ((values - whole.fit) ** 2).sum(axis=0), atol=1e-9)
+
+    def test_large_matrices_stay_in_single_precision(self, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        at = [3, 50, 77, 12]
+        double = Bayesian().fit(values[:-1]).predict(at, values[-1, at])
+        monkeypatch.setattr("forgetcast.completion.low_rank.SMALL", 0)
+        model = Bayesian().fit(values[:-1])
+        assert model.loadings_.dtype == np.float32
+        single = model.predict(at, values[-1, at])
+        np.testing.assert_allclose(single.mean, double.mean, atol=1e-3)
+        np.testing.assert_allclose(single.std, double.std, rtol=1e-2)
 
 
 class TestFactorisation:

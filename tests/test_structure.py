@@ -17,6 +17,18 @@ def test_r2_of_every_rank_is_that_of_the_full_decomposition() -> None:
     assert (np.diff(found.rank_r2) >= -1e-9).all()
 
 
+def test_held_out_entries_tell_structure_from_noise() -> None:
+    """Planted rank 2 (and no more) plus noise: held-out R^2 is best at rank 2, while the fit goes on rising."""
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(30, 2)) @ rng.normal(size=(2, 300)) + rng.normal(0, 0.7, (30, 300))
+    found = analyze(ForgettingMatrix(values), max_rank=8)
+    assert int(np.argmax(found.held_out_r2)) == 1
+    assert found.held_out_r2[7] < found.held_out_r2[1] - 0.02
+    assert found.rank_r2[7] > found.rank_r2[1] + 0.02
+    # The share of the truth in the variance is 2 / 2.49; an entry that was not seen can be explained no better.
+    assert found.held_out_r2[1] == pytest.approx(2 / 2.49, abs=0.06)
+
+
 def test_fits_of_means_are_least_squares() -> None:
     values = planted(8, 30, 1, 0.5)
     values[np.random.default_rng(0).random(values.shape) < 0.2] = np.nan

@@ -31,12 +31,13 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
         f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
     )
-    fits = Table("fit", "R^2", title="How much of the forgetting each fit explains")
+    fits = Table("fit", "R^2", "held out", title="How much of the forgetting each fit explains")
     fits.add_row("task means", f"{structure.row_r2:.3f}")
     fits.add_row("example means", f"{structure.column_r2:.3f}")
     fits.add_row("additive", f"{structure.additive_r2:.3f}")
     for rank, r2 in enumerate(structure.rank_r2, 1):
-        fits.add_row(f"rank {rank}", f"{r2:.3f}")
+        unseen = structure.held_out_r2[rank - 1 : rank]
+        fits.add_row(f"rank {rank}", f"{r2:.3f}", *(f"{value:.3f}" for value in unseen))
     yield fits
     components = structure.components
     loadings = Table("source", *(f"component {i}" for i in range(1, len(components) + 1)))

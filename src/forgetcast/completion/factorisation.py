@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from forgetcast.completion.base import CALIBRATION_EXAMPLES, Estimate, LinearGaussian
@@ -97,6 +99,30 @@ def choose_penalty(values: np.ndarray, rank: int) -> float:
 
     On at most CALIBRATION_EXAMPLES columns; the choice is fixed, so that a fit is a function of the matrix alone.
     """
+    split = held_out_entries(values)
+    if split is None:
+        return float(PENALTIES[len(PENALTIES) // 2])
+    largest = _largest(split.kept)
+    errors = []
+    for share in PENALTIES:
+        fit = fit_low_rank(split.kept, rank, centred=True, penalty=share * largest, rounds=100).fit
+        errors.append(float(np.mean((fit - split.values)[split.held_out] ** 2)))
+    return float(PENALTIES[int(np.argmin(errors))])
+
+
+class HeldOut(NamedTuple):
+    """A part of a matrix, which of its entries are held out, and what is left: all of shape (M, n)."""
+
+    values: np.ndarray
+    held_out: np.ndarray
+    kept: np.ndarray
+
+
+def held_out_entries(values: np.ndarray) -> HeldOut | None:
+    """Hold out a tenth of the measured entries of at most CALIBRATION_EXAMPLES columns.
+
+    None where nothing could be held out, or a row would be left empty.
+    """
     rng = np.random.default_rng(0)
     part = values[:, rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]]
     held_out = ~np.isnan(part) & (rng.random(part.shape) < HELD_OUT)
@@ -104,13 +130,8 @@ def choose_penalty(values: np.ndarray, rank: int) -> float:
     usable = ~np.isnan(kept).all(axis=0)
     held_out, kept, part = held_out[:, usable], kept[:, usable], part[:, usable]
     if not held_out.any() or np.isnan(kept).all(axis=1).any():
-        return float(PENALTIES[len(PENALTIES) // 2])
-    largest = _largest(kept)
-    errors = []
-    for share in PENALTIES:
-        fit = fit_low_rank(kept, rank, centred=True, penalty=share * largest, rounds=100).fit
-        errors.append(float(np.mean((fit - part)[held_out] ** 2)))
-    return float(PENALTIES[int(np.argmin(errors))])
+        return None
+    return HeldOut(part, held_out, kept)
 
 
 def _largest(values: np.ndarray) -> float:

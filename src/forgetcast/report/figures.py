@@ -112,10 +112,19 @@ def spectrum(structure: Structure) -> str:
             y=structure.rank_r2,
             mode="lines+markers",
             line_color=BLUE,
-            name="rank r",
+            name="measured entries",
             hovertemplate="rank %{x}: %{y:.3f}<extra></extra>",
         )
     )
+    if structure.held_out_r2:
+        figure.add_scatter(
+            x=ranks,
+            y=structure.held_out_r2,
+            mode="lines+markers",
+            line={"color": ORANGE, "dash": "dash"},
+            name="held-out entries",
+            hovertemplate="rank %{x}, held out: %{y:.3f}<extra></extra>",
+        )
     # A name above its line or below it, so that two lines that are close keep their names apart.
     lines = sorted(
         ((structure.row_r2, "task means"), (structure.column_r2, "example means"), (structure.additive_r2, "their sum"))
@@ -126,8 +135,9 @@ def spectrum(structure: Structure) -> str:
             y=r2, line_dash="dot", line_color=GREY, annotation_text=f"{name}: {r2:.2f}", annotation_position=place
         )
     figure.update_xaxes(title="rank", dtick=1)
-    figure.update_yaxes(title="share explained (R²)", range=[min(0.0, lines[0][0]) - 0.08, 1.04])
-    return _html(figure, height=340, what="How much of the forgetting each rank explains")
+    lowest = max(min(0.0, lines[0][0], *structure.held_out_r2), -0.5)
+    figure.update_yaxes(title="share explained (R²)", range=[lowest - 0.08, 1.04])
+    return _html(figure, height=340, legend=True, what="How much of the forgetting each rank explains")
 
 
 def loadings(structure: Structure) -> str:
