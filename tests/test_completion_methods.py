@@ -10,8 +10,19 @@ from scipy import optimize, special
 
 from conftest import planted
 from forgetcast import ConfigError, DataError, ForgettingMatrix
-from forgetcast.completion import KNN, Additive, Auto, Bayesian, LogisticMF, MatrixFactorization, Mean, SoftImpute
+from forgetcast.completion import (
+    KNN,
+    METHODS,
+    Additive,
+    Auto,
+    Bayesian,
+    LogisticMF,
+    MatrixFactorization,
+    Mean,
+    SoftImpute,
+)
 from forgetcast.completion.additive import additive_effects
+from forgetcast.completion.base import Estimate
 from forgetcast.completion.factorisation import choose_penalty
 from forgetcast.completion.logistic import fit_logistic
 from forgetcast.completion.low_rank import factor_complete, fit_low_rank
@@ -266,3 +277,44 @@ def test_matrices_from_files(tmp_path: Path, values: np.ndarray) -> None:
     for name in ("bad.json", "objects.npy", "z.csv"):
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
             ForgettingMatrix.load(tmp_path / name)
+
+
+def degenerate() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(6, 40))
+    return {
+        "zeros": np.zeros((6, 40)),
+        "constant columns": np.tile(np.linspace(0, 1, 40), (6, 1)),
+        "two tasks": plain[:2],
+        "three tasks": plain[:3],
+        "one column": plain[:, :1],
+        "an empty row": np.vstack([plain, np.full((1, 40), np.nan)]),
+        "an empty column": np.hstack([plain, np.full((6, 1), np.nan)]),
+        "mostly missing": np.where(rng.random((9, 40)) < 0.8, np.nan, rng.normal(size=(9, 40))),
+        "large": 1e6 * plain,
+        "small": 1e-8 * plain,
+        "rank one, no noise": np.outer(np.arange(8.0), np.arange(40.0)),
+        "zeros and ones": (plain > 0.5).astype(float),
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("case", degenerate())
+def test_degenerate_matrices_give_numbers_or_say_why_not(name: str, case: str) -> None:
+    """Never a NaN, an infinity or a warning (which is an error here)."""
+    values = degenerate()[case]
+    if name == "logistic-mf" and not np.isin(values[~np.isnan(values)], (0, 1)).all():
+        with pytest.raises(DataError, match="0 or 1"):
+            METHODS[name]().fit(values)
+        return
+    model = METHODS[name]().fit(values)
+    at = [0] if values.shape[1] < 3 else [0, 2, 5]
+    forecast = model.predict(at, np.nan_to_num(values[0, at]))
+    assert np.isfinite(forecast.mean).all()
+    assert np.isfinite(forecast.std).all()
+    assert (forecast.std >= 0).all()
+    if isinstance(model.state_, Estimate) and np.isinf(model.state_.prior).any():  # a shift without a prior
+        with pytest.raises(DataError, match="at least one probe"):
+            model.predict([], [])
+    else:
+        assert np.isfinite(model.predict([], []).mean).all()

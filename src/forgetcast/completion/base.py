@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
-from scipy import linalg, special
+from scipy import special
 
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.matrix import ForgettingMatrix
@@ -114,18 +114,21 @@ class Estimate(NamedTuple):
         plain = (surprise * weighted).sum(axis=1)
         coefficients, covariances, scales, evidence = [], [], [], []
         for prior in (self.prior, *self.alternatives):
-            precision = np.diag(1.0 / prior) + information
-            try:
-                covariance = linalg.inv(precision) if len(precision) else precision
-            except linalg.LinAlgError:
-                raise DataError("this method needs at least one probe") from None
+            # In units of the prior's standard deviations, so that the inverse is of a matrix near one; where nothing
+            # is assumed, in units of what the probes tell.
+            flat, told = np.isinf(prior), np.diag(information)
+            if (told[flat] <= 0).any():
+                raise DataError("this method needs at least one probe")
+            unit = np.sqrt(np.where(flat, 1.0 / np.where(flat, told, 1.0), prior))
+            precision = np.diag(1.0 - flat) + information * np.outer(unit, unit)
+            covariance = np.linalg.inv(precision) * np.outer(unit, unit)
             coefficients.append(projected @ covariance)
             covariances.append(covariance)
             # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
             squared = np.maximum(plain - (projected * coefficients[-1]).sum(axis=1), 1e-12)
             scales.append((SCALE_DEGREES + squared) / (SCALE_DEGREES + k))
             # Density of the probes under Student's t, without what the priors share; flat ones have no alternatives.
-            volume = np.linalg.slogdet(precision)[1] + np.log(prior).sum() if self.alternatives else 0.0
+            volume = np.linalg.slogdet(precision)[1] if self.alternatives else 0.0
             evidence.append(-0.5 * volume - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared))
             if len(evidence) == 1:
                 log_misfit = np.log(squared / max(k, 1))

@@ -139,8 +139,8 @@ def _curvature(
 ) -> np.ndarray:
     """Negative Hessians (n, r, r) of n logistic regressions on one design (m, r)."""
     probability = special.expit(offset + weights @ design.T)
-    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
     size = design.shape[1]
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), size**2)
     return ((probability * (1 - probability) * present) @ products).reshape(-1, size, size) + np.diag(precision)
 
 
