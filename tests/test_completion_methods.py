@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from conftest import planted
-from forgetcast import ConfigError, DataError, ForgettingMatrix
+from conftest import make_atlas, make_pool, make_scores, planted
+from forgetcast import Atlas, ConfigError, DataError, ForgettingMatrix
 from forgetcast.completion import (
     KNN,
     METHODS,
@@ -89,6 +89,32 @@ class TestBlocks:
         single = model.predict(at, values[-1, at])
         np.testing.assert_allclose(single.mean, double.mean, atol=1e-3)
         np.testing.assert_allclose(single.std, double.std, rtol=1e-2)
+
+
+class TestAtlasOnDisk:
+    """A fit on an atlas is one on its matrix."""
+
+    @pytest.mark.parametrize("name", ["bayesian", "additive"])
+    def test_complete(self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in ("completion.low_rank.BLOCK", "completion.low_rank.STORED_BLOCK"):
+            monkeypatch.setattr(f"forgetcast.{module}", 17)
+        atlas = make_atlas(tmp_path / "a.atlas", make_pool(60), tasks=12)
+        read: list[int] = []
+        whole = Atlas.matrix
+        monkeypatch.setattr(Atlas, "matrix", lambda self, tasks=None: (read.append(1), whole(self, tasks))[1])
+        stored = METHODS[name]().fit(atlas).predict([3, 30], [0.5, 1.0])
+        assert bool(read) == (name == "additive")
+        memory = METHODS[name]().fit(whole(atlas)).predict([3, 30], [0.5, 1.0])
+        np.testing.assert_allclose(stored.mean, memory.mean, rtol=1e-6)
+        np.testing.assert_allclose(stored.std, memory.std, rtol=1e-6)
+        np.testing.assert_allclose(stored.interval(0.9), memory.interval(0.9), rtol=1e-6)
+
+    def test_partly_measured(self, tmp_path: Path) -> None:
+        pool = make_pool(60)
+        atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=12)
+        atlas.add("probed", make_scores(pool.subset(pool.ids[:5]), np.full(5, 3.4)))
+        stored, memory = (Bayesian().fit(z).predict([3], [0.5]) for z in (atlas, atlas.matrix()))
+        np.testing.assert_array_equal(stored.mean, memory.mean)
 
 
 class TestFactorisation:

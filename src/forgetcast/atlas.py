@@ -39,6 +39,33 @@ BLOCK = 65_536
 """Columns in one chunk of a row: 256 KiB, so that appending a row touches few files and a block of columns is cheap."""
 
 
+class StoredMatrix:
+    """Rows of an atlas's numbers on disk; a slice of columns is read when it is asked for.
+
+    Attributes
+    ----------
+    shape : (M, N)
+    size : int
+    dtype : numpy dtype
+    """
+
+    def __init__(self, array: zarr.Array[Any], rows: list[int]) -> None:
+        self._array, self._rows = array, rows
+        self.shape = (len(rows), array.shape[1])
+        self.size = self.shape[0] * self.shape[1]
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, item: tuple[slice, slice | np.ndarray]) -> np.ndarray:
+        """Read all rows (the first part must be a full slice) at some columns, shape (M, n)."""
+        whole, columns = item
+        if whole != slice(None):
+            raise IndexError("a stored matrix is read by columns: values[:, columns]")
+        if isinstance(columns, slice):
+            first, last, _ = columns.indices(self.shape[1])
+            return np.stack([np.asarray(self._array[row, first:last]) for row in self._rows])
+        return np.asarray(self._array.oindex[np.array(self._rows), columns])
+
+
 class Atlas:
     """A forgetting matrix on disk that only grows; use `Atlas.create` or `Atlas.open`."""
 
@@ -245,6 +272,11 @@ class Atlas:
             sources=self.pool.sources,
             pool_fingerprint=self.pool.fingerprint,
         )
+
+    def stored(self, tasks: Iterable[str] | None = None) -> StoredMatrix:
+        """Rows on disk, all of them or those of `tasks`, to be read a few columns at a time."""
+        rows = list(range(len(self.tasks))) if tasks is None else [self._row(task) for task in tasks]
+        return StoredMatrix(self._array("r"), rows)
 
     def dataset(self) -> xr.Dataset:
         """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source."""

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import numpy as np
 from scipy import special
 
+from forgetcast.atlas import Atlas, StoredMatrix
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.matrix import ForgettingMatrix
 
@@ -210,8 +211,11 @@ class Completion(ABC):
     def _prepare(self, values: np.ndarray) -> None:  # noqa: B027  # most methods have nothing to prepare
         """Check the settings and choose hyper-parameters once, before `_estimate` is called on parts of `values`."""
 
-    def fit(self, matrix: ForgettingMatrix | Any) -> Self:
+    def fit(self, matrix: ForgettingMatrix | Atlas | Any) -> Self:
         """Learn from the tasks of a forgetting matrix; NaN is legal anywhere.
+
+        Of an atlas, all tasks are used. `Bayesian` reads a complete one a few columns at a time, so that it may be
+        larger than the memory; any other is read as a whole.
 
         A row without any entry is passed over. An example that was never measured is given the average example's
         parameters and a noise that covers the spread of all examples.
@@ -221,6 +225,10 @@ class Completion(ABC):
         DataError
             If fewer than two tasks have measurements.
         """
+        if isinstance(matrix, Atlas):
+            if self._reads_float32 and len(matrix.tasks) >= 2 and self._fit_stored(matrix):
+                return self
+            matrix = matrix.matrix()
         if not isinstance(matrix, ForgettingMatrix):
             matrix = ForgettingMatrix(matrix)
         values, known = matrix.values, None
@@ -239,6 +247,10 @@ class Completion(ABC):
         self.examples_ = matrix.examples
         self._calibrate(values)
         return self
+
+    def _fit_stored(self, atlas: Atlas) -> bool:  # noqa: ARG002
+        """Learn from an atlas's numbers where they lie; False if the method needs all of them in memory."""
+        return False
 
     def predict(self, probes: Any, observed: Any) -> Forecast:
         """Complete new rows from their probes.
@@ -288,7 +300,7 @@ class Completion(ABC):
         t = (log_misfit - reference.mean()) / (spread * np.sqrt(1 + 1 / len(reference)))
         return np.asarray(special.stdtr(len(reference) - 1, -t))
 
-    def _calibrate(self, values: np.ndarray) -> None:
+    def _calibrate(self, values: np.ndarray | StoredMatrix) -> None:
         """Leave tasks out, forecast them from random probes, and learn the scale and the widths."""
         self.scale_, self.widths_ = 1.0, special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
@@ -307,7 +319,7 @@ class Completion(ABC):
         self._log_misfits = np.array(misfits)
 
 
-def left_out(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def left_out(values: np.ndarray | StoredMatrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Leave tasks out, on a part of the columns: the other rows, theirs, and random probes.
 
     Of a complete matrix, every task is left out once, in at most CALIBRATION_FOLDS groups. Where entries are missing,
@@ -315,7 +327,7 @@ def left_out(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.nd
     CALIBRATION_EXAMPLES columns are used; nothing is left out of fewer than four tasks. The choice is fixed, so that a
     fit is a function of the matrix alone.
     """
-    if len(values) < 4:
+    if values.shape[0] < 4:
         return
     rng = np.random.default_rng(0)
     part = values[:, np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])].astype(np.float64)

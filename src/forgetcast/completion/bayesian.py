@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
+from forgetcast.atlas import Atlas, StoredMatrix
 from forgetcast.completion.base import Estimate, LinearGaussian
-from forgetcast.completion.low_rank import factor_complete, fit_low_rank
+from forgetcast.completion.low_rank import IncompleteError, LowRank, factor_complete, fit_low_rank
 from forgetcast.errors import ConfigError
 
 TASKS_PER_FACTOR = 4
@@ -72,16 +73,36 @@ class Bayesian(LinearGaussian):
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
 
     def _estimate(self, values: np.ndarray) -> Estimate:
-        tasks, examples = values.shape
-        rank = min(self.factors, tasks // TASKS_PER_FACTOR)
-        flat = values.ravel()
-        if np.isnan(np.vdot(flat, flat)):
-            low_rank = fit_low_rank(values.astype(np.float64), rank, centred=True)
+        try:
+            return self._of_complete(values)
+        except IncompleteError:
+            low_rank = fit_low_rank(values.astype(np.float64), self._rank(len(values)), centred=True)
             residuals = values - low_rank.fit
             squares, counts = np.nansum(residuals**2, axis=0), (~np.isnan(residuals)).sum(axis=0)
-        else:
-            low_rank, squares = factor_complete(values, rank)
-            counts = np.full(examples, tasks)
+            return self._of_factors(low_rank, squares, counts)
+
+    def _fit_stored(self, atlas: Atlas) -> bool:
+        values = atlas.stored()
+        self._prepare(np.empty((0, 0)))
+        try:
+            self.state_ = self._of_complete(values)
+        except IncompleteError:
+            return False
+        self.examples_ = atlas.pool.ids
+        self._calibrate(values)
+        return True
+
+    def _rank(self, tasks: int) -> int:
+        return min(self.factors, tasks // TASKS_PER_FACTOR)
+
+    def _of_complete(self, values: np.ndarray | StoredMatrix) -> Estimate:
+        tasks, examples = values.shape
+        low_rank, squares = factor_complete(values, self._rank(tasks))
+        return self._of_factors(low_rank, squares, np.full(examples, tasks, dtype=np.float32))
+
+    def _of_factors(self, low_rank: LowRank, squares: np.ndarray, counts: np.ndarray) -> Estimate:
+        """Parts of the model from the factors, and from each column's squared residuals and number of entries."""
+        tasks, examples, rank = len(low_rank.rows), len(low_rank.columns), self._rank(len(low_rank.rows))
         # A column loses one degree of freedom to its mean, its loadings, and its part of the tasks' coordinates.
         degrees = np.maximum(counts - (1.0 + rank + (rank + 1) * tasks / examples), 0.0)
         noise = shrink_variances(squares, degrees)

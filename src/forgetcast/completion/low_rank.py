@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from scipy import linalg
 
+from forgetcast.atlas import BLOCK as STORED_BLOCK
+from forgetcast.atlas import StoredMatrix
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import BLOCK
 
@@ -37,12 +40,17 @@ class LowRank(NamedTuple):
         return sum_of(self.rows, self.columns) + self.coordinates @ self.loadings.T
 
 
-def factor_complete(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]:
+class IncompleteError(ValueError):
+    """An entry is missing where a complete matrix is needed."""
+
+
+def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRank, np.ndarray]:
     """Best reconstruction of a matrix without NaN, around row and column effects, in two passes over its columns.
 
     Parameters
     ----------
     values : array, shape (M, N)
+        Or a matrix on disk, of which a few columns are in memory at a time.
     rank : int
 
     Returns
@@ -50,6 +58,11 @@ def factor_complete(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]
     LowRank
     squares : array, shape (N,)
         Sum of squared residuals of each column.
+
+    Raises
+    ------
+    IncompleteError
+        If an entry is NaN.
 
     Notes
     -----
@@ -60,28 +73,39 @@ def factor_complete(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]
     kind = np.float64 if values.size <= SMALL else values.dtype
     columns, squares = np.empty(examples, kind), np.empty(examples, kind)
     gram, sums = np.zeros((tasks, tasks)), np.zeros(tasks)
-    parts = [slice(start, start + BLOCK) for start in range(0, examples, BLOCK)]
     ones = np.full(tasks, 1 / tasks, kind)
-    for part in parts:
-        block = values[:, part].astype(kind)
+    for part, stored in _blocks(values):
+        block = stored.astype(kind)
         columns[part] = ones @ block
         block -= columns[part]
         gram += block @ block.T
         sums += block.sum(axis=1)
         squares[part] = np.einsum("mn,mn->n", block, block)
+        if np.isnan(sums).any():
+            raise IncompleteError
     rows = sums / examples
     left, strength = _leading(gram - examples * np.outer(rows, rows), min(rank, tasks, examples))
     projector = np.column_stack([left, rows]).astype(kind)
     shares = projector.sum(axis=0)
     loadings = np.empty((examples, len(strength)), kind)
-    for part in parts:
-        told = projector.T @ values[:, part].astype(kind, copy=False) - shares[:, None] * columns[part]
+    for part, stored in _blocks(values):
+        told = projector.T @ stored.astype(kind, copy=False) - shares[:, None] * columns[part]
         told[:-1] -= (left.T @ rows)[:, None].astype(kind)
         squares[part] += rows @ rows - 2 * told[-1] - np.einsum("rn,rn->n", told[:-1], told[:-1])
         loadings[part] = told[:-1].T
     scale = np.sqrt(max(tasks - 1, 1))
     loadings /= scale
     return LowRank(rows, columns, left * scale, loadings), np.maximum(squares, 0.0)
+
+
+def _blocks(values: np.ndarray | StoredMatrix) -> Iterator[tuple[slice, np.ndarray]]:
+    """Blocks of columns that stay in the cache, read from the disk in the wider ones that lie together there."""
+    examples = values.shape[1]
+    for wide in range(0, examples, STORED_BLOCK):
+        stored = values[:, wide : wide + STORED_BLOCK]
+        for start in range(0, stored.shape[1], BLOCK):
+            block = stored[:, start : start + BLOCK]
+            yield slice(wide + start, wide + start + block.shape[1]), block
 
 
 def fit_low_rank(values: np.ndarray, rank: int, *, centred: bool, penalty: float = 0.0, rounds: int = 500) -> LowRank:
