@@ -376,5 +376,7 @@ class TestProbes:
                 probes.choose(model, k, candidates)
         with pytest.raises(DataError, match="outside"):
             probes.choose(model, 1, [120])
-        with pytest.raises(DataError, match="Mean learns nothing"):
+        with pytest.raises(DataError, match="KNN has no loadings"):
+            probes.choose(KNN().fit(values), 3)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match="Mean has no loadings"):
             probes.choose(Mean().fit(values), 3)

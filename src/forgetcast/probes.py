@@ -52,6 +52,8 @@ def choose(
     DataError
         If there are fewer candidates than probes, the model has no loadings, or a cost is not a positive number.
     """
+    if not isinstance(model, LinearGaussian) or model.loadings_.shape[1] == 0:
+        raise DataError(f"{type(model).__name__} has no loadings to choose probes by; choose them with Bayesian")
     n = len(model.mean_)
     seen = np.unique(np.asarray(measured, dtype=np.intp))
     pool = _candidates(n, k, np.setdiff1d(np.arange(n) if candidates is None else candidates, seen))
@@ -60,8 +62,6 @@ def choose(
         raise DataError(f"a cost is needed for each of the {n} examples, finite and above zero")
     if not 0 <= audit <= k:
         raise DataError(f"of {k} probes, {audit} cannot be drawn at random")
-    if model.loadings_.shape[1] == 0:
-        raise DataError(f"{type(model).__name__} learns nothing from probes; choose them with Bayesian or Additive")
     loadings, noise = model.loadings_[pool], model.noise_[pool]
     total = model.loadings_.T @ model.loadings_
     # An infinite prior has no finite covariance to start from; a very wide one leads to the same choice.
