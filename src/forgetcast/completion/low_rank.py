@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg
 
 from forgetcast.atlas import BLOCK as STORED_BLOCK
 from forgetcast.atlas import StoredMatrix
@@ -75,9 +74,9 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
     gram, sums = np.zeros((tasks, tasks)), np.zeros(tasks)
     ones = np.full(tasks, 1 / tasks, kind)
     for part, stored in _blocks(values):
-        block = stored.astype(kind)
+        block = stored.astype(kind, copy=False)
         columns[part] = ones @ block
-        block -= columns[part]
+        block = block - columns[part]
         gram += block @ block.T
         sums += block.sum(axis=1)
         squares[part] = np.einsum("mn,mn->n", block, block)
@@ -170,7 +169,9 @@ def _leading(gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     tasks = len(gram)
     if rank == 0:
         return np.empty((tasks, 0)), np.empty(0)
-    squares, left = linalg.eigh(gram, subset_by_index=(tasks - rank, tasks - 1))
-    squares, left = squares[::-1], left[:, ::-1]
+    # All of them and NumPy's, though SciPy could stop at the rank: SciPy brings a second pool of BLAS threads, which
+    # fights with the first over the cores.
+    squares, left = np.linalg.eigh(gram)
+    squares, left = squares[: -rank - 1 : -1], left[:, : -rank - 1 : -1]
     kept = squares > max(squares[0], 0.0) * 1e-12
     return left[:, kept], np.sqrt(squares[kept])
