@@ -113,41 +113,38 @@ class Estimate(NamedTuple):
         weighted = surprise / noise
         information, projected = loadings.T @ (loadings / noise[:, None]), weighted @ loadings
         plain = (surprise * weighted).sum(axis=1)
-        coefficients, covariances, scales, evidence = [], [], [], []
-        for prior in (self.prior, *self.alternatives):
-            # In units of the prior's standard deviations, so that the inverse is of a matrix near one; where nothing
-            # is assumed, in units of what the probes tell.
-            flat, told = np.isinf(prior), np.diag(information)
-            if (told[flat] <= 0).any():
-                raise DataError("this method needs at least one probe")
-            unit = np.sqrt(np.where(flat, 1.0 / np.where(flat, told, 1.0), prior))
-            precision = np.diag(1.0 - flat) + information * np.outer(unit, unit)
-            covariance = np.linalg.inv(precision) * np.outer(unit, unit)
-            coefficients.append(projected @ covariance)
-            covariances.append(covariance)
-            # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
-            squared = np.maximum(plain - (projected * coefficients[-1]).sum(axis=1), 1e-12)
-            scales.append((SCALE_DEGREES + squared) / (SCALE_DEGREES + k))
-            # Density of the probes under Student's t, without what the priors share; flat ones have no alternatives.
-            volume = np.linalg.slogdet(precision)[1] if self.alternatives else 0.0
-            evidence.append(-0.5 * volume - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared))
-            if len(evidence) == 1:
-                log_misfit = np.log(squared / max(k, 1))
-        weights = special.softmax(np.array(evidence), axis=0)  # (priors, B)
-        found, kind = np.array(coefficients), self.loadings.dtype
-        average = np.einsum("pb,pbr->br", weights, found)
+        priors = np.array([self.prior, *self.alternatives])  # (priors, r)
+        # In units of the prior's standard deviations, so that the inverse is of matrices near one; where nothing is
+        # assumed, in units of what the probes tell.
+        flat, told = np.isinf(priors), np.diag(information)
+        if (flat & (told <= 0)).any():
+            raise DataError("this method needs at least one probe")
+        units = np.sqrt(np.where(flat, 1.0 / np.where(told > 0, told, 1.0), priors))
+        both = units[:, :, None] * units[:, None, :]
+        precision = np.eye(len(told)) * (1.0 - flat)[:, :, None] + information * both
+        covariances = np.linalg.inv(precision) * both
+        found = projected @ covariances  # (priors, B, r)
+        # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
+        squared = np.maximum(plain - (projected * found).sum(axis=2), 1e-12)  # (priors, B)
+        # Density of the probes under Student's t, without what the priors share.
+        evidence = -0.5 * np.linalg.slogdet(precision)[1][:, None]
+        evidence = evidence - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared)
+        weights = np.exp(evidence - evidence.max(axis=0))
+        weights /= weights.sum(axis=0)
+        kind = self.loadings.dtype
+        average = (weights[:, :, None] * found).sum(axis=0)
         mean = self.mean + average.astype(kind) @ self.loadings.T
         # Of the coefficients, for each row (B, r, r): within the priors, and between their means.
-        scaled = weights * np.array(scales)
-        spread = np.einsum("pb,prs->brs", scaled, np.array(covariances))
-        spread += np.einsum("pb,pbr,pbs->brs", weights, found - average, found - average)
+        scaled = weights * (SCALE_DEGREES + squared) / (SCALE_DEGREES + k)
+        apart = np.sqrt(weights)[:, :, None] * (found - average)
+        spread = np.tensordot(scaled, covariances, (0, 0)) + np.einsum("pbr,pbs->brs", apart, apart)
         variance = np.empty_like(mean)
         for start in range(0, mean.shape[1], BLOCK):  # small enough for the cache
             part = slice(start, start + BLOCK)
             for row, own in enumerate(scaled.sum(axis=0).tolist()):
                 told = self.loadings[part] @ spread[row].astype(kind)
                 variance[row, part] = np.einsum("nr,nr->n", told, self.loadings[part]) + own * self.noise[part]
-        return mean, variance, log_misfit
+        return mean, variance, np.log(squared[0] / max(k, 1))
 
     def extended(self, known: np.ndarray) -> Estimate:
         """Give examples that were never measured the parameters of the average one, and a noise to match."""
