@@ -198,6 +198,9 @@ class Atlas:
         except ValueError:
             raise MismatchError(f"the atlas {self.path} has no task {task!r}") from None
 
+    def _rows(self, tasks: Iterable[str] | None) -> list[int]:
+        return list(range(len(self.tasks))) if tasks is None else [self._row(task) for task in tasks]
+
     def add(
         self,
         task: str,
@@ -263,7 +266,7 @@ class Atlas:
 
     def matrix(self, tasks: Iterable[str] | None = None) -> ForgettingMatrix:
         """Read rows into memory: all of them, or those of `tasks`."""
-        rows = list(range(len(self.tasks))) if tasks is None else [self._row(task) for task in tasks]
+        rows = self._rows(tasks)
         stored = self._array("r")
         return ForgettingMatrix(
             np.asarray(stored.oindex[np.array(rows), :]) if rows else np.empty((0, len(self.pool))),
@@ -275,8 +278,7 @@ class Atlas:
 
     def stored(self, tasks: Iterable[str] | None = None) -> StoredMatrix:
         """Rows on disk, all of them or those of `tasks`, to be read a few columns at a time."""
-        rows = list(range(len(self.tasks))) if tasks is None else [self._row(task) for task in tasks]
-        return StoredMatrix(self._array("r"), rows)
+        return StoredMatrix(self._array("r"), self._rows(tasks))
 
     def dataset(self) -> xr.Dataset:
         """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source."""

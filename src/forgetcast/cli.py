@@ -198,9 +198,7 @@ def forecast_(
     opened = Atlas.open(atlas)
     columns, forgetting = measured_probes(opened, Scores.load(scores))
     known = [name for name in opened.tasks if name != task]
-    if method not in completion.METHODS:
-        raise ConfigError(f"unknown method {method!r}; choose from {', '.join(completion.METHODS)}")
-    model = completion.METHODS[method]().fit(opened.matrix(known))
+    model = _method(method).fit(opened.matrix(known))
     forecast = TaskForecast.of(model.predict(columns, forgetting), opened.pool, method=method, task=task, level=level)
     forecast.save(output)
     worst = np.argsort(-forecast.mean, kind="stable")[:10]
@@ -404,11 +402,7 @@ def bench_(
     known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]
     if both := set(tested).intersection(known):
         raise DataError(f"the task {min(both)!r} is in --train and in --test")
-    wanted = {}
-    for name in methods.split(","):
-        if name not in completion.METHODS:
-            raise ConfigError(f"unknown method {name!r}; choose from {', '.join(completion.METHODS)}")
-        wanted[name] = completion.METHODS[name]()
+    wanted = {name: _method(name) for name in methods.split(",")}
     rows = bench(
         values.select(known), values.select(tested), wanted, ks=_numbers(k, "-k"), seeds=seeds, baseline=baseline
     )
@@ -461,6 +455,12 @@ def demo_(
     else:
         for part in demo_tables(summary):
             out.print(part)
+
+
+def _method(name: str) -> completion.Completion:
+    if name not in completion.METHODS:
+        raise ConfigError(f"unknown method {name!r}; choose from {', '.join(completion.METHODS)}")
+    return completion.METHODS[name]()
 
 
 def _numbers(text: str, option: str) -> list[int]:

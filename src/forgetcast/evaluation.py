@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +87,12 @@ def judge(mean: np.ndarray, lower: np.ndarray, upper: np.ndarray, truth: Any) ->
         coverage=float(np.mean((lower <= actual) & (actual <= upper))),
         width=float(np.mean(upper - lower)),
     )
+
+
+def average(accuracies: Iterable[Accuracy]) -> Accuracy:
+    """Mean of each figure; a rank correlation that does not exist is passed over."""
+    found = [asdict(accuracy) for accuracy in accuracies]
+    return Accuracy(**{name: float(np.nanmean([figures[name] for figures in found])) for name in found[0]})
 
 
 def worst_tenth(forgetting: Any) -> float:
@@ -198,10 +204,10 @@ def bench(
     if baseline not in methods:
         raise DataError(f"the baseline {baseline!r} is not among the methods: {', '.join(methods)}")
     truth = test.values.astype(np.float64)
-    complete = np.flatnonzero(test.observed.all(axis=0))
-    if len(complete) // 2 < max(ks) or min(ks) < 1:
+    complete, most = np.flatnonzero(test.observed.all(axis=0)), max(ks)
+    if len(complete) // 2 < most or min(ks) < 1:
         raise DataError(
-            f"{max(ks)} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
+            f"{most} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
         )
     chooser = Bayesian().fit(train)
     fitted = {name: method.fit(train) for name, method in methods.items()}
@@ -211,9 +217,13 @@ def bench(
         rng = np.random.default_rng(seed)
         order = rng.permutation(truth.shape[1])
         half = len(order) // 2
-        candidates, judged = np.intersect1d(np.sort(order[:half]), complete), order[half:]
-        at_random = rng.choice(candidates, min(max(ks), len(candidates)), replace=False)
-        chosen = choose(chooser, len(at_random), candidates)
+        candidates, judged = np.intersect1d(order[:half], complete), order[half:]
+        if len(candidates) < most:
+            raise DataError(
+                f"all test tasks measured only {len(candidates)} of one half's examples, too few for {most}"
+            )
+        at_random = rng.choice(candidates, most, replace=False)
+        chosen = choose(chooser, most, candidates)
         for k in ks:
             for kind, at in (("random", at_random[:k]), ("chosen", chosen[:k])):
                 for name, model in fitted.items():
@@ -229,16 +239,16 @@ def bench(
         resampled = np.random.default_rng(0).integers(len(own), size=(2000, len(own)))
         ratios = np.sqrt(own[resampled].mean(axis=1) / theirs[resampled].mean(axis=1))
         lower, upper = np.quantile(ratios, [0.025, 0.975])
-        rmse = float(np.mean([np.sqrt(np.mean(f.squared)) for f in found]))
-        base = float(np.mean([np.sqrt(np.mean(f.squared)) for f in figures[baseline, "random", k]]))
-        parts = [asdict(a) for f in found for a in f.accuracies]
-        average = {field: float(np.nanmean([part[field] for part in parts])) for field in parts[0]}
+        rmse, base = (
+            float(np.mean([np.sqrt(np.mean(f.squared)) for f in of_method]))
+            for of_method in (found, figures[baseline, "random", k])
+        )
         rows.append(
             BenchRow(
                 method=name,
                 probes=kind,
                 k=k,
-                accuracy=Accuracy(**{**average, "rmse": rmse}),
+                accuracy=replace(average(a for f in found for a in f.accuracies), rmse=rmse),
                 f1=float(np.mean([f.f1 for f in found])),
                 ratio=rmse / base,
                 ratio_lower=float(lower),

@@ -28,7 +28,6 @@ LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99]
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
 """Of `left_out`: groups of tasks, or single tasks where entries are missing; examples; and probes of each task."""
 
-
 BLOCK = 8_192
 """Examples that are worked on at once, so that they stay in the cache."""
 

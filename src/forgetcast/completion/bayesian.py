@@ -55,6 +55,8 @@ class Bayesian(LinearGaussian):
     True
     """
 
+    _reads_float32 = True
+
     def __init__(
         self,
         *,
@@ -66,9 +68,7 @@ class Bayesian(LinearGaussian):
         self.prior_scale = prior_scale
         self.shift_scale = shift_scale
 
-    _reads_float32 = True
-
-    def _prepare(self, values: np.ndarray) -> None:  # noqa: ARG002
+    def _prepare(self, values: np.ndarray | StoredMatrix) -> None:  # noqa: ARG002
         if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0:
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
 
@@ -83,7 +83,7 @@ class Bayesian(LinearGaussian):
 
     def _fit_stored(self, atlas: Atlas) -> bool:
         values = atlas.stored()
-        self._prepare(np.empty((0, 0)))
+        self._prepare(values)
         try:
             self.state_ = self._of_complete(values)
         except IncompleteError:

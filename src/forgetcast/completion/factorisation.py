@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import CALIBRATION_EXAMPLES, Estimate, LinearGaussian
-from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
+from forgetcast.completion.low_rank import fit_low_rank, sum_of, truncated_svd
 from forgetcast.errors import ConfigError
 
 PENALTIES = 0.5 ** np.arange(1, 9)
@@ -136,7 +137,6 @@ def held_out_entries(values: np.ndarray) -> HeldOut | None:
 
 def _largest(values: np.ndarray) -> float:
     """Largest singular value of the doubly centred matrix, with zero for what is missing; never zero itself."""
-    filled = fit_low_rank(values, 0, centred=True).fit
-    residuals = np.nan_to_num(values - filled)
+    residuals = np.nan_to_num(values - sum_of(*additive_effects(values)))
     strength = truncated_svd(residuals, 1)[1]
     return float(strength[0]) if len(strength) and strength[0] > 0 else 1e-6

@@ -18,7 +18,7 @@ from forgetcast.completion import Additive, Bayesian, Forecast, LinearGaussian, 
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.errors import MismatchError
-from forgetcast.evaluation import Accuracy, accuracy
+from forgetcast.evaluation import Accuracy, accuracy, average
 from forgetcast.forecast import TaskForecast
 from forgetcast.pool import Pool, load_task
 from forgetcast.replay import make_plan
@@ -220,13 +220,7 @@ def _forecast_summary(
     accuracies: Mapping[str, Mapping[str, Accuracy]], forecasts: list[TaskForecast]
 ) -> dict[str, Any]:
     methods = next(iter(accuracies.values()))
-    mean = {
-        method: {
-            figure: float(np.mean([asdict(by_method[method])[figure] for by_method in accuracies.values()]))
-            for figure in asdict(methods[method])
-        }
-        for method in methods
-    }
+    mean = {method: asdict(average(by_method[method] for by_method in accuracies.values())) for method in methods}
     by_task = {
         forecast.task: {method: asdict(figures) for method, figures in accuracies[str(forecast.task)].items()}
         | {"misfit": forecast.misfit}

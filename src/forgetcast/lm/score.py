@@ -15,9 +15,8 @@ from forgetcast.lm.text import Encoded, encode, pad, pad_id
 from forgetcast.pool import Pool
 from forgetcast.scores import Scores
 
-BATCH_TOKENS = {"cuda": 8192}
-SMALL_BATCH_TOKENS = 2048
-"""Default size of a batch on kinds of devices, and on all others: on a CPU, larger ones only leave its cache."""
+BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
+"""Default size of a batch: on a CPU, larger ones only leave its cache."""
 
 LOGITS = 2**26
 """Most logits that are computed at once: 256 MiB in float32, whatever the vocabulary."""
@@ -60,7 +59,7 @@ def score(
     encoded = [encode(example, tokenizer, context) for example in pool]
     nll = np.full(len(pool), np.nan)
     if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS.get(model.device.type, SMALL_BATCH_TOKENS)
+        batch_tokens = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
     was_training = model.training
     model.eval()
     for batch in _batches(encoded, min(batch_tokens, LOGITS // embedding_rows(model))):

@@ -14,7 +14,7 @@ import forgetcast
 from forgetcast._files import atomic_path
 from forgetcast.atlas import Atlas
 from forgetcast.errors import DataError, MissingExtraError
-from forgetcast.evaluation import Accuracy, judge, worst_tenth
+from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
 from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.structure import Structure, analyze
@@ -155,10 +155,9 @@ def _averages(accuracies: Mapping[str, Mapping[str, Accuracy]]) -> list[dict[str
     """One row a method: its figures averaged over the tasks that it forecast."""
     rows = []
     for method in dict.fromkeys(method for by_method in accuracies.values() for method in by_method):
-        figures_of = [asdict(by_method[method]) for by_method in accuracies.values() if method in by_method]
-        average = {name: float(np.mean([f[name] for f in figures_of])) for name in figures_of[0]}
-        name = next(iter(accuracies)) if len(accuracies) == 1 else f"mean of {len(figures_of)}"
-        rows.append({"task": name, "method": method} | average)
+        found = [by_method[method] for by_method in accuracies.values() if method in by_method]
+        name = next(iter(accuracies)) if len(accuracies) == 1 else f"mean of {len(found)}"
+        rows.append({"task": name, "method": method} | asdict(average(found)))
     return rows
 
 
