@@ -19,7 +19,7 @@ from forgetcast.completion import (
     SoftImpute,
 )
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import LEVELS, SCALE_DEGREES
+from forgetcast.completion.base import LEVELS, SCALE_DEGREES, STRANGER
 from forgetcast.completion.bayesian import shrink_variances
 from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
 from forgetcast.evaluation import accuracy
@@ -44,7 +44,7 @@ class TestContract:
         both = model.predict(at, values[-2:, at])
         assert one.mean.shape == one.std.shape == (120,)
         assert both.mean.shape == both.std.shape == (2, 120)
-        np.testing.assert_allclose(both.mean[1], one.mean, rtol=1e-12)
+        np.testing.assert_allclose(both.mean[1], one.mean, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(both.misfit[1], one.misfit)
         np.testing.assert_array_equal(one.mean[at], values[-1, at])
         np.testing.assert_array_equal(one.std[at], 0)
@@ -151,8 +151,10 @@ def test_posterior_is_dense_conditioning(values: np.ndarray) -> None:
     at = np.array([5, 17, 80, 2])
     surprise = values[-1, at] - model.mean_[at]
     means, variances, densities = [], [], []
-    for prior in (model.prior_, *model.state_.alternatives):
-        joint = (model.loadings_ * prior) @ model.loadings_.T + np.diag(model.noise_)
+    explained = model.loadings_[:, 1:] ** 2 @ model.prior_[1:]
+    for own, same in STRANGER:
+        noise = model.noise_ + own * explained + same * explained.mean()
+        joint = (model.loadings_ * model.prior_) @ model.loadings_.T + np.diag(noise)
         seen = joint[np.ix_(at, at)]
         gain = joint[:, at] @ np.linalg.inv(seen)
         scale = (SCALE_DEGREES + surprise @ np.linalg.solve(seen, surprise)) / (SCALE_DEGREES + len(at))

@@ -31,8 +31,14 @@ CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES =
 BLOCK = 8_192
 """Examples that are worked on at once, so that they stay in the cache."""
 
-SCALE_DEGREES = 1.0
+SCALE_DEGREES = 5.0
 """Observations that what is assumed of a new task's own scale of variances is worth; few, because tasks differ much."""
+
+STRANGER = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
+"""Kinds of tasks that are averaged over, by how well each explains the probes, with equal weights beforehand.
+
+The first follows the atlas. The others move every example beside on its own, with a variance that is a multiple of
+what the factors explain of this example, or of the average one. Known tasks cannot tell how likely such ones are."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,24 @@ class Estimate(NamedTuple):
     ----------
     mean : array, shape (N,)
     loadings : array, shape (N, r)
+        Best in Fortran's order, in which one coefficient's loadings lie together.
     prior : array, shape (r,)
         Prior variances of the coefficients.
     noise : array, shape (N,)
         Variances.
-    alternatives : tuple of array, each of shape (r,)
-        Prior variances that a task unlike the known ones may follow. They and `prior` are averaged over by how well
-        each explains the probes, with equal weights beforehand: known tasks cannot tell how likely unlike ones are.
+    unlike : array, shape (r,), optional
+        Prior variances of the coefficients whose factors a task unlike the known ones may not follow. If they are
+        given, such tasks are averaged in, as STRANGER says.
+    unlike_average : float
+        Mean over the examples of ``loadings**2 @ unlike``.
     """
 
     mean: np.ndarray
     loadings: np.ndarray
     prior: np.ndarray
     noise: np.ndarray
-    alternatives: tuple[np.ndarray, ...] = ()
+    unlike: np.ndarray | None = None
+    unlike_average: float = 0.0
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Condition on rows (B, k) measured at the probes (k,): mean (B, N), variance (B, N), log_misfit (B,).
@@ -106,52 +116,108 @@ class Estimate(NamedTuple):
         DataError
             If the probes leave a coefficient undetermined: an infinite prior and no probe.
         """
-        k = len(probes)
-        loadings, noise = (part[probes].astype(np.float64) for part in (self.loadings, self.noise))
-        surprise = rows - self.mean[probes]
-        weighted = surprise / noise
-        information, projected = loadings.T @ (loadings / noise[:, None]), weighted @ loadings
-        plain = (surprise * weighted).sum(axis=1)
-        priors = np.array([self.prior, *self.alternatives])  # (priors, r)
-        # In units of the prior's standard deviations, so that the inverse is of matrices near one; where nothing is
-        # assumed, in units of what the probes tell.
-        flat, told = np.isinf(priors), np.diag(information)
-        if (flat & (told <= 0)).any():
-            raise DataError("this method needs at least one probe")
-        units = np.sqrt(np.where(flat, 1.0 / np.where(told > 0, told, 1.0), priors))
-        both = units[:, :, None] * units[:, None, :]
-        precision = np.eye(len(told)) * (1.0 - flat)[:, :, None] + information * both
-        covariances = np.linalg.inv(precision) * both
-        found = projected @ covariances  # (priors, B, r)
-        # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
-        squared = np.maximum(plain - (projected * found).sum(axis=2), 1e-12)  # (priors, B)
-        # Density of the probes under Student's t, without what the priors share.
-        evidence = -0.5 * np.linalg.slogdet(precision)[1][:, None]
-        evidence = evidence - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared)
-        weights = np.exp(evidence - evidence.max(axis=0))
-        weights /= weights.sum(axis=0)
-        kind = self.loadings.dtype
-        average = (weights[:, :, None] * found).sum(axis=0)
-        mean = self.mean + average.astype(kind) @ self.loadings.T
-        # Of the coefficients, for each row (B, r, r): within the priors, and between their means.
-        scaled = weights * (SCALE_DEGREES + squared) / (SCALE_DEGREES + k)
+        at_probes = self.loadings[probes].astype(np.float64)
+        strange = np.zeros(len(self.prior)) if self.unlike is None else self.unlike
+        kinds = np.array(STRANGER if self.unlike is not None else STRANGER[:1])
+        own, same = kinds[:, :1], kinds[:, 1:]
+        noise = self.noise[probes] + own * (at_probes**2 @ strange) + same * self.unlike_average  # (kinds, k)
+        found, covariances, weights, scales, log_misfit = _condition(
+            at_probes, self.prior, noise, rows - self.mean[probes]
+        )
+        average = np.einsum("hb,hbr->br", weights, found)
+        # Of the coefficients, for each row (B, r, r): within each kind of task, and between the kinds' means.
+        scaled = weights * scales
         apart = np.sqrt(weights)[:, :, None] * (found - average)
-        spread = np.tensordot(scaled, covariances, (0, 0)) + np.einsum("pbr,pbs->brs", apart, apart)
-        variance = np.empty_like(mean)
-        for start in range(0, mean.shape[1], BLOCK):  # small enough for the cache
-            part = slice(start, start + BLOCK)
-            for row, own in enumerate(scaled.sum(axis=0).tolist()):
-                told = self.loadings[part] @ spread[row].astype(kind)
-                variance[row, part] = np.einsum("nr,nr->n", told, self.loadings[part]) + own * self.noise[part]
-        return mean, variance, np.log(squared[0] / max(k, 1))
+        spread = np.tensordot(scaled, covariances, (0, 0)) + np.einsum("hbr,hbs->brs", apart, apart)
+        spread += np.einsum("hb,r->br", own * scaled, strange)[:, :, None] * np.eye(len(strange))
+        floor = (same * scaled).sum(axis=0) * self.unlike_average
+        mean, variance = self._spread_out(average, spread, scaled.sum(axis=0), floor)
+        return mean, variance, log_misfit
+
+    def _spread_out(
+        self, coefficients: np.ndarray, spread: np.ndarray, noise: np.ndarray, floor: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance (B, N) of the examples from those of the coefficients, (B, r) and (B, r, r).
+
+        `noise` (B,) multiplies the examples' own; `floor` (B,) is added to all.
+        """
+        kind = self.loadings.dtype
+        size, count = len(self.mean), len(coefficients)
+        mean, variance = np.empty((count, size), kind), np.empty((count, size), kind)
+        values, directions = np.linalg.eigh(spread)
+        # Squares of these give the variance, so one product brings both it and the mean.
+        halves = np.sqrt(np.maximum(values, 0.0))[:, :, None] * directions.transpose(0, 2, 1)
+        factors = np.concatenate([coefficients[:, None, :], halves], axis=1).astype(kind)  # (B, 1 + r, r)
+        told = np.empty((factors.shape[1], min(BLOCK, size)), kind)
+        for start in range(0, size, BLOCK):  # small enough for the cache
+            part = slice(start, min(start + BLOCK, size))
+            block = told[:, : part.stop - start]
+            for row in range(count):
+                np.matmul(factors[row], self.loadings[part].T, out=block)
+                np.add(block[0], self.mean[part], out=mean[row, part])
+                np.multiply(self.noise[part], kind.type(noise[row]), out=block[0])
+                block[0] += kind.type(floor[row])
+                np.square(block[1:], out=block[1:])
+                np.add.reduce(block, axis=0, out=variance[row, part])
+        return mean, variance
 
     def extended(self, known: np.ndarray) -> Estimate:
         """Give examples that were never measured the parameters of the average one, and a noise to match."""
         mean = np.full(len(known), self.mean.mean())
         loadings = np.tile(self.loadings.mean(axis=0), (len(known), 1))
-        noise = np.full(len(known), self.noise.mean() + self.mean.var())
+        # What its own mean and loadings would be is as uncertain as the examples differ.
+        priors = np.where(np.isinf(self.prior), 0.0, self.prior)
+        noise = np.full(len(known), self.noise.mean() + self.mean.var() + self.loadings.var(axis=0) @ priors)
         mean[known], loadings[known], noise[known] = self.mean, self.loadings, self.noise
-        return Estimate(mean, loadings, self.prior, noise, self.alternatives)
+        return self._replace(mean=mean, loadings=loadings, noise=noise)
+
+
+class Conditioned(NamedTuple):
+    """Coefficients given the probes, for H kinds of noise and B rows.
+
+    Attributes
+    ----------
+    means : array, shape (H, B, r)
+    covariances : array, shape (H, r, r)
+        Without the rows' own scale of variances.
+    weights, scales : arrays, shape (H, B)
+        Posterior probability of each kind of noise, and what its variances are multiplied by.
+    log_misfit : array, shape (B,)
+        Log of the mean squared surprise under the first kind.
+    """
+
+    means: np.ndarray
+    covariances: np.ndarray
+    weights: np.ndarray
+    scales: np.ndarray
+    log_misfit: np.ndarray
+
+
+def _condition(loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray, surprise: np.ndarray) -> Conditioned:
+    """Condition the coefficients on probes with loadings (k, r), noise (H, k) and surprises (B, k)."""
+    k, r = loadings.shape
+    weighted = surprise / noise[:, None, :]  # (H, B, k)
+    information = (loadings.T / noise[:, None, :]) @ loadings  # (H, r, r)
+    projected = weighted @ loadings  # (H, B, r)
+    # In units of the prior's standard deviations, so that the inverse is of matrices near one; where nothing is
+    # assumed, in units of what the probes tell.
+    flat, told = np.isinf(prior), np.diagonal(information[0])
+    if (flat & (told <= 0)).any():
+        raise DataError("this method needs at least one probe")
+    units = np.sqrt(np.where(flat, 1.0 / np.where(told > 0, told, 1.0), prior))
+    both = np.outer(units, units)
+    precision = np.diag(1.0 - flat) + information * both
+    covariances = np.linalg.inv(precision) * both
+    means = projected @ covariances  # (H, B, r)
+    # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
+    squared = np.maximum((surprise * weighted).sum(axis=2) - (projected * means).sum(axis=2), 1e-12)  # (H, B)
+    # Density of the probes under Student's t, without what the kinds of noise share.
+    evidence = -0.5 * (np.linalg.slogdet(precision)[1] + np.log(noise).sum(axis=1))[:, None]
+    evidence = evidence - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared)
+    weights = np.exp(evidence - evidence.max(axis=0))
+    weights /= weights.sum(axis=0)
+    scales = (SCALE_DEGREES + squared) / (SCALE_DEGREES + k)
+    return Conditioned(means, covariances, weights, scales, np.log(squared[0] / max(k, 1)))
 
 
 class State(Protocol):
@@ -279,7 +345,7 @@ class Completion(ABC):
             bad = self.examples_[probes[np.argwhere(~np.isfinite(rows))[0, 1]]]
             raise DataError(f"the measurement of the probe {bad!r} is not a finite number")
         mean, variance, log_misfit = self.state_.posterior(probes, rows)
-        std = np.sqrt(np.broadcast_to(variance, mean.shape))
+        std = np.sqrt(variance, out=variance if variance.shape == mean.shape else np.empty_like(mean))
         std *= self.scale_
         std[:, probes] = 0.0
         mean[:, probes] = rows

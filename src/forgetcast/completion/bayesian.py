@@ -12,11 +12,6 @@ from forgetcast.errors import ConfigError
 
 TASKS_PER_FACTOR = 4
 
-UNLIKE = (0.25, 0.02)
-"""Prior scales of tasks unlike the known ones, as multiples: they follow the known pattern little, or hardly at all.
-
-A task that follows it hardly at all is completed by its shift, as `Additive` does."""
-
 
 class Bayesian(LinearGaussian):
     """Low-rank Gaussian model of a new task's row.
@@ -24,8 +19,8 @@ class Bayesian(LinearGaussian):
     The row is the examples' means, plus a shift of the whole task, plus a multiple of the means' own pattern (a harsher
     task makes forgotten what is mostly forgotten), plus a few principal factors of the doubly centred atlas, plus noise
     that differs by example. The shift has a wide prior, because a new task may be milder or harsher than any known one;
-    the others a narrow one, because the known tasks' coordinates were fitted to their own noise. Still narrower ones
-    are averaged in as far as the probes speak for them: then the task is unlike the atlas, and only its shift is left.
+    the others a narrow one, because the known tasks' coordinates were fitted to their own noise. That the task is
+    unlike the atlas, and moves every example on its own beside, is averaged in as far as the probes speak for it.
 
     Parameters
     ----------
@@ -107,20 +102,22 @@ class Bayesian(LinearGaussian):
         degrees = np.maximum(counts - (1.0 + rank + (rank + 1) * tasks / examples), 0.0)
         noise = shrink_variances(squares, degrees)
         shift = max(float(low_rank.rows.var(ddof=1)), float(noise.mean()) / 10)
+        loadings = np.empty((2 + low_rank.loadings.shape[1], examples), low_rank.columns.dtype).T
+        loadings[:, 0] = 1.0
         pattern = low_rank.columns - low_rank.columns.mean()
-        pattern /= float(np.sqrt(np.mean(pattern**2))) or 1.0
-        scales = low_rank.coordinates @ (low_rank.loadings.T @ pattern) / examples
-        priors = self.prior_scale**2 * np.concatenate(
-            [[max(float(scales.var(ddof=1)), 1e-12)], np.ones(low_rank.loadings.shape[1])]
-        )
+        loadings[:, 1] = pattern / (float(np.sqrt(np.mean(pattern**2))) or 1.0)
+        loadings[:, 2:] = low_rank.loadings
+        squares_of_loadings = np.einsum("nr,nr->r", loadings, loadings, dtype=np.float64) / examples
+        scales = low_rank.coordinates @ (low_rank.loadings.T @ loadings[:, 1]) / examples
+        prior = np.concatenate([[0.0, max(float(scales.var(ddof=1)), 1e-12)], np.ones(low_rank.loadings.shape[1])])
+        unlike = self.prior_scale**2 * prior
         return Estimate(
             mean=low_rank.columns,
-            loadings=np.column_stack([np.ones_like(pattern), pattern, low_rank.loadings]),
-            prior=np.concatenate([[self.shift_scale**2 * shift], priors]),
+            loadings=loadings,
+            prior=unlike + self.shift_scale**2 * shift * (np.arange(len(unlike)) == 0),
             noise=noise.astype(low_rank.columns.dtype),
-            alternatives=tuple(
-                np.concatenate([[self.shift_scale**2 * shift], multiple**2 * priors]) for multiple in UNLIKE
-            ),
+            unlike=unlike,
+            unlike_average=float(squares_of_loadings @ unlike),
         )
 
 

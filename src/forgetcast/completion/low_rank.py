@@ -86,7 +86,7 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
     left, strength = _leading(gram - examples * np.outer(rows, rows), min(rank, tasks, examples))
     projector = np.column_stack([left, rows]).astype(kind)
     shares = projector.sum(axis=0)
-    loadings = np.empty((examples, len(strength)), kind)
+    loadings = np.empty((len(strength), examples), kind).T  # so that one factor's lie together
     for part, stored in _blocks(values):
         told = projector.T @ stored.astype(kind, copy=False) - shares[:, None] * columns[part]
         told[:-1] -= (left.T @ rows)[:, None].astype(kind)
