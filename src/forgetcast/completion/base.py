@@ -74,7 +74,7 @@ class Forecast:
         """
         if not 0 <= level <= LEVELS[-1]:
             raise ConfigError(f"an interval's level must be between 0 and {LEVELS[-1]}, not {level}")
-        half = np.interp(level, LEVELS, self.widths) * self.std
+        half = self.std.dtype.type(np.interp(level, LEVELS, self.widths)) * self.std
         return self.mean - half, self.mean + half
 
 
@@ -155,10 +155,10 @@ class Estimate(NamedTuple):
             for row in range(count):
                 np.matmul(factors[row], self.loadings[part].T, out=block)
                 np.add(block[0], self.mean[part], out=mean[row, part])
+                np.einsum("rn,rn->n", block[1:], block[1:], out=variance[row, part])
                 np.multiply(self.noise[part], kind.type(noise[row]), out=block[0])
                 block[0] += kind.type(floor[row])
-                np.square(block[1:], out=block[1:])
-                np.add.reduce(block, axis=0, out=variance[row, part])
+                variance[row, part] += block[0]
         return mean, variance
 
     def extended(self, known: np.ndarray) -> Estimate:
