@@ -68,7 +68,13 @@ def test_open_names_what_is_wrong(tmp_path: Path, pool: Pool) -> None:
         Atlas.open(atlas.path)
     (atlas.path / "atlas.json").write_text(json.dumps(index))
     pool.subset(pool.ids[1:]).save(atlas.path / "pool.parquet")
+    with pytest.raises(MismatchError, match=r"pool.parquet has 23 examples, but 24 were scored"):
+        Atlas.open(atlas.path)
+    Pool([Example("e0", text="another text"), *pool[1:]]).save(atlas.path / "pool.parquet")
     with pytest.raises(MismatchError, match="another pool"):
+        _ = Atlas.open(atlas.path).pool
+    (atlas.path / "before.parquet").unlink()
+    with pytest.raises(DataError, match=r"before.parquet is missing"):
         Atlas.open(atlas.path)
 
 

@@ -19,8 +19,9 @@ from forgetcast.completion import (
     SoftImpute,
 )
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import LEVELS, SCALE_DEGREES, STRANGER
+from forgetcast.completion.base import LEVELS
 from forgetcast.completion.bayesian import shrink_variances
+from forgetcast.completion.gaussian import SCALE_DEGREES, STRANGER
 from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
 from forgetcast.evaluation import accuracy
 
@@ -306,7 +307,8 @@ def test_on_the_papers_matrix(olmo: np.ndarray) -> None:
 
 
 class TestProbes:
-    def test_greedy_is_brute_force(self, values: np.ndarray) -> None:
+    def test_greedy_is_brute_force(self, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(probes, "BLOCK", 5)
         model = Bayesian(factors=2).fit(values[:, :12])
 
         def total(at: list[int]) -> float:
@@ -315,9 +317,9 @@ class TestProbes:
             return float(np.trace(model.loadings_ @ covariance @ model.loadings_.T))
 
         chosen: list[int] = []
-        for _ in range(4):
+        for _ in range(9):
             chosen.append(min((j for j in range(12) if j not in chosen), key=lambda j: total([*chosen, j])))
-        assert probes.choose(model, 4).tolist() == chosen
+        assert probes.choose(model, 9).tolist() == chosen
         assert probes.choose(model, 2).tolist() == chosen[:2]
 
     def test_greedy_per_cost_is_brute_force(self, values: np.ndarray) -> None:

@@ -22,10 +22,10 @@ from forgetcast.completion import (
     SoftImpute,
 )
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import Estimate
 from forgetcast.completion.factorisation import choose_penalty
+from forgetcast.completion.gaussian import Estimate
 from forgetcast.completion.logistic import fit_logistic
-from forgetcast.completion.low_rank import factor_complete, fit_low_rank
+from forgetcast.completion.low_rank import factor_complete, factor_incomplete, fit_low_rank
 from forgetcast.evaluation import bench
 
 
@@ -115,6 +115,40 @@ class TestAtlasOnDisk:
         atlas.add("probed", make_scores(pool.subset(pool.ids[:5]), np.full(5, 3.4)))
         stored, memory = (Bayesian().fit(z).predict([3], [0.5]) for z in (atlas, atlas.matrix()))
         np.testing.assert_array_equal(stored.mean, memory.mean)
+
+    def test_too_large_to_be_filled_in_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Planted rank two; tasks without an entry, with five, with half of them, and an example without any."""
+        monkeypatch.setattr("forgetcast.completion.low_rank.SKETCH", 130)
+        for module in ("completion.low_rank.BLOCK", "completion.low_rank.STORED_BLOCK"):
+            monkeypatch.setattr(f"forgetcast.{module}", 37)
+        rng = np.random.default_rng(0)
+        truth = rng.normal(size=(14, 2)) @ rng.normal(size=(2, 300)) + rng.normal(size=300)
+        values = (truth + rng.normal(0, 0.05, truth.shape)).astype(np.float32)
+        values[2] = np.nan
+        values[5, 5:] = np.nan
+        values[9, rng.permutation(300)[:150]] = np.nan
+        values[:, 77] = np.nan
+        pool = make_pool(300)
+        atlas = Atlas.create(tmp_path / "a.atlas", pool, make_scores(pool, np.full(300, 10.0)), model="base")
+        for i, row in enumerate(values[:-1]):
+            seen = [id_ for id_, value in zip(pool.ids, row, strict=True) if not np.isnan(value)]
+            atlas.add(f"t{i}", make_scores(pool, 10.0 + np.nan_to_num(row).astype(float)), examples=seen)
+        at = np.arange(0, 300, 15)
+        memory = Bayesian().fit(atlas).predict(at, values[-1, at])
+        monkeypatch.setattr("forgetcast.completion.bayesian.SMALL", 0)
+        stored, large = (Bayesian().fit(z).predict(at, values[-1, at]) for z in (atlas, atlas.matrix()))
+        rest = np.setdiff1d(np.arange(300), [*at, 77])
+        errors = [np.sqrt(np.mean((found.mean - truth[-1])[rest] ** 2)) for found in (stored, large, memory)]
+        assert max(errors) < 1.1 * errors[-1] < 0.12
+        assert stored.std[77] > 5 * np.median(stored.std)
+        np.testing.assert_allclose(np.median(stored.std), np.median(memory.std), rtol=0.15)
+
+    def test_factors_of_a_complete_matrix_are_the_same_either_way(self, values: np.ndarray) -> None:
+        whole, squares = factor_complete(values, 3)
+        found, own, counts = factor_incomplete(values, 3)
+        np.testing.assert_allclose(found.fit, whole.fit, atol=1e-5)
+        np.testing.assert_allclose(own, squares, rtol=1e-4)
+        assert set(counts) == {len(values)}
 
 
 class TestFactorisation:

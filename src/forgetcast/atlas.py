@@ -16,19 +16,25 @@ from __future__ import annotations
 import fcntl
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import zarr
 
 from forgetcast._files import read_json, umask, write_json
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import ForgettingMatrix, check_fingerprint
-from forgetcast.pool import Pool
+from forgetcast.pool import FIELDS, Example, Pool
 from forgetcast.scores import Scores
 
 if TYPE_CHECKING:
@@ -39,41 +45,112 @@ BLOCK = 65_536
 """Columns in one chunk of a row: 256 KiB, so that appending a row touches few files and a block of columns is cheap."""
 
 
+class Ids(Sequence[str]):
+    """Ids in a column of Arrow's: ten bytes each, where a Python string takes sixty."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, item: int) -> str: ...
+    @overload
+    def __getitem__(self, item: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, item: int | slice) -> str | tuple[str, ...]:
+        found = self._column[item]
+        return tuple(found.to_pylist()) if isinstance(item, slice) else str(found.as_py())
+
+    def positions(self, ids: Iterable[str]) -> np.ndarray:
+        """Positions of `ids`, shape (len(ids),); -1 where there is none."""
+        found = pc.index_in(pa.array(ids, self._column.type), value_set=self._column)
+        return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.intp)
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), BLOCK):
+            yield from self[start : start + BLOCK]
+
+    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.ChunkedArray:  # Arrow's protocol
+        return self._column if type is None else self._column.cast(type)
+
+
 class StoredMatrix:
-    """Rows of an atlas's numbers on disk; a slice of columns is read when it is asked for.
+    """Rows of an atlas on disk; a slice of columns is read when it is asked for.
 
     Attributes
     ----------
+    atlas : Atlas
     shape : (M, N)
     size : int
     dtype : numpy dtype
     """
 
-    def __init__(self, array: zarr.Array[Any], rows: list[int]) -> None:
-        self._array, self._rows = array, rows
-        self.shape = (len(rows), array.shape[1])
+    def __init__(self, atlas: Atlas, rows: list[int]) -> None:
+        self.atlas = atlas
+        self._array, self._rows = atlas._array("r"), rows
+        self.shape = (len(rows), self._array.shape[1])
         self.size = self.shape[0] * self.shape[1]
         self.dtype = np.dtype(np.float32)
 
+    def load(self) -> ForgettingMatrix:
+        """Read all of it into memory."""
+        return self.atlas.matrix([self.atlas.tasks[row] for row in self._rows])
+
     def __getitem__(self, item: tuple[slice, slice | np.ndarray]) -> np.ndarray:
-        """Read all rows (the first part must be a full slice) at some columns, shape (M, n)."""
+        """Read all rows (the first part must be a full slice) at a slice of the columns, or at sorted ones: (M, n)."""
         whole, columns = item
         if whole != slice(None):
             raise IndexError("a stored matrix is read by columns: values[:, columns]")
         if isinstance(columns, slice):
             first, last, _ = columns.indices(self.shape[1])
+            if self._rows == list(range(len(self._rows))):  # as they lie, which is read twice as fast
+                return np.asarray(self._array[: len(self._rows), first:last])
             return np.stack([np.asarray(self._array[row, first:last]) for row in self._rows])
-        return np.asarray(self._array.oindex[np.array(self._rows), columns])
+        # Whole chunks: they have to be read anyhow, and picking from them on the disk is eight times slower.
+        ends = np.searchsorted(columns, np.arange(0, self.shape[1] + BLOCK, BLOCK))
+        parts = [
+            self[:, i * BLOCK : (i + 1) * BLOCK][:, columns[first:last] - i * BLOCK]
+            for i, (first, last) in enumerate(pairwise(ends))
+            if first < last
+        ]
+        return np.concatenate(parts, axis=1) if parts else np.empty((len(self._rows), 0), self.dtype)
 
 
 class Atlas:
     """A forgetting matrix on disk that only grows; use `Atlas.create` or `Atlas.open`."""
 
-    def __init__(self, path: Path, pool: Pool, before: Scores, index: dict[str, Any]) -> None:
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
         self.path = path
-        self.pool = pool
-        self.before = before
         self._index = index
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The upstream examples, read when they are first asked for.
+
+        Raises
+        ------
+        MismatchError
+            If the pool file is not the one that was scored.
+        """
+        pool = Pool.load(self.path / "pool.parquet")
+        check_fingerprint(f"the atlas {self.path}", self.pool_fingerprint, pool)
+        return pool
+
+    @cached_property
+    def before(self) -> Scores:
+        """Scores of the base model on the pool, read when they are first asked for."""
+        return Scores.load(self.path / "before.parquet")
+
+    @cached_property
+    def examples(self) -> Ids:
+        """Ids of the examples, in column order; their texts stay on disk."""
+        return Ids(pq.read_table(self.path / "pool.parquet", columns=["id"])["id"])
+
+    @cached_property
+    def nll_before(self) -> np.ndarray:
+        """Loss of the base model on each example, shape (N,), nats per token; NaN where it could not be scored."""
+        return pq.read_table(self.path / "before.parquet", columns=["nll"])["nll"].to_numpy()
 
     @classmethod
     def create(
@@ -136,18 +213,20 @@ class Atlas:
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return cls(path, pool, before, index)
+        atlas = cls(path, index)
+        atlas.pool, atlas.before = pool, before
+        return atlas
 
     @classmethod
     def open(cls, path: str | Path) -> Atlas:
-        """Open an atlas.
+        """Open an atlas. Its numbers, texts and base scores stay on disk until they are asked for.
 
         Raises
         ------
         DataError
-            If there is none, or it was written by a newer version.
+            If there is none, a part of it is missing, or it was written by a newer version.
         MismatchError
-            If its pool file is not the one that was scored.
+            If the pool or the base scores have another number of examples than the atlas.
         """
         path = Path(path)
         if not (path / "atlas.json").is_file():
@@ -155,9 +234,20 @@ class Atlas:
         index = read_json(path / "atlas.json")
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise DataError(f"{path / 'atlas.json'}: format {FORMAT} is needed; upgrade forgetcast or collect it again")
-        pool = Pool.load(path / "pool.parquet")
-        check_fingerprint(f"the atlas {path}", index["pool"], pool)
-        return cls(path, pool, Scores.load(path / "before.parquet"), index)
+        missing = [name for name in ("pool.parquet", "before.parquet", "numbers.zarr") if not (path / name).exists()]
+        if missing:
+            raise DataError(f"{path} is not a whole atlas: {missing[0]} is missing")
+        atlas = cls(path, index)
+        for name in ("pool.parquet", "before.parquet"):
+            rows, columns = pq.read_metadata(path / name).num_rows, atlas._array("r").shape[1]
+            if rows != columns:
+                raise MismatchError(f"{path / name} has {rows} examples, but {columns} were scored; put it back")
+        return atlas
+
+    @property
+    def pool_fingerprint(self) -> str:
+        """Fingerprint of the pool."""
+        return str(self._index["pool"])
 
     @property
     def model(self) -> str:
@@ -190,7 +280,7 @@ class Atlas:
 
     def __repr__(self) -> str:
         """Size and place."""
-        return f"Atlas({self.path}, {len(self.tasks)} tasks x {len(self.pool)} examples)"
+        return f"Atlas({self.path}, {len(self.tasks)} tasks x {len(self.examples)} examples)"
 
     def _row(self, task: str) -> int:
         try:
@@ -231,17 +321,18 @@ class Atlas:
             raise DataError("a task needs a name")
         ids = tuple(after.ids if examples is None else examples)
         columns = self.columns_of(after, ids)
-        forgetting = (after.at(ids) - self.before.nll[columns]).astype(np.float32)
+        losses = after.nll if examples is None else after.at(ids)
+        forgetting = (losses - self.nll_before[columns]).astype(np.float32)
         with self._writing():
             self._index = read_json(self.path / "atlas.json")
             new = task not in self.tasks
             row = len(self.tasks) if new else self._row(task)
             array = self._array("r+")
-            values = np.full(len(self.pool), np.nan, np.float32) if new else np.asarray(array[row])
+            values = np.full(len(self.examples), np.nan, np.float32) if new else np.asarray(array[row])
             unmeasured = np.isnan(values[columns])
             values[columns[unmeasured]] = forgetting[unmeasured]
             if array.shape[0] <= row:
-                array.resize((row + 1, len(self.pool)))
+                array.resize((row + 1, len(self.examples)))
             array[row] = values
             if new:
                 entry: dict[str, Any] = {"name": task, "added": _now(), "recipe": dict(recipe or {})}
@@ -258,27 +349,48 @@ class Atlas:
         MismatchError
             If an example is unknown, or has the text of another pool.
         """
-        where = "the score file"
-        columns = self.pool.positions(scores.ids if ids is None else ids, where=where)
-        if scores.pool_fingerprint not in (None, self.pool.fingerprint):
-            check_fingerprint(where, scores.pool_fingerprint, self.pool.subset(scores.ids, where=where))
+        columns = self._positions(scores.ids if ids is None else ids)
+        if scores.pool_fingerprint not in (None, self.pool_fingerprint):
+            check_fingerprint("the score file", scores.pool_fingerprint, self.subset(scores.ids))
+        return columns
+
+    def subset(self, ids: Iterable[str]) -> Pool:
+        """Make a pool of the examples with these ids, in the order of `ids`; only their texts are read.
+
+        Raises
+        ------
+        MismatchError
+            If an id is unknown.
+        """
+        ids = list(ids)
+        self._positions(ids)
+        rows = pads.dataset(self.path / "pool.parquet").to_table(filter=pc.field("id").isin(pa.array(ids, pa.string())))
+        return Pool(Example(**row) for row in rows.select(FIELDS).to_pylist()).subset(ids)
+
+    def _positions(self, ids: Iterable[str]) -> np.ndarray:
+        ids = list(ids)
+        columns = self.examples.positions(ids)
+        if (columns < 0).any():
+            raise MismatchError(
+                f"the score file has {(columns < 0).sum()} example(s) that the pool doesn't know, "
+                f"e.g. {ids[int(np.argmin(columns))]!r}"
+            )
         return columns
 
     def matrix(self, tasks: Iterable[str] | None = None) -> ForgettingMatrix:
         """Read rows into memory: all of them, or those of `tasks`."""
         rows = self._rows(tasks)
-        stored = self._array("r")
         return ForgettingMatrix(
-            np.asarray(stored.oindex[np.array(rows), :]) if rows else np.empty((0, len(self.pool))),
+            StoredMatrix(self, rows)[:, :] if rows else np.empty((0, len(self.examples))),
             tasks=[self.tasks[row] for row in rows],
-            examples=self.pool.ids,
-            sources=self.pool.sources,
-            pool_fingerprint=self.pool.fingerprint,
+            examples=self.examples[:],
+            sources=pq.read_table(self.path / "pool.parquet", columns=["source"])["source"].fill_null("").to_pylist(),
+            pool_fingerprint=self.pool_fingerprint,
         )
 
     def stored(self, tasks: Iterable[str] | None = None) -> StoredMatrix:
         """Rows on disk, all of them or those of `tasks`, to be read a few columns at a time."""
-        return StoredMatrix(self._array("r"), self._rows(tasks))
+        return StoredMatrix(self, self._rows(tasks))
 
     def dataset(self) -> xr.Dataset:
         """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source."""
@@ -286,8 +398,8 @@ class Atlas:
 
         dataset = xr.open_zarr(self.path / "numbers.zarr", consolidated=False)
         dataset = dataset.isel(task=slice(0, len(self.tasks)))
-        return dataset.assign(before=("example", self.before.nll)).assign_coords(
-            task=list(self.tasks), example=list(self.pool.ids), source=("example", list(self.pool.sources))
+        return dataset.assign(before=("example", self.nll_before)).assign_coords(
+            task=list(self.tasks), example=list(self.examples), source=("example", list(self.pool.sources))
         )
 
     def is_complete(self, task: str) -> bool:
@@ -295,7 +407,7 @@ class Atlas:
         if task not in self.tasks:
             return False
         row = np.asarray(self._array("r")[self._row(task)])
-        return not np.isnan(row[~np.isnan(self.before.nll)]).any()
+        return not np.isnan(row[~np.isnan(self.nll_before)]).any()
 
     def _array(self, mode: Any) -> zarr.Array[Any]:
         return zarr.open_array(self.path / "numbers.zarr" / "forgetting", mode=mode)

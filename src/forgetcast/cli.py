@@ -169,15 +169,14 @@ def probes_(
     Example: forgetcast probes runs.atlas -k 10 -o probes.jsonl
     """
     opened = Atlas.open(atlas)
-    matrix = opened.matrix()
     # An example that the base model could not score cannot be a probe either.
-    usable = np.flatnonzero(~np.isnan(opened.before.nll))
+    usable = np.flatnonzero(~np.isnan(opened.nll_before))
     if at_random:
-        chosen = probes.random(len(opened.pool), k, seed=seed, candidates=usable)
+        chosen = probes.random(len(opened.examples), k, seed=seed, candidates=usable)
     else:
         cost = np.maximum(opened.before.tokens, 1) if by_tokens else None
-        chosen = probes.choose(completion.Bayesian().fit(matrix), k, usable, cost, audit=audit)
-    opened.pool.subset(opened.pool.ids[i] for i in chosen).save(output)
+        chosen = probes.choose(completion.Bayesian().fit(opened), k, usable, cost, audit=audit)
+    opened.subset(opened.examples[i] for i in chosen).save(output)
     out.print(f"{k} probes written to {output}; next: forgetcast score TUNED_MODEL {output} -o probe_scores.parquet")
 
 
@@ -198,8 +197,8 @@ def forecast_(
     opened = Atlas.open(atlas)
     columns, forgetting = measured_probes(opened, Scores.load(scores))
     known = [name for name in opened.tasks if name != task]
-    model = _method(method).fit(opened.matrix(known))
-    forecast = TaskForecast.of(model.predict(columns, forgetting), opened.pool, method=method, task=task, level=level)
+    model = _method(method).fit(opened.stored(known))
+    forecast = TaskForecast.of(model.predict(columns, forgetting), opened, method=method, task=task, level=level)
     forecast.save(output)
     worst = np.argsort(-forecast.mean, kind="stable")[:10]
     facts = {

@@ -53,15 +53,17 @@ class TaskForecast:
 
     @classmethod
     def of(
-        cls, forecast: Forecast, pool: Pool, *, method: str, task: str | None = None, level: float = 0.9
+        cls, forecast: Forecast, pool: Pool | Atlas, *, method: str, task: str | None = None, level: float = 0.9
     ) -> TaskForecast:
-        """Name the examples of a completed row."""
-        lower, upper = forecast.interval(level)
-        probed = np.isin(np.arange(len(pool)), forecast.probes)
-        misfit = float(forecast.misfit)
-        return cls(
-            pool.ids, forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, pool.fingerprint, task
+        """Name the examples of a completed row, which are those of a pool or of an atlas."""
+        ids, fingerprint = (
+            (pool.ids, pool.fingerprint) if isinstance(pool, Pool) else (pool.examples, pool.pool_fingerprint)
         )
+        lower, upper = forecast.interval(level)
+        probed = np.zeros(len(ids), dtype=bool)
+        probed[forecast.probes] = True
+        misfit = float(forecast.misfit)
+        return cls(ids, forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task)
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -119,7 +121,7 @@ def measured_probes(atlas: Atlas, scores: Scores) -> tuple[np.ndarray, np.ndarra
     for id_, value, reason in zip(scores.ids, scores.nll, scores.reasons, strict=True):
         if np.isnan(value):
             raise DataError(f"the probe {id_!r} has no score: {reason}")
-    forgetting = scores.nll - atlas.before.nll[columns]
+    forgetting = scores.nll - atlas.nll_before[columns]
     if np.isnan(forgetting).any():
         bad = scores.ids[int(np.argmax(np.isnan(forgetting)))]
         raise MismatchError(f"the base model has no score for the probe {bad!r}")

@@ -25,7 +25,7 @@ from forgetcast.errors import DataError, MismatchError
 FIELDS = ("id", "text", "prompt", "completion", "source")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One text to score or to train on.
 
@@ -165,13 +165,13 @@ class Pool(Sequence[Example]):
 
     def save(self, path: str | Path) -> None:
         """Write the pool as JSONL, or as Parquet if the name ends in `.parquet`."""
-        rows = [asdict(example) for example in self]
         with atomic_path(Path(path)) as temporary:
             if Path(path).suffix == ".parquet":
                 pq.write_table(
-                    pa.Table.from_pylist(rows, schema=pa.schema([(f, pa.string()) for f in FIELDS])), temporary
+                    pa.table({f: pa.array((getattr(e, f) for e in self), pa.string()) for f in FIELDS}), temporary
                 )
             else:
+                rows = (asdict(example) for example in self)
                 lines = (
                     json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False) for row in rows
                 )

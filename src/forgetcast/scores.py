@@ -67,10 +67,11 @@ class Scores:
                 raise DataError(f"scores: {n} ids but {len(getattr(self, name))} values of {name!r}")
         if len(set(self.ids)) != n:
             raise DataError("scores: an id occurs twice")
-        for id_, value, reason in zip(self.ids, self.nll, self.reasons, strict=True):
-            if np.isinf(value) or value < 0:
+        for i in np.flatnonzero(~((self.nll >= 0) & (self.nll < np.inf))).tolist():
+            id_, value = self.ids[i], self.nll[i]
+            if not np.isnan(value):
                 raise DataError(f"scores: the loss of example {id_!r} is {value}; it must be finite and not negative")
-            if np.isnan(value) and reason is None:
+            if self.reasons[i] is None:
                 raise DataError(f"scores: the loss of example {id_!r} is NaN and no reason is given")
 
     def __len__(self) -> int:

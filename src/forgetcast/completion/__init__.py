@@ -5,9 +5,10 @@ Every method is fitted once on the atlas and then completes any number of new ro
 
 from forgetcast.completion.additive import Additive, Mean
 from forgetcast.completion.auto import Auto
-from forgetcast.completion.base import Completion, Forecast, LinearGaussian
+from forgetcast.completion.base import Completion, Forecast
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.factorisation import MatrixFactorization, SoftImpute
+from forgetcast.completion.gaussian import LinearGaussian
 from forgetcast.completion.logistic import LogisticMF
 from forgetcast.completion.neighbours import KNN
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from forgetcast.completion.base import Estimate, LinearGaussian, column_variance
+from forgetcast.completion.gaussian import Estimate, LinearGaussian, column_variance
 
 
 class Mean(LinearGaussian):

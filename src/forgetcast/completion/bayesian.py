@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from forgetcast.atlas import Atlas, StoredMatrix
-from forgetcast.completion.base import Estimate, LinearGaussian
-from forgetcast.completion.low_rank import IncompleteError, LowRank, factor_complete, fit_low_rank
+from forgetcast.atlas import StoredMatrix
+from forgetcast.completion.gaussian import Estimate, LinearGaussian
+from forgetcast.completion.low_rank import (
+    SMALL,
+    IncompleteError,
+    LowRank,
+    factor_complete,
+    factor_incomplete,
+    fit_low_rank,
+)
 from forgetcast.errors import ConfigError
 
 TASKS_PER_FACTOR = 4
@@ -71,19 +78,28 @@ class Bayesian(LinearGaussian):
         try:
             return self._of_complete(values)
         except IncompleteError:
+            if values.size > SMALL:
+                return self._of_factors(*factor_incomplete(values, self._rank(len(values))))
             low_rank = fit_low_rank(values.astype(np.float64), self._rank(len(values)), centred=True)
             residuals = values - low_rank.fit
             squares, counts = np.nansum(residuals**2, axis=0), (~np.isnan(residuals)).sum(axis=0)
             return self._of_factors(low_rank, squares, counts)
 
-    def _fit_stored(self, atlas: Atlas) -> bool:
-        values = atlas.stored()
+    def _fit_stored(self, values: StoredMatrix) -> bool:
         self._prepare(values)
         try:
             self.state_ = self._of_complete(values)
         except IncompleteError:
-            return False
-        self.examples_ = atlas.pool.ids
+            if values.size <= SMALL:
+                return False
+            low_rank, squares, counts = factor_incomplete(values, self._rank(values.shape[0]))
+            measured = counts > 0
+            if measured.all():
+                self.state_ = self._of_factors(low_rank, squares, counts)
+            else:
+                low_rank = low_rank._replace(columns=low_rank.columns[measured], loadings=low_rank.loadings[measured])
+                self.state_ = self._of_factors(low_rank, squares[measured], counts[measured]).extended(measured)
+        self.examples_ = values.atlas.examples
         self._calibrate(values)
         return True
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import CALIBRATION_EXAMPLES, Estimate, LinearGaussian
+from forgetcast.completion.base import CALIBRATION_EXAMPLES
+from forgetcast.completion.gaussian import Estimate, LinearGaussian
 from forgetcast.completion.low_rank import fit_low_rank, sum_of, truncated_svd
 from forgetcast.errors import ConfigError
 

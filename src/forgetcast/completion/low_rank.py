@@ -12,8 +12,13 @@ from forgetcast.atlas import StoredMatrix
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import BLOCK
 
+SKETCH = 16_384
+"""Columns that the coordinates of the tasks are learned from, where a large matrix has missing entries."""
+
 SMALL = 2**22
-"""Entries up to which a matrix is factored in double precision; larger ones are in the one they come in."""
+"""Entries up to which a matrix is factored in double precision, and filled as a whole where entries are missing.
+
+Larger ones are factored in the precision they come in, and filled by what a part of their columns tells."""
 
 
 class LowRank(NamedTuple):
@@ -95,6 +100,55 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
     scale = np.sqrt(max(tasks - 1, 1))
     loadings /= scale
     return LowRank(rows, columns, left * scale, loadings), np.maximum(squares, 0.0)
+
+
+def factor_incomplete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRank, np.ndarray, np.ndarray]:
+    """Reconstruction of a large matrix with missing entries, in two passes over its columns.
+
+    The tasks' coordinates are learned from SKETCH columns drawn at random, and as many on which each partly measured
+    task has entries as its share; with some hundred tasks, more columns tell little more of them. Given those, each
+    column's mean and loadings are a ridge regression of its own entries, unpenalised where none is missing.
+
+    Returns
+    -------
+    LowRank
+        Rows without any entry are left out; columns without any are zero.
+    squares, counts : array, shape (N,)
+        Sum of squared residuals and number of entries of each column.
+    """
+    tasks, examples = values.shape
+    drawn = np.zeros(examples, dtype=bool)
+    drawn[np.random.default_rng(0).choice(examples, min(SKETCH, examples), replace=False)] = True
+    wanted, sketch = np.full(tasks, SKETCH // tasks), []
+    for part, block in _blocks(values):
+        present, taken = ~np.isnan(block), drawn[part]
+        for task in np.flatnonzero(~present.all(axis=1) & (wanted > 0)):
+            own = np.flatnonzero(present[task])[: wanted[task]]
+            taken[own] = True
+            wanted[task] -= len(own)
+        sketch.append(block[:, taken & present.any(axis=0)])
+    known = np.concatenate(sketch, axis=1).astype(np.float64)
+    usable = ~np.isnan(known).all(axis=1)
+    learned = fit_low_rank(known[usable], rank, centred=True)
+    design = np.column_stack([np.ones(usable.sum()), learned.coordinates])
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
+    noise = float(np.nanmean((known[usable] - learned.fit) ** 2))
+    ridge = np.concatenate([[0.0], noise / np.maximum(np.mean(learned.loadings**2, axis=0), 1e-30)])
+
+    columns, squares, counts = (np.zeros(examples, np.float32) for _ in range(3))
+    loadings = np.zeros((len(ridge) - 1, examples), np.float32).T
+    for part, stored in _blocks(values):
+        block = stored[usable] - learned.rows[:, None]
+        present = ~np.isnan(block)
+        block[~present] = 0.0
+        counts[part] = present.sum(axis=0)
+        gram = (present.T @ products).reshape(-1, len(ridge), len(ridge))
+        gram += np.multiply.outer(1 - counts[part] / len(design), np.diag(ridge))
+        gram[counts[part] == 0] = np.eye(len(ridge))
+        found = np.linalg.solve(gram, (design.T @ block).T[:, :, None])[:, :, 0]
+        squares[part] = np.einsum("mn,mn->n", *[np.where(present, block - design @ found.T, 0.0)] * 2)
+        columns[part], loadings[part] = found[:, 0], found[:, 1:]
+    return LowRank(learned.rows, columns, learned.coordinates, loadings), squares, counts
 
 
 def _blocks(values: np.ndarray | StoredMatrix) -> Iterator[tuple[slice, np.ndarray]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import Completion, column_variance
+from forgetcast.completion.base import Completion
+from forgetcast.completion.gaussian import column_variance
 from forgetcast.errors import ConfigError
 
 

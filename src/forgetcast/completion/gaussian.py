@@ -1,0 +1,230 @@
+"""The linear-Gaussian model, which most completion methods are.
+
+A new task's forgetting of example j is modelled as
+
+    z_j = mean_j + loadings_j . c + e_j,    c ~ N(0, diag(prior)),    e_j ~ N(0, noise_j)
+
+A method decides what these four are (`_estimate`); given the probes, the posterior of c and of every z_j follows in
+closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 2.3.7).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+
+from forgetcast.completion.base import BLOCK, Completion
+from forgetcast.errors import DataError
+
+SCALE_DEGREES = 5.0
+"""Observations that what is assumed of a new task's own scale of variances is worth; few, because tasks differ much."""
+
+STRANGER = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
+"""Kinds of tasks that are averaged over, by how well each explains the probes, with equal weights beforehand.
+
+The first follows the atlas. The others move every example beside on its own, with a variance that is a multiple of
+what the factors explain of this example, or of the average one. Known tasks cannot tell how likely such ones are."""
+
+
+class Estimate(NamedTuple):
+    """The parts of a linear-Gaussian model.
+
+    Attributes
+    ----------
+    mean : array, shape (N,)
+    loadings : array, shape (N, r)
+        Best in Fortran's order, in which one coefficient's loadings lie together.
+    prior : array, shape (r,)
+        Prior variances of the coefficients.
+    noise : array, shape (N,)
+        Variances.
+    unlike : array, shape (r,), optional
+        Prior variances of the coefficients whose factors a task unlike the known ones may not follow. If they are
+        given, such tasks are averaged in, as STRANGER says.
+    unlike_average : float
+        Mean over the examples of ``loadings**2 @ unlike``.
+    """
+
+    mean: np.ndarray
+    loadings: np.ndarray
+    prior: np.ndarray
+    noise: np.ndarray
+    unlike: np.ndarray | None = None
+    unlike_average: float = 0.0
+
+    def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Condition on rows (B, k) measured at the probes (k,): mean (B, N), variance (B, N), log_misfit (B,).
+
+        A task's variances have a scale of their own, known as SCALE_DEGREES observations would tell it, so the
+        posterior is Student's t: with the probes' squared surprise s, standardised by their joint covariance, all
+        variances are multiplied by (SCALE_DEGREES + s) / (SCALE_DEGREES + k).
+
+        Raises
+        ------
+        DataError
+            If the probes leave a coefficient undetermined: an infinite prior and no probe.
+        """
+        at_probes = self.loadings[probes].astype(np.float64)
+        strange = np.zeros(len(self.prior)) if self.unlike is None else self.unlike
+        kinds = np.array(STRANGER if self.unlike is not None else STRANGER[:1])
+        own, same = kinds[:, :1], kinds[:, 1:]
+        noise = self.noise[probes] + own * (at_probes**2 @ strange) + same * self.unlike_average  # (kinds, k)
+        found, covariances, weights, scales, log_misfit = _condition(
+            at_probes, self.prior, noise, rows - self.mean[probes]
+        )
+        average = np.einsum("hb,hbr->br", weights, found)
+        # Of the coefficients, for each row (B, r, r): within each kind of task, and between the kinds' means.
+        scaled = weights * scales
+        apart = np.sqrt(weights)[:, :, None] * (found - average)
+        spread = np.tensordot(scaled, covariances, (0, 0)) + np.einsum("hbr,hbs->brs", apart, apart)
+        spread += np.einsum("hb,r->br", own * scaled, strange)[:, :, None] * np.eye(len(strange))
+        floor = (same * scaled).sum(axis=0) * self.unlike_average
+        mean, variance = self._spread_out(average, spread, scaled.sum(axis=0), floor)
+        return mean, variance, log_misfit
+
+    def _spread_out(
+        self, coefficients: np.ndarray, spread: np.ndarray, noise: np.ndarray, floor: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance (B, N) of the examples from those of the coefficients, (B, r) and (B, r, r).
+
+        `noise` (B,) multiplies the examples' own; `floor` (B,) is added to all.
+        """
+        kind = self.loadings.dtype
+        size, count = len(self.mean), len(coefficients)
+        mean, variance = np.empty((count, size), kind), np.empty((count, size), kind)
+        values, directions = np.linalg.eigh(spread)
+        # Squares of these give the variance, so one product brings both it and the mean.
+        halves = np.sqrt(np.maximum(values, 0.0))[:, :, None] * directions.transpose(0, 2, 1)
+        factors = np.concatenate([coefficients[:, None, :], halves], axis=1).astype(kind)  # (B, 1 + r, r)
+        told = np.empty((factors.shape[1], min(BLOCK, size)), kind)
+        for start in range(0, size, BLOCK):  # small enough for the cache
+            part = slice(start, min(start + BLOCK, size))
+            block = told[:, : part.stop - start]
+            for row in range(count):
+                np.matmul(factors[row], self.loadings[part].T, out=block)
+                np.add(block[0], self.mean[part], out=mean[row, part])
+                np.einsum("rn,rn->n", block[1:], block[1:], out=variance[row, part])
+                np.multiply(self.noise[part], kind.type(noise[row]), out=block[0])
+                block[0] += kind.type(floor[row])
+                variance[row, part] += block[0]
+        return mean, variance
+
+    def extended(self, known: np.ndarray) -> Estimate:
+        """Give examples that were never measured the parameters of the average one, and a noise to match."""
+        mean = np.full(len(known), self.mean.mean())
+        loadings = np.tile(self.loadings.mean(axis=0)[:, None], len(known)).T
+        # What its own mean and loadings would be is as uncertain as the examples differ.
+        priors = np.where(np.isinf(self.prior), 0.0, self.prior)
+        noise = np.full(len(known), self.noise.mean() + self.mean.var() + self.loadings.var(axis=0) @ priors)
+        mean[known], loadings[known], noise[known] = self.mean, self.loadings, self.noise
+        return self._replace(mean=mean, loadings=loadings, noise=noise)
+
+
+class Conditioned(NamedTuple):
+    """Coefficients given the probes, for H kinds of noise and B rows.
+
+    Attributes
+    ----------
+    means : array, shape (H, B, r)
+    covariances : array, shape (H, r, r)
+        Without the rows' own scale of variances.
+    weights, scales : arrays, shape (H, B)
+        Posterior probability of each kind of noise, and what its variances are multiplied by.
+    log_misfit : array, shape (B,)
+        Log of the mean squared surprise under the first kind.
+    """
+
+    means: np.ndarray
+    covariances: np.ndarray
+    weights: np.ndarray
+    scales: np.ndarray
+    log_misfit: np.ndarray
+
+
+def _condition(loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray, surprise: np.ndarray) -> Conditioned:
+    """Condition the coefficients on probes with loadings (k, r), noise (H, k) and surprises (B, k)."""
+    k = len(loadings)
+    weighted = surprise / noise[:, None, :]  # (H, B, k)
+    information = (loadings.T / noise[:, None, :]) @ loadings  # (H, r, r)
+    projected = weighted @ loadings  # (H, B, r)
+    # In units of the prior's standard deviations, so that the inverse is of matrices near one; where nothing is
+    # assumed, in units of what the probes tell.
+    flat, told = np.isinf(prior), np.diagonal(information[0])
+    if (flat & (told <= 0)).any():
+        raise DataError("this method needs at least one probe")
+    units = np.sqrt(np.where(flat, 1.0 / np.where(told > 0, told, 1.0), prior))
+    both = np.outer(units, units)
+    precision = np.diag(1.0 - flat) + information * both
+    covariances = np.linalg.inv(precision) * both
+    means = projected @ covariances  # (H, B, r)
+    # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
+    squared = np.maximum((surprise * weighted).sum(axis=2) - (projected * means).sum(axis=2), 1e-12)  # (H, B)
+    # Density of the probes under Student's t, without what the kinds of noise share.
+    evidence = -0.5 * (np.linalg.slogdet(precision)[1] + np.log(noise).sum(axis=1))[:, None]
+    evidence = evidence - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared)
+    weights = np.exp(evidence - evidence.max(axis=0))
+    weights /= weights.sum(axis=0)
+    scales = (SCALE_DEGREES + squared) / (SCALE_DEGREES + k)
+    return Conditioned(means, covariances, weights, scales, np.log(squared[0] / max(k, 1)))
+
+
+class LinearGaussian(Completion):
+    """Base of the methods whose new row is `mean + loadings @ c + noise` with Gaussian c and noise.
+
+    Attributes
+    ----------
+    state_ : Estimate
+    mean_ : array, shape (N,)
+    loadings_ : array, shape (N, r)
+    prior_ : array, shape (r,)
+        Prior variances of the coefficients; infinite where nothing is assumed.
+    noise_ : array, shape (N,)
+        Variance, around the model, of each example.
+    """
+
+    state_: Estimate
+
+    @abstractmethod
+    def _estimate(self, values: np.ndarray) -> Estimate: ...
+
+    @property
+    def mean_(self) -> np.ndarray:
+        """Expected row of a task that nothing is known of, shape (N,)."""
+        return self.state_.mean
+
+    @property
+    def loadings_(self) -> np.ndarray:
+        """Loadings of the examples, shape (N, r)."""
+        return self.state_.loadings
+
+    @property
+    def prior_(self) -> np.ndarray:
+        """Prior variances of the coefficients, shape (r,)."""
+        return self.state_.prior
+
+    @property
+    def noise_(self) -> np.ndarray:
+        """Noise variance of each example, shape (N,)."""
+        return self.state_.noise
+
+
+def column_variance(residuals: np.ndarray, lost: float, shrinkage: float) -> np.ndarray:
+    """Variance of each column of residuals with NaN, drawn towards the mean of all columns, shape (N,).
+
+    Parameters
+    ----------
+    residuals : array, shape (M, N)
+    lost : float
+        Degrees of freedom that each column's residuals have lost to the fit.
+    shrinkage : float
+        Weight of the mean over columns, in [0, 1].
+    """
+    counts = (~np.isnan(residuals)).sum(axis=0)
+    sums = np.nansum(residuals**2, axis=0)
+    average = sums.sum() / max(np.maximum(counts - lost, 0).sum(), 1.0)
+    own = np.where(counts > lost, sums / np.maximum(counts - lost, 1e-9), average)
+    variance = (1 - shrinkage) * own + shrinkage * average
+    # A matrix without any noise still needs a positive variance to divide by.
+    return np.maximum(variance, max(1e-12, 1e-9 * average))
