@@ -90,3 +90,15 @@ def test_the_authors_matrix_is_as_low_rank_as_they_say(olmo: np.ndarray) -> None
     rank_3 = (u[:, :3] * s[:3]) @ vt[:3]
     expected = 1 - ((olmo - rank_3) ** 2).sum() / ((olmo - olmo.mean()) ** 2).sum()
     assert found.rank_r2[2] == pytest.approx(expected, abs=1e-4)
+
+
+def test_f1_of_binary_forgetting_rises_with_the_planted_rank() -> None:
+    rng = np.random.default_rng(0)
+    logits = -1.0 + 4 * rng.normal(size=(30, 2)) @ rng.normal(size=(2, 200))
+    values = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)
+    values[rng.random(values.shape) < 0.1] = np.nan
+    found = analyze(ForgettingMatrix(values)).rank_f1
+    assert len(found) == 5
+    assert 0.3 < found[0] < found[1] - 0.05
+    assert found[1] > 0.8
+    assert analyze(ForgettingMatrix(values + 0.5)).rank_f1 == ()

@@ -10,11 +10,15 @@ import numpy as np
 
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.factorisation import held_out_entries
+from forgetcast.completion.logistic import factor_logistic
 from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
 
 MAX_RANK = 10
+
+F1_RANKS, F1_PRECISION = 5, 0.1
+"""Highest rank and the prior's precision for F1, as in arXiv 2406.14026."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,10 @@ class Structure:
         The same on a tenth of the entries that the reconstruction was not shown, on at most 1,000 examples. It falls
         where a rank explains noise. Empty where too little is measured to hold any out.
     row_r2, column_r2, additive_r2 : float
-        R^2 of a_i alone, b_j alone, and a_i + b_j.
+        R^2 of a_i alone, b_j alone, and a_i + b_j. That of a_i b_j, the multiplicative fit, is `rank_r2[0]`.
+    rank_f1 : tuple of float
+        For forgetting that is 0 or 1: F1 of the entries that logistic factorisation of rank 1 to 5 gives a probability
+        of at least one half. Empty otherwise.
     components : tuple of Component
     """
 
@@ -67,6 +74,7 @@ class Structure:
     row_r2: float
     column_r2: float
     additive_r2: float
+    rank_f1: tuple[float, ...]
     components: tuple[Component, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,8 +126,21 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
         row_r2=r2(np.nanmean(values, axis=1, keepdims=True)),
         column_r2=r2(np.nanmean(values, axis=0, keepdims=True)),
         additive_r2=r2(sum_of(task_effects, example_effects)),
+        rank_f1=_binary_f1(values, min(len(fits), F1_RANKS)),
         components=_components(described.fit, described.loadings, [matrix.sources[j] for j in columns]),
     )
+
+
+def _binary_f1(values: np.ndarray, ranks: int) -> tuple[float, ...]:
+    present = ~np.isnan(values)
+    if not np.isin(values[present], (0.0, 1.0)).all():
+        return ()
+    forgotten = values == 1
+    found = []
+    for rank in range(1, ranks + 1):
+        said = (factor_logistic(values, rank, F1_PRECISION).probability >= 0.5) & present
+        found.append(2 * float((said & forgotten).sum()) / max(float(said.sum() + forgotten.sum()), 1.0))
+    return tuple(found)
 
 
 def _held_out_r2(values: np.ndarray, ranks: int) -> tuple[float, ...]:

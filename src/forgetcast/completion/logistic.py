@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
 from forgetcast.completion.base import Completion
+from forgetcast.completion.low_rank import truncated_svd
 from forgetcast.errors import ConfigError, DataError
 
 ROUNDS, HALVINGS = 100, 20
-FIT_TOLERANCE, ROW_TOLERANCE = 1e-4, 1e-7
+FIT_TOLERANCE, ROW_TOLERANCE = 1e-5, 1e-7
 """When to stop: relative gain in likelihood of a round over the matrix; largest change of a row's coefficients."""
 
 BIAS_PRECISION = 0.01
@@ -71,19 +73,20 @@ class Bernoulli:
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Complete rows (B, k) of 0 and 1 measured at the probes (k,); mean and variance are (B, N)."""
         _check_binary(rows)
-        design = self.loadings[probes]
+        design, signs = self.loadings[probes], 2 * rows - 1
         coefficients = np.zeros((len(rows), design.shape[1]))
+        fit = _evaluate(self.logits[probes] + coefficients @ design.T, signs)
         for _ in range(ROUNDS):
             before = coefficients
-            coefficients = _newton(coefficients, design, self.logits[probes], rows, self.precision)
+            coefficients, fit = _newton(coefficients, design, self.logits[probes], signs, self.precision, fit)
             if np.abs(coefficients - before).max(initial=0.0) < ROW_TOLERANCE:
                 break
-        curvature = _curvature(coefficients, design, self.logits[probes], np.ones_like(rows), self.precision)
+        curvature = _curvature(fit.probability, np.abs(signs), design, self.precision)
         logits = self.logits + coefficients @ self.loadings.T
         covariance = np.linalg.inv(curvature)
         spread = np.stack([((self.loadings @ c) * self.loadings).sum(axis=1) for c in covariance])
         mean = special.expit(logits / np.sqrt(1 + np.pi * spread / 8))
-        likelihood = _log_likelihood(logits[:, probes], rows).sum(axis=1) / max(len(probes), 1)
+        likelihood = fit.entries.sum(axis=1) / max(len(probes), 1)
         return mean, mean * (1 - mean), np.log(np.maximum(-likelihood, 1e-12))
 
     def extended(self, known: np.ndarray) -> Bernoulli:
@@ -95,32 +98,76 @@ class Bernoulli:
 
 
 def fit_logistic(values: np.ndarray, rank: int, precision: float) -> Bernoulli:
-    """Fit by alternating Newton steps until the penalised likelihood stops rising."""
+    """Learn what new tasks are completed with from known ones, (M, N) of 0, 1 and NaN."""
+    found = factor_logistic(values, rank, precision)
+    return Bernoulli(
+        found.base + found.rows[:, 0].mean() + found.columns[:, 0],
+        _with_ones(found.columns),
+        # The shift of a new task is as wide as four times what the known ones show: it may be harsher or milder.
+        np.concatenate(
+            [[1 / (4.0 * max(float(found.rows[:, 0].var()), 1e-6))], np.full(found.rows.shape[1] - 1, precision)]
+        ),
+    )
+
+
+class Factors(NamedTuple):
+    """Logits base + a_i + b_j + p_i . q_j and what they give.
+
+    Attributes
+    ----------
+    base : float
+    rows, columns : array, shapes (M, r + 1) and (N, r + 1)
+        a and p; b and q.
+    probability : array, shape (M, N)
+    log_likelihood : float
+        Of the known entries, nats in all.
+    """
+
+    base: float
+    rows: np.ndarray
+    columns: np.ndarray
+    probability: np.ndarray
+    log_likelihood: float
+
+
+def factor_logistic(values: np.ndarray, rank: int, precision: float) -> Factors:
+    """Factor a matrix of 0, 1 and NaN by alternating Newton steps until the penalised likelihood stops rising."""
     tasks, examples = values.shape
     rank = min(rank, tasks - 1, examples - 1)
-    rng = np.random.default_rng(0)
-    base = special.logit(np.clip(np.nanmean(values), 0.01, 0.99))
+    signs = np.where(np.isnan(values), 0.0, 2 * values - 1).astype(np.float32)
+    base = float(special.logit(np.clip(np.nanmean(values), 0.01, 0.99)))
     prior = np.concatenate([[BIAS_PRECISION], np.full(rank, precision)])
-    rows = np.column_stack([np.zeros(tasks), rng.normal(0, 0.1, (tasks, rank))])
-    columns = np.column_stack([np.zeros(examples), rng.normal(0, 0.1, (examples, rank))])
-    best = -np.inf
+    rows, columns = _start(signs, base, rank)
+    fit = _evaluate(base + rows[:, :1] + columns[:, 0] + rows[:, 1:] @ columns[:, 1:].T, signs)
+    best = likelihood = -np.inf
     for _ in range(ROUNDS):
-        offset = base + columns[:, 0]
-        rows = _newton(rows, _with_ones(columns), offset, values, prior)
-        columns = _newton(columns, _with_ones(rows), base + rows[:, 0], values.T, prior)
-        logits = base + rows[:, :1] + columns[:, 0] + rows[:, 1:] @ columns[:, 1:].T
-        reached = float(np.nansum(_log_likelihood(logits, values)))
-        reached -= 0.5 * float((prior * rows**2).sum() + (prior * columns**2).sum())
+        rows, fit = _newton(rows, _with_ones(columns), base + columns[:, 0], signs, prior, fit)
+        columns, turned = _newton(columns, _with_ones(rows), base + rows[:, 0], signs.T, prior, fit.turned)
+        fit = turned.turned
+        likelihood = float(fit.entries.sum(dtype=np.float64))
+        reached = likelihood - 0.5 * float((prior * rows**2).sum() + (prior * columns**2).sum())
         if reached - best < FIT_TOLERANCE * abs(reached):
             break
         best = reached
-    centre = rows[:, 0].mean()
-    spread = max(float(rows[:, 0].var()), 1e-6)
-    return Bernoulli(
-        base + centre + columns[:, 0],
-        _with_ones(columns),
-        # The shift of a new task is as wide as four times what the known ones show: it may be harsher or milder.
-        np.concatenate([[1 / (4.0 * spread)], np.full(rank, precision)]),
+    return Factors(base, rows, columns, fit.probability, likelihood)
+
+
+def _start(signs: np.ndarray, base: float, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Effects and factors to start from, (M, r + 1) and (N, r + 1): one Newton step on the margins, then an SVD."""
+    rows, columns = (
+        _newton(np.zeros((len(side), 1)), np.ones((size := side.shape[1], 1)), np.full(size, base), side, np.ones(1))[0]
+        for side in (signs, signs.T)
+    )
+    left = _evaluate(base + rows + columns.T, signs)
+    slopes = left.probability * (1 - left.probability)
+    # What the effects leave over, on the scale of the logits.
+    residuals = ((signs > 0) - left.probability) * np.abs(signs) / max(float(slopes.mean()), 1e-6)
+    outer, strength, inner = truncated_svd(residuals.astype(np.float64), rank)
+    halves = np.sqrt(strength) / 2  # the fit pulls it up where that is too little
+    missing = np.zeros((1, rank - len(strength)))
+    return (
+        np.column_stack([rows, outer * halves, np.repeat(missing, len(rows), 0)]),
+        np.column_stack([columns, inner.T * halves, np.repeat(missing, len(columns), 0)]),
     )
 
 
@@ -129,24 +176,42 @@ def _with_ones(effects_and_factors: np.ndarray) -> np.ndarray:
     return np.column_stack([np.ones(len(effects_and_factors)), effects_and_factors[:, 1:]])
 
 
-def _log_likelihood(logits: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Of each entry; NaN where it is missing."""
-    return np.asarray(values * logits - np.logaddexp(0.0, logits))
+class _Evaluated(NamedTuple):
+    """Log-likelihood of each entry, 0 where it is missing, and the probability of a one there, both (n, m)."""
+
+    entries: np.ndarray
+    probability: np.ndarray
+
+    @property
+    def turned(self) -> _Evaluated:
+        """With the two sides exchanged."""
+        return _Evaluated(self.entries.T, self.probability.T)
 
 
-def _curvature(
-    weights: np.ndarray, design: np.ndarray, offset: np.ndarray, present: np.ndarray, precision: np.ndarray
-) -> np.ndarray:
+def _evaluate(logits: np.ndarray, signs: np.ndarray) -> _Evaluated:
+    """Evaluate entries with these logits; `signs` is 1 for a one, -1 for a zero, and 0 where nothing is known."""
+    logits = logits.astype(signs.dtype, copy=False)
+    small = np.exp(-np.abs(logits))
+    entries = (np.minimum(signs * logits, 0) - np.log1p(small)) * np.abs(signs)
+    return _Evaluated(entries, np.where(logits >= 0, 1, small) / (1 + small))
+
+
+def _curvature(probability: np.ndarray, present: np.ndarray, design: np.ndarray, precision: np.ndarray) -> np.ndarray:
     """Negative Hessians (n, r, r) of n logistic regressions on one design (m, r)."""
-    probability = special.expit(offset + weights @ design.T)
     size = design.shape[1]
-    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), size**2)
-    return ((probability * (1 - probability) * present) @ products).reshape(-1, size, size) + np.diag(precision)
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), size**2).astype(probability.dtype)
+    slopes = probability * (1 - probability) * present
+    return (slopes @ products).astype(np.float64).reshape(-1, size, size) + np.diag(precision)
 
 
 def _newton(
-    weights: np.ndarray, design: np.ndarray, offset: np.ndarray, values: np.ndarray, precision: np.ndarray
-) -> np.ndarray:
+    weights: np.ndarray,
+    design: np.ndarray,
+    offset: np.ndarray,
+    signs: np.ndarray,
+    precision: np.ndarray,
+    fit: _Evaluated | None = None,
+) -> tuple[np.ndarray, _Evaluated]:
     """One Newton step for each of n penalised logistic regressions, shortened where it would not be uphill.
 
     Parameters
@@ -154,28 +219,39 @@ def _newton(
     weights : array, shape (n, r)
     design : array, shape (m, r)
     offset : array, shape (m,)
-    values : array, shape (n, m)
+    signs : array, shape (n, m)
+        As `_evaluate` takes them.
     precision : array, shape (r,)
+    fit : _Evaluated, optional
+        At `weights`.
+
+    Returns
+    -------
+    weights : array, shape (n, r)
+    _Evaluated
+        There.
     """
-    present = ~np.isnan(values)
+    fit = _evaluate(offset + weights @ design.T, signs) if fit is None else fit
+    present = np.abs(signs)
 
-    def objective(candidate: np.ndarray) -> np.ndarray:
-        entries = _log_likelihood(offset + candidate @ design.T, np.where(present, values, 0.0))
-        return np.asarray((entries * present).sum(axis=1) - 0.5 * (precision * candidate**2).sum(axis=1))
+    def objective(candidate: np.ndarray, found: _Evaluated) -> np.ndarray:
+        return found.entries.sum(axis=1, dtype=np.float64) - 0.5 * (precision * candidate**2).sum(axis=1)
 
-    residual = np.where(present, values - special.expit(offset + weights @ design.T), 0.0)
-    gradient = residual @ design - precision * weights
-    step = np.linalg.solve(_curvature(weights, design, offset, present, precision), gradient[:, :, None])[:, :, 0]
-    reached = objective(weights)
-    slack = 1e-12 * np.abs(reached)  # what rounding alone may take away
+    gradient = ((signs > 0) - fit.probability) * present @ design.astype(signs.dtype) - precision * weights
+    step = np.linalg.solve(_curvature(fit.probability, present, design, precision), gradient[:, :, None])[:, :, 0]
+    reached = objective(weights, fit)
+    slack = 10 * np.finfo(signs.dtype).eps * np.abs(reached)  # what rounding alone may take away
     length = np.ones((len(weights), 1))
     for _ in range(HALVINGS):
-        worse = objective(weights + length * step) < reached - slack
+        candidate = weights + length * step
+        found = _evaluate(offset + candidate @ design.T, signs)
+        worse = objective(candidate, found) < reached - slack
         if not worse.any():
-            return np.asarray(weights + length * step)
+            return candidate, found
         length[worse] /= 2
     length[worse] = 0.0
-    return np.asarray(weights + length * step)
+    candidate = weights + length * step
+    return candidate, _evaluate(offset + candidate @ design.T, signs)
 
 
 def _check_binary(values: np.ndarray) -> None:
