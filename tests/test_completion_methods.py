@@ -26,7 +26,7 @@ from forgetcast.completion.factorisation import choose_penalty
 from forgetcast.completion.gaussian import Estimate
 from forgetcast.completion.logistic import fit_logistic
 from forgetcast.completion.low_rank import factor_complete, factor_incomplete, fit_low_rank
-from forgetcast.evaluation import bench
+from forgetcast.evaluation import bench, bench_left_out
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +307,42 @@ class TestBench:
         assert row.ratio_lower <= row.ratio <= row.ratio_upper < 1
         assert (base.ratio, base.ratio_lower, base.ratio_upper) == (1, 1, 1)
         assert np.isnan(row.f1)
+
+    def test_each_task_in_turn_is_forecast_from_the_others(self, values: np.ndarray) -> None:
+        matrix, method = ForgettingMatrix(values[:6]), {"additive": Additive()}
+        seen: list[tuple[str, int, int]] = []
+        rows = bench_left_out(matrix, method, ks=[5], seeds=2, on_progress=lambda *what: seen.append(what))
+        assert seen == [(str(i), i, 6) for i in range(6)]
+        singly = [
+            bench(
+                ForgettingMatrix(np.delete(values[:6], i, 0)),
+                ForgettingMatrix(values[i : i + 1]),
+                method,
+                ks=[5],
+                seeds=2,
+            )
+            for i in range(6)
+        ]
+        for i, row in enumerate(rows):
+            assert row.accuracy.mae == pytest.approx(np.mean([found[i].accuracy.mae for found in singly]), rel=1e-6)
+
+    def test_without_the_most_alike_a_family_is_left_out_whole(self) -> None:
+        """Two families of five tasks; with its own family known, a task is completed well."""
+        rng = np.random.default_rng(0)
+        patterns = np.repeat(rng.normal(size=(2, 200)), 5, axis=0)
+        matrix = ForgettingMatrix(patterns + 0.1 * rng.normal(size=(10, 200)))
+        errors = [
+            bench_left_out(
+                matrix, {"mean": Mean(), "bayesian": Bayesian()}, alike=alike, ks=[20], seeds=1, baseline="mean"
+            )
+            for alike in (0.0, 4 / 9)
+        ]
+        own, other = (next(r for r in rows if r.method == "bayesian").accuracy.rmse for rows in errors)
+        assert own < 0.3
+        assert other > 1.0
+        for alike in (-0.1, 0.9, 1.0):
+            with pytest.raises(DataError, match="too few to learn from"):
+                bench_left_out(matrix, {"additive": Additive()}, alike=alike)
 
     def test_binary_forgetting_has_an_f1(self, binary: np.ndarray) -> None:
         rows = bench(

@@ -27,7 +27,7 @@ from forgetcast._files import read_json, write_json
 from forgetcast.atlas import Atlas
 from forgetcast.collect import CollectConfig, OnProgress, check_base, check_settings, collect, read_settings
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
-from forgetcast.evaluation import bench
+from forgetcast.evaluation import bench, bench_left_out
 from forgetcast.forecast import TaskForecast, measured_probes
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.pool import Pool, load_task
@@ -383,13 +383,19 @@ def verify_(
 @app.command(name="bench")
 def bench_(
     matrix: Annotated[Path, typer.Argument(help="An atlas, or a matrix as .npy or .json.")],
-    test: Annotated[str, typer.Option(help="Tasks to forecast: names or row numbers, such as 3,5,10-19.")],
+    test: Annotated[
+        str | None,
+        typer.Option(help="Tasks to forecast: names or row numbers, such as 3,5,10-19; default: each in turn."),
+    ] = None,
     train: Annotated[str | None, typer.Option(help="Tasks to learn from; default: all others.")] = None,
     k: Annotated[str, typer.Option("-k", help="Numbers of probes.")] = "10,30",
     seeds: Annotated[int, typer.Option(min=1, help="Halvings of the examples.")] = 10,
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(completion.METHODS)}.")] = "mean,additive,knn,"
     "mf,bayesian",
     baseline: Annotated[str, typer.Option(help="Method that the ratios are relative to.")] = "additive",
+    without_alike: Annotated[
+        float, typer.Option(help="Without --test: share of the other tasks, those most alike, that is left out too.")
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Compare completion methods on unseen tasks: errors, rank correlation, interval coverage, time.
@@ -397,14 +403,21 @@ def bench_(
     Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
     """
     values = Atlas.open(matrix).matrix() if matrix.is_dir() else ForgettingMatrix.load(matrix)
-    tested = _tasks(test, values.tasks)
+    wanted, ks = {name: _method(name) for name in methods.split(",")}, _numbers(k, "-k")
+    tested = _tasks(test, values.tasks) if test is not None else []
     known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]
     if both := set(tested).intersection(known):
         raise DataError(f"the task {min(both)!r} is in --train and in --test")
-    wanted = {name: _method(name) for name in methods.split(",")}
-    rows = bench(
-        values.select(known), values.select(tested), wanted, ks=_numbers(k, "-k"), seeds=seeds, baseline=baseline
-    )
+    if tested:
+        if without_alike:
+            raise DataError("--without-alike is for leaving out each task in turn; give it without --test")
+        rows = bench(values.select(known), values.select(tested), wanted, ks=ks, seeds=seeds, baseline=baseline)
+    else:
+        left = values.select(known)
+        with _progress(resumable=False) as report:
+            rows = bench_left_out(
+                left, wanted, alike=without_alike, ks=ks, seeds=seeds, baseline=baseline, on_progress=report
+            )
     if as_json:
         _print_json([_without_nan(row.as_dict()) for row in rows])
     else:
@@ -514,7 +527,7 @@ def _print_json(value: Any) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[OnProgress]:
+def _progress(*, resumable: bool = True) -> Iterator[OnProgress]:
     """Bar with the time left, on standard error; where that is no terminal, a line now and then instead."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -539,7 +552,8 @@ def _progress() -> Iterator[OnProgress]:
         try:
             yield report
         except KeyboardInterrupt:
-            err.print("interrupted; what was finished is kept, and the same command goes on from there")
+            if resumable:
+                err.print("interrupted; what was finished is kept, and the same command goes on from there")
             raise typer.Exit(130) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -201,37 +201,67 @@ def bench(
     """
     if train.examples != test.examples:
         raise DataError("the known and the unseen tasks must be measured on the same examples")
+    return _bench([(train, test)], methods, ks, seeds, baseline)
+
+
+def bench_left_out(
+    matrix: ForgettingMatrix,
+    methods: Mapping[str, Completion],
+    *,
+    alike: float = 0.0,
+    ks: Sequence[int] = (10, 30),
+    seeds: int = 10,
+    baseline: str = "additive",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[BenchRow]:
+    """Compare completion methods on each task of a matrix in turn, forecast from the others.
+
+    Parameters
+    ----------
+    matrix : ForgettingMatrix, shape (M, N)
+    alike : float
+        Share of the other tasks that are left out too: those whose rows correlate most with the task's. It shows how a
+        method does on tasks of a kind that the atlas does not hold, which leaving out single tasks cannot.
+    methods, ks, seeds, baseline
+        As in `bench`.
+    on_progress : callable, optional
+        Called with the task that is next, the number of tasks done, and of all.
+
+    Raises
+    ------
+    DataError
+        As in `bench`; or if fewer than two tasks are left to learn from.
+    """
+    tasks = matrix.shape[0]
+    dropped = round(alike * (tasks - 1))
+    if not 0 <= alike < 1 or tasks - 1 - dropped < 2:
+        raise DataError(f"of {tasks} tasks, leaving out one and {alike:.0%} of the others leaves too few to learn from")
+    masked = np.ma.masked_invalid(matrix.values)
+    likeness = np.ma.corrcoef(masked).filled(-1.0)  # type: ignore[no-untyped-call]
+    splits = []
+    for task in range(tasks):
+        others = np.argsort(-likeness[task], kind="stable")
+        kept = np.sort(others[others != task][dropped:])
+        splits.append((matrix.select([matrix.tasks[i] for i in kept]), matrix.select([matrix.tasks[task]])))
+    return _bench(splits, methods, ks, seeds, baseline, on_progress)
+
+
+def _bench(
+    splits: Sequence[tuple[ForgettingMatrix, ForgettingMatrix]],
+    methods: Mapping[str, Completion],
+    ks: Sequence[int],
+    seeds: int,
+    baseline: str,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[BenchRow]:
     if baseline not in methods:
         raise DataError(f"the baseline {baseline!r} is not among the methods: {', '.join(methods)}")
-    truth = test.values.astype(np.float64)
-    complete, most = np.flatnonzero(test.observed.all(axis=0)), max(ks)
-    if len(complete) // 2 < most or min(ks) < 1:
-        raise DataError(
-            f"{most} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
-        )
-    chooser = Bayesian().fit(train)
-    fitted = {name: method.fit(train) for name, method in methods.items()}
-    is_binary = bool(np.isin(truth[test.observed], (0.0, 1.0)).all())
-    figures: dict[tuple[str, str, int], list[_Figures]] = {}
-    for seed in range(seeds):
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(truth.shape[1])
-        half = len(order) // 2
-        candidates, judged = np.intersect1d(order[:half], complete), order[half:]
-        if len(candidates) < most:
-            raise DataError(
-                f"all test tasks measured only {len(candidates)} of one half's examples, too few for {most}"
-            )
-        at_random = rng.choice(candidates, most, replace=False)
-        chosen = choose(chooser, most, candidates)
-        for k in ks:
-            for kind, at in (("random", at_random[:k]), ("chosen", chosen[:k])):
-                for name, model in fitted.items():
-                    started = time.perf_counter()
-                    forecast = model.predict(at, truth[:, at])
-                    seconds = (time.perf_counter() - started) / len(truth)
-                    of_seed = _figures(forecast, truth, judged, seconds, is_binary)
-                    figures.setdefault((name, kind, k), []).append(of_seed)
+    parts: list[dict[tuple[str, str, int], list[_Figures]]] = []
+    for train, test in splits:
+        if on_progress is not None:
+            on_progress(test.tasks[0], len(parts), len(splits))
+        parts.append(_figures_of(train, test, methods, ks, seeds))
+    figures = {key: [_together([part[key][seed] for part in parts]) for seed in range(seeds)] for key in parts[0]}
     rows = []
     for (name, kind, k), found in figures.items():
         own = np.mean([f.squared for f in found], axis=0)
@@ -259,24 +289,94 @@ def bench(
     return rows
 
 
+def _figures_of(
+    train: ForgettingMatrix, test: ForgettingMatrix, methods: Mapping[str, Completion], ks: Sequence[int], seeds: int
+) -> dict[tuple[str, str, int], list[_Figures]]:
+    """For each method, kind and number of probes: the figures of every seed."""
+    truth = test.values.astype(np.float64)
+    complete, most = np.flatnonzero(test.observed.all(axis=0)), max(ks)
+    if len(complete) // 2 < most or min(ks) < 1:
+        raise DataError(
+            f"{most} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
+        )
+    chooser = Bayesian().fit(train)
+    fitted = {name: method.fit(train) for name, method in methods.items()}
+    figures: dict[tuple[str, str, int], list[_Figures]] = {}
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(truth.shape[1])
+        half = len(order) // 2
+        candidates, judged = np.intersect1d(order[:half], complete), order[half:]
+        if len(candidates) < most:
+            raise DataError(
+                f"all test tasks measured only {len(candidates)} of one half's examples, too few for {most}"
+            )
+        at_random = rng.choice(candidates, most, replace=False)
+        chosen = choose(chooser, most, candidates)
+        for k in ks:
+            for kind, at in (("random", at_random[:k]), ("chosen", chosen[:k])):
+                for name, model in fitted.items():
+                    started = time.perf_counter()
+                    forecast = model.predict(at, truth[:, at])
+                    seconds = (time.perf_counter() - started) / len(truth)
+                    figures.setdefault((name, kind, k), []).append(_figures(forecast, truth, judged, seconds))
+    return figures
+
+
 class _Figures(NamedTuple):
-    """Of one method at one seed: mean squared error and accuracy of each test task, F1 over all, time a task."""
+    """Of one method at one seed.
+
+    Attributes
+    ----------
+    squared : array, shape (T,)
+        Mean squared error of each test task.
+    accuracies : list of Accuracy
+    hits, forgotten, said : int
+        Judged entries that were truly forgotten and said to be, that were, and that were said to be.
+    binary : bool
+        Whether every measured entry is 0 or 1.
+    seconds : float
+        For one task's row.
+    """
 
     squared: np.ndarray
     accuracies: list[Accuracy]
-    f1: float
+    hits: int
+    forgotten: int
+    said: int
+    binary: bool
     seconds: float
 
+    @property
+    def f1(self) -> float:
+        """F1 of "forgotten" over all entries; NaN where they are not binary."""
+        return 2 * self.hits / max(self.forgotten + self.said, 1) if self.binary else float("nan")
 
-def _figures(forecast: Forecast, truth: np.ndarray, judged: np.ndarray, seconds: float, is_binary: bool) -> _Figures:
+
+def _together(parts: Sequence[_Figures]) -> _Figures:
+    return _Figures(
+        squared=np.concatenate([part.squared for part in parts]),
+        accuracies=[accuracy for part in parts for accuracy in part.accuracies],
+        hits=sum(part.hits for part in parts),
+        forgotten=sum(part.forgotten for part in parts),
+        said=sum(part.said for part in parts),
+        binary=all(part.binary for part in parts),
+        seconds=float(np.median([part.seconds for part in parts])),
+    )
+
+
+def _figures(forecast: Forecast, truth: np.ndarray, judged: np.ndarray, seconds: float) -> _Figures:
     lower, upper = forecast.interval(0.9)
     accuracies = [
         judge(*(part[row, judged] for part in (forecast.mean, lower, upper, truth))) for row in range(len(truth))
     ]
-    squared = np.array([found.rmse**2 for found in accuracies])
-    f1 = float("nan")
-    if is_binary:
-        forgotten, said = truth[:, judged] == 1, forecast.mean[:, judged] >= 0.5
-        hits = 2 * float((forgotten & said).sum())
-        f1 = hits / max(float(forgotten.sum() + said.sum()), 1.0)
-    return _Figures(squared, accuracies, f1, seconds)
+    forgotten, said = truth[:, judged] == 1, forecast.mean[:, judged] >= 0.5
+    return _Figures(
+        squared=np.array([found.rmse**2 for found in accuracies]),
+        accuracies=accuracies,
+        hits=int((forgotten & said).sum()),
+        forgotten=int(forgotten.sum()),
+        said=int(said.sum()),
+        binary=bool(np.isin(truth[~np.isnan(truth)], (0.0, 1.0)).all()),
+        seconds=seconds,
+    )
