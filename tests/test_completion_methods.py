@@ -135,7 +135,7 @@ class TestAtlasOnDisk:
             atlas.add(f"t{i}", make_scores(pool, 10.0 + np.nan_to_num(row).astype(float)), examples=seen)
         at = np.arange(0, 300, 15)
         memory = Bayesian().fit(atlas).predict(at, values[-1, at])
-        monkeypatch.setattr("forgetcast.completion.bayesian.SMALL", 0)
+        monkeypatch.setattr("forgetcast.completion.low_rank.SMALL", 0)
         stored, large = (Bayesian().fit(z).predict(at, values[-1, at]) for z in (atlas, atlas.matrix()))
         rest = np.setdiff1d(np.arange(300), [*at, 77])
         errors = [np.sqrt(np.mean((found.mean - truth[-1])[rest] ** 2)) for found in (stored, large, memory)]
@@ -284,6 +284,34 @@ class TestAuto:
         assert isinstance(Auto(candidates=[Additive(), Mean()]).fit(values[:3]).chosen_, Additive)
         with pytest.raises(ConfigError, match="at least one candidate"):
             Auto(candidates=[]).fit(values)
+
+
+class TestFallBack:
+    """A task of another kind, which the method for unlike tasks completes better than the one for like tasks."""
+
+    @pytest.fixture
+    def families(self) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        patterns = np.repeat(rng.normal(size=(6, 200)), 3, axis=0)
+        return rng.normal(size=(18, 1)) + patterns + 0.05 * rng.normal(size=(18, 200))
+
+    def test_unlike_tasks_go_to_the_winner_among_unlike_tasks(self, families: np.ndarray) -> None:
+        model = Auto(candidates=[KNN(k=2), Additive()]).fit(families[:-1])
+        assert (type(model.chosen_), type(model.fallback_)) == (KNN, Additive)
+        assert model.errors_["KNN"] < 0.5 * model.errors_["Additive"]
+        assert model.errors_unlike_["KNN"] > model.errors_unlike_["Additive"]
+        rng, at = np.random.default_rng(1), np.arange(0, 200, 10)
+        odd = 5.0 + 4 * rng.normal(size=200)
+        both = model.predict(at, np.stack([families[-1, at], odd[at]]))
+        assert both.misfit[0] > 0.05 > both.misfit[1]
+        for row, (kind, truth) in enumerate(((KNN(k=2), families[-1]), (Additive(), odd))):
+            alone = kind.fit(families[:-1]).predict(at, truth[at])
+            single = model.predict(at, truth[at])
+            for found in (alone.mean, single.mean):
+                np.testing.assert_allclose(both.mean[row], found)
+            for found in (alone.interval(0.8), single.interval(0.8)):
+                np.testing.assert_allclose([end[row] for end in both.interval(0.8)], found)
+            assert single.misfit == pytest.approx(both.misfit[row])
 
 
 class TestBench:

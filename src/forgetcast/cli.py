@@ -225,7 +225,8 @@ def forecast_(
     out.print(table)
     if forecast.misfit < 0.05:
         out.print(
-            "The probes say that this task is unlike those in the atlas: measure more of them before you rely on it."
+            "The probes say that this task is unlike those in the atlas: measure more of them before you rely on it"
+            + (", or use --method auto, which takes what forecasts unlike tasks best." if method != "auto" else ".")
         )
 
 

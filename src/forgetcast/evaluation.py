@@ -11,6 +11,7 @@ import numpy as np
 import scipy  # its parts load when they are first used, which keeps starting fast
 
 from forgetcast.completion import Bayesian, Completion, Forecast
+from forgetcast.completion.base import correlation
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.probes import choose
@@ -236,8 +237,7 @@ def bench_left_out(
     dropped = round(alike * (tasks - 1))
     if not 0 <= alike < 1 or tasks - 1 - dropped < 2:
         raise DataError(f"of {tasks} tasks, leaving out one and {alike:.0%} of the others leaves too few to learn from")
-    masked = np.ma.masked_invalid(matrix.values)
-    likeness = np.ma.corrcoef(masked).filled(-1.0)  # type: ignore[no-untyped-call]
+    likeness = correlation(matrix.values)
     splits = []
     for task in range(tasks):
         others = np.argsort(-likeness[task], kind="stable")

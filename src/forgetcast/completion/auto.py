@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from forgetcast.completion.additive import Additive
-from forgetcast.completion.base import Completion, State, left_out
+from forgetcast.completion.base import Completion, Forecast, State, left_out
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.factorisation import MatrixFactorization
 from forgetcast.completion.logistic import LogisticMF
 from forgetcast.completion.neighbours import KNN
 from forgetcast.errors import ConfigError
 
+MISFIT = 0.05
+"""A task whose misfit is below this is taken to be unlike the atlas."""
+
+ALIKE = 1 / 3
+"""Share of the other tasks, the most alike, that is left out too where methods are compared on unlike tasks."""
+
 
 class Auto(Completion):
     """Use the method that forecasts left-out tasks of this atlas best, by mean squared error from ten random probes.
 
     Candidates are `Bayesian`, `Additive`, `KNN` and `MatrixFactorization`; for an atlas of zeros and ones, `LogisticMF`
-    too. With fewer than four tasks there is nothing to choose by, and the first candidate is used.
+    too. They are compared twice: on tasks that are left out alone, and on tasks that are left out together with a third
+    of the others, those most alike. A new task whose probes say that it is unlike the atlas (misfit below 0.05) is
+    forecast by the second winner instead of the first. With fewer than four tasks there is nothing to choose by, and
+    the first candidate is used.
 
     Parameters
     ----------
@@ -27,9 +38,10 @@ class Auto(Completion):
 
     Attributes
     ----------
-    chosen_ : Completion
-    errors_ : dict of str to float
-        Root mean squared error of each candidate on the left-out tasks, nats per token.
+    chosen_, fallback_ : Completion
+        For tasks like those of the atlas, and for others.
+    errors_, errors_unlike_ : dict of str to float
+        Root mean squared error of each candidate in the two comparisons, nats per token.
 
     Examples
     --------
@@ -41,7 +53,9 @@ class Auto(Completion):
     """
 
     chosen_: Completion
+    fallback_: Completion
     errors_: dict[str, float]
+    errors_unlike_: dict[str, float]
 
     def __init__(self, *, candidates: Sequence[Completion] | None = None) -> None:
         self.candidates = candidates
@@ -54,17 +68,46 @@ class Auto(Completion):
                 candidates.append(LogisticMF())
         if not candidates:
             raise ConfigError("Auto needs at least one candidate")
-        parts = list(left_out(values))
-        self.errors_ = {}
         for candidate in candidates:
             candidate._prepare(values)
-            squares = []
-            for rest, rows, probes in parts:
-                mean, _, _ = candidate._estimate(rest).posterior(probes, rows[:, probes])
-                squares.extend(np.mean(np.delete(rows - mean, probes, axis=1) ** 2, axis=1))
-            self.errors_[type(candidate).__name__] = float(np.sqrt(np.mean(squares))) if squares else float("nan")
-        errors = list(self.errors_.values())
-        self.chosen_ = candidates[int(np.argmin(errors))] if parts else candidates[0]
+        self.chosen_, self.errors_ = _best(candidates, list(left_out(values)))
+        self.fallback_, self.errors_unlike_ = _best(candidates, list(left_out(values, alike=ALIKE)))
 
     def _estimate(self, values: np.ndarray) -> State:
         return self.chosen_._estimate(values)
+
+    def fit(self, matrix: Any) -> Auto:
+        """Choose, and learn; see `Completion.fit`."""
+        super().fit(matrix)
+        if self.fallback_ is not self.chosen_:
+            self.fallback_.fit(matrix)
+        return self
+
+    def predict(self, probes: Any, observed: Any) -> Forecast:
+        """Complete new rows, each by the method for its kind; see `Completion.predict`."""
+        forecast = super().predict(probes, observed)
+        unlike = np.asarray(forecast.misfit) < MISFIT
+        if self.fallback_ is self.chosen_ or not unlike.any():
+            return forecast
+        other = self.fallback_.predict(probes, observed)
+        if unlike.ndim == 0:
+            return replace(other, misfit=forecast.misfit)
+        mean, std, widths = (
+            np.where(unlike[:, None], theirs, own)
+            for theirs, own in ((other.mean, forecast.mean), (other.std, forecast.std), (other.widths, forecast.widths))
+        )
+        return Forecast(mean, std, forecast.probes, forecast.misfit, widths)
+
+
+def _best(
+    candidates: Sequence[Completion], splits: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
+) -> tuple[Completion, dict[str, float]]:
+    """The candidate with the smallest error, and all errors; the first, and NaN, where there is no split."""
+    errors: dict[str, float] = {}
+    for candidate in candidates:
+        squares: list[float] = []
+        for rest, rows, probes in splits:
+            mean, _, _ = candidate._estimate(rest).posterior(probes, rows[:, probes])
+            squares.extend(np.mean(np.delete(rows - mean, probes, axis=1) ** 2, axis=1))
+        errors[type(candidate).__name__] = float(np.sqrt(np.mean(squares))) if squares else float("nan")
+    return candidates[int(np.argmin(list(errors.values())))], errors

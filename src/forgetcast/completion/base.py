@@ -37,7 +37,7 @@ class Forecast:
     misfit : float or array, shape () or (B,)
         p-value of "this task is like those in the atlas", from how well the model explains the probes together.
         Small (say below .05) says: unlike the atlas, so trust the forecast less. 1.0 where there are no probes.
-    widths : array, shape (len(LEVELS),)
+    widths : array, shape (len(LEVELS),) or (B, len(LEVELS))
         Half-width of the interval at each level of LEVELS, in standard deviations.
     """
 
@@ -57,7 +57,8 @@ class Forecast:
         """
         if not 0 <= level <= LEVELS[-1]:
             raise ConfigError(f"an interval's level must be between 0 and {LEVELS[-1]}, not {level}")
-        half = self.std.dtype.type(np.interp(level, LEVELS, self.widths)) * self.std
+        widths = np.array([np.interp(level, LEVELS, own) for own in np.atleast_2d(self.widths)], self.std.dtype)
+        half = (widths[:, None] if self.widths.ndim == 2 else widths[0]) * self.std
         return self.mean - half, self.mean + half
 
 
@@ -224,13 +225,22 @@ class Completion(ABC):
         self._log_misfits = np.array(misfits)
 
 
-def left_out(values: np.ndarray | StoredMatrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def correlation(values: np.ndarray) -> np.ndarray:
+    """Correlation of each two rows over the columns that both have, shape (M, M); -1 where there is none."""
+    masked = np.ma.masked_invalid(values)
+    return np.asarray(np.ma.corrcoef(masked).filled(-1.0))  # type: ignore[no-untyped-call]
+
+
+def left_out(
+    values: np.ndarray | StoredMatrix, *, alike: float = 0.0
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Leave tasks out, on a part of the columns: the other rows, theirs, and random probes.
 
     Of a complete matrix, every task is left out once, in at most CALIBRATION_FOLDS groups. Where entries are missing,
-    tasks are left out singly, at most CALIBRATION_TASKS of them, each on the columns that it was measured on. At most
-    CALIBRATION_EXAMPLES columns are used; nothing is left out of fewer than four tasks. The choice is fixed, so that a
-    fit is a function of the matrix alone.
+    tasks are left out singly, at most CALIBRATION_TASKS of them, each on the columns that it was measured on; or where
+    a share of the other tasks, those most `alike`, is to be kept from it too. At most CALIBRATION_EXAMPLES columns are
+    used; nothing is left out of fewer than four tasks. The choice is fixed, so that a fit is a function of the matrix
+    alone.
     """
     if values.shape[0] < 4:
         return
@@ -238,10 +248,14 @@ def left_out(values: np.ndarray | StoredMatrix) -> Iterator[tuple[np.ndarray, np
     part = values[:, np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])].astype(np.float64)
     present, order = ~np.isnan(part), rng.permutation(len(part))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))
-    if not present.all():
+    if alike or not present.all():
         folds = list(order[:CALIBRATION_TASKS, None])
+    likeness = correlation(part) if alike else None
     for fold in folds:
         known = np.delete(np.arange(len(part)), fold)
+        if likeness is not None:
+            nearest = np.argsort(-likeness[fold[0], known], kind="stable")
+            known = np.delete(known, nearest[: round(alike * len(known))])
         usable = np.flatnonzero(present[fold].all(axis=0) & present[known].any(axis=0))
         known = known[present[np.ix_(known, usable)].any(axis=1)]
         if len(usable) >= 2 * CALIBRATION_PROBES and len(known) >= 2:

@@ -7,14 +7,7 @@ from scipy import special
 
 from forgetcast.atlas import StoredMatrix
 from forgetcast.completion.gaussian import Estimate, LinearGaussian
-from forgetcast.completion.low_rank import (
-    SMALL,
-    IncompleteError,
-    LowRank,
-    factor_complete,
-    factor_incomplete,
-    fit_low_rank,
-)
+from forgetcast.completion.low_rank import IncompleteError, LowRank, factor_complete, factor_incomplete
 from forgetcast.errors import ConfigError
 
 TASKS_PER_FACTOR = 4
@@ -41,8 +34,8 @@ class Bayesian(LinearGaussian):
 
     Notes
     -----
-    Factors are determined up to their sign. Missing entries of the atlas are filled with the model's own
-    reconstruction until it stops changing (Mazumder, Hastie and Tibshirani 2010 with a rank in place of a penalty).
+    Factors are determined up to their sign. Where entries of the atlas are missing, they are found by alternating ridge
+    regressions on those that are there.
     The noise variances are drawn together as far as their spread says that they are alike (Smyth 2004).
 
     Examples
@@ -75,41 +68,31 @@ class Bayesian(LinearGaussian):
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
 
     def _estimate(self, values: np.ndarray) -> Estimate:
-        try:
-            return self._of_complete(values)
-        except IncompleteError:
-            if values.size > SMALL:
-                return self._of_factors(*factor_incomplete(values, self._rank(len(values))))
-            low_rank = fit_low_rank(values.astype(np.float64), self._rank(len(values)), centred=True)
-            residuals = values - low_rank.fit
-            squares, counts = np.nansum(residuals**2, axis=0), (~np.isnan(residuals)).sum(axis=0)
-            return self._of_factors(low_rank, squares, counts)
+        return self._of(values)
 
     def _fit_stored(self, values: StoredMatrix) -> bool:
         self._prepare(values)
-        try:
-            self.state_ = self._of_complete(values)
-        except IncompleteError:
-            if values.size <= SMALL:
-                return False
-            low_rank, squares, counts = factor_incomplete(values, self._rank(values.shape[0]))
-            measured = counts > 0
-            if measured.all():
-                self.state_ = self._of_factors(low_rank, squares, counts)
-            else:
-                low_rank = low_rank._replace(columns=low_rank.columns[measured], loadings=low_rank.loadings[measured])
-                self.state_ = self._of_factors(low_rank, squares[measured], counts[measured]).extended(measured)
+        self.state_ = self._of(values)
         self.examples_ = values.atlas.examples
         self._calibrate(values)
         return True
 
+    def _of(self, values: np.ndarray | StoredMatrix) -> Estimate:
+        tasks, examples = values.shape
+        try:
+            low_rank, squares = factor_complete(values, self._rank(tasks))
+        except IncompleteError:
+            low_rank, squares, counts = factor_incomplete(values, self._rank(tasks))
+        else:
+            counts = np.full(examples, tasks, dtype=np.float32)
+        measured = counts > 0
+        if measured.all():
+            return self._of_factors(low_rank, squares, counts)
+        low_rank = low_rank._replace(columns=low_rank.columns[measured], loadings=low_rank.loadings[measured])
+        return self._of_factors(low_rank, squares[measured], counts[measured]).extended(measured)
+
     def _rank(self, tasks: int) -> int:
         return min(self.factors, tasks // TASKS_PER_FACTOR)
-
-    def _of_complete(self, values: np.ndarray | StoredMatrix) -> Estimate:
-        tasks, examples = values.shape
-        low_rank, squares = factor_complete(values, self._rank(tasks))
-        return self._of_factors(low_rank, squares, np.full(examples, tasks, dtype=np.float32))
 
     def _of_factors(self, low_rank: LowRank, squares: np.ndarray, counts: np.ndarray) -> Estimate:
         """Parts of the model from the factors, and from each column's squared residuals and number of entries."""

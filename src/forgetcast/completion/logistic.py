@@ -13,7 +13,7 @@ from forgetcast.completion.low_rank import truncated_svd
 from forgetcast.errors import ConfigError, DataError
 
 ROUNDS, HALVINGS = 100, 20
-FIT_TOLERANCE, ROW_TOLERANCE = 1e-5, 1e-7
+FIT_TOLERANCE, ROW_TOLERANCE = 1e-6, 1e-7
 """When to stop: relative gain in likelihood of a round over the matrix; largest change of a row's coefficients."""
 
 BIAS_PRECISION = 0.01
@@ -75,7 +75,7 @@ class Bernoulli:
         _check_binary(rows)
         design, signs = self.loadings[probes], 2 * rows - 1
         coefficients = np.zeros((len(rows), design.shape[1]))
-        fit = _evaluate(self.logits[probes] + coefficients @ design.T, signs)
+        fit = _logits_evaluated(coefficients, design, self.logits[probes], signs)
         for _ in range(ROUNDS):
             before = coefficients
             coefficients, fit = _newton(coefficients, design, self.logits[probes], signs, self.precision, fit)
@@ -144,6 +144,7 @@ def factor_logistic(values: np.ndarray, rank: int, precision: float) -> Factors:
         rows, fit = _newton(rows, _with_ones(columns), base + columns[:, 0], signs, prior, fit)
         columns, turned = _newton(columns, _with_ones(rows), base + rows[:, 0], signs.T, prior, fit.turned)
         fit = turned.turned
+        rows, columns = _balanced(rows, columns)
         likelihood = float(fit.entries.sum(dtype=np.float64))
         reached = likelihood - 0.5 * float((prior * rows**2).sum() + (prior * columns**2).sum())
         if reached - best < FIT_TOLERANCE * abs(reached):
@@ -171,6 +172,23 @@ def _start(signs: np.ndarray, base: float, rank: int) -> tuple[np.ndarray, np.nd
     )
 
 
+def _balanced(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Effects and factors with the same logits and a smaller penalty, which alternating steps approach but slowly.
+
+    The factors' means are given to the effects, whose prior is weaker; then, of all factors with the same product, the
+    ones with the smallest sum of squares are taken.
+    """
+    rows, columns = rows.copy(), columns.copy()
+    for one, other in ((rows, columns), (columns, rows)):
+        mean = one[:, 1:].mean(axis=0)
+        one[:, 1:] -= mean
+        other[:, 0] += other[:, 1:] @ mean
+    (left, upper), (right, lower) = np.linalg.qr(rows[:, 1:]), np.linalg.qr(columns[:, 1:])
+    outer, strength, inner = np.linalg.svd(upper @ lower.T)
+    rows[:, 1:], columns[:, 1:] = left @ outer * np.sqrt(strength), right @ inner.T * np.sqrt(strength)
+    return rows, columns
+
+
 def _with_ones(effects_and_factors: np.ndarray) -> np.ndarray:
     """Design of the other side: its effect has the loading one."""
     return np.column_stack([np.ones(len(effects_and_factors)), effects_and_factors[:, 1:]])
@@ -192,8 +210,19 @@ def _evaluate(logits: np.ndarray, signs: np.ndarray) -> _Evaluated:
     """Evaluate entries with these logits; `signs` is 1 for a one, -1 for a zero, and 0 where nothing is known."""
     logits = logits.astype(signs.dtype, copy=False)
     small = np.exp(-np.abs(logits))
-    entries = (np.minimum(signs * logits, 0) - np.log1p(small)) * np.abs(signs)
-    return _Evaluated(entries, np.where(logits >= 0, 1, small) / (1 + small))
+    entries = np.minimum(signs * logits, 0)
+    entries -= np.log1p(small)
+    entries *= np.abs(signs)
+    small += 1
+    above = np.subtract(1 / small, 0.5, out=small)  # half of tanh(|logit| / 2)
+    return _Evaluated(entries, np.copysign(above, logits, out=above) + signs.dtype.type(0.5))
+
+
+def _logits_evaluated(weights: np.ndarray, design: np.ndarray, offset: np.ndarray, signs: np.ndarray) -> _Evaluated:
+    kind = signs.dtype
+    logits = weights.astype(kind, copy=False) @ design.T.astype(kind, copy=False)
+    logits += offset.astype(kind, copy=False)
+    return _evaluate(logits, signs)
 
 
 def _curvature(probability: np.ndarray, present: np.ndarray, design: np.ndarray, precision: np.ndarray) -> np.ndarray:
@@ -231,27 +260,30 @@ def _newton(
     _Evaluated
         There.
     """
-    fit = _evaluate(offset + weights @ design.T, signs) if fit is None else fit
+    fit = _logits_evaluated(weights, design, offset, signs) if fit is None else fit
     present = np.abs(signs)
 
     def objective(candidate: np.ndarray, found: _Evaluated) -> np.ndarray:
         return found.entries.sum(axis=1, dtype=np.float64) - 0.5 * (precision * candidate**2).sum(axis=1)
 
-    gradient = ((signs > 0) - fit.probability) * present @ design.astype(signs.dtype) - precision * weights
+    left = (signs + present) / 2  # one where there is a one
+    left -= fit.probability
+    left *= present
+    gradient = left @ design.astype(signs.dtype) - precision * weights
     step = np.linalg.solve(_curvature(fit.probability, present, design, precision), gradient[:, :, None])[:, :, 0]
     reached = objective(weights, fit)
     slack = 10 * np.finfo(signs.dtype).eps * np.abs(reached)  # what rounding alone may take away
     length = np.ones((len(weights), 1))
     for _ in range(HALVINGS):
         candidate = weights + length * step
-        found = _evaluate(offset + candidate @ design.T, signs)
+        found = _logits_evaluated(candidate, design, offset, signs)
         worse = objective(candidate, found) < reached - slack
         if not worse.any():
             return candidate, found
         length[worse] /= 2
     length[worse] = 0.0
     candidate = weights + length * step
-    return candidate, _evaluate(offset + candidate @ design.T, signs)
+    return candidate, _logits_evaluated(candidate, design, offset, signs)
 
 
 def _check_binary(values: np.ndarray) -> None:

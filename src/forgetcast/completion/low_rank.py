@@ -15,10 +15,12 @@ from forgetcast.completion.base import BLOCK
 SKETCH = 16_384
 """Columns that the coordinates of the tasks are learned from, where a large matrix has missing entries."""
 
-SMALL = 2**22
-"""Entries up to which a matrix is factored in double precision, and filled as a whole where entries are missing.
+ROUNDS, RIDGE = 20, 3.0
+"""Of alternating regressions on entries that are not all there. On OLMo's 46 known tasks with entries taken away, five
+rounds told as much as fifty, and a ridge of three times the noise more than one or ten."""
 
-Larger ones are factored in the precision they come in, and filled by what a part of their columns tells."""
+SMALL = 2**22
+"""Entries up to which a matrix is factored in double precision; larger ones are in the one they come in."""
 
 
 class LowRank(NamedTuple):
@@ -103,16 +105,16 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
 
 
 def factor_incomplete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRank, np.ndarray, np.ndarray]:
-    """Reconstruction of a large matrix with missing entries, in two passes over its columns.
+    """Reconstruction of a matrix with missing entries; a large one is read in two passes over its columns.
 
-    The tasks' coordinates are learned from SKETCH columns drawn at random, and as many on which each partly measured
-    task has entries as its share; with some hundred tasks, more columns tell little more of them. Given those, each
-    column's mean and loadings are a ridge regression of its own entries, unpenalised where none is missing.
+    The tasks' effects and coordinates are learned by `alternate`, from at most SKETCH columns drawn at random and, for
+    each partly measured task, its share of as many that it has entries in: more columns tell little more of a hundred
+    tasks. Given those, each column's mean and loadings are a ridge regression of its own entries.
 
     Returns
     -------
     LowRank
-        Rows without any entry are left out; columns without any are zero.
+        Tasks without any entry are left out; columns without any are zero.
     squares, counts : array, shape (N,)
         Sum of squared residuals and number of entries of each column.
     """
@@ -129,26 +131,91 @@ def factor_incomplete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[Low
         sketch.append(block[:, taken & present.any(axis=0)])
     known = np.concatenate(sketch, axis=1).astype(np.float64)
     usable = ~np.isnan(known).all(axis=1)
-    learned = fit_low_rank(known[usable], rank, centred=True)
-    design = np.column_stack([np.ones(usable.sum()), learned.coordinates])
-    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
-    noise = float(np.nanmean((known[usable] - learned.fit) ** 2))
-    ridge = np.concatenate([[0.0], noise / np.maximum(np.mean(learned.loadings**2, axis=0), 1e-30)])
+    learned, ridge = alternate(known[usable], rank)
 
-    columns, squares, counts = (np.zeros(examples, np.float32) for _ in range(3))
-    loadings = np.zeros((len(ridge) - 1, examples), np.float32).T
+    kind = np.float64 if values.size <= SMALL else np.float32
+    columns, squares, counts = (np.zeros(examples, kind) for _ in range(3))
+    loadings = np.zeros((learned.loadings.shape[1], examples), kind).T
     for part, stored in _blocks(values):
         block = stored[usable] - learned.rows[:, None]
         present = ~np.isnan(block)
         block[~present] = 0.0
         counts[part] = present.sum(axis=0)
-        gram = (present.T @ products).reshape(-1, len(ridge), len(ridge))
-        gram += np.multiply.outer(1 - counts[part] / len(design), np.diag(ridge))
-        gram[counts[part] == 0] = np.eye(len(ridge))
-        found = np.linalg.solve(gram, (design.T @ block).T[:, :, None])[:, :, 0]
-        squares[part] = np.einsum("mn,mn->n", *[np.where(present, block - design @ found.T, 0.0)] * 2)
+        found = _regressed(block, present, learned.coordinates, ridge)
+        left = np.where(present, block - found[:, 0] - learned.coordinates @ found[:, 1:].T, 0.0)
+        squares[part] = np.einsum("mn,mn->n", left, left)
         columns[part], loadings[part] = found[:, 0], found[:, 1:]
     return LowRank(learned.rows, columns, learned.coordinates, loadings), squares, counts
+
+
+def alternate(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]:
+    """Factor a matrix with missing entries by alternating ridge regressions of its columns and of its rows.
+
+    Where nothing is missing from a row or a column there is no penalty; otherwise it is RIDGE times what the Gaussian
+    prior of `Bayesian` asks for, by the share that is missing.
+
+    Parameters
+    ----------
+    values : array, shape (M, N)
+        NaN where not measured; no row or column is all NaN.
+    rank : int
+
+    Returns
+    -------
+    LowRank
+    ridge : array, shape (r,)
+        Penalty on a column's loadings.
+    """
+    tasks, examples = values.shape
+    present = ~np.isnan(values)
+    start = np.where(present, values, sum_of(*additive_effects(values)))
+    columns = start.mean(axis=0)
+    rows = start.mean(axis=1) - columns.mean()
+    left, strength, right = truncated_svd(start - sum_of(rows, columns), rank)
+    scale = np.sqrt(max(tasks - 1, 1))
+    found = LowRank(rows, columns, left * scale, (right * strength[:, None] / scale).T)
+    known = np.where(present, values, 0.0)
+    for _ in range(ROUNDS):
+        before = found.fit
+        parameters = (tasks + examples) * (found.loadings.shape[1] + 1)
+        noise = ((known - before)[present] ** 2).sum() / max(present.sum() - parameters, 0.1 * present.sum())
+        ridge = RIDGE * noise / np.maximum(np.mean(found.loadings**2, axis=0), 1e-30)
+        of_columns = _regressed(known - found.rows[:, None] * present, present, found.coordinates, ridge)
+        columns, loadings = of_columns[:, 0], of_columns[:, 1:]
+        narrow = np.full(loadings.shape[1], RIDGE * noise)
+        of_rows = _regressed((known - columns * present).T, present.T, loadings, narrow)
+        found = _centred(of_rows, of_columns)
+        if np.abs(found.fit - before).max() <= 1e-3 * np.abs(found.fit).max():
+            break
+    return found, RIDGE * noise / np.maximum(np.mean(found.loadings**2, axis=0), 1e-30)
+
+
+def _regressed(values: np.ndarray, present: np.ndarray, design: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """Intercept and slopes (n, r + 1) of each column of `values` (m, n) on a design (m, r), by its present entries."""
+    design = np.column_stack([np.ones(len(design)), design])
+    size = design.shape[1]
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
+    gram = (present.T @ products).reshape(-1, size, size)
+    penalty = np.multiply.outer(1 - present.mean(axis=0), np.concatenate([[0.0], ridge]))
+    # What an entry cannot tell is left at zero.
+    penalty += 1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None] + 1e-30
+    gram += penalty[:, :, None] * np.eye(size)
+    return np.asarray(np.linalg.solve(gram, (design.T @ values).T[:, :, None])[:, :, 0])
+
+
+def _centred(of_rows: np.ndarray, of_columns: np.ndarray) -> LowRank:
+    """The same reconstruction with centred effects and orthogonal factors; an array has effects first, then factors."""
+    rows, columns = of_rows[:, 0], of_columns[:, 0]
+    coordinates, loadings = of_rows[:, 1:], of_columns[:, 1:]
+    columns = columns + loadings @ coordinates.mean(axis=0) + rows.mean()
+    coordinates, rows = coordinates - coordinates.mean(axis=0), rows - rows.mean()
+    rows = rows + coordinates @ loadings.mean(axis=0)
+    loadings = loadings - loadings.mean(axis=0)
+    (left, upper), (right, lower) = np.linalg.qr(coordinates), np.linalg.qr(loadings)
+    outer, strength, inner = np.linalg.svd(upper @ lower.T)
+    kept = strength > 1e-6 * max(strength.max(initial=0.0), 1e-30)
+    scale = np.sqrt(max(len(rows) - 1, 1))
+    return LowRank(rows, columns, left @ outer[:, kept] * scale, right @ inner[kept].T * (strength[kept] / scale))
 
 
 def _blocks(values: np.ndarray | StoredMatrix) -> Iterator[tuple[slice, np.ndarray]]:
