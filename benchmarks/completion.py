@@ -255,8 +255,10 @@ def _gradient_steps(values: np.ndarray, rank: int, precision: float, steps: int,
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot error against probes and time against size."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "forgetcast"})  # text as text, the same file every time
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel, domain in zip(panels, DOMAINS, strict=False):
@@ -271,7 +273,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(title=f"New tasks {domain}", xlabel="probes", ylabel="RMSE, nats per token", xscale="log")
         panel.set_xticks(CURVE, [str(k) for k in CURVE])
         panel.minorticks_off()
-    panels[0].legend(fontsize=8)
+    panels[1].legend(fontsize=8)
     sizes = [r for r in rows if r["part"] == "scaling" and r["tasks"] == 85]
     for key, label in (("fit_seconds", "fit"), ("forecast_seconds", "forecast with intervals")):
         panels[2].loglog([r["examples"] for r in sizes], [r[key] for r in sizes], marker="o", markersize=3, label=label)
