@@ -47,7 +47,8 @@ class Auto(Completion):
     --------
     >>> import numpy as np
     >>> from forgetcast.completion import Auto
-    >>> atlas = np.outer(np.arange(1.0, 9.0), np.linspace(-1, 1, 40) ** 3)
+    >>> rng = np.random.default_rng(0)
+    >>> atlas = rng.normal(size=(20, 1)) + rng.normal(size=40) + rng.normal(size=(20, 40))
     >>> type(Auto().fit(atlas).chosen_).__name__
     'Bayesian'
     """
