@@ -219,6 +219,23 @@ def test_additive_effects_against_least_squares() -> None:
     np.testing.assert_allclose((rows[:, None] + columns)[i, j], (solution[:7, None] + solution[7:])[i, j], atol=1e-6)
 
 
+def test_forecasts_as_well_as_factor_analysis_by_maximum_likelihood() -> None:
+    """Oracle: scikit-learn's FactorAnalysis on many tasks, and Gaussian conditioning on its covariance."""
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(600, 3)) @ rng.normal(size=(3, 80)) + rng.normal(size=80)
+    values += rng.normal(size=values.shape) * rng.uniform(0.2, 1.5, 80)
+    known, new, at = values[:500], values[500:], np.arange(0, 80, 4)
+    rest = np.setdiff1d(np.arange(80), at)
+    oracle = decomposition.FactorAnalysis(3).fit(known)
+    joint = oracle.get_covariance()
+    expected = oracle.mean_ + (new[:, at] - oracle.mean_[at]) @ np.linalg.solve(joint[np.ix_(at, at)], joint[at])
+    found = Bayesian(factors=3, prior_scale=1.0, shift_scale=1.0).fit(known).predict(at, new[:, at]).mean
+    theirs, ours = (np.sqrt(np.mean((forecast - new)[:, rest] ** 2)) for forecast in (expected, found))
+    assert ours < 1.03 * theirs  # principal factors, which weigh all examples alike, lose two per cent
+    assert np.sqrt(np.mean((found - expected)[:, rest] ** 2)) < 0.25 * theirs
+
+
 def test_additive_agrees_with_surprise() -> None:
     surprise = pytest.importorskip("surprise")
     pandas = pytest.importorskip("pandas")
