@@ -9,18 +9,26 @@ import torch
 from tokenizers.processors import ByteLevel
 from transformers import (
     AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OlmoConfig,
     OlmoForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from forgetcast.lm import LanguageModel
@@ -33,7 +41,7 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 96,
 }
-FAMILIES = ("llama", "gpt2", "gpt-neox", "olmo", "gemma", "qwen")
+FAMILIES = ("llama", "gpt2", "gpt-neox", "olmo", "olmo2", "gemma", "qwen", "qwen3", "cohere", "granite")
 
 
 def tiny(family: str = "llama", seed: int = 0, *, bos: bool = True) -> LanguageModel:
@@ -49,9 +57,18 @@ def tiny(family: str = "llama", seed: int = 0, *, bos: bool = True) -> LanguageM
             model = GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES))
         case "olmo":
             model = OlmoForCausalLM(OlmoConfig(**_SIZES))
+        case "olmo2":
+            model = Olmo2ForCausalLM(Olmo2Config(**_SIZES))
         case "gemma":
             # A window shorter than the texts, so that its masks are tested with the padding.
-            model = Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, num_key_value_heads=2, head_dim=8, sliding_window=16))
+            sizes = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+            model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, final_logit_softcapping=3.0))
+        case "cohere":
+            model = CohereForCausalLM(CohereConfig(**_SIZES, logit_scale=0.5))
+        case "granite":
+            model = GraniteForCausalLM(GraniteConfig(**_SIZES, logits_scaling=3.0))
+        case "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=8))
         case "qwen":
             model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, num_key_value_heads=2))
     with torch.no_grad():

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import copy
+import json
+import subprocess
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from conftest import make_pool
 from forgetcast import ConfigError, DataError, Example, Pool
-from forgetcast.lm import LanguageModel, load, score
+from forgetcast.lm import LanguageModel, head, load, score
 from forgetcast.lm.text import encode
 from models import FAMILIES, tiny
 
@@ -32,20 +39,26 @@ def plain_nll(language_model: LanguageModel, example: Example) -> float:
         prompt = tokenizer(example.prompt)["input_ids"]
         ids = prompt + tokenizer(example.completion, add_special_tokens=False)["input_ids"]
         first = max(len(prompt), 1)
+    model = copy.deepcopy(language_model.model).double()
     with torch.no_grad():
-        logits = language_model.model(input_ids=torch.tensor([ids])).logits[0].double()
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
     losses = [-float(torch.log_softmax(logits[at - 1], dim=0)[ids[at]]) for at in range(first, len(ids))]
     return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_those_of_a_plain_forward_pass(family: str, bos: bool) -> None:
+def test_scores_are_those_of_a_plain_forward_pass_in_double_precision(
+    family: str, bos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOGITS", 4096 * 7)  # so that the tokens of a batch come in many chunks
     language_model, pool = tiny(family, bos=bos), make_pool(12)
-    scores = score(language_model, pool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the output layer must be understood
+        scores = score(language_model, pool)
     expected = [plain_nll(language_model, example) for example in pool]
     assert np.ptp(expected) > 0.01  # a constant would agree with anything
-    np.testing.assert_allclose(scores.nll, expected, rtol=2e-5)
+    np.testing.assert_allclose(scores.nll, expected, rtol=0, atol=1e-5)
     assert scores.tokens.tolist() == [encode(e, language_model.tokenizer, 96).targets for e in pool]
     assert not scores.truncated.any()
 
@@ -55,9 +68,9 @@ def test_batch_size_order_and_padding_change_nothing(family: str) -> None:
     language_model, pool = tiny(family), make_pool(12)
     reference = score(language_model, pool, batch_tokens=1).nll  # one example a batch, no padding
     for batch_tokens in (100, 300, 8192):
-        np.testing.assert_allclose(score(language_model, pool, batch_tokens=batch_tokens).nll, reference, rtol=2e-5)
+        np.testing.assert_allclose(score(language_model, pool, batch_tokens=batch_tokens).nll, reference, rtol=1e-6)
     reverse = Pool(reversed(list(pool)))
-    np.testing.assert_allclose(score(language_model, reverse).nll[::-1], reference, rtol=2e-5)
+    np.testing.assert_allclose(score(language_model, reverse).nll[::-1], reference, rtol=1e-6)
 
 
 def test_the_padding_token_changes_nothing(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +153,147 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
     broken = tiny()
     with torch.no_grad():
         next(broken.model.parameters())[:] = float("nan")
-    with pytest.raises(DataError, match="llama gives 'e"):
+    with pytest.raises(DataError, match="llama scores no example; of 'e0': the model's loss is nan"):
         score(broken, make_pool(4))
+
+
+def test_an_example_without_a_finite_loss_keeps_the_reason() -> None:
+    language_model, pool = tiny("gpt-neox"), make_pool(6)
+    odd = Pool([*pool, Example("odd", text="a model of the zygote")])
+    tokens = [set(language_model.tokenizer(e.full_text)["input_ids"]) for e in odd]
+    own = tokens[-1] - set.union(*tokens[:-1])
+    with torch.no_grad():
+        language_model.model.get_input_embeddings().weight[sorted(own)] = float("inf")
+    scores = score(language_model, odd)
+    assert scores.reasons[:6] == (None,) * 6
+    np.testing.assert_allclose(scores.nll[:6], score(tiny("gpt-neox"), pool).nll, rtol=1e-6)
+    assert np.isnan(scores.nll[6])
+    assert scores.tokens[6] == 0
+    assert "the model's loss is" in str(scores.reasons[6])
+
+
+def test_an_output_layer_that_is_not_understood_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(LlamaForCausalLM):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            found = super().forward(*arguments, **options)
+            found.logits = found.logits * 1.5 + torch.linspace(0, 1, found.logits.shape[-1])
+            return found
+
+    monkeypatch.setattr(sys.modules[score.__module__], "WHOLE_LOGITS", 4096 * 100)
+    plain = tiny()
+    model = Odd(plain.model.config)
+    model.load_state_dict(plain.model.state_dict())
+    odd, pool = LanguageModel(model.eval(), plain.tokenizer, "odd"), make_pool(6)
+    with pytest.warns(UserWarning, match="Odd does more to its logits"):
+        found = score(odd, pool)
+    np.testing.assert_allclose(found.nll, [plain_nll(odd, example) for example in pool], rtol=0, atol=1e-5)
+    assert (np.abs(found.nll - score(plain, pool).nll) > 0.1).all()
+
+
+def test_an_adapter_scores_as_the_merged_model_does() -> None:
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(1)
+    base = tiny()
+    adapted: Any = get_peft_model(base.model, lora)
+    pool = make_pool(6)
+    found = score(LanguageModel(adapted.eval(), base.tokenizer, "adapted"), pool).nll
+    merged = LanguageModel(adapted.merge_and_unload(), base.tokenizer, "merged")
+    np.testing.assert_allclose(found, score(merged, pool).nll, rtol=1e-5)
+    assert (np.abs(found - score(tiny(), pool).nll) > 1e-3).all()
+
+
+@pytest.mark.parametrize("stride", [1, 7, 20, 23])
+@pytest.mark.parametrize("prompt", [0, 60])
+def test_a_stride_is_an_exact_sliding_window(llama: LanguageModel, stride: int, prompt: int) -> None:
+    words = " ".join(f"word{i} of {i * i}" for i in range(40))
+    example = (
+        Example("long", text=words) if not prompt else Example("long", prompt=words[:prompt], completion=words[prompt:])
+    )
+    scores = score(llama, Pool([example, Example("short", text="the loss")]), max_length=24, stride=stride)
+    whole = encode(example, llama.tokenizer, None)
+    total, scored, end = 0.0, 0, whole.first_target
+    for start in range(0, len(whole.ids), stride):
+        window = whole.ids[start : start + 24]
+        with torch.no_grad():
+            logits = llama.model(input_ids=torch.tensor([window])).logits[0].double()
+        for at in range(end, start + len(window)):
+            total -= float(torch.log_softmax(logits[at - start - 1], dim=0)[whole.ids[at]])
+            scored += 1
+        end = max(end, start + len(window))
+    assert scores.tokens[0] == scored == len(whole.ids) - whole.first_target
+    assert scores.nll[0] == pytest.approx(total / scored, abs=1e-5)
+    assert not scores.truncated.any()
+    assert scores.metadata["stride"] == stride
+    for wrong in (0, 24):
+        with pytest.raises(ConfigError, match="stride must be between 1 and 23"):
+            score(llama, make_pool(2), max_length=24, stride=wrong)
+
+
+def test_a_batch_that_does_not_fit_is_halved(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, sizes, plain = make_pool(12), [], head.Head.nll
+    expected = score(llama, pool).nll
+
+    def small(self: head.Head, ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, ids, *rest)
+
+    monkeypatch.setattr(head.Head, "nll", small)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = score(llama, pool).nll
+    assert "out of memory with 12 examples at once" in str(said[0].message)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert max(sizes) == 12
+
+    def tiny_memory(self: head.Head, ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > 90:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return plain(self, ids, *rest)
+
+    monkeypatch.setattr(head.Head, "nll", tiny_memory)
+    long = Pool([*pool, Example("long", text="the loss of a model " * 20)])
+    scores = score(llama, long, batch_tokens=1)
+    assert scores.reasons[-1] == "out of memory"
+    np.testing.assert_allclose(scores.nll[:-1], expected, rtol=1e-6)
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from conftest import make_pool
+from forgetcast.lm import score
+from models import tiny
+
+seen = 0
+def die(count):
+    global seen
+    seen += count
+    if seen >= 5:
+        os._exit(9)
+score(tiny(), make_pool(12), batch_tokens=1, partial=Path({partial!r}), on_progress=die)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_stopped(llama: LanguageModel, tmp_path: Path) -> None:
+    partial, pool = tmp_path / "out.partial", make_pool(12)
+    script = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), partial=str(partial)))
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    with partial.open("a") as file:
+        file.write('["e0", 3.')  # a line cut short
+    counts: list[int] = []
+    found = score(llama, pool, batch_tokens=1, partial=partial, on_progress=counts.append)
+    assert counts == [5] + [1] * 7
+    assert not partial.exists()
+    np.testing.assert_array_equal(found.nll, score(llama, pool, batch_tokens=1).nll)
+    # What was scored with other settings is not used.
+    metadata = dict(found.metadata) | {"max_length": 10}
+    partial.write_text(json.dumps(metadata) + '\n["e0", 3.0, ""]\n')
+    counts.clear()
+    np.testing.assert_array_equal(score(llama, pool, partial=partial, on_progress=counts.append).tokens, found.tokens)
+    assert counts == [12]
 
 
 def test_scores_know_their_model_and_pool(llama: LanguageModel) -> None:

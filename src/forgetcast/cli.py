@@ -80,6 +80,9 @@ def score_(
     pool: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a saved data set's directory.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Score file to write (Parquet).")],
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the context.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Read longer texts in windows this many tokens apart; default: cut them.")
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, padding included.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
     device: Device = None,
@@ -103,7 +106,15 @@ def score_(
             done += finished
             report("scoring", done, len(examples))
 
-        scores = score(language_model, examples, max_length=max_length, batch_tokens=batch_tokens, on_progress=count)
+        scores = score(
+            language_model,
+            examples,
+            max_length=max_length,
+            stride=stride,
+            batch_tokens=batch_tokens,
+            partial=output.with_name(f"{output.name}.partial"),
+            on_progress=count,
+        )
     scores.save(output)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
     facts = {

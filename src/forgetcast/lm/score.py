@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 import forgetcast
 from forgetcast.errors import ConfigError, DataError
+from forgetcast.lm.head import LOGITS as CHUNK_LOGITS
+from forgetcast.lm.head import Head
 from forgetcast.lm.load import LanguageModel, embedding_rows
-from forgetcast.lm.text import Encoded, encode, pad, pad_id
+from forgetcast.lm.text import Encoded, encode, pad, pad_id, windows
 from forgetcast.pool import Pool
 from forgetcast.scores import Scores
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 """Default size of a batch: on a CPU, larger ones only leave its cache."""
 
-LOGITS = 2**26
-"""Most logits that are computed at once: 256 MiB in float32, whatever the vocabulary."""
+WHOLE_LOGITS = 4 * CHUNK_LOGITS
+"""Most logits at once where the model's own forward pass has to make them."""
+
+SAMPLE = 16
+"""Tokens that the output layer is checked on."""
 
 
 @torch.inference_mode()
@@ -28,7 +37,9 @@ def score(
     pool: Pool,
     *,
     max_length: int | None = None,
+    stride: int | None = None,
     batch_tokens: int | None = None,
+    partial: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score every example of a pool.
@@ -39,56 +50,133 @@ def score(
     pool : Pool
     max_length : int, optional
         Longest input, in tokens; default and upper limit: the model's context.
+    stride : int, optional
+        What is done with longer texts. None: they are cut. Otherwise they are read in windows of `max_length` tokens,
+        each begun this many tokens after the last one, and every token is scored once, in the first window it is in.
     batch_tokens : int, optional
         Tokens in a batch, padding included; at least one example goes into each. Default: what suits the device.
+    partial : path, optional
+        File that finished examples are written to as they come. A run that finds it there, from the same model, pool
+        and settings, goes on from it. It is removed at the end.
     on_progress : callable, optional
         Called with the number of examples that a batch has finished.
 
     Returns
     -------
     Scores
-        In the pool's order. An example without a token to predict is NaN, with the reason.
+        In the pool's order. An example that cannot be scored is NaN, with the reason: no token to predict, a loss that
+        is not finite, or no memory even for it alone.
 
     Raises
     ------
+    ConfigError
+        If `max_length` or `stride` does not fit the model.
     DataError
-        If the model gives a loss that is not finite.
+        If the model gives no example a finite loss.
     """
     model, tokenizer = language_model.model, language_model.tokenizer
     context = _context(language_model, max_length)
-    encoded = [encode(example, tokenizer, context) for example in pool]
-    nll = np.full(len(pool), np.nan)
+    if stride is not None and not 1 <= stride < context:
+        raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
+    encoded = [encode(example, tokenizer, context if stride is None else None) for example in pool]
+    pieces = [
+        (i, piece)
+        for i, example in enumerate(encoded)
+        for piece in windows(example, context, context if stride is None else stride)
+    ]
     if batch_tokens is None:
         batch_tokens = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
+    metadata = {
+        "model": language_model.name,
+        "model_hash": language_model.weights_hash,
+        "pool": pool.fingerprint,
+        "max_length": context,
+        "stride": stride,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "version": forgetcast.__version__,
+    }
+    kept = _Partial(partial, metadata)
+    sums, reasons = np.zeros(len(pool)), dict.fromkeys(range(len(pool)), "")
+    left = np.bincount([i for i, _ in pieces], minlength=len(pool))
+    for i in range(len(pool)):
+        if not encoded[i].targets:
+            reasons[i] = "no token to predict: the text is a single token"
+        elif (found := kept.found.get(pool.ids[i])) is not None:
+            sums[i], reasons[i], left[i] = *found, 0
+    todo = [(i, piece) for i, piece in pieces if left[i]]
+    if on_progress is not None and kept.found:
+        on_progress(len(kept.found))
     was_training = model.training
     model.eval()
-    for batch in _batches(encoded, min(batch_tokens, LOGITS // embedding_rows(model))):
-        ids, mask, labels = pad([encoded[i] for i in batch], pad_id(tokenizer))
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-        nll[batch] = _mean_nll(logits, labels.to(logits.device))
-        bad = [i for i in batch if not np.isfinite(nll[i])]
-        if bad:
-            raise DataError(
-                f"{language_model.name} gives {pool.ids[bad[0]]!r} the loss {nll[bad[0]]}: not a usable model"
-            )
+    if todo:
+        head = Head(model, torch.tensor([max((piece.ids for _, piece in todo), key=len)[:SAMPLE]]))
+        if not head.chunked:
+            batch_tokens = max(min(batch_tokens, WHOLE_LOGITS // embedding_rows(model)), 1)
+    for batch in _batches([piece for _, piece in todo], batch_tokens):
+        finished = []
+        for at, nll in zip(batch, _sums(head, [todo[at][1] for at in batch], pad_id(tokenizer)), strict=True):
+            i = todo[at][0]
+            sums[i] += np.nan if nll is None else nll
+            left[i] -= 1
+            if not np.isfinite(sums[i]):
+                reasons[i] = reasons[i] or ("out of memory" if nll is None else f"the model's loss is {sums[i]}")
+            if not left[i]:
+                finished.append(i)
+        kept.write([(pool.ids[i], float(sums[i]), reasons[i]) for i in finished])
         if on_progress is not None:
-            on_progress(len(batch))
+            on_progress(len(finished))
     model.train(was_training)
-    return Scores(
+    tokens = np.array([example.targets for example in encoded])
+    unscored = np.array([bool(reasons[i]) for i in range(len(pool))])
+    if unscored.all() and tokens.any():
+        bad = int(np.argmax(tokens > 0))
+        raise DataError(f"{language_model.name} scores no example; of {pool.ids[bad]!r}: {reasons[bad]}")
+    scores = Scores(
         ids=pool.ids,
-        nll=nll,
-        tokens=np.array([e.targets for e in encoded]),
-        truncated=np.array([e.truncated for e in encoded]),
-        reasons=[None if e.targets else "no token to predict: the text is a single token" for e in encoded],
-        metadata={
-            "model": language_model.name,
-            "model_hash": language_model.weights_hash,
-            "pool": pool.fingerprint,
-            "max_length": context,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "version": forgetcast.__version__,
-        },
+        nll=np.where(unscored, np.nan, sums / np.maximum(tokens, 1)),
+        tokens=np.where(unscored, 0, tokens),
+        truncated=np.array([example.truncated for example in encoded]),
+        reasons=[reasons[i] or None for i in range(len(pool))],
+        metadata=metadata,
     )
+    kept.remove()
+    return scores
+
+
+class _Partial:
+    """Finished examples in a file of JSON lines, of which the first says what they belong to."""
+
+    def __init__(self, path: Path | None, metadata: dict[str, Any]) -> None:
+        self._path = path
+        self.found: dict[str, tuple[float, str]] = {}
+        if path is None:
+            return
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # the line that an interruption cut short
+                break
+        if rows[:1] == [metadata]:
+            self.found = {id_: (nll, reason) for id_, nll, reason in rows[1:]}
+        # Written anew, so that nothing comes after a line that was cut.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in [metadata, *([k, *v] for k, v in self.found.items())])
+
+    def write(self, rows: Sequence[tuple[str, float, str]]) -> None:
+        """Add finished examples: id, sum of losses, and why it could not be scored, if so."""
+        if self._path is not None and rows:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Delete the file: all is done."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 def _context(language_model: LanguageModel, max_length: int | None) -> int:
@@ -99,27 +187,35 @@ def _context(language_model: LanguageModel, max_length: int | None) -> int:
     return max_length
 
 
-def _batches(encoded: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions of the examples that have targets, longest first, as many in a batch as fit once padded."""
+def _batches(pieces: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
+    """Positions of the pieces, longest first, as many in a batch as fit once padded."""
     batch: list[int] = []
     longest = 0
-    for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)):
-        if not encoded[i].targets:
-            continue
+    for i in sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids)):
         if batch and (len(batch) + 1) * longest > batch_tokens:
             yield batch
             batch = []
         if not batch:
-            longest = len(encoded[i].ids)
+            longest = len(pieces[i].ids)
         batch.append(i)
     if batch:
         yield batch
 
 
-def _mean_nll(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Mean over the labels that count, shape (B,), of logits (B, L, V) and the labels (B, L) of the same places."""
-    # The last place predicts nothing. Moving the labels instead of cutting the logits spares a copy of the logits.
-    following = torch.full_like(labels, -100)
-    following[:, :-1] = labels[:, 1:]
-    nll = cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none").view(labels.shape)
-    return np.asarray((nll.double().sum(dim=1) / (following != -100).sum(dim=1)).cpu().numpy())
+def _sums(head: Head, pieces: Sequence[Encoded], padding: int) -> list[float | None]:
+    """Summed loss of each piece; a batch too large for the memory is halved, and a piece that does not fit is None."""
+    try:
+        return head.nll(*pad(pieces, padding)).sum(dim=1).tolist()
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+    if len(pieces) == 1:
+        return [None]
+    warnings.warn(
+        f"out of memory with {len(pieces)} examples at once; going on with half as many (see --batch-tokens)",
+        stacklevel=2,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(pieces) // 2
+    return _sums(head, pieces[:half], padding) + _sums(head, pieces[half:], padding)

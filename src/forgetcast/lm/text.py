@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ class Encoded:
         return max(len(self.ids) - self.first_target, 0)
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, context: int, *, end: bool = False) -> Encoded:
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, context: int | None, *, end: bool = False) -> Encoded:
     """Tokenise an example.
 
     A text is cut at its end. Of a prompt with a completion, the prompt is cut at its start first (a leading special
@@ -46,24 +46,38 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, context: int, *
     ----------
     example : Example
     tokenizer : PreTrainedTokenizerBase
-    context : int
-        Longest input, in tokens; at least 2.
+    context : int or None
+        Longest input, in tokens; at least 2. None: nothing is cut.
     end : bool
         Whether the end-of-sequence token is added as a last target, as training does and scoring does not.
     """
     tail = [int(tokenizer.eos_token_id)] if end and tokenizer.eos_token_id is not None else []
     if example.text is not None:
         ids = _tokens(tokenizer, example.text) + tail
-        return Encoded(ids[:context], 1, len(ids) > context)
+        return Encoded(ids[:context], 1, context is not None and len(ids) > context)
     prompt = _tokens(tokenizer, example.prompt or "")
     completion = _tokens(tokenizer, example.completion or "", add_special_tokens=False) + tail
-    truncated = len(prompt) + len(completion) > context
-    if truncated:
+    truncated = context is not None and len(prompt) + len(completion) > context
+    if context is not None and truncated:
         completion = completion[: context - 1]
         room = context - len(completion)
         leading = 1 if prompt[0] in tokenizer.all_special_ids and room > 1 else 0
         prompt = prompt[:leading] + prompt[len(prompt) - (room - leading) :]
     return Encoded(prompt + completion, max(len(prompt), 1), truncated)
+
+
+def windows(encoded: Encoded, context: int, stride: int) -> Iterator[Encoded]:
+    """Cut tokens into windows of `context`, each `stride` after the last; every target is one of exactly one window's.
+
+    Windows without a target are left out. `stride` is less than `context`, so that a target has something before it,
+    unless one window holds all.
+    """
+    end = encoded.first_target
+    for start in range(0, max(len(encoded.ids), 1), stride):
+        stop = min(start + context, len(encoded.ids))
+        if end < stop:
+            yield Encoded(encoded.ids[start:stop], end - start, False)
+            end = stop
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
