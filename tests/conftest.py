@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from forgetcast import Atlas, Example, Pool, Scores
+from forgetcast.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +65,21 @@ def make_atlas(path: Path, pool: Pool, tasks: int = 8, seed: int = 0) -> Atlas:
     for i, row in enumerate(np.abs(planted(tasks, len(pool), 1, 0.05, seed))):
         atlas.add(f"t{i}", make_scores(pool, 3.0 + row))
     return atlas
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process: its exit code, standard output and standard error."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["forgetcast", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        printed = capsys.readouterr()
+        return int(exit_.value.code or 0), printed.out, printed.err
+
+    return call

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import make_pool
+from conftest import Run, make_pool
 from forgetcast import Atlas, Example, Pool, ReplayPlan, Scores
-from forgetcast.cli import app, main
+from forgetcast.cli import app
 from models import tiny
 
-COMMANDS = ("score", "collect", "analyze", "probes", "forecast", "plan", "train", "verify", "bench", "report", "demo")
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process: its exit code, standard output and standard error."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["forgetcast", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        printed = capsys.readouterr()
-        return int(exit_.value.code or 0), printed.out, printed.err
-
-    return call
+COMMANDS = (
+    "score",
+    "diff",
+    "collect",
+    "analyze",
+    "probes",
+    "forecast",
+    "plan",
+    "train",
+    "verify",
+    "bench",
+    "report",
+    "demo",
+)
 
 
 def task(name: str, n: int = 12) -> Pool:

@@ -1,6 +1,6 @@
 """The command line: parse, call the library, print.
 
-Exit codes: 0 done, 2 bad input (one line on standard error says which), 130 interrupted.
+Exit codes: 0 done, 1 a condition of `diff` holds, 2 bad input (one line on standard error says which), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,15 +26,25 @@ from forgetcast import completion, probes
 from forgetcast._files import read_json, write_json
 from forgetcast.atlas import Atlas
 from forgetcast.collect import CollectConfig, OnProgress, check_base, check_settings, collect, read_settings
+from forgetcast.diff import Gate, difference
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.evaluation import bench, bench_left_out
 from forgetcast.forecast import TaskForecast, measured_probes
+from forgetcast.importers import read_lm_eval
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.pool import Pool, load_task
 from forgetcast.replay import ReplayPlan, make_plan
 from forgetcast.scores import Scores
 from forgetcast.structure import analyze
-from forgetcast.tables import bench_table, demo_tables, facts_table, structure_tables, verification_tables
+from forgetcast.tables import (
+    bench_table,
+    demo_tables,
+    difference_markdown,
+    difference_tables,
+    facts_table,
+    structure_tables,
+    verification_tables,
+)
 from forgetcast.verification import Trial, Verification, arms, verify
 
 if TYPE_CHECKING:
@@ -128,6 +138,52 @@ def score_(
     if unscored:
         err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
     _show(facts, as_json, title="Scores")
+
+
+@app.command(name="diff")
+def diff_(
+    before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (a file or folder).")],
+    after: Annotated[Path, typer.Argument(help="The same, of the changed model.")],
+    fail_if: Annotated[
+        list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; may be repeated.")
+    ] = None,
+    pool: Annotated[Path | None, typer.Option(help="The scored pool, for figures by source.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models' scores of the same examples: how much was forgotten, how surely, and where.
+
+    A condition names a figure: mean, median, lower or upper (ends of the mean's 95 % interval), worst_tenth,
+    worst_hundredth, share_worse, wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right, mcnemar_p.
+
+    Exit code 0: no condition holds. 1: one does. 2: the comparison was not possible.
+
+    Example: forgetcast diff before.parquet after.parquet --fail-if "lower>0.02" --fail-if "worst_tenth>0.5"
+    """
+    gates = [Gate.parse(text) for text in fail_if or ()]
+    (left, sources), (right, _) = _scores(before), _scores(after)
+    if pool is not None:
+        examples = Pool.load(pool)
+        named = dict(zip(examples.ids, examples.sources, strict=True))
+        sources = tuple(named.get(id_, "") for id_ in left.ids)
+    found = difference(left, right, sources=sources)
+    failed = [gate.text for gate in gates if gate.fails(found)]
+    if as_json:
+        _print_json(found.as_dict() | {"failed": failed})
+    elif markdown:
+        typer.echo(difference_markdown(found, failed))
+    else:
+        for part in difference_tables(found):
+            out.print(part)
+    for text in failed:
+        err.print(f"failed: {text}", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
+    """A score file of ours, or another tool's, and the sources that it names."""
+    return (Scores.load(path), None) if path.suffix == ".parquet" else read_lm_eval(path)
 
 
 @app.command(name="collect")

@@ -37,6 +37,8 @@ class Scores:
         Whether the text was longer than the context and was cut.
     reasons : sequence of str or None, length N
         Why an example could not be scored; None where it was. Default: None for all.
+    exact_match : array of float, shape (N,), optional
+        1 where the model's answer was right, 0 where it was wrong, NaN where it was not asked for one.
     metadata : mapping
         Provenance that is saved with the numbers: 'model', 'model_hash', 'pool' (the pool's fingerprint), settings.
 
@@ -51,6 +53,7 @@ class Scores:
     tokens: np.ndarray
     truncated: np.ndarray
     reasons: Sequence[str | None] = ()
+    exact_match: np.ndarray | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,12 +64,17 @@ class Scores:
         set_(self, "tokens", np.asarray(self.tokens, dtype=np.int64))
         set_(self, "truncated", np.asarray(self.truncated, dtype=bool))
         set_(self, "reasons", tuple(self.reasons) or (None,) * len(self.ids))
-        n = len(self.ids)
-        for name in ("nll", "tokens", "truncated", "reasons"):
+        n, names = len(self.ids), ["nll", "tokens", "truncated", "reasons"]
+        if self.exact_match is not None:
+            set_(self, "exact_match", np.asarray(self.exact_match, dtype=np.float64))
+            names.append("exact_match")
+        for name in names:
             if len(getattr(self, name)) != n:
                 raise DataError(f"scores: {n} ids but {len(getattr(self, name))} values of {name!r}")
         if len(set(self.ids)) != n:
             raise DataError("scores: an id occurs twice")
+        if self.exact_match is not None and not np.isin(self.exact_match[~np.isnan(self.exact_match)], (0, 1)).all():
+            raise DataError("scores: an exact match must be 0, 1 or NaN")
         for i in np.flatnonzero(~((self.nll >= 0) & (self.nll < np.inf))).tolist():
             id_, value = self.ids[i], self.nll[i]
             if not np.isnan(value):
@@ -98,17 +106,17 @@ class Scores:
             raise MismatchError(f"{where}: example {error.args[0]!r} has no score") from None
 
     def save(self, path: str | Path) -> None:
-        """Write a Parquet file with the columns id, nll, tokens, truncated and reason."""
-        table = pa.table(
-            {
-                "id": pa.array(self.ids, pa.string()),
-                "nll": pa.array(self.nll, pa.float64()),
-                "tokens": pa.array(self.tokens, pa.int64()),
-                "truncated": pa.array(self.truncated, pa.bool_()),
-                "reason": pa.array(self.reasons, pa.string()),
-            }
-        )
-        write_table(table, Path(path), self.metadata)
+        """Write a Parquet file with the columns id, nll, tokens, truncated, reason, and exact_match if there is one."""
+        columns = {
+            "id": pa.array(self.ids, pa.string()),
+            "nll": pa.array(self.nll, pa.float64()),
+            "tokens": pa.array(self.tokens, pa.int64()),
+            "truncated": pa.array(self.truncated, pa.bool_()),
+            "reason": pa.array(self.reasons, pa.string()),
+        }
+        if self.exact_match is not None:
+            columns["exact_match"] = pa.array(self.exact_match == 1, pa.bool_(), mask=np.isnan(self.exact_match))
+        write_table(pa.table(columns), Path(path), self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -121,6 +129,7 @@ class Scores:
         """
         table, metadata = read_table(Path(path), ("id", "nll", "tokens", "truncated"), kind="score")
         reasons = table.column("reason").to_pylist() if "reason" in table.column_names else ()
+        right = table.column("exact_match").to_pylist() if "exact_match" in table.column_names else None
         try:
             return cls(
                 ids=table.column("id").to_pylist(),
@@ -128,6 +137,7 @@ class Scores:
                 tokens=table.column("tokens").to_numpy(),
                 truncated=table.column("truncated").to_numpy(zero_copy_only=False),
                 reasons=reasons,
+                exact_match=None if right is None else np.array(right, dtype=np.float64),
                 metadata=metadata,
             )
         except (DataError, pa.ArrowInvalid, TypeError, ValueError) as error:

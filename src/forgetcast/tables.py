@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from forgetcast.diff import Difference
 from forgetcast.evaluation import BenchRow
 from forgetcast.structure import Structure
 from forgetcast.verification import METRIC_NAMES, METRICS, Verification
@@ -48,6 +50,75 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     loadings.add_row("share of the fit", *(f"{c.share:.0%}" for c in components))
     loadings.add_row("variance between sources", *(f"{c.between_sources:.0%}" for c in components))
     yield loadings
+
+
+def _difference_rows(found: Difference) -> Iterator[tuple[str, str]]:
+    """Names and figures of what changed, for the screen and for Markdown."""
+    if (loss := found.loss) is not None:
+        yield "examples with a loss on both sides", f"{loss.examples}"
+        yield "mean (95 % interval)", f"{loss.mean:+.4f} ({loss.lower:+.4f} to {loss.upper:+.4f})"
+        yield "median", f"{loss.median:+.4f}"
+        yield "worst tenth", f"{loss.worst_tenth:+.4f}"
+        yield "worst hundredth", f"{loss.worst_hundredth:+.4f}"
+        yield "examples that got worse", f"{loss.share_worse:.1%}"
+        yield "Wilcoxon's signed ranks", f"p = {found.wilcoxon_p:.2g}"
+    if found.unscored:
+        yield "examples without a loss on a side", f"{found.unscored}"
+    if (flips := found.flips) is not None:
+        yield "right answers", f"{flips.right_before:.1%} before, {flips.right_after:.1%} after"
+        yield "right, now wrong", f"{flips.right_to_wrong}"
+        yield "wrong, now right", f"{flips.wrong_to_right}"
+        yield "McNemar", f"p = {flips.mcnemar_p:.2g}"
+
+
+def difference_tables(found: Difference) -> Iterator[Table]:
+    """What changed, by source, and the examples that got worst."""
+    table = Table("figure", "after minus before", title="Change of the loss (nats per token; positive is forgotten)")
+    for name, figure in _difference_rows(found):
+        table.add_row(name, figure)
+    yield table
+    if found.by_source:
+        table = Table("source", "examples", "mean", "95 % interval", "worst tenth", title="By source")
+        for name, part in found.by_source.items():
+            interval = f"{part.lower:+.4f} to {part.upper:+.4f}"
+            figures = (f"{part.examples}", f"{part.mean:+.4f}", interval, f"{part.worst_tenth:+.4f}")
+            table.add_row(escape(name) or "(none)", *figures)
+        yield table
+    if found.worst:
+        table = Table("example", "before", "after", "change", title="Got worst")
+        for row in found.worst:
+            table.add_row(
+                escape(row["id"]), *(f"{row[name]:.3f}" for name in ("before", "after")), f"{row['change']:+.3f}"
+            )
+        yield table
+
+
+def difference_markdown(found: Difference, failed: Sequence[str]) -> str:
+    """The same as Markdown, with the conditions that failed."""
+
+    def cell(text: str) -> str:
+        # Ids and sources are the user's text: nothing in them may end a cell or be read as markup.
+        plain = " ".join(text.split())
+        return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", plain) or "(none)"
+
+    lines = ["### Forgetting", ""]
+    lines += [f"**Failed:** `{text}`" for text in failed] + [""] * bool(failed)
+    lines += ["| figure | after minus before |", "|---|---|"]
+    lines += [f"| {name} | {figure} |" for name, figure in _difference_rows(found)]
+    if found.by_source:
+        lines += ["", "| source | examples | mean | 95 % interval | worst tenth |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {cell(name)} | {part.examples} | {part.mean:+.4f} | {part.lower:+.4f} to {part.upper:+.4f} "
+            f"| {part.worst_tenth:+.4f} |"
+            for name, part in found.by_source.items()
+        ]
+    if found.worst:
+        lines += ["", "| got worst | before | after | change |", "|---|---|---|---|"]
+        lines += [
+            f"| {cell(row['id'])} | {row['before']:.3f} | {row['after']:.3f} | {row['change']:+.3f} |"
+            for row in found.worst
+        ]
+    return "\n".join(lines)
 
 
 def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:

@@ -1,0 +1,205 @@
+"""Scoring beside a plain loop, lm-evaluation-harness, and the bare forward pass over packed tokens: speed and memory.
+
+    python benchmarks/scoring.py --quick             # the demo model only: about a minute
+    python benchmarks/scoring.py --json result.json  # also 100 M parameters, and 256,000 words: about ten minutes
+
+The pool is text from the Python installation, of mixed lengths. The packed forward pass has no padding, no loss and no
+bookkeeping: it is what the hardware allows. lm-evaluation-harness runs `loglikelihood_rolling` on its Hugging Face
+backend, if it is installed (`pip install 'lm-eval[hf]'`); it counts the first token too, so its mean loss is another.
+Memory is the growth of the process's peak while scoring, each way in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import forgetcast
+from forgetcast import Example, Pool
+from forgetcast.lm import LanguageModel, load, score
+
+DEMO = files("forgetcast.demo") / "model"
+ROUNDS = 3
+WAYS = {"forgetcast": "ours", "plain loop": "loop", "lm-evaluation-harness": "harness", "packed forward": "packed"}
+MODELS = {"demo": 600, "100 M": 96, "256,000 words": 200}
+"""Models and how many texts each scores."""
+
+
+def make(name: str) -> LanguageModel:
+    """The demo model, or a random one on its tokenizer."""
+    if name == "demo":
+        return load(str(DEMO))
+    sizes: dict[str, Any] = {"vocab_size": 256_000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    if name == "100 M":
+        sizes = {"vocab_size": 16_384, "hidden_size": 768, "intermediate_size": 2_048, "num_hidden_layers": 12}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, num_attention_heads=sizes["hidden_size"] // 64, max_position_embeddings=512)
+    return LanguageModel(LlamaForCausalLM(config).eval(), AutoTokenizer.from_pretrained(str(DEMO)), name)
+
+
+def texts(count: int, longest: int) -> Pool:
+    """Pieces of the standard library's sources, of 20 to `longest` times 3 characters."""
+    rng = np.random.default_rng(0)
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))
+    whole = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sources[:80])
+    found = []
+    for i in range(count):
+        length = int(np.exp(rng.uniform(np.log(20), np.log(3 * longest))))
+        start = int(rng.integers(len(whole) - length))
+        found.append(Example(str(i), text=whole[start : start + length].strip() or "a text"))
+    return Pool(found)
+
+
+def ours(model: LanguageModel, pool: Pool) -> float:
+    """Mean loss over all texts, by this library."""
+    return float(np.nanmean(score(model, pool).nll))
+
+
+@torch.inference_mode()
+def loop(model: LanguageModel, pool: Pool) -> float:
+    """The same, one text after the other, with all its logits."""
+    found = []
+    for example in pool:
+        ids = model.tokenizer(example.text, return_tensors="pt", truncation=True, max_length=model.context)["input_ids"]
+        if ids.shape[1] < 2:
+            continue
+        logits = model.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    return float(np.mean(found))
+
+
+@torch.inference_mode()
+def packed(model: LanguageModel, pool: Pool) -> float:
+    """The decoder and the output layer on all tokens, packed into full batches of this library's size; no loss."""
+    lengths = [len(model.tokenizer(e.text, truncation=True, max_length=model.context)["input_ids"]) for e in pool]
+    # Attention costs more the longer the rows: as long as a typical token's text is.
+    width = max(int(np.average(lengths, weights=lengths)), 2)
+    rows = max(2048 // width, 1)
+    total, inner = sum(lengths), model.model
+    ids = torch.randint(0, 1000, (rows, width))
+    for _ in range(round(total / (rows * width))):
+        hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        for start in range(0, len(hidden), 1024):
+            inner.lm_head(hidden[start : start + 1024])
+    return float("nan")
+
+
+def harness(model: LanguageModel, pool: Pool) -> float:
+    """lm-evaluation-harness: summed log-likelihoods, turned into means per token."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=16, max_length=model.context)
+    requests = [Instance("loglikelihood_rolling", {}, (example.text,), i) for i, example in enumerate(pool)]
+    sums = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    tokens = [len(model.tokenizer(example.text, add_special_tokens=False)["input_ids"]) for example in pool]
+    return float(np.mean([-total / count for total, count in zip(sums, tokens, strict=True)]))
+
+
+def measure(name: str, way: str) -> dict[str, float]:
+    """Tokens per second, and the growth of the peak memory while scoring, MiB."""
+    model = make(name)
+    pool = texts(MODELS[name], model.context)
+    tokens = sum(len(model.tokenizer(e.text, truncation=True, max_length=model.context)["input_ids"]) for e in pool)
+    call = {"ours": ours, "loop": loop, "harness": harness, "packed": packed}[way]
+    _ = model.weights_hash  # part of loading, and kept
+    call(model, Pool(pool[:4]))  # whatever is done once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        loss = call(model, pool)
+        seconds.append(time.perf_counter() - started)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"tokens_per_second": tokens / float(np.median(seconds)), "mebibytes": grown, "loss": loss, "tokens": tokens}
+
+
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the demo model only")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--job", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        print(json.dumps(measure(*arguments.job)))
+        return
+    console, rows = Console(), []
+    for name in ["demo"] if arguments.quick else MODELS:
+        for label, way in WAYS.items():
+            if way == "harness" and find_spec("lm_eval") is None:
+                console.print("lm-evaluation-harness is not installed; passed over", style="dim")
+                continue
+            console.print(f"{name}: {label}", style="dim")
+            command = [sys.executable, __file__, "--job", name, way]
+            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            rows.append({"model": name, "way": label, **json.loads(found.splitlines()[-1])})
+    table = Table("model", "way", "tokens/s", "ours, times", "mean loss", "peak memory grows, MiB", title="Scoring")
+    own = {r["model"]: r["tokens_per_second"] for r in rows if r["way"] == "forgetcast"}
+    for r in rows:
+        r["ours_times"] = own[r["model"]] / r["tokens_per_second"]
+        loss = "" if np.isnan(r["loss"]) else f"{r['loss']:.4f}"
+        memory = f"{r['mebibytes']:.0f}"
+        table.add_row(r["model"], r["way"], f"{r['tokens_per_second']:,.0f}", f"{r['ours_times']:.2f}", loss, memory)
+    console.print(table)
+    checked = targets(rows)
+    table = Table("target", "value", "bound", "holds", title="Targets")
+    for t in checked:
+        table.add_row(t["name"], f"{t['value']:.3g}", f"{t['bound']:g}", "yes" if t["holds"] else "NO")
+    console.print(table)
+    if arguments.json:
+        environment = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "forgetcast": forgetcast.__version__,
+        }
+        rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
+        arguments.json.write_text(json.dumps({"environment": environment, "rows": rows, "targets": checked}, indent=2))
+
+
+def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the figures have to hold up to."""
+    of = {(r["model"], r["way"]): r for r in rows}
+    found = []
+
+    def add(name: str, value: float, bound: float, *, least: bool) -> None:
+        holds = value >= bound if least else value <= bound
+        found.append({"name": name, "value": value, "bound": bound, "holds": holds})
+
+    for model, bound in (("demo", 4.0), ("100 M", 1.5)):
+        if (r := of.get((model, "lm-evaluation-harness"))) is not None:
+            add(f"times lm-evaluation-harness, {model}", r["ours_times"], bound, least=True)
+    if (r := of.get(("100 M", "packed forward"))) is not None:
+        add("share of the packed forward pass, 100 M", r["ours_times"], 0.9, least=True)
+    if (r := of.get(("256,000 words", "forgetcast"))) is not None:
+        logits = 2048 * 256_000 * 4 / 2**20
+        add("memory to that of a batch's logits, 256,000 words", r["mebibytes"] / logits, 0.25, least=False)
+    return found
+
+
+if __name__ == "__main__":
+    main()
