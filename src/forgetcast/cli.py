@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -90,6 +91,11 @@ def score_(
     pool: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a saved data set's directory.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Score file to write (Parquet).")],
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the context.")] = None,
+    answers: Annotated[
+        bool,
+        typer.Option("--exact-match", help="Let the model answer the prompts too; compare with the completions."),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, with --exact-match.")] = 32,
     stride: Annotated[
         int | None, typer.Option(help="Read longer texts in windows this many tokens apart; default: cut them.")
     ] = None,
@@ -103,7 +109,7 @@ def score_(
 
     Example: forgetcast score ./my-model pool.jsonl -o before.parquet
     """
-    from forgetcast.lm import load, score
+    from forgetcast.lm import exact_match, load, score
 
     examples = Pool.load(pool)
     language_model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -111,10 +117,10 @@ def score_(
 
     with _progress() as report:
 
-        def count(finished: int) -> None:
+        def count(finished: int, what: str = "scoring") -> None:
             nonlocal done
             done += finished
-            report("scoring", done, len(examples))
+            report(what, done, len(examples))
 
         scores = score(
             language_model,
@@ -125,16 +131,28 @@ def score_(
             partial=output.with_name(f"{output.name}.partial"),
             on_progress=count,
         )
+        if answers:
+            done = 0
+            right, predictions = exact_match(
+                language_model, examples, max_new_tokens=max_new_tokens, on_progress=lambda n: count(n, "answering")
+            )
+            scores = replace(scores, exact_match=right, predictions=predictions)
     scores.save(output)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
+    right_answers = None
+    if scores.exact_match is not None and not np.isnan(scores.exact_match).all():
+        right_answers = float(np.nanmean(scores.exact_match))
     facts = {
         "examples": len(scores),
         "unscored": len(unscored),
         "truncated": int(scores.truncated.sum()),
         "tokens": int(scores.tokens.sum()),
         "mean_nll": float(np.nanmean(scores.nll)) if len(unscored) < len(scores) else None,
+        "right_answers": right_answers,
         "output": str(output),
     }
+    if answers and right_answers is None:
+        err.print("warning: no example has a prompt, so there was nothing to answer")
     if unscored:
         err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
     _show(facts, as_json, title="Scores")

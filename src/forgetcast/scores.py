@@ -39,6 +39,8 @@ class Scores:
         Why an example could not be scored; None where it was. Default: None for all.
     exact_match : array of float, shape (N,), optional
         1 where the model's answer was right, 0 where it was wrong, NaN where it was not asked for one.
+    predictions : sequence of str or None, length N, optional
+        The answers.
     metadata : mapping
         Provenance that is saved with the numbers: 'model', 'model_hash', 'pool' (the pool's fingerprint), settings.
 
@@ -54,6 +56,7 @@ class Scores:
     truncated: np.ndarray
     reasons: Sequence[str | None] = ()
     exact_match: np.ndarray | None = None
+    predictions: Sequence[str | None] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,6 +71,9 @@ class Scores:
         if self.exact_match is not None:
             set_(self, "exact_match", np.asarray(self.exact_match, dtype=np.float64))
             names.append("exact_match")
+        if self.predictions is not None:
+            set_(self, "predictions", tuple(self.predictions))
+            names.append("predictions")
         for name in names:
             if len(getattr(self, name)) != n:
                 raise DataError(f"scores: {n} ids but {len(getattr(self, name))} values of {name!r}")
@@ -106,7 +112,7 @@ class Scores:
             raise MismatchError(f"{where}: example {error.args[0]!r} has no score") from None
 
     def save(self, path: str | Path) -> None:
-        """Write a Parquet file with the columns id, nll, tokens, truncated, reason, and exact_match if there is one."""
+        """Write a Parquet file: id, nll, tokens, truncated, reason; exact_match and prediction where there are any."""
         columns = {
             "id": pa.array(self.ids, pa.string()),
             "nll": pa.array(self.nll, pa.float64()),
@@ -116,6 +122,8 @@ class Scores:
         }
         if self.exact_match is not None:
             columns["exact_match"] = pa.array(self.exact_match == 1, pa.bool_(), mask=np.isnan(self.exact_match))
+        if self.predictions is not None:
+            columns["prediction"] = pa.array(self.predictions, pa.string())
         write_table(pa.table(columns), Path(path), self.metadata)
 
     @classmethod
@@ -137,6 +145,7 @@ class Scores:
                 tokens=table.column("tokens").to_numpy(),
                 truncated=table.column("truncated").to_numpy(zero_copy_only=False),
                 reasons=reasons,
+                predictions=table.column("prediction").to_pylist() if "prediction" in table.column_names else None,
                 exact_match=None if right is None else np.array(right, dtype=np.float64),
                 metadata=metadata,
             )

@@ -9,9 +9,10 @@ try:
 except ImportError as error:
     raise MissingExtraError("lm", error) from error
 
+from forgetcast.lm.generate import exact_match
 from forgetcast.lm.load import LanguageModel, load
 from forgetcast.lm.replay import ReplayMixture
 from forgetcast.lm.score import score
 from forgetcast.lm.train import Recipe, Tuned, Workbench
 
-__all__ = ["LanguageModel", "Recipe", "ReplayMixture", "Tuned", "Workbench", "load", "score"]
+__all__ = ["LanguageModel", "Recipe", "ReplayMixture", "Tuned", "Workbench", "exact_match", "load", "score"]

@@ -1,0 +1,138 @@
+"""Answers by greedy generation, and whether they are the expected ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from forgetcast.errors import ConfigError
+from forgetcast.lm.load import LanguageModel
+from forgetcast.lm.text import pad_id
+from forgetcast.pool import Pool
+
+Metric = Callable[[str, str], float]
+"""From an answer and the expected one to 1 (right) or 0 (wrong)."""
+
+
+def same_answer(answer: str, expected: str) -> float:
+    """1 if the two are equal but for case, punctuation, articles and spaces, else 0.
+
+    As is usual since Rajpurkar et al. (2016), but that a number keeps its sign and its decimal point.
+    """
+    return float(_normalised(answer) == _normalised(expected))
+
+
+def _normalised(text: str) -> str:
+    plain = re.sub(r"[-.](?!\d)|[^\w\s.-]", "", text.lower())
+    # Of an answer that is nothing but articles or punctuation, such as "A" or "<", that is the answer.
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split()) or " ".join(text.lower().split())
+
+
+@torch.inference_mode()
+def exact_match(
+    language_model: LanguageModel,
+    pool: Pool,
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    metric: Metric = same_answer,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, tuple[str | None, ...]]:
+    """Let the model answer every prompt, and compare with the completion.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    pool : Pool
+        Examples without a prompt are passed over.
+    max_new_tokens : int
+        Longest answer. It ends earlier at the end-of-text token, or at the end of a line where one line is expected.
+    batch_size : int
+    metric : callable
+        How an answer is judged.
+    on_progress : callable, optional
+        Called with the number of prompts that a batch has answered.
+
+    Returns
+    -------
+    right : array of float, shape (N,)
+        NaN for examples without a prompt.
+    answers : tuple of str or None, length N
+
+    Raises
+    ------
+    ConfigError
+        If no prompt would be left in the context beside the answer.
+    """
+    model: Any = language_model.model
+    tokenizer: Any = language_model.tokenizer
+    room = language_model.context - max_new_tokens
+    if max_new_tokens < 1 or room < 1:
+        raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
+    asked = [i for i, example in enumerate(pool) if example.prompt is not None]
+    prompts = {i: list(tokenizer(pool[i].prompt or "", verbose=False)["input_ids"])[-room:] for i in asked}
+    # Without a prompt there is still a place to begin.
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
+    prompts = {i: ids or [begin] for i, ids in prompts.items()}
+    right, answers = np.full(len(pool), np.nan), dict[int, str]()
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    order = sorted(asked, key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), longest), pad_id(tokenizer))
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):  # padded on the left, so that all answers begin at the same place
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, longest - len(prompts[i]) :] = 1
+        single = [_is_line(pool[i].completion or "") for i in batch]
+
+        def text(row: torch.Tensor, is_line: bool, longest: int = longest) -> str:
+            answer: str = tokenizer.decode(row[longest:], skip_special_tokens=True).lstrip()
+            return answer.split("\n")[0].rstrip() if is_line else answer.rstrip()
+
+        ended = _LineEnds(tokenizer, longest, single)
+        found = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([ended]),
+        )
+        for row, i in enumerate(batch):
+            answers[i] = text(found[row], single[row])
+            right[i] = metric(answers[i], (pool[i].completion or "").strip())
+        if on_progress is not None:
+            on_progress(len(batch))
+    model.train(was_training)
+    return right, tuple(answers.get(i) for i in range(len(pool)))
+
+
+def _is_line(text: str) -> bool:
+    return "\n" not in text.strip()
+
+
+class _LineEnds(StoppingCriteria):
+    """Stop a row at the end of its first line, where one line is all that is expected."""
+
+    def __init__(self, tokenizer: Any, begin: int, single: list[bool]) -> None:
+        self._tokenizer, self._begin, self._single = tokenizer, begin, single
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:  # noqa: ARG002
+        """Is called by `generate` after every token, with arguments of these names."""
+        ended = [
+            single and "\n" in self._tokenizer.decode(row[self._begin :]).lstrip()
+            for row, single in zip(input_ids, self._single, strict=True)
+        ]
+        return torch.tensor(ended, device=input_ids.device)
