@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,10 +30,10 @@ import surprise
 from rich.console import Console
 from rich.table import Table
 
-import forgetcast
 from forgetcast import ForgettingMatrix, probes
 from forgetcast.completion import KNN, Additive, Bayesian, LogisticMF, MatrixFactorization
 from forgetcast.completion.logistic import BIAS_PRECISION, factor_logistic
+from shared import conclude, target
 
 IN_DOMAIN = (6, 65, 18, 8, 60, 13, 37, 22, 30, 19, 64, 50, 25, 31, 32, 61, 16, 5, 53, 49)
 OUT_OF_DOMAIN = tuple(range(66, 76))
@@ -305,23 +304,14 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     quality_of = {(r["domain"], r["method"], r["probes"]): r for r in rows if r["part"] == "quality"}
     for (domain, kind), bound in MUST.items():
         value = quality_of[domain, "Bayesian", kind]["ratio_to_papers_best"]
-        found.append(
-            {"name": f"error, {kind} probes, {domain}", "value": value, "bound": bound, "holds": value <= bound}
-        )
+        found.append(target(f"error, {kind} probes, {domain}", value, bound))
     for domain, (low, high) in {"in domain": (0.87, 0.93), "out of domain": (0.80, 1.0)}.items():
         value = quality_of[domain, "Bayesian", "30 random"]["coverage_90"]
         holds = low <= value <= high
         found.append({"name": f"coverage of 90 % intervals, {domain}", "value": value, "bound": low, "holds": holds})
     paper = quality_of["in domain", "paper: svd", "30 random"]["seconds_per_task"]
     speed = paper / quality_of["in domain", "Bayesian", "30 random"]["seconds_per_task"]
-    found.append(
-        {
-            "name": "times faster per new task than the paper's MF (svd)",
-            "value": speed,
-            "bound": 10_000,
-            "holds": speed >= 10_000,
-        }
-    )
+    found.append(target("times faster per new task than the paper's MF (svd)", speed, 10_000, least=True))
     largest = max(
         (r for r in rows if r["part"] == "scaling" and r["examples"] < 10**6), key=lambda r: r["tasks"] * r["examples"]
     )
@@ -330,16 +320,15 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("forecast / product", "forecast_to_product", 3),
     ):
         size = f"{largest['tasks']} x {largest['examples']}"
-        holds = largest[key] <= bound
-        found.append({"name": f"{name}, {size}", "value": largest[key], "bound": bound, "holds": holds})
+        found.append(target(f"{name}, {size}", largest[key], bound))
     ours, whole, theirs = (r for r in rows if r["part"] == "logistic")
     for name, r in (("factors", ours), ("whole fit", whole)):
         value = theirs["seconds"] / r["seconds"]
         name = f"times faster than {theirs['method']}, {name} of LogisticMF"
-        found.append({"name": name, "value": value, "bound": 50, "holds": value >= 50})
+        found.append(target(name, value, 50, least=True))
     value = ours["log_likelihood"] - theirs["log_likelihood"]
     name = f"log-likelihood per entry above that of {theirs['method']}"
-    found.append({"name": name, "value": value, "bound": 0, "holds": value >= 0})
+    found.append(target(name, value, 0, least=True))
     return found
 
 
@@ -392,24 +381,7 @@ def main() -> None:
         if r["part"] == "logistic":
             table.add_row(r["method"], f"{r['seconds']:.2f}", f"{r['log_likelihood']:.6f}")
     console.print(table)
-    checked = targets(rows)
-    table = Table("target", "value", "bound", "holds", title="Targets")
-    for t in checked:
-        table.add_row(t["name"], f"{t['value']:.4g}", f"{t['bound']:g}", "yes" if t["holds"] else "NO")
-    console.print(table)
-    if arguments.json:
-        environment = {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-            "scikit-surprise": surprise.__version__,
-            "forgetcast": forgetcast.__version__,
-            "quick": arguments.quick,
-        }
-        rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
-        arguments.json.write_text(json.dumps({"environment": environment, "rows": rows, "targets": checked}, indent=2))
+    conclude(console, rows, targets(rows), arguments.json, "scipy", "scikit-surprise")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -25,9 +23,9 @@ import zarr
 from rich.console import Console
 from rich.table import Table
 
-import forgetcast
 from forgetcast import Atlas, Example, Pool, Scores, probes
 from forgetcast.completion import Bayesian
+from shared import conclude, target
 
 TASKS, RANK, PROBES = 100, 5, 30
 MEMORY_BOUND = 2.0
@@ -125,23 +123,11 @@ def main() -> None:
         own = [r for r in rows if r["atlas"] == kind]
         peak = own[-1]["gigabytes"]
         name = f"peak memory, {TASKS} x {own[-1]['examples']:,}, {kind}, GB"
-        targets.append({"name": name, "value": peak, "bound": MEMORY_BOUND, "holds": peak <= MEMORY_BOUND})
+        targets.append(target(name, peak, MEMORY_BOUND))
         grown = own[-1]["microseconds_per_example"] / own[-2]["microseconds_per_example"]
         name = f"time per example, last size to the one before, {kind}"
-        targets.append({"name": name, "value": grown, "bound": LINEAR_BOUND, "holds": grown <= LINEAR_BOUND})
-    table = Table("target", "value", "bound", "holds", title="Targets")
-    for t in targets:
-        table.add_row(t["name"], f"{t['value']:.3g}", f"{t['bound']:g}", "yes" if t["holds"] else "NO")
-    console.print(table)
-    if arguments.json:
-        environment = {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "numpy": np.__version__,
-            "forgetcast": forgetcast.__version__,
-        }
-        arguments.json.write_text(json.dumps({"environment": environment, "rows": rows, "targets": targets}, indent=2))
+        targets.append(target(name, grown, LINEAR_BOUND))
+    conclude(console, rows, targets, arguments.json)
 
 
 if __name__ == "__main__":

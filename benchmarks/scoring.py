@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -30,14 +29,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import forgetcast
 from forgetcast import Example, Pool
 from forgetcast.lm import LanguageModel, load, score
+from forgetcast.lm.load import embedding_rows
+from shared import conclude, target
 
 DEMO = files("forgetcast.demo") / "model"
 ROUNDS = 3
@@ -110,7 +109,9 @@ def harness(model: LanguageModel, pool: Pool) -> float:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=16, max_length=model.context)
+    # As many texts at once as fit beside their logits.
+    size = max(min(16, 2**29 // (model.context * embedding_rows(model.model))), 1)
+    lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=size, max_length=model.context)
     requests = [Instance("loglikelihood_rolling", {}, (example.text,), i) for i, example in enumerate(pool)]
     sums = lm.loglikelihood_rolling(requests, disable_tqdm=True)
     tokens = [len(model.tokenizer(example.text, add_special_tokens=False)["input_ids"]) for example in pool]
@@ -151,10 +152,10 @@ def main() -> None:
             if way == "harness" and find_spec("lm_eval") is None:
                 console.print("lm-evaluation-harness is not installed; passed over", style="dim")
                 continue
-            console.print(f"{name}: {label}", style="dim")
             command = [sys.executable, __file__, "--job", name, way]
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append({"model": name, "way": label, **json.loads(found.splitlines()[-1])})
+            console.print(f"{name}, {label}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", style="dim")
     table = Table("model", "way", "tokens/s", "ours, times", "mean loss", "peak memory grows, MiB", title="Scoring")
     own = {r["model"]: r["tokens_per_second"] for r in rows if r["way"] == "forgetcast"}
     for r in rows:
@@ -163,41 +164,21 @@ def main() -> None:
         memory = f"{r['mebibytes']:.0f}"
         table.add_row(r["model"], r["way"], f"{r['tokens_per_second']:,.0f}", f"{r['ours_times']:.2f}", loss, memory)
     console.print(table)
-    checked = targets(rows)
-    table = Table("target", "value", "bound", "holds", title="Targets")
-    for t in checked:
-        table.add_row(t["name"], f"{t['value']:.3g}", f"{t['bound']:g}", "yes" if t["holds"] else "NO")
-    console.print(table)
-    if arguments.json:
-        environment = {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "forgetcast": forgetcast.__version__,
-        }
-        rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
-        arguments.json.write_text(json.dumps({"environment": environment, "rows": rows, "targets": checked}, indent=2))
+    conclude(console, rows, targets(rows), arguments.json, "torch", "transformers")
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the figures have to hold up to."""
     of = {(r["model"], r["way"]): r for r in rows}
     found = []
-
-    def add(name: str, value: float, bound: float, *, least: bool) -> None:
-        holds = value >= bound if least else value <= bound
-        found.append({"name": name, "value": value, "bound": bound, "holds": holds})
-
     for model, bound in (("demo", 4.0), ("100 M", 1.5)):
         if (r := of.get((model, "lm-evaluation-harness"))) is not None:
-            add(f"times lm-evaluation-harness, {model}", r["ours_times"], bound, least=True)
+            found.append(target(f"times lm-evaluation-harness, {model}", r["ours_times"], bound, least=True))
     if (r := of.get(("100 M", "packed forward"))) is not None:
-        add("share of the packed forward pass, 100 M", r["ours_times"], 0.9, least=True)
+        found.append(target("share of the packed forward pass, 100 M", r["ours_times"], 0.9, least=True))
     if (r := of.get(("256,000 words", "forgetcast"))) is not None:
         logits = 2048 * 256_000 * 4 / 2**20
-        add("memory to that of a batch's logits, 256,000 words", r["mebibytes"] / logits, 0.25, least=False)
+        found.append(target("memory to that of a batch's logits, 256,000 words", r["mebibytes"] / logits, 0.25))
     return found
 
 

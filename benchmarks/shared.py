@@ -1,0 +1,39 @@
+"""What every benchmark ends with: the table of targets, and a JSON file of all figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+def target(name: str, value: float, bound: float, *, least: bool = False) -> dict[str, Any]:
+    """A figure and what it has to hold up to: at most `bound`, or `least` that."""
+    return {"name": name, "value": value, "bound": bound, "holds": value >= bound if least else value <= bound}
+
+
+def conclude(
+    console: Console, rows: list[dict[str, Any]], targets: list[dict[str, Any]], path: Path | None, *packages: str
+) -> None:
+    """Print the targets, and write all figures with the versions of `packages` to `path`, if there is one."""
+    table = Table("target", "value", "bound", "holds", title="Targets")
+    for t in targets:
+        table.add_row(t["name"], f"{t['value']:.4g}", f"{t['bound']:g}", "yes" if t["holds"] else "NO")
+    console.print(table)
+    if path is None:
+        return
+    environment: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        **{package: version(package) for package in ("forgetcast", "numpy", *packages)},
+    }
+    rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
+    path.write_text(json.dumps({"environment": environment, "rows": rows, "targets": targets}, indent=2))
