@@ -37,12 +37,12 @@ class Scores:
         Whether the text was longer than the context and was cut.
     reasons : sequence of str or None, length N
         Why an example could not be scored; None where it was. Default: None for all.
+    metadata : mapping
+        Provenance that is saved with the numbers: 'model', 'model_hash', 'pool' (the pool's fingerprint), settings.
     exact_match : array of float, shape (N,), optional
         1 where the model's answer was right, 0 where it was wrong, NaN where it was not asked for one.
     predictions : sequence of str or None, length N, optional
         The answers.
-    metadata : mapping
-        Provenance that is saved with the numbers: 'model', 'model_hash', 'pool' (the pool's fingerprint), settings.
 
     Raises
     ------
@@ -55,9 +55,9 @@ class Scores:
     tokens: np.ndarray
     truncated: np.ndarray
     reasons: Sequence[str | None] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     exact_match: np.ndarray | None = None
     predictions: Sequence[str | None] | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Bring the arrays to their types and check them."""

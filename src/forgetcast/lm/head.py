@@ -34,7 +34,7 @@ class Head:
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
         whole: Any = model
         self._model = whole
-        inner = whole.get_base_model() if hasattr(whole, "peft_config") else whole
+        inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         self._decoder: Any = getattr(inner, inner.base_model_prefix, None)
         self._output: Any = inner.get_output_embeddings()
         config = inner.config.get_text_config()
