@@ -183,6 +183,11 @@ class TestHarness:
         assert flips is not None
         assert (flips.examples, flips.right_before) == (2, 0.5)
 
+    def test_a_sign_that_ends_lines_elsewhere_is_part_of_a_text(self, tmp_path: Path) -> None:
+        file = tmp_path / "samples_quiz_x.jsonl"
+        file.write_text(json.dumps(SAMPLE | {"doc": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert read_lm_eval(file)[0].ids == ("quiz/0",)
+
     def test_what_is_no_sample(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no samples_"):
             read_lm_eval(tmp_path)

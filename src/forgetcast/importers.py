@@ -42,7 +42,8 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
     for file in files:
         # samples_TASK_DATE.jsonl, where the date has no underscore.
         task = file.stem.removeprefix("samples_").rpartition("_")[0] or file.stem
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines, which also splits at signs that JSON allows within a string.
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:
