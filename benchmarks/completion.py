@@ -82,6 +82,14 @@ def refit(make: Callable[[], Any], known: np.ndarray, at: np.ndarray, observed: 
     return np.array([algorithm.predict(tasks, example, clip=False).est for example in range(examples)])
 
 
+def split(examples: int, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One half of the columns to take probes from, the other to judge on, and random probes."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(examples)
+    candidates = np.sort(order[: examples // 2])
+    return candidates, order[examples // 2 :], rng.choice(candidates, count, replace=False)
+
+
 def quality(
     values: np.ndarray, seeds: int, most_tasks: int | None, reference: dict[str, Any] | None, console: Console
 ) -> list[dict[str, Any]]:
@@ -103,10 +111,7 @@ def quality(
         new = values[list(rows[:most_tasks])]
         for seed in range(seeds):
             console.print(f"{domain}, split {seed + 1} of {seeds}", style="dim")
-            rng = np.random.default_rng(seed)
-            order = rng.permutation(values.shape[1])
-            candidates, judged = np.sort(order[:500]), order[500:]
-            at_random = rng.choice(candidates, 30, replace=False)
+            candidates, judged, at_random = split(values.shape[1], seed, 30)
             for name, make in PAPER.items():
                 refitted = new if reference is None else new[: TIMED if seed == 0 else 0]
                 started = time.perf_counter()
@@ -194,10 +199,7 @@ def curves(values: np.ndarray, seeds: int) -> list[dict[str, Any]]:
     for domain, rows in DOMAINS.items():
         new = values[list(rows)]
         for seed in range(seeds):
-            rng = np.random.default_rng(seed)
-            order = rng.permutation(values.shape[1])
-            candidates, judged = np.sort(order[:500]), order[500:]
-            at_random = rng.choice(candidates, max(CURVE), replace=False)
+            candidates, judged, at_random = split(values.shape[1], seed, max(CURVE))
             chosen = probes.choose(fitted["Bayesian"], max(CURVE), candidates)
             for k in CURVE:
                 for name, model in fitted.items():

@@ -143,6 +143,15 @@ class TestAtlasOnDisk:
         assert stored.std[77] > 5 * np.median(stored.std)
         np.testing.assert_allclose(np.median(stored.std), np.median(memory.std), rtol=0.15)
 
+    def test_too_few_measured_tasks(self, tmp_path: Path) -> None:
+        pool = make_pool(30)
+        atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
+        for name in ("empty", "as empty"):
+            for method in (Bayesian(), Additive()):
+                with pytest.raises(DataError, match="at least two measured tasks; the matrix has 1"):
+                    method.fit(atlas)
+            atlas.add(name, make_scores(pool, np.full(30, 4.0)), examples=[])
+
     def test_factors_of_a_complete_matrix_are_the_same_either_way(self, values: np.ndarray) -> None:
         whole, squares = factor_complete(values, 3)
         found, own, counts = factor_incomplete(values, 3)

@@ -62,10 +62,16 @@ class Ids(Sequence[str]):
         found = self._column[item]
         return tuple(found.to_pylist()) if isinstance(item, slice) else str(found.as_py())
 
-    def positions(self, ids: Iterable[str]) -> np.ndarray:
-        """Positions of `ids`, shape (len(ids),); -1 where there is none."""
-        found = pc.index_in(pa.array(ids, self._column.type), value_set=self._column)
-        return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.intp)
+    def positions(self, ids: Iterable[str], *, where: str = "the request") -> np.ndarray:
+        """Positions of `ids`, shape (len(ids),); as `Pool.positions`, with its error."""
+        wanted = pa.array(ids, self._column.type)
+        found = pc.index_in(wanted, value_set=self._column)
+        if found.null_count:
+            unknown = wanted.filter(found.is_null())
+            raise MismatchError(
+                f"{where} has {len(unknown)} example(s) that the pool doesn't know, e.g. {unknown[0].as_py()!r}"
+            )
+        return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.intp)
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), BLOCK):
@@ -238,9 +244,9 @@ class Atlas:
         if missing:
             raise DataError(f"{path} is not a whole atlas: {missing[0]} is missing")
         atlas = cls(path, index)
+        columns = atlas._array("r").shape[1]
         for name in ("pool.parquet", "before.parquet"):
-            rows, columns = pq.read_metadata(path / name).num_rows, atlas._array("r").shape[1]
-            if rows != columns:
+            if (rows := pq.read_metadata(path / name).num_rows) != columns:
                 raise MismatchError(f"{path / name} has {rows} examples, but {columns} were scored; put it back")
         return atlas
 
@@ -349,12 +355,13 @@ class Atlas:
         MismatchError
             If an example is unknown, or has the text of another pool.
         """
-        columns = self._positions(scores.ids if ids is None else ids)
+        where = "the score file"
+        columns = self.examples.positions(scores.ids if ids is None else ids, where=where)
         if scores.pool_fingerprint not in (None, self.pool_fingerprint):
-            check_fingerprint("the score file", scores.pool_fingerprint, self.subset(scores.ids))
+            check_fingerprint(where, scores.pool_fingerprint, self.subset(scores.ids, where=where))
         return columns
 
-    def subset(self, ids: Iterable[str]) -> Pool:
+    def subset(self, ids: Iterable[str], *, where: str = "the request") -> Pool:
         """Make a pool of the examples with these ids, in the order of `ids`; only their texts are read.
 
         Raises
@@ -363,19 +370,9 @@ class Atlas:
             If an id is unknown.
         """
         ids = list(ids)
-        self._positions(ids)
+        self.examples.positions(ids, where=where)
         rows = pads.dataset(self.path / "pool.parquet").to_table(filter=pc.field("id").isin(pa.array(ids, pa.string())))
         return Pool(Example(**row) for row in rows.select(FIELDS).to_pylist()).subset(ids)
-
-    def _positions(self, ids: Iterable[str]) -> np.ndarray:
-        ids = list(ids)
-        columns = self.examples.positions(ids)
-        if (columns < 0).any():
-            raise MismatchError(
-                f"the score file has {(columns < 0).sum()} example(s) that the pool doesn't know, "
-                f"e.g. {ids[int(np.argmin(columns))]!r}"
-            )
-        return columns
 
     def matrix(self, tasks: Iterable[str] | None = None) -> ForgettingMatrix:
         """Read rows into memory: all of them, or those of `tasks`."""
@@ -384,7 +381,7 @@ class Atlas:
             StoredMatrix(self, rows)[:, :] if rows else np.empty((0, len(self.examples))),
             tasks=[self.tasks[row] for row in rows],
             examples=self.examples[:],
-            sources=pq.read_table(self.path / "pool.parquet", columns=["source"])["source"].fill_null("").to_pylist(),
+            sources=self._sources(),
             pool_fingerprint=self.pool_fingerprint,
         )
 
@@ -399,7 +396,7 @@ class Atlas:
         dataset = xr.open_zarr(self.path / "numbers.zarr", consolidated=False)
         dataset = dataset.isel(task=slice(0, len(self.tasks)))
         return dataset.assign(before=("example", self.nll_before)).assign_coords(
-            task=list(self.tasks), example=list(self.examples), source=("example", list(self.pool.sources))
+            task=list(self.tasks), example=list(self.examples), source=("example", self._sources())
         )
 
     def is_complete(self, task: str) -> bool:
@@ -408,6 +405,10 @@ class Atlas:
             return False
         row = np.asarray(self._array("r")[self._row(task)])
         return not np.isnan(row[~np.isnan(self.nll_before)]).any()
+
+    def _sources(self) -> list[str]:
+        """Source of each example, without its text; '' where it has none."""
+        return pq.read_table(self.path / "pool.parquet", columns=["source"])["source"].fill_null("").to_pylist()
 
     def _array(self, mode: Any) -> zarr.Array[Any]:
         return zarr.open_array(self.path / "numbers.zarr" / "forgetting", mode=mode)

@@ -27,6 +27,7 @@ from forgetcast import completion, probes
 from forgetcast._files import read_json, write_json
 from forgetcast.atlas import Atlas
 from forgetcast.collect import CollectConfig, OnProgress, check_base, check_settings, collect, read_settings
+from forgetcast.completion.base import UNLIKE
 from forgetcast.diff import Gate, difference
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.evaluation import bench, bench_left_out
@@ -308,7 +309,7 @@ def forecast_(
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
         table.add_row(escape(row["id"]), f"{row['mean']:.3f}", interval)
     out.print(table)
-    if forecast.misfit < 0.05:
+    if forecast.misfit < UNLIKE:
         out.print(
             "The probes say that this task is unlike those in the atlas: measure more of them before you rely on it"
             + (", or use --method auto, which takes what forecasts unlike tasks best." if method != "auto" else ".")
@@ -342,7 +343,7 @@ def plan_(
         mean = given.mean[_order(given.ids, pool)]
     elif strategy == "forecast":
         mean = completion.Bayesian().fit(opened.matrix()).predict([], []).mean
-    unscored = [id_ for id_, nll in zip(pool.ids, opened.before.nll, strict=True) if np.isnan(nll)]
+    unscored = [id_ for id_, nll in zip(pool.ids, opened.nll_before, strict=True) if np.isnan(nll)]
     excluded = {*(given.probes if given is not None else ()), *unscored}
     plan = make_plan(
         pool,

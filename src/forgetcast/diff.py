@@ -12,6 +12,7 @@ import numpy as np
 import scipy  # its parts load when they are first used, which keeps starting fast
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.evaluation import worst_part
 from forgetcast.scores import Scores
 
 RESAMPLES, BATCH_ENTRIES = 2_000, 10_000_000
@@ -165,7 +166,6 @@ def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None =
 
 
 def _change(change: np.ndarray) -> Change:
-    ordered = np.sort(change)[::-1]
     mean = lower = upper = float(change.mean())
     if np.ptp(change) > 0:
         interval = scipy.stats.bootstrap(
@@ -183,8 +183,8 @@ def _change(change: np.ndarray) -> Change:
         median=float(np.median(change)),
         lower=lower,
         upper=upper,
-        worst_tenth=float(ordered[: max(round(len(change) / 10), 1)].mean()),
-        worst_hundredth=float(ordered[: max(round(len(change) / 100), 1)].mean()),
+        worst_tenth=worst_part(change, 10),
+        worst_hundredth=worst_part(change, 100),
         share_worse=float((change > 0).mean()),
     )
 

@@ -11,7 +11,8 @@ import numpy as np
 import scipy  # its parts load when they are first used, which keeps starting fast
 
 from forgetcast.completion import Bayesian, Completion, Forecast
-from forgetcast.completion.base import correlation
+from forgetcast.completion.base import correlation, without_alike
+from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.probes import choose
@@ -98,9 +99,14 @@ def average(accuracies: Iterable[Accuracy]) -> Accuracy:
 
 def worst_tenth(forgetting: Any) -> float:
     """Mean of the most forgotten tenth (at least one example), nats per token; NaN entries are passed over."""
+    return worst_part(forgetting, 10)
+
+
+def worst_part(forgetting: Any, parts: int) -> float:
+    """The same of the worst of so many equal parts."""
     values = np.asarray(forgetting, dtype=np.float64)
     values = np.sort(values[~np.isnan(values)])
-    return float(values[-max(1, round(len(values) / 10)) :].mean())
+    return float(values[-max(1, round(len(values) / parts)) :].mean())
 
 
 @dataclass(frozen=True)
@@ -234,15 +240,13 @@ def bench_left_out(
         As in `bench`; or if fewer than two tasks are left to learn from.
     """
     tasks = matrix.shape[0]
-    dropped = round(alike * (tasks - 1))
-    if not 0 <= alike < 1 or tasks - 1 - dropped < 2:
+    if not 0 <= alike < 1 or tasks - 1 - round(alike * (tasks - 1)) < 2:
         raise DataError(f"of {tasks} tasks, leaving out one and {alike:.0%} of the others leaves too few to learn from")
     likeness = correlation(matrix.values)
     splits = []
-    for task in range(tasks):
-        others = np.argsort(-likeness[task], kind="stable")
-        kept = np.sort(others[others != task][dropped:])
-        splits.append((matrix.select([matrix.tasks[i] for i in kept]), matrix.select([matrix.tasks[task]])))
+    for task, name in enumerate(matrix.tasks):
+        kept = without_alike(likeness, task, alike)
+        splits.append((matrix.select([matrix.tasks[i] for i in kept]), matrix.select([name])))
     return _bench(splits, methods, ks, seeds, baseline, on_progress)
 
 
@@ -350,7 +354,7 @@ class _Figures(NamedTuple):
     @property
     def f1(self) -> float:
         """F1 of "forgotten" over all entries; NaN where they are not binary."""
-        return 2 * self.hits / max(self.forgotten + self.said, 1) if self.binary else float("nan")
+        return f1(self.hits, self.forgotten, self.said) if self.binary else float("nan")
 
 
 def _together(parts: Sequence[_Figures]) -> _Figures:
@@ -377,6 +381,6 @@ def _figures(forecast: Forecast, truth: np.ndarray, judged: np.ndarray, seconds:
         hits=int((forgotten & said).sum()),
         forgotten=int(forgotten.sum()),
         said=int(said.sum()),
-        binary=bool(np.isin(truth[~np.isnan(truth)], (0.0, 1.0)).all()),
+        binary=is_binary(truth),
         seconds=seconds,
     )

@@ -136,16 +136,19 @@ class Scores:
             If the file is not a score file; the message names what is missing.
         """
         table, metadata = read_table(Path(path), ("id", "nll", "tokens", "truncated"), kind="score")
-        reasons = table.column("reason").to_pylist() if "reason" in table.column_names else ()
-        right = table.column("exact_match").to_pylist() if "exact_match" in table.column_names else None
+
+        def optional(name: str) -> list[Any] | None:
+            return table.column(name).to_pylist() if name in table.column_names else None
+
+        right = optional("exact_match")
         try:
             return cls(
                 ids=table.column("id").to_pylist(),
                 nll=table.column("nll").to_numpy(),
                 tokens=table.column("tokens").to_numpy(),
                 truncated=table.column("truncated").to_numpy(zero_copy_only=False),
-                reasons=reasons,
-                predictions=table.column("prediction").to_pylist() if "prediction" in table.column_names else None,
+                reasons=optional("reason") or (),
+                predictions=optional("prediction"),
                 exact_match=None if right is None else np.array(right, dtype=np.float64),
                 metadata=metadata,
             )

@@ -10,7 +10,7 @@ import numpy as np
 
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.factorisation import held_out_entries
-from forgetcast.completion.logistic import factor_logistic
+from forgetcast.completion.logistic import f1, factor_logistic, is_binary
 from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
@@ -132,14 +132,13 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
 
 
 def _binary_f1(values: np.ndarray, ranks: int) -> tuple[float, ...]:
-    present = ~np.isnan(values)
-    if not np.isin(values[present], (0.0, 1.0)).all():
+    if not is_binary(values):
         return ()
-    forgotten = values == 1
+    present, forgotten = ~np.isnan(values), values == 1
     found = []
     for rank in range(1, ranks + 1):
         said = (factor_logistic(values, rank, F1_PRECISION).probability >= 0.5) & present
-        found.append(2 * float((said & forgotten).sum()) / max(float(said.sum() + forgotten.sum()), 1.0))
+        found.append(f1(int((said & forgotten).sum()), int(forgotten.sum()), int(said.sum())))
     return tuple(found)
 
 

@@ -71,6 +71,19 @@ def _difference_rows(found: Difference) -> Iterator[tuple[str, str]]:
         yield "McNemar", f"p = {flips.mcnemar_p:.2g}"
 
 
+def _source_rows(found: Difference) -> Iterator[tuple[str, ...]]:
+    """Source, examples, mean, interval and worst tenth."""
+    for name, part in found.by_source.items():
+        interval = f"{part.lower:+.4f} to {part.upper:+.4f}"
+        yield name, f"{part.examples}", f"{part.mean:+.4f}", interval, f"{part.worst_tenth:+.4f}"
+
+
+def _worst_rows(found: Difference) -> Iterator[tuple[str, ...]]:
+    """Id, loss before and after, and change."""
+    for row in found.worst:
+        yield row["id"], f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['change']:+.3f}"
+
+
 def difference_tables(found: Difference) -> Iterator[Table]:
     """What changed, by source, and the examples that got worst."""
     table = Table("figure", "after minus before", title="Change of the loss (nats per token; positive is forgotten)")
@@ -79,27 +92,23 @@ def difference_tables(found: Difference) -> Iterator[Table]:
     yield table
     if found.by_source:
         table = Table("source", "examples", "mean", "95 % interval", "worst tenth", title="By source")
-        for name, part in found.by_source.items():
-            interval = f"{part.lower:+.4f} to {part.upper:+.4f}"
-            figures = (f"{part.examples}", f"{part.mean:+.4f}", interval, f"{part.worst_tenth:+.4f}")
+        for name, *figures in _source_rows(found):
             table.add_row(escape(name) or "(none)", *figures)
         yield table
     if found.worst:
         table = Table("example", "before", "after", "change", title="Got worst")
-        for row in found.worst:
-            table.add_row(
-                escape(row["id"]), *(f"{row[name]:.3f}" for name in ("before", "after")), f"{row['change']:+.3f}"
-            )
+        for name, *figures in _worst_rows(found):
+            table.add_row(escape(name), *figures)
         yield table
 
 
 def difference_markdown(found: Difference, failed: Sequence[str]) -> str:
     """The same as Markdown, with the conditions that failed."""
 
-    def cell(text: str) -> str:
+    def row(name: str, *figures: str) -> str:
         # Ids and sources are the user's text: nothing in them may end a cell or be read as markup.
-        plain = " ".join(text.split())
-        return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", plain) or "(none)"
+        plain = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(name.split()))
+        return f"| {' | '.join([plain or '(none)', *figures])} |"
 
     lines = ["### Forgetting", ""]
     lines += [f"**Failed:** `{text}`" for text in failed] + [""] * bool(failed)
@@ -107,17 +116,10 @@ def difference_markdown(found: Difference, failed: Sequence[str]) -> str:
     lines += [f"| {name} | {figure} |" for name, figure in _difference_rows(found)]
     if found.by_source:
         lines += ["", "| source | examples | mean | 95 % interval | worst tenth |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {cell(name)} | {part.examples} | {part.mean:+.4f} | {part.lower:+.4f} to {part.upper:+.4f} "
-            f"| {part.worst_tenth:+.4f} |"
-            for name, part in found.by_source.items()
-        ]
+        lines += [row(*cells) for cells in _source_rows(found)]
     if found.worst:
         lines += ["", "| got worst | before | after | change |", "|---|---|---|---|"]
-        lines += [
-            f"| {cell(row['id'])} | {row['before']:.3f} | {row['after']:.3f} | {row['change']:+.3f} |"
-            for row in found.worst
-        ]
+        lines += [row(*cells) for cells in _worst_rows(found)]
     return "\n".join(lines)
 
 

@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.additive import Additive
-from forgetcast.completion.base import Completion, Forecast, State, left_out
+from forgetcast.completion.base import UNLIKE, Completion, Forecast, State, left_out
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.factorisation import MatrixFactorization
-from forgetcast.completion.logistic import LogisticMF
+from forgetcast.completion.logistic import LogisticMF, is_binary
 from forgetcast.completion.neighbours import KNN
 from forgetcast.errors import ConfigError
-
-MISFIT = 0.05
-"""A task whose misfit is below this is taken to be unlike the atlas."""
 
 ALIKE = 1 / 3
 """Share of the other tasks, the most alike, that is left out too where methods are compared on unlike tasks."""
@@ -65,7 +62,7 @@ class Auto(Completion):
         candidates: list[Completion] = list(self.candidates or ())
         if self.candidates is None:
             candidates = [Bayesian(), Additive(), KNN(), MatrixFactorization()]
-            if np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
+            if is_binary(values):
                 candidates.append(LogisticMF())
         if not candidates:
             raise ConfigError("Auto needs at least one candidate")
@@ -87,7 +84,7 @@ class Auto(Completion):
     def predict(self, probes: Any, observed: Any) -> Forecast:
         """Complete new rows, each by the method for its kind; see `Completion.predict`."""
         forecast = super().predict(probes, observed)
-        unlike = np.asarray(forecast.misfit) < MISFIT
+        unlike = np.asarray(forecast.misfit) < UNLIKE
         if self.fallback_ is self.chosen_ or not unlike.any():
             return forecast
         other = self.fallback_.predict(probes, observed)

@@ -20,6 +20,9 @@ LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99]
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
 """Of `left_out`: groups of tasks, or single tasks where entries are missing; examples; and probes of each task."""
 
+UNLIKE = 0.05
+"""A task whose misfit is below this is taken to be unlike the atlas."""
+
 BLOCK = 8_192
 """Examples that are worked on at once, so that they stay in the cache."""
 
@@ -103,16 +106,17 @@ class Completion(ABC):
     widths_: np.ndarray
     scale_: float
     _log_misfits: np.ndarray
-    _reads_float32: ClassVar[bool] = False
+    _reads_blocks: ClassVar[bool] = False
 
     @abstractmethod
-    def _estimate(self, values: np.ndarray) -> State:
-        """Learn from `values`, shape (M, N), M >= 2; no row or column is all NaN.
+    def _estimate(self, values: Any) -> State:
+        """Learn from `values`, an array of shape (M, N), M >= 2; no row or column is all NaN.
 
-        They are float64, unless the class sets `_reads_float32` to be given the matrix itself.
+        They are float64, unless the class sets `_reads_blocks`: then they are the matrix itself, float32 or on disk,
+        and of one on disk a row or a column may be all NaN.
         """
 
-    def _prepare(self, values: np.ndarray) -> None:  # noqa: B027  # most methods have nothing to prepare
+    def _prepare(self, values: Any) -> None:  # noqa: B027  # most methods have nothing to prepare
         """Check the settings and choose hyper-parameters once, before `_estimate` is called on parts of `values`."""
 
     def fit(self, matrix: ForgettingMatrix | Atlas | StoredMatrix | Any) -> Self:
@@ -132,8 +136,8 @@ class Completion(ABC):
         if isinstance(matrix, Atlas):
             matrix = matrix.stored()
         if isinstance(matrix, StoredMatrix):
-            if matrix.shape[0] >= 2 and self._fit_stored(matrix):
-                return self
+            if self._reads_blocks:
+                return self._learn(matrix, matrix.atlas.examples, None)
             matrix = matrix.load()
         if not isinstance(matrix, ForgettingMatrix):
             matrix = ForgettingMatrix(matrix)
@@ -143,20 +147,17 @@ class Completion(ABC):
             values = values[matrix.observed.any(axis=1)]
             known = np.any(~np.isnan(values), axis=0)
             values = values[:, known]
-        if len(values) < 2:
-            raise DataError(f"completion needs at least two measured tasks; the matrix has {len(values)}")
-        if not self._reads_float32:
-            values = values.astype(np.float64)
+        return self._learn(values if self._reads_blocks else values.astype(np.float64), matrix.examples, known)
+
+    def _learn(self, values: np.ndarray | StoredMatrix, examples: Sequence[str], known: np.ndarray | None) -> Self:
+        """Learn from the measured part of a matrix; `known`, if not None, says which examples that is."""
+        check_tasks(values.shape[0])
         self._prepare(values)
         state = self._estimate(values)
         self.state_ = state if known is None or known.all() else state.extended(known)
-        self.examples_ = matrix.examples
+        self.examples_ = examples
         self._calibrate(values)
         return self
-
-    def _fit_stored(self, values: StoredMatrix) -> bool:  # noqa: ARG002
-        """Learn from an atlas's numbers where they lie; False if the method needs all of them in memory."""
-        return False
 
     def predict(self, probes: Any, observed: Any) -> Forecast:
         """Complete new rows from their probes.
@@ -225,10 +226,23 @@ class Completion(ABC):
         self._log_misfits = np.array(misfits)
 
 
+def check_tasks(measured: int) -> None:
+    """Raise DataError if there are fewer than two tasks to learn from."""
+    if measured < 2:
+        raise DataError(f"completion needs at least two measured tasks; the matrix has {measured}")
+
+
 def correlation(values: np.ndarray) -> np.ndarray:
     """Correlation of each two rows over the columns that both have, shape (M, M); -1 where there is none."""
     masked = np.ma.masked_invalid(values)
     return np.asarray(np.ma.corrcoef(masked).filled(-1.0))  # type: ignore[no-untyped-call]
+
+
+def without_alike(likeness: np.ndarray, task: int, share: float) -> np.ndarray:
+    """All rows but `task` and, by their `correlation`, this share of the others, the most alike; sorted."""
+    others = np.argsort(-likeness[task], kind="stable")
+    others = others[others != task]
+    return np.sort(others[round(share * len(others)) :])
 
 
 def left_out(
@@ -252,10 +266,7 @@ def left_out(
         folds = list(order[:CALIBRATION_TASKS, None])
     likeness = correlation(part) if alike else None
     for fold in folds:
-        known = np.delete(np.arange(len(part)), fold)
-        if likeness is not None:
-            nearest = np.argsort(-likeness[fold[0], known], kind="stable")
-            known = np.delete(known, nearest[: round(alike * len(known))])
+        known = np.delete(np.arange(len(part)), fold) if likeness is None else without_alike(likeness, fold[0], alike)
         usable = np.flatnonzero(present[fold].all(axis=0) & present[known].any(axis=0))
         known = known[present[np.ix_(known, usable)].any(axis=1)]
         if len(usable) >= 2 * CALIBRATION_PROBES and len(known) >= 2:

@@ -50,7 +50,7 @@ class Bayesian(LinearGaussian):
     True
     """
 
-    _reads_float32 = True
+    _reads_blocks = True
 
     def __init__(
         self,
@@ -67,17 +67,7 @@ class Bayesian(LinearGaussian):
         if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0:
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
 
-    def _estimate(self, values: np.ndarray) -> Estimate:
-        return self._of(values)
-
-    def _fit_stored(self, values: StoredMatrix) -> bool:
-        self._prepare(values)
-        self.state_ = self._of(values)
-        self.examples_ = values.atlas.examples
-        self._calibrate(values)
-        return True
-
-    def _of(self, values: np.ndarray | StoredMatrix) -> Estimate:
+    def _estimate(self, values: np.ndarray | StoredMatrix) -> Estimate:
         tasks, examples = values.shape
         try:
             low_rank, squares = factor_complete(values, self._rank(tasks))

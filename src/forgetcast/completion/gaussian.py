@@ -11,7 +11,7 @@ closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -187,7 +187,7 @@ class LinearGaussian(Completion):
     state_: Estimate
 
     @abstractmethod
-    def _estimate(self, values: np.ndarray) -> Estimate: ...
+    def _estimate(self, values: Any) -> Estimate: ...
 
     @property
     def mean_(self) -> np.ndarray:

@@ -286,6 +286,16 @@ def _newton(
     return candidate, _logits_evaluated(candidate, design, offset, signs)
 
 
+def is_binary(values: np.ndarray) -> bool:
+    """Whether every measured entry is 0 or 1."""
+    return bool(np.isin(values[~np.isnan(values)], (0.0, 1.0)).all())
+
+
+def f1(hits: int, forgotten: int, said: int) -> float:
+    """F1 from the numbers of entries that were forgotten and said to be, that were, and that were said to be."""
+    return 2 * hits / max(forgotten + said, 1)
+
+
 def _check_binary(values: np.ndarray) -> None:
     wrong = values[~np.isnan(values) & (values != 0) & (values != 1)]
     if len(wrong):

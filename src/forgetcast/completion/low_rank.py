@@ -10,7 +10,7 @@ import numpy as np
 from forgetcast.atlas import BLOCK as STORED_BLOCK
 from forgetcast.atlas import StoredMatrix
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import BLOCK
+from forgetcast.completion.base import BLOCK, check_tasks
 
 SKETCH = 16_384
 """Columns that the coordinates of the tasks are learned from, where a large matrix has missing entries."""
@@ -131,6 +131,7 @@ def factor_incomplete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[Low
         sketch.append(block[:, taken & present.any(axis=0)])
     known = np.concatenate(sketch, axis=1).astype(np.float64)
     usable = ~np.isnan(known).all(axis=1)
+    check_tasks(int(usable.sum()))
     learned, ridge = alternate(known[usable], rank)
 
     kind = np.float64 if values.size <= SMALL else np.float32
@@ -168,12 +169,7 @@ def alternate(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]:
     """
     tasks, examples = values.shape
     present = ~np.isnan(values)
-    start = np.where(present, values, sum_of(*additive_effects(values)))
-    columns = start.mean(axis=0)
-    rows = start.mean(axis=1) - columns.mean()
-    left, strength, right = truncated_svd(start - sum_of(rows, columns), rank)
-    scale = np.sqrt(max(tasks - 1, 1))
-    found = LowRank(rows, columns, left * scale, (right * strength[:, None] / scale).T)
+    found = fit_low_rank(np.where(present, values, sum_of(*additive_effects(values))), rank, centred=True)
     known = np.where(present, values, 0.0)
     for _ in range(ROUNDS):
         before = found.fit

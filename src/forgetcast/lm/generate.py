@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from forgetcast.errors import ConfigError
 from forgetcast.lm.load import LanguageModel
-from forgetcast.lm.text import pad_id
+from forgetcast.lm.text import Encoded, pad, pad_id
 from forgetcast.pool import Pool
 
 Metric = Callable[[str, str], float]
@@ -75,10 +75,12 @@ def exact_match(
     if max_new_tokens < 1 or room < 1:
         raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
     asked = [i for i, example in enumerate(pool) if example.prompt is not None]
-    prompts = {i: list(tokenizer(pool[i].prompt or "", verbose=False)["input_ids"])[-room:] for i in asked}
     # Without a prompt there is still a place to begin.
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
-    prompts = {i: ids or [begin] for i, ids in prompts.items()}
+    prompts = {}
+    for i in asked:
+        ids = list(tokenizer(pool[i].prompt or "", verbose=False)["input_ids"])[-room:] or [begin]
+        prompts[i] = Encoded(ids, len(ids), False)
     right, answers = np.full(len(pool), np.nan), dict[int, str]()
     settings = GenerationConfig(
         do_sample=False,
@@ -88,39 +90,27 @@ def exact_match(
     )
     was_training = model.training
     model.eval()
-    order = sorted(asked, key=lambda i: -len(prompts[i]))
+    order = sorted(asked, key=lambda i: -len(prompts[i].ids))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        longest = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), longest), pad_id(tokenizer))
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):  # padded on the left, so that all answers begin at the same place
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
-        single = [_is_line(pool[i].completion or "") for i in batch]
-
-        def text(row: torch.Tensor, is_line: bool, longest: int = longest) -> str:
-            answer: str = tokenizer.decode(row[longest:], skip_special_tokens=True).lstrip()
-            return answer.split("\n")[0].rstrip() if is_line else answer.rstrip()
-
-        ended = _LineEnds(tokenizer, longest, single)
+        # Padded on the left, so that all answers begin at the same place.
+        padded, mask, _ = pad([prompts[i] for i in batch], pad_id(tokenizer), left=True)
+        longest, expected = padded.shape[1], [(pool[i].completion or "").strip() for i in batch]
+        ended = _LineEnds(tokenizer, longest, ["\n" not in text for text in expected])
         found = model.generate(
-            input_ids=ids.to(model.device),
+            input_ids=padded.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
             stopping_criteria=StoppingCriteriaList([ended]),
         )
-        for row, i in enumerate(batch):
-            answers[i] = text(found[row], single[row])
-            right[i] = metric(answers[i], (pool[i].completion or "").strip())
+        for i, row, text in zip(batch, found, expected, strict=True):
+            answer = tokenizer.decode(row[longest:], skip_special_tokens=True).lstrip()
+            answers[i] = (answer if "\n" in text else answer.split("\n")[0]).rstrip()
+            right[i] = metric(answers[i], text)
         if on_progress is not None:
             on_progress(len(batch))
     model.train(was_training)
     return right, tuple(answers.get(i) for i in range(len(pool)))
-
-
-def _is_line(text: str) -> bool:
-    return "\n" not in text.strip()
 
 
 class _LineEnds(StoppingCriteria):

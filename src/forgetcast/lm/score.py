@@ -96,7 +96,7 @@ def score(
         "version": forgetcast.__version__,
     }
     kept = _Partial(partial, metadata)
-    sums, reasons = np.zeros(len(pool)), dict.fromkeys(range(len(pool)), "")
+    sums, reasons = np.zeros(len(pool)), [""] * len(pool)
     left = np.bincount([i for i, _ in pieces], minlength=len(pool))
     for i in range(len(pool)):
         if not encoded[i].targets:
@@ -127,7 +127,7 @@ def score(
             on_progress(len(finished))
     model.train(was_training)
     tokens = np.array([example.targets for example in encoded])
-    unscored = np.array([bool(reasons[i]) for i in range(len(pool))])
+    unscored = np.array([bool(reason) for reason in reasons])
     if unscored.all() and tokens.any():
         bad = int(np.argmax(tokens > 0))
         raise DataError(f"{language_model.name} scores no example; of {pool.ids[bad]!r}: {reasons[bad]}")
@@ -136,7 +136,7 @@ def score(
         nll=np.where(unscored, np.nan, sums / np.maximum(tokens, 1)),
         tokens=np.where(unscored, 0, tokens),
         truncated=np.array([example.truncated for example in encoded]),
-        reasons=[reasons[i] or None for i in range(len(pool))],
+        reasons=[reason or None for reason in reasons],
         metadata=metadata,
     )
     kept.remove()

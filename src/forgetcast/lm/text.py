@@ -85,19 +85,22 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> l
     return list(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
-def pad(batch: Sequence[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids, attention mask and labels of a batch, each of shape (B, L), padded on the right; labels are -100
-    where a token does not count.
+def pad(
+    batch: Sequence[Encoded], pad_id: int, *, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input ids, attention mask and labels of a batch, each of shape (B, L), padded on the right, or on the `left`;
+    labels are -100 where a token does not count.
     """
     longest = max(len(encoded.ids) for encoded in batch)
     ids = torch.full((len(batch), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(batch), longest), dtype=torch.long)
     labels = torch.full((len(batch), longest), -100, dtype=torch.long)
     for row, encoded in enumerate(batch):
-        length = len(encoded.ids)
-        ids[row, :length] = torch.tensor(encoded.ids)
-        mask[row, :length] = 1
-        labels[row, encoded.first_target : length] = ids[row, encoded.first_target : length]
+        start = longest - len(encoded.ids) if left else 0
+        stop, first = start + len(encoded.ids), start + encoded.first_target
+        ids[row, start:stop] = torch.tensor(encoded.ids)
+        mask[row, start:stop] = 1
+        labels[row, first:stop] = ids[row, first:stop]
     return ids, mask, labels
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import forgetcast
 from forgetcast._files import atomic_path
 from forgetcast.atlas import Atlas
+from forgetcast.completion.base import UNLIKE
 from forgetcast.errors import DataError, MissingExtraError
 from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
 from forgetcast.forecast import TaskForecast
@@ -221,7 +222,7 @@ def _sources(atlas: Atlas, matrix: ForgettingMatrix) -> list[dict[str, Any]]:
     labels = np.array(matrix.sources)
     rows = []
     for source in sorted(set(matrix.sources)):
-        values, before = matrix.values[:, labels == source], atlas.before.nll[labels == source]
+        values, before = matrix.values[:, labels == source], atlas.nll_before[labels == source]
         rows.append(
             {
                 "name": source or "(no source)",
@@ -238,7 +239,7 @@ def _shown(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, str]:
     figure = figures.forecast_alone(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
     if not forecast.probed.any():
         misfit = "Nothing was measured for this task yet: this is what the atlas expects of any task."
-    elif forecast.misfit < 0.05:
+    elif forecast.misfit < UNLIKE:
         misfit = (
             f"The {int(forecast.probed.sum())} probes say that this task is unlike those in the atlas "
             f"(p = {forecast.misfit:.3f}): trust the forecast less, and measure more of the examples."
