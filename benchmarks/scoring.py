@@ -41,7 +41,7 @@ from shared import conclude, target
 DEMO = files("forgetcast.demo") / "model"
 ROUNDS = 3
 WAYS = {"forgetcast": "ours", "plain loop": "loop", "lm-evaluation-harness": "harness", "packed forward": "packed"}
-MODELS = {"demo": 600, "100 M": 96, "256,000 words": 200}
+MODELS = {"demo": 600, "100 M": 240, "256,000 words": 200}
 """Models and how many texts each scores."""
 
 

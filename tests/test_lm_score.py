@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from transformers import LlamaForCausalLM
 from conftest import make_pool
 from forgetcast import ConfigError, DataError, Example, Pool
 from forgetcast.lm import LanguageModel, head, load, score
-from forgetcast.lm.text import encode
+from forgetcast.lm.score import BATCH_OVERHEAD, _batches
+from forgetcast.lm.text import Encoded, encode
 from models import FAMILIES, tiny
 
 
@@ -229,6 +232,27 @@ def test_a_stride_is_an_exact_sliding_window(llama: LanguageModel, stride: int, 
             score(llama, make_pool(2), max_length=24, stride=wrong)
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 120))
+def test_batches_are_the_cheapest(lengths: list[int], batch_tokens: int) -> None:
+    """Oracle: every way to cut the sorted lengths."""
+    found = list(_batches([Encoded([0] * n, 1, False) for n in lengths], batch_tokens))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    assert [lengths[i] for batch in found for i in batch] == sorted(lengths, reverse=True)
+
+    def cost(batches: Sequence[Sequence[int]]) -> float:
+        if any(len(batch) > 1 and len(batch) * max(batch) > batch_tokens for batch in batches):
+            return float("inf")
+        return sum(len(batch) * max(batch) + batch_tokens * BATCH_OVERHEAD for batch in batches)
+
+    ordered, n = sorted(lengths, reverse=True), len(lengths)
+    ways = (
+        [ordered[a:b] for a, b in pairwise([0, *cuts, n])]
+        for count in range(n)
+        for cuts in combinations(range(1, n), count)
+    )
+    assert cost([[lengths[i] for i in batch] for batch in found]) == pytest.approx(min(map(cost, ways)))
+
+
 def test_a_batch_that_does_not_fit_is_halved(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, sizes, plain = make_pool(12), [], head.Head.nll
     expected = score(llama, pool).nll
@@ -243,9 +267,9 @@ def test_a_batch_that_does_not_fit_is_halved(llama: LanguageModel, monkeypatch: 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = score(llama, pool).nll
-    assert "out of memory with 12 examples at once" in str(said[0].message)
+    too_many = next(size for size in sizes if size > 2)
+    assert f"out of memory with {too_many} examples at once" in str(said[0].message)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert max(sizes) == 12
 
     def tiny_memory(self: head.Head, ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         if ids.shape[1] > 90:
@@ -293,7 +317,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llama: LanguageModel, tmp_path: P
     partial.write_text(json.dumps(metadata) + '\n["e0", 3.0, ""]\n')
     counts.clear()
     np.testing.assert_array_equal(score(llama, pool, partial=partial, on_progress=counts.append).tokens, found.tokens)
-    assert counts == [12]
+    assert sum(counts) == 12
 
 
 def test_scores_know_their_model_and_pool(llama: LanguageModel) -> None:
