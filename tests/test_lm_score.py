@@ -214,7 +214,7 @@ def test_a_stride_is_an_exact_sliding_window(llama: LanguageModel, stride: int, 
     )
     scores = score(llama, Pool([example, Example("short", text="the loss")]), max_length=24, stride=stride)
     whole = encode(example, llama.tokenizer, None)
-    total, scored, end = 0.0, 0, whole.first_target
+    total, scored, end = 0.0, 0, len(whole.ids) - whole.targets
     for start in range(0, len(whole.ids), stride):
         window = whole.ids[start : start + 24]
         with torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_stride_is_an_exact_sliding_window(llama: LanguageModel, stride: int, 
             total -= float(torch.log_softmax(logits[at - start - 1], dim=0)[whole.ids[at]])
             scored += 1
         end = max(end, start + len(window))
-    assert scores.tokens[0] == scored == len(whole.ids) - whole.first_target
+    assert scores.tokens[0] == scored == whole.targets
     assert scores.nll[0] == pytest.approx(total / scored, abs=1e-5)
     assert not scores.truncated.any()
     assert scores.metadata["stride"] == stride

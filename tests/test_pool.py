@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from forgetcast import DataError, Example, MismatchError, Pool, load_task
 
+CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
 TEXT = st.text(min_size=1, max_size=30).filter(str.strip)
 
 
@@ -26,8 +27,25 @@ def write(path: Path, *rows: object) -> Path:
         ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], "'a' occurs 2 times"),
         ([{"id": "a", "text": "  "}], "line 1: example 'a' has an empty text"),
         ([{"id": "a", "prompt": "x", "completion": ""}], "line 1: example 'a' has an empty completion"),
-        ([{"id": "a", "prompt": "x"}], "needs a 'text', or a 'prompt' and a 'completion'"),
-        ([{"id": "a", "text": "x", "prompt": "y"}], "keep one of the two"),
+        ([{"id": "a", "prompt": "x"}], "needs a 'text', a 'prompt' and a 'completion', or 'messages'"),
+        ([{"id": "a", "text": "x", "prompt": "y"}], "keep one"),
+        ([{"id": "a", "messages": CHAT, "text": "y"}], "keep one"),
+        ([{"id": "a", "messages": "[{"}], "line 1: the field 'messages' is neither a list nor JSON"),
+        ([{"id": "a", "messages": {"role": "user"}}], "'messages' must be a list, not a dict"),
+        (
+            [{"id": "a", "messages": CHAT[:1]}],
+            "line 1: example 'a' needs a message of the role",
+        ),
+        ([{"id": "a", "messages": [CHAT[0], CHAT[1] | {"weight": 0}]}], "needs a message of the role 'assistant'"),
+        ([{"id": "a", "messages": [*CHAT, "bye"]}], "must be an object with a role and a content, not 'bye'"),
+        ([{"id": "a", "messages": [*CHAT, {"content": "bye"}]}], "a message has no role"),
+        ([{"id": "a", "messages": [*CHAT, {"role": "user"}]}], "content of a message must be a string, not None"),
+        (
+            [{"id": "a", "messages": [CHAT[0], {"role": "assistant", "content": " "}]}],
+            "assistant's message is empty",
+        ),
+        ([{"id": "a", "messages": [CHAT[0], CHAT[1] | {"weight": 2}]}], "weight of a message must be 0 or 1, not 2"),
+        ([{"id": "a", "messages": [{"role": "user", "content": [{"type": "image"}]}]}], "must be a string, not [{"),
         ([{"id": "a", "text": 3}], "'text' must be a string, not a int"),
         ([{"id": "", "text": "x"}], "must be a string that is not empty"),
         ([], "has no examples"),
@@ -116,3 +134,40 @@ def test_hold_out(share: float, seed: int) -> None:
 def test_unknown_ids_are_an_error(pool: Pool) -> None:
     with pytest.raises(MismatchError, match="'nobody'"):
         pool.subset(["e1", "nobody"])
+
+
+def test_conversations_survive_every_kind_of_file(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "add", "arguments": {"a": 2}}}]
+    tool = [CHAT[0], {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "4"}, CHAT[1]]
+    pool = Pool([Example("a", messages=CHAT, source="s"), Example("b", messages=tool), Example("c", text="a text")])
+    assert pool[1].counted == (False, True, False, True)
+    for name in ("pool.jsonl", "pool.parquet"):
+        pool.save(tmp_path / name)
+        assert list(Pool.load(tmp_path / name)) == list(pool)
+        assert Pool.load(tmp_path / name).fingerprint == pool.fingerprint
+    datasets = pytest.importorskip("datasets")
+    rows = [{"id": e.id, "messages": None if e.messages is None else list(e.messages), "text": e.text} for e in pool]
+    datasets.Dataset.from_list([rows[0], rows[2]]).save_to_disk(tmp_path / "set")
+    assert [e.messages for e in Pool.load(tmp_path / "set")] == [pool[0].messages, None]
+    assert pool[0].full_text == "user: What is 2 + 2?\nassistant: 4"
+
+
+def test_what_a_fingerprint_of_conversations_depends_on() -> None:
+    chat = Example("a", messages=CHAT)
+    turned = Example("a", messages=[dict(reversed(message.items())) for message in CHAT])
+    assert chat.digest() == turned.digest()
+    others = [
+        CHAT[::-1],
+        [*CHAT, CHAT[0]],
+        [CHAT[0], CHAT[1] | {"content": "5"}],
+        [CHAT[0] | {"role": "system"}, CHAT[1]],
+    ]
+    assert len({Example("a", messages=m).digest() for m in [CHAT, *others]}) == 5
+
+
+def test_a_conversation_in_two_parts_counts_in_the_second(tmp_path: Path) -> None:
+    again = [{"role": "user", "content": "And 3 + 3?"}]
+    answer = [{"role": "assistant", "content": "6"}]
+    (example,) = load_task(write(tmp_path / "task.jsonl", {"prompt": [*CHAT, *again], "completion": answer}))
+    assert example.counted == (False, False, False, True)
+    assert [m["content"] for m in example.messages or ()] == ["What is 2 + 2?", "4", "And 3 + 3?", "6"]

@@ -34,7 +34,7 @@ import zarr
 from forgetcast._files import read_json, umask, write_json
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import ForgettingMatrix, check_fingerprint
-from forgetcast.pool import FIELDS, Example, Pool
+from forgetcast.pool import Pool, read_example
 from forgetcast.scores import Scores
 
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ class Atlas:
         ids = list(ids)
         self.examples.positions(ids, where=where)
         rows = pads.dataset(self.path / "pool.parquet").to_table(filter=pc.field("id").isin(pa.array(ids, pa.string())))
-        return Pool(Example(**row) for row in rows.select(FIELDS).to_pylist()).subset(ids)
+        return Pool(read_example(row) for row in rows.to_pylist()).subset(ids)
 
     def matrix(self, tasks: Iterable[str] | None = None) -> ForgettingMatrix:
         """Read rows into memory: all of them, or those of `tasks`."""

@@ -1,7 +1,7 @@
 """Examples: the upstream pool and the fine-tuning tasks, read from JSONL, Parquet or a saved Hugging Face data set.
 
-An example is one text, or a prompt with its completion. A pool's examples have ids, because a forgetting matrix, its
-probes and a replay plan refer to them; a task's examples may go without.
+An example is one text, a prompt with its completion, or a conversation (`messages`). A pool's examples have ids,
+because a forgetting matrix, its probes and a replay plan refer to them; a task's examples may go without.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,43 +22,64 @@ import pyarrow.parquet as pq
 from forgetcast._files import atomic_path
 from forgetcast.errors import DataError, MismatchError
 
-FIELDS = ("id", "text", "prompt", "completion", "source")
+FIELDS = ("id", "text", "prompt", "completion", "messages", "source")
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: each message has a role and a content, and what else the model's chat template knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One text to score or to train on.
 
-    Either `text` is given, and every token of it counts, or `prompt` and `completion` are, and the completion counts.
+    One of three: `text`, of which every token counts; `prompt` and `completion`, of which the completion does; or
+    `messages`, of which what the assistant says does, but for messages whose "weight" is 0.
     """
 
     id: str
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    messages: Messages | None = None
     source: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what could not be scored."""
+        in_parts = self.prompt is not None or self.completion is not None
+        if (self.text is not None) + in_parts + (self.messages is not None) > 1:
+            raise DataError(f"example {self.id!r} has two of text, prompt and completion, and messages; keep one")
         if self.text is not None:
-            if self.prompt is not None or self.completion is not None:
-                raise DataError(f"example {self.id!r} has a text and also a prompt or completion; keep one of the two")
             if not self.text.strip():
                 raise DataError(f"example {self.id!r} has an empty text")
+        elif self.messages is not None:
+            object.__setattr__(self, "messages", tuple(_message(m, f"example {self.id!r}") for m in self.messages))
+            if not any(self.counted):
+                raise DataError(f"example {self.id!r} needs a message of the role 'assistant' that counts")
         elif self.prompt is None or self.completion is None:
-            raise DataError(f"example {self.id!r} needs a 'text', or a 'prompt' and a 'completion'")
+            raise DataError(f"example {self.id!r} needs a 'text', a 'prompt' and a 'completion', or 'messages'")
         elif not self.completion.strip():
             raise DataError(f"example {self.id!r} has an empty completion")
 
     @property
+    def counted(self) -> tuple[bool, ...]:
+        """Whether each message counts; () without messages."""
+        return tuple(m["role"] == "assistant" and m.get("weight") != 0 for m in self.messages or ())
+
+    @property
     def full_text(self) -> str:
-        """The text, or the prompt and the completion in one."""
+        """The text, the prompt and the completion in one, or the messages, each with its role."""
+        if self.messages is not None:
+            return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in self.messages)
         return self.text if self.text is not None else f"{self.prompt}{self.completion}"
 
     def digest(self) -> bytes:
         """Hash of the id and of what is scored; `source` is a label and does not count."""
-        parts = [self.id, "text", self.text] if self.text is not None else [self.id, self.prompt, self.completion]
-        return hashlib.sha256(json.dumps(parts).encode()).digest()
+        parts: list[Any] = [self.id, self.prompt, self.completion]
+        if self.text is not None:
+            parts = [self.id, "text", self.text]
+        elif self.messages is not None:
+            parts = [self.id, "messages", self.messages]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 
 class Pool(Sequence[Example]):
@@ -167,9 +188,10 @@ class Pool(Sequence[Example]):
         """Write the pool as JSONL, or as Parquet if the name ends in `.parquet`."""
         with atomic_path(Path(path)) as temporary:
             if Path(path).suffix == ".parquet":
-                pq.write_table(
-                    pa.table({f: pa.array((getattr(e, f) for e in self), pa.string()) for f in FIELDS}), temporary
-                )
+                columns = {f: [getattr(e, f) for e in self] for f in FIELDS}
+                # As text, because messages need not have the same fields.
+                columns["messages"] = [m and json.dumps(m, ensure_ascii=False) for m in columns["messages"]]
+                pq.write_table(pa.table({f: pa.array(c, pa.string()) for f, c in columns.items()}), temporary)
             else:
                 rows = (asdict(example) for example in self)
                 lines = (
@@ -186,7 +208,7 @@ def load_task(path: str | Path) -> Pool:
 def _read(path: Path, *, need_ids: bool) -> Iterator[Example]:
     for place, row in _rows(path):
         try:
-            yield _example(row, default_id=None if need_ids else place.rpartition(" ")[2])
+            yield read_example(row, default_id=None if need_ids else place.rpartition(" ")[2])
         except DataError as error:
             raise DataError(f"{path}, {place}: {error}") from None
 
@@ -230,7 +252,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def _example(row: dict[str, Any], *, default_id: str | None) -> Example:
+def read_example(row: dict[str, Any], *, default_id: str | None = None) -> Example:
+    """Make an example of a row: of JSON, or of a table."""
     id_ = row.get("id")
     if id_ is None:
         if default_id is None:
@@ -238,10 +261,40 @@ def _example(row: dict[str, Any], *, default_id: str | None) -> Example:
         id_ = default_id
     if isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == "":
         raise DataError(f"the id must be a string that is not empty, not {id_!r}")
-    fields: dict[str, str | None] = {}
-    for name in FIELDS[1:]:
-        value = row.get(name)
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"the field {name!r} must be a string, not a {type(value).__name__}")
-        fields[name] = value
+    fields: dict[str, Any] = {name: row.get(name) for name in FIELDS[1:]}
+    if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
+        # A conversation in two parts, as TRL knows it: only what the assistant says in the second one counts.
+        prompt = [m | {"weight": 0} if isinstance(m, dict) else m for m in fields["prompt"]]
+        fields |= {"prompt": None, "completion": None, "messages": prompt + fields["completion"]}
+    elif isinstance(fields["messages"], str):  # as `save` writes Parquet
+        try:
+            fields["messages"] = json.loads(fields["messages"])
+        except ValueError:
+            raise DataError("the field 'messages' is neither a list nor JSON") from None
+    for name, value in fields.items():
+        kind = list if name == "messages" else str
+        if value is not None and not isinstance(value, kind):
+            needed = "a list" if kind is list else "a string"
+            raise DataError(f"the field {name!r} must be {needed}, not a {type(value).__name__}")
     return Example(id=str(id_), **fields)
+
+
+def _message(message: object, where: str) -> dict[str, Any]:
+    """Check a message; fields that are None are left out, as tables have them where only other rows have a value."""
+    if not isinstance(message, Mapping):
+        raise DataError(f"{where}: a message must be an object with a role and a content, not {message!r}")
+    kept = {str(name): value for name, value in message.items() if value is not None}
+    if not isinstance(kept.get("role"), str):
+        raise DataError(f"{where}: a message has no role")
+    # What calls a tool need not say anything.
+    if not isinstance(kept.get("content", "" if len(kept) > 1 else None), str):
+        raise DataError(f"{where}: the content of a message must be a string, not {kept.get('content')!r}")
+    if kept.get("weight", 1) not in (0, 1):
+        raise DataError(f"{where}: the weight of a message must be 0 or 1, not {kept['weight']!r}")
+    if (
+        kept["role"] == "assistant"
+        and not kept.keys() - {"role", "content", "weight"}
+        and not kept.get("content", "").strip()
+    ):
+        raise DataError(f"{where}: the assistant's message is empty")
+    return kept

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from forgetcast.errors import ConfigError
 from forgetcast.lm.load import LanguageModel
-from forgetcast.lm.text import Encoded, pad, pad_id
+from forgetcast.lm.text import IGNORED, Encoded, pad, pad_id, question
 from forgetcast.pool import Pool
 
 Metric = Callable[[str, str], float]
@@ -43,13 +43,13 @@ def exact_match(
     metric: Metric = same_answer,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, tuple[str | None, ...]]:
-    """Let the model answer every prompt, and compare with the completion.
+    """Let the model answer every prompt, and compare with the completion, or with the assistant's last message.
 
     Parameters
     ----------
     language_model : LanguageModel
     pool : Pool
-        Examples without a prompt are passed over.
+        Examples with nothing to answer are passed over.
     max_new_tokens : int
         Longest answer. It ends earlier at the end-of-text token, or at the end of a line where one line is expected.
     batch_size : int
@@ -61,7 +61,7 @@ def exact_match(
     Returns
     -------
     right : array of float, shape (N,)
-        NaN for examples without a prompt.
+        NaN where there is nothing to answer.
     answers : tuple of str or None, length N
 
     Raises
@@ -74,28 +74,28 @@ def exact_match(
     room = language_model.context - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
-    asked = [i for i, example in enumerate(pool) if example.prompt is not None]
+    questions = {i: found for i, example in enumerate(pool) if (found := question(example, tokenizer)) is not None}
     # Without a prompt there is still a place to begin.
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
     prompts = {}
-    for i in asked:
-        ids = list(tokenizer(pool[i].prompt or "", verbose=False)["input_ids"])[-room:] or [begin]
-        prompts[i] = Encoded(ids, len(ids), False)
+    for i, (ids, _) in questions.items():
+        ids = ids[-room:] or [begin]
+        prompts[i] = Encoded(ids, [IGNORED] * len(ids), False)
     right, answers = np.full(len(pool), np.nan), dict[int, str]()
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(language_model),
     )
     was_training = model.training
     model.eval()
-    order = sorted(asked, key=lambda i: -len(prompts[i].ids))
+    order = sorted(questions, key=lambda i: -len(prompts[i].ids))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         # Padded on the left, so that all answers begin at the same place.
         padded, mask, _ = pad([prompts[i] for i in batch], pad_id(tokenizer), left=True)
-        longest, expected = padded.shape[1], [(pool[i].completion or "").strip() for i in batch]
+        longest, expected = padded.shape[1], [questions[i][1] for i in batch]
         ended = _LineEnds(tokenizer, longest, ["\n" not in text for text in expected])
         found = model.generate(
             input_ids=padded.to(model.device),
@@ -111,6 +111,13 @@ def exact_match(
             on_progress(len(batch))
     model.train(was_training)
     return right, tuple(answers.get(i) for i in range(len(pool)))
+
+
+def _ends(language_model: LanguageModel) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of a chat model's own settings."""
+    own = getattr(language_model.model.generation_config, "eos_token_id", None)
+    found = [language_model.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({int(token) for token in found if token is not None})
 
 
 class _LineEnds(StoppingCriteria):

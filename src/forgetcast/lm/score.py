@@ -81,7 +81,15 @@ def score(
     context = _context(language_model, max_length)
     if stride is not None and not 1 <= stride < context:
         raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
-    encoded = [encode(example, tokenizer, context if stride is None else None) for example in pool]
+    encoded, reasons = [], []
+    for example in pool:
+        try:
+            found = encode(example, tokenizer, context if stride is None else None)
+            reasons.append("" if found.targets else "no token to predict: the text is a single token")
+        except DataError as error:  # a conversation that the tokenizer cannot write
+            found = Encoded([], [], False)
+            reasons.append(str(error))
+        encoded.append(found)
     pieces = [
         (i, piece)
         for i, example in enumerate(encoded)
@@ -99,13 +107,11 @@ def score(
         "version": forgetcast.__version__,
     }
     kept = _Partial(partial, metadata)
-    sums, reasons = np.zeros(len(pool)), [""] * len(pool)
+    sums = np.zeros(len(pool))
     left = np.bincount([i for i, _ in pieces], minlength=len(pool))
-    for i in range(len(pool)):
-        if not encoded[i].targets:
-            reasons[i] = "no token to predict: the text is a single token"
-        elif (found := kept.found.get(pool.ids[i])) is not None:
-            sums[i], reasons[i], left[i] = *found, 0
+    for i in np.flatnonzero(left).tolist():
+        if (done := kept.found.get(pool.ids[i])) is not None:
+            sums[i], reasons[i], left[i] = *done, 0
     todo = [(i, piece) for i, piece in pieces if left[i]]
     if on_progress is not None and kept.found:
         on_progress(len(kept.found))
@@ -131,7 +137,7 @@ def score(
     model.train(was_training)
     tokens = np.array([example.targets for example in encoded])
     unscored = np.array([bool(reason) for reason in reasons])
-    if unscored.all() and tokens.any():
+    if unscored.all():
         bad = int(np.argmax(tokens > 0))
         raise DataError(f"{language_model.name} scores no example; of {pool.ids[bad]!r}: {reasons[bad]}")
     scores = Scores(
