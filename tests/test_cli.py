@@ -126,6 +126,7 @@ def test_the_whole_path(work: Path, run: Run) -> None:
     )  # fmt: skip
     assert code == 0
     assert json.loads(out)["replayed"] == 4
+    assert not (work / "replayed.partial").exists()
 
     code, out, _ = run(
         "verify", work / "model", work / "rhyming.parquet", "--atlas", work / "runs.atlas", "--plan",
@@ -260,6 +261,8 @@ def test_other_bad_input(work: Path, atlas: Path, run: Run, tmp_path: Path) -> N
         tmp_path / "t",
     )
     assert "stepz: Extra inputs" in refused(*words)
+    (tmp_path / "none.jsonl").write_text("")
+    assert "has no examples" in refused("train", work / "model", tmp_path / "none.jsonl", "-o", tmp_path / "t")
     # A plan for another pool, in training and in verification.
     make_pool(12).save(tmp_path / "other.jsonl")
     words = ("score", work / "model", work / "pool.jsonl", "-o", work / "pool.jsonl" / "scores.parquet")

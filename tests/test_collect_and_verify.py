@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,27 @@ def test_an_atlas_of_something_else_does_not_grow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Atlas.open(tmp_path / "a.atlas").matrix().values, before)
 
 
+def test_an_atlas_from_before_a_field_of_the_recipe_grows(tmp_path: Path) -> None:
+    collect(tiny(), make_pool(), {"adding": TASKS["adding"]}, tmp_path / "a.atlas", RECIPE)
+    file = tmp_path / "a.atlas" / "atlas.json"
+    index = json.loads(file.read_text())
+    del index["recipe"]["gradient_checkpointing"]
+    file.write_text(json.dumps(index))
+    assert collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE).tasks == tuple(TASKS)
+
+
+def test_a_recipe_by_its_name_or_its_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("steps: 7")
+    for recipe, steps in (("paper", 1000), ("mine.yaml", 7), ("{steps: 5}", 5)):
+        (tmp_path / "config.yaml").write_text(f"model: m\npool: p\ntasks: t\natlas: a\nrecipe: {recipe}\n")
+        assert CollectConfig.load(tmp_path / "config.yaml").recipe.steps == steps
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("model: m\npool: p\ntasks: t\natlas: a\nrecipe: x\n", "config.yaml: recipe: there is no recipe"),
+        ("model: m\npool: p\ntasks: t\natlas: a\nrecipe: {stepz: 3}\n", "recipe.stepz: Extra inputs are not permitted"),
         ("model: m\npool: p\natlas: a\n", "tasks: Field required"),
         ("model: m\npool: p\ntasks: t\natlas: a\nsteps: 3\n", "steps: Extra inputs are not permitted"),
         ("model: [", "is not YAML"),

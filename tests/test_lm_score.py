@@ -372,6 +372,20 @@ def test_a_tokenizer_of_another_model_is_refused(llama: LanguageModel) -> None:
         LanguageModel(small.model, llama.tokenizer)
 
 
+def test_an_adapter_without_its_base(tmp_path: Path) -> None:
+    base = tiny()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(load(tmp_path / "base").model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base.tokenizer.save_pretrained(tmp_path / "adapter")
+    assert load(tmp_path / "adapter").context == 96
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"adapter is an adapter, and its base model .*base is not here"):
+        load(tmp_path / "adapter")
+
+
 def test_a_model_on_the_hub_that_is_not_here() -> None:
     with pytest.raises(DataError, match="cannot be loaded"):
         load("nobody/no-such-model")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,10 +144,94 @@ def test_a_loss_that_explodes_is_an_error() -> None:
         Workbench(tiny()).tune(TASK, RECIPE.model_copy(update={"learning_rate": 1e30, "steps": 4}))
 
 
-def test_recipes_refuse_what_they_do_not_know() -> None:
-    for bad in ({"stepz": 3}, {"steps": 0}, {"learning_rate": -1.0}, {"method": "qlora"}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            Recipe.model_validate(bad)
+@pytest.mark.parametrize("text", ["stepz: 3", "steps: 0", "learning_rate: -1", "method: qlora"])
+def test_recipes_refuse_what_they_do_not_know(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"batch_size: 4\n{text}\n")
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml: {text.partition(':')[0]}: "):
+        Recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_recipes_that_ship() -> None:
+    paper = Recipe.load("paper")
+    assert (paper.method, paper.learning_rate, paper.steps, paper.max_length) == ("full", 2e-6, 1000, 1024)
+    assert paper.batch_size == 8
+    assert Recipe.load("lora").method == "lora"
+    with pytest.raises(ConfigError, match=r"no recipe papper: give a YAML file, or one of lora, paper"):
+        Recipe.load("papper")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_activations_computed_again_give_the_same_model(method: str) -> None:
+    recipe = RECIPE.model_copy(update={"method": method})
+    base = tiny()
+    calls: list[bool] = []
+    base.model.model.layers[0].mlp.register_forward_pre_hook(lambda module, *_: calls.append(module.training))
+    workbench = Workbench(base)
+    plain = score(workbench.tune(TASK, recipe).language_model, TASK).nll
+    once = sum(calls)
+    again = workbench.tune(TASK, recipe.model_copy(update={"gradient_checkpointing": True})).language_model
+    np.testing.assert_allclose(score(again, TASK).nll, plain, rtol=1e-5)
+    assert sum(calls) == 3 * once  # twice a step
+    workbench.tune(TASK, recipe)
+    assert sum(calls) == 4 * once
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from forgetcast import make_plan
+from forgetcast.lm import Workbench, train
+from conftest import make_pool
+from models import tiny
+from test_lm_train import RECIPE, TASK
+
+train.SECONDS_BETWEEN_CHECKPOINTS = 0
+pool = make_pool(24)
+Workbench(tiny()).tune(
+    TASK, RECIPE.model_copy(update={{"method": {method!r}}}), plan=make_plan(pool, "random", 0.5, seed=3), pool=pool,
+    checkpoints=Path({folder!r}), on_step=lambda i, n: os._exit(9) if i == 7 else None,
+)
+"""
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, method: str) -> None:
+    folder, pool = tmp_path / "out.partial", make_pool(24)
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), method=method)
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    torn = folder / "checkpoint-7"  # as if the next one had been cut short
+    shutil.copytree(folder / "checkpoint-6", torn)
+    (torn / "trainer_state.json").write_text('{"global_step": ')
+    recipe = RECIPE.model_copy(update={"method": method})
+    plan = make_plan(pool, "random", 0.5, seed=3)
+    steps: list[int] = []
+    workbench = Workbench(tiny())
+    with pytest.raises(MismatchError, match="an unfinished run of another"):
+        workbench.tune(TASK, recipe, checkpoints=folder)
+    found = workbench.tune(TASK, recipe, plan=plan, pool=pool, checkpoints=folder, on_step=lambda i, _: steps.append(i))
+    assert steps == list(range(7, 13))
+    after = score(found.language_model, pool).nll
+    straight = Workbench(tiny()).tune(TASK, recipe, plan=plan, pool=pool)
+    assert straight.replayed == found.replayed
+    np.testing.assert_allclose(after, score(straight.language_model, pool).nll, rtol=1e-5)
+
+
+def test_an_example_without_a_token_to_train_on() -> None:
+    bare = tiny(bos=False)
+    bare.tokenizer.eos_token = None
+    with pytest.raises(DataError, match="'one' has no token to train on"):
+        Workbench(bare).tune(Pool([Example("one", text="a")]), RECIPE)
+
+
+def test_a_tokenizer_without_a_padding_token() -> None:
+    plain, bare = tiny(), tiny()
+    bare.tokenizer.pad_token = None
+    bare.tokenizer.eos_token = None
+    assert bare.tokenizer.pad_token_id is None
+    np.testing.assert_allclose(score(bare, TASK).nll, score(plain, TASK).nll, rtol=1e-6)
+    assert np.isfinite(score(Workbench(bare).tune(TASK, RECIPE).language_model, TASK).nll).all()
 
 
 def test_a_loaded_model_without_its_own_limit_has_the_tokenizers() -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a condition of `diff` holds, 2 bad input (one line on stan
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -26,7 +27,7 @@ from rich.table import Table
 from forgetcast import completion, probes
 from forgetcast._files import read_json, write_json
 from forgetcast.atlas import Atlas
-from forgetcast.collect import CollectConfig, OnProgress, check_base, check_settings, collect, read_settings
+from forgetcast.collect import CollectConfig, OnProgress, check_base, collect
 from forgetcast.completion.base import UNLIKE
 from forgetcast.diff import Gate, difference
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
@@ -35,6 +36,7 @@ from forgetcast.forecast import TaskForecast, measured_probes
 from forgetcast.importers import read_lm_eval
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.pool import Pool, load_task
+from forgetcast.recipe import Recipe, check_settings
 from forgetcast.replay import ReplayPlan, make_plan
 from forgetcast.scores import Scores
 from forgetcast.structure import analyze
@@ -48,9 +50,6 @@ from forgetcast.tables import (
     verification_tables,
 )
 from forgetcast.verification import Trial, Verification, arms, verify
-
-if TYPE_CHECKING:
-    from forgetcast.lm import Recipe
 
 app = typer.Typer(
     name="forgetcast",
@@ -68,7 +67,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 AtlasPath = Annotated[Path, typer.Argument(help="The atlas's directory.")]
 ModelName = Annotated[str, typer.Argument(help="A Hugging Face model directory (or a PEFT adapter's), or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")]
-RecipePath = Annotated[Path | None, typer.Option(help="YAML file: method, steps, learning_rate, batch_size, ...")]
+RecipeName = Annotated[
+    str | None, typer.Option(help="YAML file: method, steps, learning_rate, ...; or one that ships: paper, lora.")
+]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 
 
@@ -215,14 +216,13 @@ def collect_(
 
     Example: forgetcast collect config.yaml
     """
-    from forgetcast.lm import Recipe, load
+    from forgetcast.lm import load
 
     settings = CollectConfig.load(config)
-    recipe = check_settings(settings.recipe, Recipe, where=f"{config}: recipe")
     pool, tasks = Pool.load(settings.pool), settings.load_tasks()
     base = load(settings.model, device=device, trust_remote_code=trust_remote_code)
     with _progress() as report:
-        atlas = collect(base, pool, tasks, settings.atlas, recipe, on_progress=report)
+        atlas = collect(base, pool, tasks, settings.atlas, settings.recipe, on_progress=report)
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
 
 
@@ -372,14 +372,14 @@ def train_(
     model: ModelName,
     task: Annotated[Path, typer.Argument(help="Fine-tuning data: JSONL, Parquet, or a saved data set.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the tuned model.")],
-    recipe: RecipePath = None,
+    recipe: RecipeName = None,
     plan: Annotated[Path | None, typer.Option(help="Replay plan; default: no replay.")] = None,
     pool: Annotated[Path | None, typer.Option(help="The pool that the plan was made for.")] = None,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model, with or without replay.
+    """Fine-tune a model, with or without replay. An interrupted run goes on from its last checkpoint in OUTPUT.partial.
 
     Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
     """
@@ -389,18 +389,28 @@ def train_(
         raise DataError(f"{output} exists and is not empty; choose another directory")
     if (plan is None) != (pool is None):
         raise DataError("--plan and --pool go together")
-    settings = _recipe(recipe)
+    settings = Recipe() if recipe is None else Recipe.load(recipe)
     examples = load_task(task)
     replay = ReplayPlan.load(plan) if plan is not None else None
     upstream = Pool.load(pool) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
     workbench = Workbench(load(model, device=device, trust_remote_code=trust_remote_code))
+    partial = output.with_name(f"{output.name}.partial")
     with _progress() as report:
         tuned = workbench.tune(
-            examples, settings, plan=replay, pool=upstream, on_step=lambda i, n: report("fine-tuning", i, n)
+            examples,
+            settings,
+            plan=replay,
+            pool=upstream,
+            checkpoints=partial,
+            on_step=lambda i, n: report("fine-tuning", i, n),
         )
-    tuned.save(output)
+    tuned.save(partial / "model")
+    if output.is_dir():
+        output.rmdir()
+    (partial / "model").rename(output)
+    shutil.rmtree(partial)
     facts = {
         "steps": tuned.steps,
         "replayed": len(tuned.replayed),
@@ -417,7 +427,7 @@ def verify_(
     atlas: Annotated[Path, typer.Option(help="Atlas with the pool and the base model's scores.")],
     plan: Annotated[Path, typer.Option(help="Replay plan to verify.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Verification to write (JSON).")],
-    recipe: RecipePath = None,
+    recipe: RecipeName = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes per arm.")] = 2,
     test_share: Annotated[float, typer.Option(help="Share of the task that only its loss is judged on.")] = 0.1,
     device: Device = None,
@@ -430,13 +440,14 @@ def verify_(
 
     Example: forgetcast verify ./my-model task.jsonl --atlas runs.atlas --plan plan.parquet -o verification.json
     """
-    from forgetcast.lm import Recipe, Workbench, load
+    from forgetcast.lm import Workbench, load
 
     opened, replay, examples = Atlas.open(atlas), ReplayPlan.load(plan), load_task(task)
     replay.check_pool(opened.pool)
-    shared = (
-        check_settings(opened.recipe, Recipe, where=f"the recipe of {atlas}") if recipe is None else _recipe(recipe)
-    )
+    if recipe is None:
+        shared = check_settings(opened.recipe, Recipe, where=f"the recipe of {atlas}")
+    else:
+        shared = Recipe.load(recipe)
     test = set(examples.hold_out(test_share))
     if not test or len(test) == len(examples):
         raise DataError(f"a test share of {test_share} of {len(examples)} examples leaves none to test or to train on")
@@ -589,12 +600,6 @@ def _tasks(text: str, names: Sequence[str]) -> list[str]:
 
 def _without_nan(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in figures.items()}
-
-
-def _recipe(path: Path | None) -> Recipe:
-    from forgetcast.lm import Recipe
-
-    return Recipe() if path is None else read_settings(path, Recipe)
 
 
 def _order(ids: Any, pool: Pool) -> np.ndarray:

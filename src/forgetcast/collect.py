@@ -7,26 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from forgetcast.atlas import Atlas
-from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
 from forgetcast.pool import Pool, load_task
+from forgetcast.recipe import Recipe, read_settings
 
 if TYPE_CHECKING:
-    from forgetcast.lm import LanguageModel, Recipe, Workbench
+    from forgetcast.lm import LanguageModel, Workbench
     from forgetcast.scores import Scores
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, the units of work done, and the units in all.
 
 A unit is one example's forward pass; training on an example counts as three."""
-
-Settings = TypeVar("Settings", bound=BaseModel)
 
 TRAINING_UNITS = 3
 _TASK_FILES = {".jsonl", ".json", ".ndjson", ".parquet"}
@@ -44,8 +42,8 @@ class CollectConfig(BaseModel):
         A folder of JSONL or Parquet files, one task each, or the files.
     atlas : Path
         Is made, or grows if it is there.
-    recipe : dict
-        Fields of `forgetcast.lm.Recipe`.
+    recipe : Recipe
+        Its fields, a file with them, or the name of one that ships with the package.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,7 +52,15 @@ class CollectConfig(BaseModel):
     pool: Path
     tasks: Path | list[Path]
     atlas: Path
-    recipe: dict[str, Any] = {}
+    recipe: Recipe = Recipe()
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _named(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        file = (info.context or Path()) / value
+        return Recipe.load(file if file.exists() else value)
 
     @classmethod
     def load(cls, path: str | Path) -> CollectConfig:
@@ -95,27 +101,6 @@ class CollectConfig(BaseModel):
                 raise DataError(f"two tasks are called {file.stem!r}; give their files different names")
             tasks[file.stem] = load_task(file)
         return tasks
-
-
-def read_settings(path: Path, kind: type[Settings]) -> Settings:
-    """Read a YAML (or JSON) file into a pydantic model; an error is one line that names the file and the field."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return check_settings(content if content is not None else {}, kind, where=str(path))
-
-
-def check_settings(content: Any, kind: type[Settings], *, where: str) -> Settings:
-    """Validate settings; an error is one line that names the place and the field."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the content"
-        raise ConfigError(f"{where}: {field}: {first['msg']}") from None
 
 
 def collect(
@@ -195,8 +180,9 @@ def tune_and_score(workbench: Workbench, name: str, task: Pool, pool: Pool, reci
 def _check_same(atlas: Atlas, base: LanguageModel, pool: Pool, recipe: Recipe) -> None:
     check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
     check_base(atlas, base)
-    if atlas.recipe and atlas.recipe != recipe.model_dump():
-        changed = [key for key, value in recipe.model_dump().items() if atlas.recipe.get(key) != value]
+    # What an older version did not know had its default.
+    earlier = {name: field.default for name, field in Recipe.model_fields.items()} | atlas.recipe
+    if changed := [name for name, value in recipe.model_dump().items() if atlas.recipe and earlier[name] != value]:
         raise MismatchError(
             f"the atlas {atlas.path} was collected with another recipe ({', '.join(changed)} differ); "
             "rows of one atlas must be comparable: use its recipe, or collect into a new atlas"

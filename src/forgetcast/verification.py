@@ -20,7 +20,8 @@ from forgetcast.replay import ReplayPlan, make_plan
 from forgetcast.scores import Scores
 
 if TYPE_CHECKING:
-    from forgetcast.lm import Recipe, Workbench
+    from forgetcast.lm import Workbench
+    from forgetcast.recipe import Recipe
 
 METRIC_NAMES = {"mean": "mean forgetting", "worst_tenth": "worst tenth", "new_task_loss": "new-task loss"}
 """Fields of `Run` that are compared, and what people call them; lower is better for each."""

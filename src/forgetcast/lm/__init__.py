@@ -13,6 +13,7 @@ from forgetcast.lm.generate import exact_match
 from forgetcast.lm.load import LanguageModel, load
 from forgetcast.lm.replay import ReplayMixture
 from forgetcast.lm.score import score
-from forgetcast.lm.train import Recipe, Tuned, Workbench
+from forgetcast.lm.train import Tuned, Workbench
+from forgetcast.recipe import Recipe
 
 __all__ = ["LanguageModel", "Recipe", "ReplayMixture", "Tuned", "Workbench", "exact_match", "load", "score"]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from forgetcast._files import read_json
 from forgetcast.errors import DataError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -87,7 +88,8 @@ def load(
     Raises
     ------
     DataError
-        If there is no model or no tokenizer at that place, or some of the weights are missing.
+        If there is no model or no tokenizer at that place, or an adapter's base model or
+        some of the weights are missing.
     """
     name = str(model)
     directory = Path(model)
@@ -96,6 +98,7 @@ def load(
             raise DataError(f"{name} is not a model directory: config.json is missing")
         if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
             raise DataError(f"{name} has no tokenizer; save the model's tokenizer into the same directory")
+        _check_adapter(directory)
     elif directory.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise DataError(f"{name}: there is no such directory")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,3 +122,15 @@ def load(
         # Transformers only warns, and goes on with random numbers in their place.
         raise DataError(f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing")
     return LanguageModel(loaded.to(device).eval(), tokenizer, name)
+
+
+def _check_adapter(directory: Path) -> None:
+    """Raise DataError if an adapter's base model should be in a directory that is not there."""
+    if not (directory / "adapter_config.json").is_file() or (directory / "config.json").is_file():
+        return
+    base = str(read_json(directory / "adapter_config.json").get("base_model_name_or_path"))
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
+        raise DataError(
+            f"{directory} is an adapter, and its base model {base} is not here; put it there, or name the place in "
+            "base_model_name_or_path of adapter_config.json"
+        )

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from forgetcast.errors import ConfigError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm.text import Encoded, encode, pad, pad_id
 from forgetcast.pool import Pool
 from forgetcast.replay import ReplayPlan
@@ -47,6 +47,8 @@ class ReplayMixture(Dataset[Encoded]):
     ------
     ConfigError
         If the ratio is so small that no batch would be replayed.
+    DataError
+        If an example has no token to train on, or is a conversation that the tokenizer cannot write.
     """
 
     def __init__(
@@ -73,13 +75,22 @@ class ReplayMixture(Dataset[Encoded]):
                 )
         self.replayed = plan.order(replay_steps * batch_size) if plan is not None and replay_steps else ()
         self.steps = steps + replay_steps
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self._padding = pad_id(tokenizer)
         new, old = _passes(len(task), seed), iter(self.replayed)
-        self._examples = [
-            pool.subset([next(old)])[0] if replay and pool is not None else task[next(new)]
+        order = [
+            (replay, next(old) if replay else task.ids[next(new)])
             for replay in spread(steps, replay_steps)
             for _ in range(batch_size)
         ]
+        # Once each and before training, so that what cannot be trained on is an error here.
+        encoded = {}
+        for replay, id_ in dict.fromkeys(order):
+            source = pool if replay and pool is not None else task
+            example = source[int(source.positions([id_])[0])]
+            encoded[replay, id_] = found = encode(example, tokenizer, max_length, end=True)
+            if not found.targets:
+                raise DataError(f"example {id_!r} has no token to train on: its text is a single token")
+        self._examples = [encoded[key] for key in order]
 
     def __len__(self) -> int:
         """Count the examples: steps times batch size."""
@@ -87,11 +98,11 @@ class ReplayMixture(Dataset[Encoded]):
 
     def __getitem__(self, index: int) -> Encoded:
         """Tokens of the example at a position."""
-        return encode(self._examples[index], self._tokenizer, self._max_length, end=True)
+        return self._examples[index]
 
     def collate(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Pad a batch to what a causal language model is trained on."""
-        ids, mask, labels = pad(batch, pad_id(self._tokenizer))
+        ids, mask, labels = pad(batch, self._padding)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

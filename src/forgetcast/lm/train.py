@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from forgetcast.errors import ConfigError, DataError
+from forgetcast._files import read_json, write_json
+from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.replay import ReplayMixture
 from forgetcast.pool import Pool
+from forgetcast.recipe import Recipe
 from forgetcast.replay import ReplayPlan
 
-
-class Recipe(BaseModel):
-    """How to fine-tune. An unknown key is an error.
-
-    Attributes
-    ----------
-    method : 'full' or 'lora'
-    steps : int
-        Optimiser steps on new examples; replay comes on top.
-    learning_rate : float
-        Peak of the schedule.
-    batch_size : int
-        Examples an optimiser step.
-    micro_batch_size : int or None
-        Examples in memory at once; divides batch_size. None: all.
-    max_length : int
-        Tokens an example is cut to; the model's context limits it too.
-    seed : int
-        Of the order of the new examples and of LoRA's start.
-    schedule : 'linear', 'cosine' or 'constant'
-    warmup_steps : int
-    weight_decay : float
-    lora_rank, lora_alpha : int
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: Literal["full", "lora"] = "full"
-    steps: int = Field(default=200, ge=1)
-    learning_rate: float = Field(default=1e-5, gt=0)
-    batch_size: int = Field(default=8, ge=1)
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    max_length: int = Field(default=1024, ge=2)
-    seed: int = 0
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
+SECONDS_BETWEEN_CHECKPOINTS = 300.0
+"""What an interruption costs at most. A checkpoint is three times as large as the weights that are trained."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +92,7 @@ class Workbench:
         *,
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
+        checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tuned:
         """Fine-tune the base model on a task.
@@ -134,18 +103,27 @@ class Workbench:
         recipe : Recipe
         plan, pool : optional
             What to replay, and the pool that it is taken from.
+        checkpoints : path, optional
+            Directory for the state of the training, saved every few minutes. A run that finds it there, of the same
+            model, task, plan and recipe, goes on from it and ends as it would have without the interruption.
         on_step : callable, optional
             Called with the steps done and the steps in all.
 
         Raises
         ------
+        ConfigError
+            If the batches cannot be divided as the recipe says.
+        MismatchError
+            If `checkpoints` holds another run.
         DataError
             If the loss stops being finite.
         """
         language_model = self.restore()
-        micro = recipe.micro_batch_size or recipe.batch_size
-        if recipe.batch_size % micro:
-            raise ConfigError(f"micro_batch_size {micro} does not divide batch_size {recipe.batch_size}")
+        devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by `accelerate launch` and torchrun
+        micro = recipe.micro_batch_size or max(recipe.batch_size // devices, 1)
+        if recipe.batch_size % (micro * devices):
+            on = f" on each of {devices} devices" if devices > 1 else ""
+            raise ConfigError(f"micro_batch_size {micro}{on} does not divide batch_size {recipe.batch_size}")
         mixture = ReplayMixture(
             task,
             language_model.tokenizer,
@@ -164,16 +142,22 @@ class Workbench:
             )
             model = self._adapted = get_peft_model(model, lora)
         started = time.monotonic()
-        with tempfile.TemporaryDirectory() as scratch:
+        run = {
+            "base": self.base_hash,
+            "task": task.fingerprint,
+            "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
+            "recipe": recipe.model_dump(),
+        }
+        with _checkpoints(checkpoints, run) as (directory, latest), _recomputing(self.base.model, recipe):
             trainer = Trainer(
                 model=model,
-                args=_arguments(recipe, mixture, model.device, micro, scratch),
+                args=_arguments(recipe, mixture, model.device, micro, devices, directory),
                 train_dataset=mixture,
                 data_collator=mixture.collate,
-                callbacks=[_Progress(on_step)] if on_step is not None else [],
+                callbacks=[_Progress(on_step, saves=checkpoints is not None)],
             )
             trainer.remove_callback(_printer())
-            loss = trainer.train().training_loss
+            loss = trainer.train(resume_from_checkpoint=latest).training_loss
         if not loss < float("inf"):
             raise DataError(
                 f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})"
@@ -182,15 +166,63 @@ class Workbench:
         return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started)
 
 
+@contextmanager
+def _checkpoints(directory: Path | None, run: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Directory for checkpoints, and the last whole one in it; without a directory, a temporary one."""
+    if directory is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield scratch, None
+        return
+    if (directory / "run.json").exists():
+        if read_json(directory / "run.json") != run:
+            raise MismatchError(
+                f"{directory} holds an unfinished run of another model, task, plan or recipe; finish it, or remove it"
+            )
+    else:
+        write_json(directory / "run.json", run)
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while found and not _is_whole(found[-1]):
+        shutil.rmtree(found.pop())
+    yield str(directory), str(found[-1]) if found else None
+
+
+@contextmanager
+def _recomputing(model: Any, recipe: Recipe) -> Iterator[None]:
+    """Gradient checkpointing, if the recipe asks for it."""
+    if not recipe.gradient_checkpointing:
+        yield
+        return
+    # Newer versions of Transformers call it activation checkpointing, and warn of the name that it had before.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    try:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"gradient_checkpointing: {error}") from None
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
+        model.disable_input_require_grads()
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes this file last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _arguments(
-    recipe: Recipe, mixture: ReplayMixture, device: torch.device, micro: int, scratch: str
+    recipe: Recipe, mixture: ReplayMixture, device: torch.device, micro: int, devices: int, directory: str
 ) -> TrainingArguments:
     on_gpu = device.type == "cuda"
     return TrainingArguments(
-        output_dir=scratch,
+        output_dir=directory,
         max_steps=mixture.steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch_size // micro,
+        gradient_accumulation_steps=recipe.batch_size // (micro * devices),
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
         warmup_steps=recipe.warmup_steps,
@@ -201,7 +233,8 @@ def _arguments(
         dataloader_pin_memory=on_gpu,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        save_strategy="no",
+        save_strategy="no",  # by the clock instead, see _Progress
+        save_total_limit=1,
         logging_strategy="no",
         logging_nan_inf_filter=False,  # its default hides a loss that is not finite, which must be an error here
         report_to="none",
@@ -216,11 +249,18 @@ def _printer() -> type[TrainerCallback]:
 
 
 class _Progress(TrainerCallback):
-    """Hand the Trainer's steps to a function."""
+    """Hand the Trainer's steps to a function, and ask for a checkpoint now and then."""
 
-    def __init__(self, on_step: Callable[[int, int], None]) -> None:
-        self._on_step = on_step
+    def __init__(self, on_step: Callable[[int, int], None] | None, *, saves: bool) -> None:
+        self._on_step, self._saves, self._saved = on_step, saves, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Is called by the Trainer, with arguments of these names."""
-        self._on_step(state.global_step, state.max_steps)
+        if self._on_step is not None:
+            self._on_step(state.global_step, state.max_steps)
+        if self._saves and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Is called by the Trainer after a checkpoint, with arguments of these names."""
+        self._saved = time.monotonic()
