@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a condition of `diff` holds, 2 bad input (one line on stan
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -66,7 +67,9 @@ SECONDS_BETWEEN_LINES = 15
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AtlasPath = Annotated[Path, typer.Argument(help="The atlas's directory.")]
 ModelName = Annotated[str, typer.Argument(help="A Hugging Face model directory (or a PEFT adapter's), or a hub id.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:0, or auto: over all GPUs; default: a GPU if there is one.")
+]
 RecipeName = Annotated[
     str | None, typer.Option(help="YAML file: method, steps, learning_rate, ...; or one that ships: paper, lora.")
 ]
@@ -139,6 +142,8 @@ def score_(
                 language_model, examples, max_new_tokens=max_new_tokens, on_progress=lambda n: count(n, "answering")
             )
             scores = replace(scores, exact_match=right, predictions=predictions)
+    if not _is_first():
+        return
     scores.save(output)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
     right_answers = None
@@ -218,6 +223,7 @@ def collect_(
     """
     from forgetcast.lm import load
 
+    _alone("collect")
     settings = CollectConfig.load(config)
     pool, tasks = Pool.load(settings.pool), settings.load_tasks()
     base = load(settings.model, device=device, trust_remote_code=trust_remote_code)
@@ -406,6 +412,8 @@ def train_(
             checkpoints=partial,
             on_step=lambda i, n: report("fine-tuning", i, n),
         )
+    if not _is_first():
+        return
     tuned.save(partial / "model")
     if output.is_dir():
         output.rmdir()
@@ -442,6 +450,7 @@ def verify_(
     """
     from forgetcast.lm import Workbench, load
 
+    _alone("verify")
     opened, replay, examples = Atlas.open(atlas), ReplayPlan.load(plan), load_task(task)
     replay.check_pool(opened.pool)
     if recipe is None:
@@ -558,6 +567,7 @@ def demo_(
     """
     from forgetcast.demo.run import FULL, STANDARD, run_demo
 
+    _alone("demo")
     with _progress() as report:
         summary = run_demo(output, FULL if full else STANDARD, on_progress=report)
     if as_json:
@@ -607,6 +617,17 @@ def _order(ids: Any, pool: Pool) -> np.ndarray:
     return np.array([positions[id_] for id_ in pool.ids])
 
 
+def _is_first() -> bool:
+    """Whether this is the process that writes and prints, of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _alone(command: str) -> None:
+    """Refuse several processes where they would do the same work twice."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"`{command}` is one process's work; only `score` and `train` share theirs among several")
+
+
 def _show(facts: dict[str, Any], as_json: bool, *, title: str) -> None:
     if as_json:
         _print_json(facts)
@@ -621,6 +642,9 @@ def _print_json(value: Any) -> None:
 @contextmanager
 def _progress(*, resumable: bool = True) -> Iterator[OnProgress]:
     """Bar with the time left, on standard error; where that is no terminal, a line now and then instead."""
+    if not _is_first():
+        yield lambda *_: None
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from forgetcast.errors import ConfigError
+from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.text import IGNORED, Encoded, pad, pad_id, question
 from forgetcast.pool import Pool
@@ -90,7 +91,7 @@ def exact_match(
     )
     was_training = model.training
     model.eval()
-    order = sorted(questions, key=lambda i: -len(prompts[i].ids))
+    order = sorted(questions, key=lambda i: -len(prompts[i].ids))[processes.index() :: processes.count()]
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         # Padded on the left, so that all answers begin at the same place.
@@ -110,6 +111,9 @@ def exact_match(
         if on_progress is not None:
             on_progress(len(batch))
     model.train(was_training)
+    for others in processes.from_all({i: (right[i], answer) for i, answer in answers.items()}):
+        for i, (judged, answer) in others.items():
+            right[i], answers[i] = judged, answer
     return right, tuple(answers.get(i) for i in range(len(pool)))
 
 

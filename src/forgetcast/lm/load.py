@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +80,8 @@ def load(
     model : str or path
         A Hugging Face model directory (a PEFT adapter's directory too), or a hub id.
     device : str, optional
-        Default: the first GPU if there is one, else the CPU.
+        Default: the first GPU if there is one (of several processes, each its own), else the CPU. 'auto' spreads the
+        layers of a model that is too large for one GPU over all of them, and the CPU.
     dtype : str, optional
         Such as 'float32' or 'bfloat16'. Default float32, which fine-tuning needs and scores are exact in.
     trust_remote_code : bool
@@ -101,7 +103,7 @@ def load(
         _check_adapter(directory)
     elif directory.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise DataError(f"{name}: there is no such directory")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     torch_dtype = getattr(torch, dtype or "float32", None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise DataError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
@@ -110,7 +112,11 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         result: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch_dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            name,
+            dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            device_map="auto" if device == "auto" else None,
         )
         loaded, notes = result
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -121,6 +127,10 @@ def load(
     if missing := sorted(notes["missing_keys"]):
         # Transformers only warns, and goes on with random numbers in their place.
         raise DataError(f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing")
+    if device == "auto":
+        if any(parameter.is_meta for parameter in loaded.parameters()):
+            raise DataError(f"{name} does not fit into the memory of the devices")
+        return LanguageModel(loaded.eval(), tokenizer, name)
     return LanguageModel(loaded.to(device).eval(), tokenizer, name)
 
 

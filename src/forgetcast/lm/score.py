@@ -14,6 +14,7 @@ import torch
 
 import forgetcast
 from forgetcast.errors import ConfigError, DataError
+from forgetcast.lm import processes
 from forgetcast.lm.head import LOGITS as CHUNK_LOGITS
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import LanguageModel, embedding_rows
@@ -46,6 +47,8 @@ def score(
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score every example of a pool.
+
+    Where `accelerate launch` started several processes, each scores its share, and all return the whole.
 
     Parameters
     ----------
@@ -112,7 +115,10 @@ def score(
     for i in np.flatnonzero(left).tolist():
         if (done := kept.found.get(pool.ids[i])) is not None:
             sums[i], reasons[i], left[i] = *done, 0
-    todo = [(i, piece) for i, piece in pieces if left[i]]
+    # Several processes take turns, longest example first, so that each has as much to do.
+    turns = sorted(np.flatnonzero(left).tolist(), key=lambda i: -len(encoded[i].ids))
+    mine = set(turns[processes.index() :: processes.count()])
+    todo = [(i, piece) for i, piece in pieces if i in mine]
     if on_progress is not None and kept.found:
         on_progress(len(kept.found))
     was_training = model.training
@@ -135,6 +141,11 @@ def score(
         if on_progress is not None:
             on_progress(len(finished))
     model.train(was_training)
+    for others in processes.from_all([(i, sums[i], reasons[i]) for i in mine]):
+        for i, nll, reason in others:
+            sums[i], reasons[i] = nll, reason
+    if on_progress is not None and len(mine) < len(turns):
+        on_progress(len(turns) - len(mine))
     tokens = np.array([example.targets for example in encoded])
     unscored = np.array([bool(reason) for reason in reasons])
     if unscored.all():
@@ -160,18 +171,25 @@ class _Partial:
         self.found: dict[str, tuple[float, str]] = {}
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = []
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the line that an interruption cut short
-                break
-        if rows[:1] == [metadata]:
-            self.found = {id_: (nll, reason) for id_, nll, reason in rows[1:]}
-        # Written anew, so that nothing comes after a line that was cut.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        number = processes.index()
+        if number == 0:
+            # What all processes of an earlier run had finished, however many there were.
+            others = [file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdigit()]
+            for file in (path, *others):
+                self.found |= _finished(file, metadata)
+            self._begin(metadata)
+            for file in others:
+                file.unlink()
+        self.found = processes.from_first(self.found)
+        if number > 0:
+            self._path = path.with_name(f"{path.name}.{number}")
+            self._begin(metadata)
+
+    def _begin(self, metadata: dict[str, Any]) -> None:
+        """Write the file anew, so that nothing comes after a line that was cut."""
+        assert self._path is not None
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in [metadata, *([k, *v] for k, v in self.found.items())])
 
     def write(self, rows: Sequence[tuple[str, float, str]]) -> None:
@@ -186,6 +204,17 @@ class _Partial:
         """Delete the file: all is done."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """Sum of losses and reason by example, if the file is there and belongs to the same model, pool and settings."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the line that an interruption cut short
+            break
+    return {id_: (nll, reason) for id_, nll, reason in rows[1:]} if rows[:1] == [metadata] else {}
 
 
 def _context(language_model: LanguageModel, max_length: int | None) -> int:

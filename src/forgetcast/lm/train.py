@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from forgetcast._files import read_json, write_json
 from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.replay import ReplayMixture
 from forgetcast.pool import Pool
@@ -119,7 +119,7 @@ class Workbench:
             If the loss stops being finite.
         """
         language_model = self.restore()
-        devices = int(os.environ.get("WORLD_SIZE", "1"))  # set by `accelerate launch` and torchrun
+        devices = processes.count()
         micro = recipe.micro_batch_size or max(recipe.batch_size // devices, 1)
         if recipe.batch_size % (micro * devices):
             on = f" on each of {devices} devices" if devices > 1 else ""
@@ -182,7 +182,7 @@ def _checkpoints(directory: Path | None, run: dict[str, Any]) -> Iterator[tuple[
         write_json(directory / "run.json", run)
     found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     while found and not _is_whole(found[-1]):
-        shutil.rmtree(found.pop())
+        shutil.rmtree(found.pop(), ignore_errors=True)  # another process may be at it too
     yield str(directory), str(found[-1]) if found else None
 
 
@@ -218,7 +218,7 @@ def _arguments(
     recipe: Recipe, mixture: ReplayMixture, device: torch.device, micro: int, devices: int, directory: str
 ) -> TrainingArguments:
     on_gpu = device.type == "cuda"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=directory,
         max_steps=mixture.steps,
         per_device_train_batch_size=micro,
@@ -240,6 +240,10 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:
+        # Else the Trainer gives every GPU a batch of its own, and a step sees more examples than the recipe says.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _printer() -> type[TrainerCallback]:
