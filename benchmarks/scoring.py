@@ -1,12 +1,14 @@
 """Scoring beside a plain loop, lm-evaluation-harness, and the bare forward pass over packed tokens: speed and memory.
+And training with replay beside the plain Trainer on the same tokens, and the time that a sweep spends on other things.
 
-    python benchmarks/scoring.py --quick             # the demo model only: about a minute
-    python benchmarks/scoring.py --json result.json  # also 100 M parameters, and 256,000 words: about ten minutes
+    python benchmarks/scoring.py --quick             # the demo model only: about two minutes
+    python benchmarks/scoring.py --json result.json  # also 100 M parameters, and 256,000 words: about fifteen minutes
 
 The pool is text from the Python installation, of mixed lengths. The packed forward pass has no padding, no loss and no
 bookkeeping: it is what the hardware allows. lm-evaluation-harness runs `loglikelihood_rolling` on its Hugging Face
 backend, if it is installed (`pip install 'lm-eval[hf]'`); it counts the first token too, so its mean loss is another.
-Memory is the growth of the process's peak while scoring, each way in a process of its own.
+Memory is the growth of the process's peak while scoring, each way in a process of its own. The plain Trainer gets the
+same batches in the same order, tokenised and padded as is usual; the two take turns in one process.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.resources import files
 from importlib.util import find_spec
@@ -29,12 +32,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
-from forgetcast import Example, Pool
-from forgetcast.lm import LanguageModel, load, score
+from forgetcast import Example, Pool, make_plan
+from forgetcast.collect import collect
+from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
+from forgetcast.lm.head import Head
 from forgetcast.lm.load import embedding_rows
 from shared import conclude, target
 
@@ -136,25 +149,96 @@ def measure(name: str, way: str) -> dict[str, float]:
     return {"tokens_per_second": tokens / float(np.median(seconds)), "mebibytes": grown, "loss": loss, "tokens": tokens}
 
 
+def training() -> dict[str, float]:
+    """Tokens per second of fine-tuning with replay: this library's, and the plain Trainer's on the same batches."""
+    model, pool = make("demo"), texts(600, 128)
+    task = Pool([Example(f"new {e.id}", text=e.text) for e in texts(900, 128)][600:])
+    plan = make_plan(pool, "random", 0.125)
+    recipe = Recipe(steps=80, batch_size=8, learning_rate=1e-3, max_length=128)
+    workbench, tokenizer = Workbench(model), model.tokenizer
+    sizes = {"steps": 80, "batch_size": 8, "max_length": 128}
+    mixture = ReplayMixture(task, tokenizer, **sizes, plan=plan, pool=pool)
+    order = [tokenizer.decode(mixture[i].ids, skip_special_tokens=True) for i in range(len(mixture))]
+    tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
+
+    def ours() -> None:
+        workbench.tune(task, recipe, plan=plan, pool=pool)
+
+    def plain() -> None:
+        language_model = workbench.restore()
+        rows = [tokenizer(text + tokenizer.eos_token, truncation=True, max_length=128) for text in order]
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(
+                output_dir=scratch,
+                max_steps=mixture.steps,
+                per_device_train_batch_size=8,
+                learning_rate=1e-3,
+                train_sampling_strategy="sequential",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            )
+            collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+            Trainer(model=language_model.model, args=arguments, train_dataset=rows, data_collator=collator).train()
+
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(1 + ROUNDS):  # the first is for whatever is done once
+        for name, call in (("ours", ours), ("plain", plain)):
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: tokens / float(np.median(found[1:])) for name, found in seconds.items()}
+
+
+def sweep() -> dict[str, float]:
+    """Share of the time of `collect` that is spent in training steps and in the forward passes of scoring."""
+    spent = 0.0
+
+    def timed(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal spent
+            started = time.perf_counter()
+            try:
+                return call(*arguments, **options)
+            finally:
+                spent += time.perf_counter() - started
+
+        setattr(owner, name, wrapped)
+
+    # A training step: forward and backward pass, clipping, update.
+    for owner, name in ((Trainer, "training_step"), (Accelerator, "clip_grad_norm_"), (torch.optim.AdamW, "step")):
+        timed(owner, name)
+    timed(Head, "nll")
+    base, pool, new = make("demo"), texts(600, 128), texts(4 * 64, 128)
+    tasks = {f"task {i}": Pool(new[64 * i : 64 * (i + 1)]) for i in range(4)}
+    recipe = Recipe(steps=40, batch_size=8, learning_rate=1e-3, max_length=128)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        collect(base, pool, tasks, Path(folder) / "runs.atlas", recipe)
+        return {"seconds": time.perf_counter() - started, "share": spent / (time.perf_counter() - started)}
+
+
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the demo model only")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--job", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
-        print(json.dumps(measure(*arguments.job)))
+        call = {"training": training, "sweep": sweep, "measure": measure}[arguments.job[0]]
+        print(json.dumps(call(*arguments.job[1:])))
         return
-    console, rows = Console(), []
+    console, rows = Console(), list[dict[str, Any]]()
     for name in ["demo"] if arguments.quick else MODELS:
         for label, way in WAYS.items():
             if way == "harness" and find_spec("lm_eval") is None:
                 console.print("lm-evaluation-harness is not installed; passed over", style="dim")
                 continue
-            command = [sys.executable, __file__, "--job", name, way]
-            found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            rows.append({"model": name, "way": label, **json.loads(found.splitlines()[-1])})
+            rows.append({"model": name, "way": label, **job("measure", name, way)})
             console.print(f"{name}, {label}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", style="dim")
     table = Table("model", "way", "tokens/s", "ours, times", "mean loss", "peak memory grows, MiB", title="Scoring")
     own = {r["model"]: r["tokens_per_second"] for r in rows if r["way"] == "forgetcast"}
@@ -164,12 +248,31 @@ def main() -> None:
         memory = f"{r['mebibytes']:.0f}"
         table.add_row(r["model"], r["way"], f"{r['tokens_per_second']:,.0f}", f"{r['ours_times']:.2f}", loss, memory)
     console.print(table)
-    conclude(console, rows, targets(rows), arguments.json, "torch", "transformers")
+    speed, swept = job("training"), job("sweep")
+    rows += [{"way": f"training, {name}", "tokens_per_second": value} for name, value in speed.items()]
+    rows.append({"way": "sweep", **swept})
+    console.print(
+        f"Training with replay: {speed['ours']:,.0f} tokens/s, the plain Trainer {speed['plain']:,.0f} on the same.",
+        f"Of a sweep's {swept['seconds']:.0f} s, {swept['share']:.1%} are training steps and forward passes.",
+    )
+    goals = [
+        target("training with replay to the plain Trainer, tokens/s", speed["ours"] / speed["plain"], 0.97, least=True),
+        target("share of a sweep in training steps and forward passes", swept["share"], 0.95, least=True),
+    ]
+    conclude(console, rows, targets(rows) + goals, arguments.json, "torch", "transformers")
+
+
+def job(*words: str) -> dict[str, float]:
+    """Run a part of the benchmark in a process of its own."""
+    command = [sys.executable, __file__, "--job", *words]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(found.splitlines()[-1])
+    return result
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the figures have to hold up to."""
-    of = {(r["model"], r["way"]): r for r in rows}
+    of = {(r.get("model"), r["way"]): r for r in rows}
     found = []
     for model, bound in (("demo", 4.0), ("100 M", 1.5)):
         if (r := of.get((model, "lm-evaluation-harness"))) is not None:

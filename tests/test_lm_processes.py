@@ -1,4 +1,4 @@
-"""Several processes, as `accelerate launch` and torchrun start them: they share the work, and the result is that of one."""
+"""Several processes, as `accelerate launch` and torchrun start them, share the work; the result is that of one."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import tempfile
@@ -157,7 +158,12 @@ class Workbench:
                 callbacks=[_Progress(on_step, saves=checkpoints is not None)],
             )
             trainer.remove_callback(_printer())
-            loss = trainer.train(resume_from_checkpoint=latest).training_loss
+            # The Trainer ends with a garbage collection; there is no need to look through all modules in it.
+            gc.freeze()
+            try:
+                loss = trainer.train(resume_from_checkpoint=latest).training_loss
+            finally:
+                gc.unfreeze()
         if not loss < float("inf"):
             raise DataError(
                 f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})"
