@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
@@ -229,7 +230,8 @@ def main() -> None:
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
-        call = {"training": training, "sweep": sweep, "measure": measure}[arguments.job[0]]
+        jobs: dict[str, Callable[..., dict[str, float]]] = {"training": training, "sweep": sweep, "measure": measure}
+        call = jobs[arguments.job[0]]
         print(json.dumps(call(*arguments.job[1:])))
         return
     console, rows = Console(), list[dict[str, Any]]()
