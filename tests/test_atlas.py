@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,58 @@ def test_a_row_may_be_measured_in_parts(tmp_path: Path, pool: Pool) -> None:
     row = Atlas.open(atlas.path).matrix(["probed"]).values[0]
     assert (row[7], row[2], row[0]) == (0.5, 1.0, 6.0), "an entry that was measured is kept"
     assert atlas.is_complete("probed")
+
+
+def test_a_right_answer_that_becomes_wrong_is_forgotten(tmp_path: Path, pool: Pool) -> None:
+    """Oracle: the paper's rule, example by example."""
+    rng = np.random.default_rng(0)
+    losses = np.full(len(pool), 3.0)
+
+    def answers() -> np.ndarray:
+        drawn = rng.choice([0.0, 1.0], len(pool))
+        return np.where(np.arange(len(pool)) % 4 == 3, np.nan, drawn)  # not everything is a question
+
+    before, rows = answers(), {"a": answers(), "b": answers()}
+    scores = replace(make_scores(pool, losses), exact_match=before)
+    atlas = Atlas.create(tmp_path / "a.atlas", pool, scores, model="base")
+    atlas.add("a", replace(make_scores(pool, losses), exact_match=rows["a"]))
+    atlas.add("b", make_scores(pool, losses))
+    assert atlas.is_complete("a")
+    assert not atlas.is_complete("b"), "the answers are missing"
+    assert atlas.matrix(["b"]).observed.all()
+    part = [i for i in range(len(pool)) if i != 4]
+    few = pool.subset([pool.ids[i] for i in part])
+    atlas.add("b", replace(make_scores(few, losses[part]), exact_match=rows["b"][part]))
+    read = Atlas.open(atlas.path)
+    found = read.matrix(measure="exact_match")
+    assert found.examples == tuple(id_ for id_, right in zip(pool.ids, before, strict=True) if right == 1)
+    for name, after in rows.items():
+        for id_, value in zip(found.examples, found.values[found.tasks.index(name)], strict=True):
+            i = pool.ids.index(id_)
+            if name == "b" and i == 4:
+                assert np.isnan(value)
+            else:
+                assert value == (after[i] == 0)
+    assert 0 < np.nanmean(found.values) < 1
+    flipped = read.dataset().flipped.sel(task="a").values
+    np.testing.assert_array_equal(flipped[before == 1], found.values[0])
+    assert np.isnan(flipped[before != 1]).all()
+    # What was measured is kept.
+    atlas.add("a", replace(make_scores(pool, losses + 1), exact_match=1 - rows["a"]))
+    np.testing.assert_array_equal(Atlas.open(atlas.path).matrix(measure="exact_match").values[0], found.values[0])
+
+
+def test_answers_that_are_not_there(tmp_path: Path, pool: Pool) -> None:
+    atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
+    atlas.add("answered", replace(make_scores(pool, np.full(len(pool), 4.0)), exact_match=np.ones(len(pool))))
+    assert atlas.is_complete("answered")
+    assert "flipped" not in atlas.dataset()
+    with pytest.raises(DataError, match="has no answers; collect one with exact_match: true"):
+        atlas.matrix(measure="exact_match")
+    none_right = replace(make_scores(pool, np.full(len(pool), 3.0)), exact_match=np.zeros(len(pool)))
+    empty = Atlas.create(tmp_path / "b.atlas", pool, none_right, model="base")
+    with pytest.raises(DataError, match="answers nothing right"):
+        empty.matrix(measure="exact_match")
 
 
 def test_what_does_not_belong_is_refused_and_changes_nothing(tmp_path: Path, pool: Pool) -> None:
@@ -101,6 +154,7 @@ def test_two_writers_are_not_let_in(tmp_path: Path, pool: Pool) -> None:
 
 CRASH = """
 import os, sys
+from dataclasses import replace
 import numpy as np
 sys.path.insert(0, {tests!r})
 from conftest import make_scores
@@ -121,12 +175,21 @@ def dying(function):
 for name in ("replace", "fsync", "rename"):
     setattr(os, name, dying(getattr(os, name)))
 atlas = Atlas.open({path!r})
-atlas.add("crashed", make_scores(atlas.pool, np.full(len(atlas.pool), 5.0)))
+after = make_scores(atlas.pool, np.full(len(atlas.pool), 5.0))
+atlas.add("crashed", replace(after, exact_match=np.zeros(len(atlas.pool))))
 """
 
 
-def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool) -> None:
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool, answers: bool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=2)
+    if answers:
+        before = replace(atlas.before, exact_match=np.ones(len(pool)))
+        again = Atlas.create(tmp_path / "b.atlas", pool, before, model="base")
+        for name in atlas.tasks:
+            after = make_scores(pool, 3.0 + atlas.matrix([name]).values[0])
+            again.add(name, replace(after, exact_match=np.ones(len(pool))))
+        atlas = again
     kept = atlas.matrix().values
     codes = []
     for operations in range(20):
@@ -134,9 +197,15 @@ def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool) ->
         codes.append(subprocess.run([sys.executable, "-c", script, str(operations)], check=False).returncode)
         read = Atlas.open(atlas.path)
         np.testing.assert_array_equal(read.matrix(["t0", "t1"]).values, kept)
+        assert read.dataset().sizes["task"] == len(read.tasks)
+        if answers:
+            np.testing.assert_array_equal(read.matrix(["t0", "t1"], measure="exact_match").values, 0)
         if codes[-1] == 0:
             break
         assert read.tasks in (("t0", "t1"), ("t0", "t1", "crashed"))
     assert codes[-1] == 0
     assert codes.count(9) >= 3, "the crash must have been tried at several operations"
     np.testing.assert_array_equal(Atlas.open(atlas.path).matrix(["crashed"]).values, np.full((1, len(pool)), 2.0))
+    assert Atlas.open(atlas.path).is_complete("crashed")
+    if answers:
+        np.testing.assert_array_equal(Atlas.open(atlas.path).matrix(["crashed"], measure="exact_match").values, 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import Run as RunCommand
 from conftest import make_pool
 from forgetcast import Atlas, ConfigError, DataError, Example, MismatchError, Pool, Scores, make_plan
 from forgetcast.collect import CollectConfig, collect
 from forgetcast.evaluation import paired_difference, worst_tenth
-from forgetcast.lm import Recipe, Workbench, score
+from forgetcast.lm import Recipe, Workbench, exact_match, score
 from forgetcast.verification import METRICS, Run, Trial, Verification, arms, verify
 from models import tiny
 
@@ -66,9 +68,61 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     np.testing.assert_allclose(atlas.matrix().values, straight.matrix().values, atol=1e-6)
 
 
-def test_progress_ends_at_its_total(tmp_path: Path) -> None:
+QUESTIONS = Pool([Example(f"q{i}", prompt=f"Item {i} is", completion=f" {w}") for i, w in enumerate("abcdefgh")])
+
+
+def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
+    """Oracle: the answers of the base model and of each tuned model, asked for by hand."""
+    teach = Recipe(steps=80, learning_rate=1e-2, batch_size=8, max_length=48)
+    base = Workbench(tiny()).tune(QUESTIONS, teach).language_model
+    pool = Pool([*QUESTIONS, Example("unknown", prompt="Item 9 is", completion=" nothing"), *make_pool(3)])
+    # Other answers to some of the questions.
+    tasks = {
+        name: Pool([Example(f"{i}", prompt=f"Item {i} is", completion=" z") for i in items])
+        for name, items in (("early", range(3)), ("middle", range(3, 6)), ("late", range(6, 8)))
+    }
+    recipe = Recipe(steps=8, learning_rate=1e-2, batch_size=2, max_length=48)
+    with pytest.raises(Interruption):
+        collect(
+            copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, exact_match=True, max_new_tokens=4,
+            on_progress=stop_at("late: answering"),
+        )  # fmt: skip
+    options: dict[str, Any] = {"exact_match": True, "max_new_tokens": 4}
+    atlas = collect(copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, **options)
+    right = exact_match(copy.deepcopy(base), pool, max_new_tokens=4)[0]
+    assert (right[:8] == 1).all()
+    matrix = atlas.matrix(measure="exact_match")
+    assert matrix.examples == QUESTIONS.ids
+    for name, task_ in tasks.items():
+        tuned = Workbench(copy.deepcopy(base)).tune(task_, recipe).language_model
+        expected = 1 - exact_match(tuned, pool, max_new_tokens=4)[0][:8]
+        np.testing.assert_array_equal(matrix.values[matrix.tasks.index(name)], expected)
+    assert 0 < matrix.values.mean() < 1
+    always = collect(copy.deepcopy(base), pool, tasks, tmp_path / "b.atlas", recipe, **options, metric=lambda *_: 1.0)
+    np.testing.assert_array_equal(always.matrix(measure="exact_match").values, 0)
+    for wrong in ({}, {"exact_match": True, "max_new_tokens": 5}):
+        with pytest.raises(MismatchError, match="exact_match: true and max_new_tokens: 4"):
+            collect(copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, **wrong)
+    code, out, _ = run("analyze", tmp_path / "a.atlas", "--exact-match", "--json")
+    assert code == 0
+    assert json.loads(out)["mean_by_task"] == {n: matrix.values[i].mean() for i, n in enumerate(matrix.tasks)}
+    code, out, err = run(
+        "bench", tmp_path / "a.atlas", "--exact-match", "--methods", "mean,additive", "-k", 2, "--json"
+    )
+    assert (code, {row["method"] for row in json.loads(out)}) == (0, {"mean", "additive"})
+    plain = collect(copy.deepcopy(base), pool, {}, tmp_path / "c.atlas", recipe)
+    code, _, err = run("analyze", plain.path, "--exact-match")
+    assert code == 2
+    assert "has no answers" in err
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_progress_ends_at_its_total(tmp_path: Path, answers: bool) -> None:
     seen: list[tuple[int, int]] = []
-    collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE, on_progress=lambda _, *n: seen.append(n))
+    collect(
+        tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE, exact_match=answers, max_new_tokens=2,
+        on_progress=lambda _, *n: seen.append(n),
+    )  # fmt: skip
     assert seen[-1][0] == seen[-1][1]
     assert all(a[0] <= b[0] and a[1] == b[1] for a, b in pairwise(seen))
 

@@ -5,6 +5,8 @@
       pool.parquet     the upstream examples
       before.parquet   scores of the base model
       numbers.zarr/    forgetting: (task, example) float32, nats per token, NaN where not measured
+      answers.zarr/    flipped: (task, example) float32, 1 where a right answer became wrong, 0 where it stayed right,
+                       NaN where it was not right before or not measured; only if the base model's answers are known
 
 A row is written first and named in atlas.json after that, in one atomic replacement. So a crash at any byte leaves
 an atlas that opens: a row that was not named yet is not seen and is written over; a named row whose new entries were
@@ -22,7 +24,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +43,12 @@ if TYPE_CHECKING:
     import xarray as xr
 
 FORMAT = 1
+
+LOSSES, FLIPS = ("numbers.zarr", "forgetting"), ("answers.zarr", "flipped")
+"""Where the two measures of forgetting are: by the loss, and by exact match."""
+
+Measure = Literal["loss", "exact_match"]
+
 BLOCK = 65_536
 """Columns in one chunk of a row: 256 KiB, so that appending a row touches few files and a block of columns is cheap."""
 
@@ -158,6 +166,17 @@ class Atlas:
         """Loss of the base model on each example, shape (N,), nats per token; NaN where it could not be scored."""
         return pq.read_table(self.path / "before.parquet", columns=["nll"])["nll"].to_numpy()
 
+    @cached_property
+    def has_answers(self) -> bool:
+        """Whether the base model's answers are known, so that forgetting by exact match can be measured."""
+        return (self.path / FLIPS[0]).is_dir()
+
+    @cached_property
+    def right_before(self) -> np.ndarray:
+        """Whether the base model answers each example right, shape (N,)."""
+        right = self.before.exact_match
+        return np.zeros(len(self.examples), dtype=bool) if right is None else np.asarray(right == 1)
+
     @classmethod
     def create(
         cls, path: str | Path, pool: Pool, before: Scores, *, model: str, recipe: Mapping[str, Any] | None = None
@@ -196,15 +215,19 @@ class Atlas:
         try:
             pool.save(temporary / "pool.parquet")
             before.save(temporary / "before.parquet")
-            array = zarr.create_group(temporary / "numbers.zarr").create_array(
-                "forgetting",
-                shape=(0, len(pool)),
-                chunks=(1, min(len(pool), BLOCK)),
-                dtype="float32",
-                fill_value=np.nan,
-                dimension_names=("task", "example"),
-            )
-            array.attrs.update(units="nats per token", sign="positive = forgotten", missing="NaN")
+            arrays = {LOSSES: "nats per token"}
+            if before.exact_match is not None:
+                arrays[FLIPS] = "1 = right before and wrong after, 0 = right before and after"
+            for (group, name), units in arrays.items():
+                array = zarr.create_group(temporary / group).create_array(
+                    name,
+                    shape=(0, len(pool)),
+                    chunks=(1, min(len(pool), BLOCK)),
+                    dtype="float32",
+                    fill_value=np.nan,
+                    dimension_names=("task", "example"),
+                )
+                array.attrs.update(units=units, sign="positive = forgotten", missing="NaN")
             index: dict[str, Any] = {
                 "format": FORMAT,
                 "model": model,
@@ -328,18 +351,24 @@ class Atlas:
         ids = tuple(after.ids if examples is None else examples)
         columns = self.columns_of(after, ids)
         losses = after.nll if examples is None else after.at(ids)
-        forgetting = (losses - self.nll_before[columns]).astype(np.float32)
+        measured = {LOSSES: losses - self.nll_before[columns]}
+        if self.has_answers and after.exact_match is not None:
+            positions = {id_: i for i, id_ in enumerate(after.ids)}
+            right = after.exact_match[[positions[id_] for id_ in ids]]
+            measured[FLIPS] = np.where(self.right_before[columns], 1 - right, np.nan)
         with self._writing():
             self._index = read_json(self.path / "atlas.json")
             new = task not in self.tasks
             row = len(self.tasks) if new else self._row(task)
-            array = self._array("r+")
-            values = np.full(len(self.examples), np.nan, np.float32) if new else np.asarray(array[row])
-            unmeasured = np.isnan(values[columns])
-            values[columns[unmeasured]] = forgetting[unmeasured]
-            if array.shape[0] <= row:
-                array.resize((row + 1, len(self.examples)))
-            array[row] = values
+            for kind, forgetting in measured.items():
+                array = self._array("r+", kind)
+                there = not new and row < array.shape[0]
+                values = np.asarray(array[row]) if there else np.full(len(self.examples), np.nan, np.float32)
+                unmeasured = np.isnan(values[columns])
+                values[columns[unmeasured]] = forgetting[unmeasured].astype(np.float32)
+                if array.shape[0] <= row:
+                    array.resize((row + 1, len(self.examples)))
+                array[row] = values
             if new:
                 entry: dict[str, Any] = {"name": task, "added": _now(), "recipe": dict(recipe or {})}
                 entry["model_hash"] = after.metadata.get("model_hash")
@@ -374,9 +403,24 @@ class Atlas:
         rows = pads.dataset(self.path / "pool.parquet").to_table(filter=pc.field("id").isin(pa.array(ids, pa.string())))
         return Pool(read_example(row) for row in rows.to_pylist()).subset(ids)
 
-    def matrix(self, tasks: Iterable[str] | None = None) -> ForgettingMatrix:
-        """Read rows into memory: all of them, or those of `tasks`."""
+    def matrix(self, tasks: Iterable[str] | None = None, *, measure: Measure = "loss") -> ForgettingMatrix:
+        """Read rows into memory: all of them, or those of `tasks`.
+
+        Parameters
+        ----------
+        tasks : iterable of str, optional
+        measure : 'loss' or 'exact_match'
+            By exact match, forgetting is 1 where a right answer became wrong and 0 where it stayed right; only the
+            examples that the base model answers right are in it (Jin and Ren, 2025).
+
+        Raises
+        ------
+        DataError
+            If exact match was not measured, or the base model answers nothing right.
+        """
         rows = self._rows(tasks)
+        if measure == "exact_match":
+            return self._flips(rows)
         return ForgettingMatrix(
             StoredMatrix(self, rows)[:, :] if rows else np.empty((0, len(self.examples))),
             tasks=[self.tasks[row] for row in rows],
@@ -385,33 +429,64 @@ class Atlas:
             pool_fingerprint=self.pool_fingerprint,
         )
 
+    def _flips(self, rows: list[int]) -> ForgettingMatrix:
+        if not self.has_answers:
+            raise DataError(f"the atlas {self.path} has no answers; collect one with exact_match: true")
+        columns = np.flatnonzero(self.right_before)
+        if not len(columns):
+            raise DataError(f"the atlas {self.path}: the base model answers nothing right, so it can forget no answer")
+        values, array = np.full((len(rows), len(columns)), np.nan, np.float32), self._array("r", FLIPS)
+        for i, row in enumerate(rows):
+            if row < array.shape[0]:  # else no answers were measured for it, nor for any later task
+                values[i] = np.asarray(array[row])[columns]
+        sources = self._sources()
+        return ForgettingMatrix(
+            values,
+            tasks=[self.tasks[row] for row in rows],
+            examples=[self.examples[i] for i in columns.tolist()],
+            sources=[sources[i] for i in columns.tolist()],
+            pool_fingerprint=self.pool_fingerprint,
+        )
+
     def stored(self, tasks: Iterable[str] | None = None) -> StoredMatrix:
         """Rows on disk, all of them or those of `tasks`, to be read a few columns at a time."""
         return StoredMatrix(self, self._rows(tasks))
 
     def dataset(self) -> xr.Dataset:
-        """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source."""
+        """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source.
+
+        `flipped` is in it too, if exact match was measured for all tasks.
+        """
         import xarray as xr  # half a second, which no other method needs
 
         dataset = xr.open_zarr(self.path / "numbers.zarr", consolidated=False)
         dataset = dataset.isel(task=slice(0, len(self.tasks)))
+        if self.has_answers and self._array("r", FLIPS).shape[0] >= len(self.tasks):
+            answers = xr.open_zarr(self.path / FLIPS[0], consolidated=False)
+            dataset = dataset.assign(flipped=answers.flipped.isel(task=slice(0, len(self.tasks))))
         return dataset.assign(before=("example", self.nll_before)).assign_coords(
             task=list(self.tasks), example=list(self.examples), source=("example", self._sources())
         )
 
     def is_complete(self, task: str) -> bool:
-        """Whether every example that the base model could score is measured for the task."""
+        """Whether every example that the base model could score, or answers right, is measured for the task."""
         if task not in self.tasks:
             return False
-        row = np.asarray(self._array("r")[self._row(task)])
-        return not np.isnan(row[~np.isnan(self.nll_before)]).any()
+        row = self._row(task)
+        losses = np.asarray(self._array("r")[row])
+        if np.isnan(losses[~np.isnan(self.nll_before)]).any():
+            return False
+        if not self.has_answers:
+            return True
+        flips = self._array("r", FLIPS)
+        return row < flips.shape[0] and not np.isnan(np.asarray(flips[row])[self.right_before]).any()
 
     def _sources(self) -> list[str]:
         """Source of each example, without its text; '' where it has none."""
         return pq.read_table(self.path / "pool.parquet", columns=["source"])["source"].fill_null("").to_pylist()
 
-    def _array(self, mode: Any) -> zarr.Array[Any]:
-        return zarr.open_array(self.path / "numbers.zarr" / "forgetting", mode=mode)
+    def _array(self, mode: Any, kind: tuple[str, str] = LOSSES) -> zarr.Array[Any]:
+        return zarr.open_array(self.path / kind[0] / kind[1], mode=mode)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -66,6 +66,9 @@ SECONDS_BETWEEN_LINES = 15
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AtlasPath = Annotated[Path, typer.Argument(help="The atlas's directory.")]
+ByAnswers = Annotated[
+    bool, typer.Option("--exact-match", help="Forgetting as right answers that became wrong, not by the loss.")
+]
 ModelName = Annotated[str, typer.Argument(help="A Hugging Face model directory (or a PEFT adapter's), or a hub id.")]
 Device = Annotated[
     str | None, typer.Option(help="Such as cpu or cuda:0, or auto: over all GPUs; default: a GPU if there is one.")
@@ -228,17 +231,26 @@ def collect_(
     pool, tasks = Pool.load(settings.pool), settings.load_tasks()
     base = load(settings.model, device=device, trust_remote_code=trust_remote_code)
     with _progress() as report:
-        atlas = collect(base, pool, tasks, settings.atlas, settings.recipe, on_progress=report)
+        atlas = collect(
+            base,
+            pool,
+            tasks,
+            settings.atlas,
+            settings.recipe,
+            exact_match=settings.exact_match,
+            max_new_tokens=settings.max_new_tokens,
+            on_progress=report,
+        )
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
 
 
 @app.command(name="analyze")
-def analyze_(atlas: AtlasPath, as_json: AsJson = False) -> None:
+def analyze_(atlas: AtlasPath, exact_match: ByAnswers = False, as_json: AsJson = False) -> None:
     """Say how nearly low-rank the forgetting is, and what its components load on.
 
     Example: forgetcast analyze runs.atlas
     """
-    structure = analyze(Atlas.open(atlas).matrix())
+    structure = analyze(Atlas.open(atlas).matrix(measure="exact_match" if exact_match else "loss"))
     if as_json:
         _print_json(structure.as_dict())
         return
@@ -503,13 +515,19 @@ def bench_(
     without_alike: Annotated[
         float, typer.Option(help="Without --test: share of the other tasks, those most alike, that is left out too.")
     ] = 0.0,
+    exact_match: ByAnswers = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare completion methods on unseen tasks: errors, rank correlation, interval coverage, time.
 
     Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
     """
-    values = Atlas.open(matrix).matrix() if matrix.is_dir() else ForgettingMatrix.load(matrix)
+    if matrix.is_dir():
+        values = Atlas.open(matrix).matrix(measure="exact_match" if exact_match else "loss")
+    elif exact_match:
+        raise ConfigError("--exact-match is for an atlas; a matrix in a file is what it is")
+    else:
+        values = ForgettingMatrix.load(matrix)
     wanted, ks = {name: _method(name) for name in methods.split(",")}, _numbers(k, "-k")
     tested = _tasks(test, values.tasks) if test is not None else []
     known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]

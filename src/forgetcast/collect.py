@@ -5,11 +5,12 @@ A task whose row is complete is passed over, so an interrupted sweep goes on whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from forgetcast.atlas import Atlas
 from forgetcast.errors import DataError, MismatchError
@@ -18,7 +19,8 @@ from forgetcast.pool import Pool, load_task
 from forgetcast.recipe import Recipe, read_settings
 
 if TYPE_CHECKING:
-    from forgetcast.lm import LanguageModel, Workbench
+    from forgetcast.lm import LanguageModel
+    from forgetcast.lm.generate import Metric
     from forgetcast.scores import Scores
 
 OnProgress = Callable[[str, int, int], None]
@@ -44,6 +46,10 @@ class CollectConfig(BaseModel):
         Is made, or grows if it is there.
     recipe : Recipe
         Its fields, a file with them, or the name of one that ships with the package.
+    exact_match : bool
+        Whether the models answer the pool's prompts too.
+    max_new_tokens : int
+        Longest answer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +59,8 @@ class CollectConfig(BaseModel):
     tasks: Path | list[Path]
     atlas: Path
     recipe: Recipe = Recipe()
+    exact_match: bool = False
+    max_new_tokens: int = Field(default=32, ge=1)
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -110,6 +118,9 @@ def collect(
     atlas: str | Path,
     recipe: Recipe,
     *,
+    exact_match: bool = False,
+    max_new_tokens: int = 32,
+    metric: Metric | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
     """Measure what every task makes the base model forget.
@@ -124,28 +135,41 @@ def collect(
     atlas : path
         Is made, or grows if it is there.
     recipe : Recipe
+    exact_match : bool
+        Whether the models answer the pool's prompts too, so that right answers that become wrong are counted.
+    max_new_tokens : int
+        Longest answer.
+    metric : callable, optional
+        From an answer and the expected one to 1 or 0; default: exact match.
     on_progress : callable, optional
 
     Raises
     ------
     MismatchError
-        If the atlas is there and is of another model, pool or recipe.
+        If the atlas is there and is of another model, pool or recipe, or was measured in another way.
     """
     from forgetcast.lm import Workbench
 
     workbench = Workbench(base)
+    answers = {"max_new_tokens": max_new_tokens, **({} if metric is None else {"metric": metric})}
+    asked = answers if exact_match else None
     opened = Atlas.open(atlas) if Path(atlas).exists() else None
     if opened is not None:
         _check_same(opened, base, pool, recipe)
+        _check_answers(opened, max_new_tokens if exact_match else None)
     todo = [name for name in tasks if opened is None or not opened.is_complete(name)]
-    per_task = recipe.steps * recipe.batch_size * TRAINING_UNITS + len(pool)
-    meter = Meter(len(todo) * per_task + (len(pool) if opened is None else 0), on_progress)
+    per_pool = len(pool) * (2 if exact_match else 1)
+    per_task = recipe.steps * recipe.batch_size * TRAINING_UNITS + per_pool
+    meter = Meter(len(todo) * per_task + (per_pool if opened is None else 0), on_progress)
     if opened is None:
-        before = measure(base, pool, meter, "base model")
+        before = measure(base, pool, meter, "base model", asked)
         opened = Atlas.create(atlas, pool, before, model=base.name, recipe=recipe.model_dump())
+    units = recipe.batch_size * TRAINING_UNITS
     for name in todo:
-        after = tune_and_score(workbench, name, tasks[name], pool, recipe, meter)
-        opened.add(name, after, recipe=recipe.model_dump())
+        tuned = workbench.tune(
+            tasks[name], recipe, on_step=lambda *_, name=name: meter.advance(f"{name}: fine-tuning", units)
+        )
+        opened.add(name, measure(tuned.language_model, pool, meter, name, asked), recipe=recipe.model_dump())
     workbench.restore()
     return opened
 
@@ -163,18 +187,26 @@ class Meter:
             self._on_progress(what, self.done, self.total)
 
 
-def measure(language_model: LanguageModel, pool: Pool, meter: Meter, name: str) -> Scores:
-    """Score a pool with progress."""
-    from forgetcast.lm import score
+def measure(
+    language_model: LanguageModel, pool: Pool, meter: Meter, name: str, answers: Mapping[str, Any] | None = None
+) -> Scores:
+    """Score a pool with progress, and answer its prompts, if there are arguments for `exact_match`."""
+    from forgetcast.lm import exact_match, score
 
-    return score(language_model, pool, on_progress=lambda count: meter.advance(f"{name}: scoring", count))
+    scores = score(language_model, pool, on_progress=lambda count: meter.advance(f"{name}: scoring", count))
+    if answers is None:
+        return scores
+    left = len(pool)
 
+    def answered(count: int) -> None:
+        nonlocal left
+        left -= count
+        meter.advance(f"{name}: answering", count)
 
-def tune_and_score(workbench: Workbench, name: str, task: Pool, pool: Pool, recipe: Recipe, meter: Meter) -> Scores:
-    """Fine-tune without replay and score a pool, with progress."""
-    units = recipe.batch_size * TRAINING_UNITS
-    tuned = workbench.tune(task, recipe, on_step=lambda *_: meter.advance(f"{name}: fine-tuning", units))
-    return measure(tuned.language_model, pool, meter, name)
+    right, predictions = exact_match(language_model, pool, on_progress=answered, **answers)
+    meter.advance(f"{name}: answering", left)  # what is no question
+    metadata = {**scores.metadata, "max_new_tokens": answers["max_new_tokens"]}
+    return replace(scores, exact_match=right, predictions=predictions, metadata=metadata)
 
 
 def _check_same(atlas: Atlas, base: LanguageModel, pool: Pool, recipe: Recipe) -> None:
@@ -187,6 +219,14 @@ def _check_same(atlas: Atlas, base: LanguageModel, pool: Pool, recipe: Recipe) -
             f"the atlas {atlas.path} was collected with another recipe ({', '.join(changed)} differ); "
             "rows of one atlas must be comparable: use its recipe, or collect into a new atlas"
         )
+
+
+def _check_answers(atlas: Atlas, max_new_tokens: int | None) -> None:
+    """Raise MismatchError if the atlas has answers and none are asked for, or the other way round, or longer ones."""
+    known = atlas.before.metadata.get("max_new_tokens") if atlas.has_answers else None
+    if atlas.has_answers != (max_new_tokens is not None) or known not in (None, max_new_tokens):
+        has = f"exact_match: true and max_new_tokens: {known}" if atlas.has_answers else "exact_match: false"
+        raise MismatchError(f"the atlas {atlas.path} was collected with {has}; keep to that, or begin a new one")
 
 
 def check_base(atlas: Atlas, base: LanguageModel) -> None:
