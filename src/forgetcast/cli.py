@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -28,6 +28,7 @@ from forgetcast._files import read_json, write_json
 from forgetcast.atlas import Atlas
 from forgetcast.collect import CollectConfig, OnProgress, check_base, check_settings, collect, read_settings
 from forgetcast.completion.base import UNLIKE
+from forgetcast.coverage import correlation_loadings
 from forgetcast.diff import Gate, difference
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.evaluation import bench, bench_left_out
@@ -35,7 +36,7 @@ from forgetcast.forecast import TaskForecast, measured_probes
 from forgetcast.importers import read_lm_eval
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.pool import Pool, load_task
-from forgetcast.replay import ReplayPlan, make_plan
+from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
 from forgetcast.scores import Scores
 from forgetcast.structure import analyze
 from forgetcast.tables import (
@@ -316,16 +317,23 @@ def forecast_(
         )
 
 
+_STRATEGY_HELP = "What to replay. " + " ".join(f"**{name}**: {kind.text}." for name, kind in STRATEGIES.items())
+
+
 @app.command(name="plan")
 def plan_(
     atlas: AtlasPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")],
-    strategy: Annotated[Literal["none", "random", "forecast"], typer.Option(help="What to replay.")] = "forecast",
+    strategy: Annotated[str, typer.Option(help=_STRATEGY_HELP)] = "forecast",
     ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
     forecast: Annotated[Path | None, typer.Option(help="Forecast file; default: the atlas's own mean.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="For the strategy truth: the tuned model's score file of the pool.")
+    ] = None,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the softmax, in nats; default: spread over a quarter of the pool.")
+        float | None,
+        typer.Option(help="Of the softmax, in nats (ranked: in standard deviations); default: spread over a quarter."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the hold-out and of the order.")] = 0,
     as_json: AsJson = False,
@@ -334,15 +342,23 @@ def plan_(
 
     Example: forgetcast plan runs.atlas --forecast forecast.parquet --ratio 0.125 -o plan.parquet
     """
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"unknown replay strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    needs = STRATEGIES[strategy].needs
+    if (truth is not None) != ("truth" in needs):
+        raise ConfigError("the strategy 'truth', and only it, needs --truth: a tuned model's score file of the pool")
     opened = Atlas.open(atlas)
     pool = opened.pool
     given = TaskForecast.load(forecast) if forecast is not None else None
+    model = None
+    if "loadings" in needs or ("forecast" in needs and given is None):
+        model = completion.Bayesian().fit(opened.matrix())
     mean = None
     if given is not None:
         given.check_pool(pool)
         mean = given.mean[_order(given.ids, pool)]
-    elif strategy == "forecast":
-        mean = completion.Bayesian().fit(opened.matrix()).predict([], []).mean
+    elif model is not None:
+        mean = model.predict([], []).mean
     unscored = [id_ for id_, nll in zip(pool.ids, opened.nll_before, strict=True) if np.isnan(nll)]
     excluded = {*(given.probes if given is not None else ()), *unscored}
     plan = make_plan(
@@ -351,6 +367,9 @@ def plan_(
         0.0 if strategy == "none" else ratio,
         held_out=pool.hold_out(hold_out, seed=seed, exclude=excluded),
         forecast=mean,
+        truth=_measured(opened, Scores.load(truth)) if truth is not None else None,
+        losses=opened.nll_before,
+        loadings=correlation_loadings(model) if model is not None and "loadings" in needs else None,
         temperature=temperature,
         seed=seed,
     )
@@ -358,13 +377,21 @@ def plan_(
     facts = {
         "strategy": strategy,
         "ratio": plan.ratio,
-        "forecast": str(forecast) if given is not None else "the atlas's mean" if strategy == "forecast" else None,
+        "forecast": str(forecast) if given is not None else "the atlas's mean" if "forecast" in needs else None,
         "usable": int((plan.weights > 0).sum()),
         "effective_size": round(plan.effective_size, 1),
         "held_out": len(plan.held_out_ids),
         "output": str(output),
     }
     _show(facts, as_json, title="Replay plan")
+
+
+def _measured(atlas: Atlas, after: Scores) -> np.ndarray:
+    """Forgetting of every example of an atlas by a tuned model's scores, shape (N,); NaN where it was not scored."""
+    forgetting = np.full(len(atlas.examples), np.nan)
+    columns = atlas.columns_of(after)
+    forgetting[columns] = after.nll - atlas.nll_before[columns]
+    return forgetting
 
 
 @app.command(name="train")
