@@ -14,7 +14,8 @@ import numpy as np
 
 from forgetcast.collect import TRAINING_UNITS, Meter, OnProgress, measure
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.evaluation import PairedDifference, paired_difference, worst_tenth
+from forgetcast.evaluation import worst_part, worst_tenth
+from forgetcast.paired import PairedDifference, bootstrap_interval, holm, paired_difference, wilcoxon_p
 from forgetcast.pool import Pool
 from forgetcast.replay import ReplayPlan, make_plan
 from forgetcast.scores import Scores
@@ -22,10 +23,17 @@ from forgetcast.scores import Scores
 if TYPE_CHECKING:
     from forgetcast.lm import Recipe, Workbench
 
-METRIC_NAMES = {"mean": "mean forgetting", "worst_tenth": "worst tenth", "new_task_loss": "new-task loss"}
+METRIC_NAMES = {
+    "mean": "mean forgetting",
+    "worst_tenth": "worst tenth",
+    "new_task_loss": "new-task loss",
+    "worst_hundredth": "worst hundredth",
+    "right_to_wrong": "right, now wrong",
+}
 """Fields of `Run` that are compared, and what people call them; lower is better for each."""
 
-METRICS = tuple(METRIC_NAMES)
+METRICS = ("mean", "worst_tenth", "new_task_loss")
+"""Those that every run has; `Verification.metrics` are those that its runs have."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,11 @@ class Run:
     replayed, steps : int
     seconds : float
         Wall time of the training.
+    worst_hundredth : float or None
+        As `worst_tenth`; None in files of earlier versions.
+    right_to_wrong : int or None
+        Judged examples that the base model answered right and the tuned one wrong; None where exact match was not
+        measured of both.
     """
 
     task: str
@@ -54,23 +67,55 @@ class Run:
     replayed: int
     steps: int
     seconds: float
+    worst_hundredth: float | None = None
+    right_to_wrong: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another on one metric, paired by task and seed; negative is better for every metric."""
+    """One arm against another on one metric, paired by task and seed; negative is better for every metric.
+
+    Attributes
+    ----------
+    arm, baseline, metric : str
+    difference : PairedDifference
+        Over all pairs, as if they were independent.
+    bootstrap_lower, bootstrap_upper : float
+        95 % interval of the mean by drawing tasks again, then seeds within each; only seeds where there is one task.
+    wilcoxon_p : float
+        By Wilcoxon's signed ranks of the tasks' means; of the seeds where there is one task.
+    corrected_p, corrected_wilcoxon_p : float
+        `difference.p_value` and `wilcoxon_p` after Holm's correction for all arms that are compared with this baseline
+        on this metric.
+    tasks : int
+    """
 
     arm: str
     baseline: str
     metric: str
     difference: PairedDifference
+    bootstrap_lower: float
+    bootstrap_upper: float
+    wilcoxon_p: float
+    corrected_p: float
+    corrected_wilcoxon_p: float
+    tasks: int
+
+    @property
+    def better(self) -> bool:
+        """Whether both intervals are below zero."""
+        return max(self.difference.upper, self.bootstrap_upper) < 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether both intervals are above zero."""
+        return min(self.difference.lower, self.bootstrap_lower) > 0
 
     def verdict(self) -> str:
-        """Say in a sentence what the interval allows to be said."""
-        gap = self.difference
-        if gap.upper < 0:
+        """Say in a sentence what the intervals allow to be said."""
+        if self.better:
             return f"{self.arm} replay is better than {self.baseline}"
-        if gap.lower > 0:
+        if self.worse:
             return f"{self.arm} replay is worse than {self.baseline}"
         return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
 
@@ -101,21 +146,51 @@ class Verification:
         """Mean of a metric over an arm's runs."""
         return float(np.mean([getattr(run, metric) for run in self.runs if run.arm == arm]))
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Fields of `Run` that every run has."""
+        return tuple(name for name in METRIC_NAMES if all(getattr(run, name) is not None for run in self.runs))
+
     def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
         """Compare two arms; None if fewer than two pairs were run."""
-        value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
-        pairs = [(t, s) for t, s, a in value if a == arm and (t, s, baseline) in value]
+        groups = self._differences(arm, baseline, metric)
+        pairs = np.concatenate([*groups, np.empty(0)])
         if len(pairs) < 2:
             return None
-        ours = [value[(*pair, arm)] for pair in pairs]
-        theirs = [value[(*pair, baseline)] for pair in pairs]
-        return Comparison(arm, baseline, metric, paired_difference(ours, theirs))
+        family = dict.fromkeys([arm, *self._rivals(baseline)])
+        found = [self._differences(name, baseline, metric) for name in family]
+        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
+        lower, upper = bootstrap_interval(groups)
+        return Comparison(
+            arm=arm,
+            baseline=baseline,
+            metric=metric,
+            difference=paired_difference(pairs, np.zeros(len(pairs))),
+            bootstrap_lower=lower,
+            bootstrap_upper=upper,
+            wilcoxon_p=_p_values(groups)[1],
+            corrected_p=float(holm(tests[:, 0])[0]),
+            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
+            tasks=len(groups),
+        )
+
+    def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
+        """Of each task with pairs, those of its seeds."""
+        value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
+        groups: dict[str, list[float]] = {}
+        for task, seed, name in value:
+            if name == arm and (task, seed, baseline) in value:
+                groups.setdefault(task, []).append(value[task, seed, arm] - value[task, seed, baseline])
+        return [np.array(group) for group in groups.values()]
+
+    def _rivals(self, baseline: str) -> tuple[str, ...]:
+        """Arms that are compared with a baseline: all others, but not what is without replay."""
+        return tuple(arm for arm in self.arms if arm not in ("none", baseline))
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Every arm with a plan against 'none', and 'forecast' against 'random', on every metric."""
-        wanted = [(arm, "none") for arm in self.arms if arm != "none"]
-        wanted += [(arm, "random") for arm in self.arms if arm not in ("none", "random")]
-        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in METRICS)
+        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
+        wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
+        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
         return tuple(comparison for comparison in found if comparison is not None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,12 +199,13 @@ class Verification:
             "judged": self.judged,
             "ratio": self.ratio,
             "arms": {
-                arm: {name: self.average(arm, name) for name in (*METRICS, "replayed", "steps", "seconds")}
+                arm: {name: self.average(arm, name) for name in (*self.metrics, "replayed", "steps", "seconds")}
                 for arm in self.arms
             },
             "comparisons": [
-                {"arm": c.arm, "baseline": c.baseline, "metric": c.metric, "verdict": c.verdict()}
+                {"verdict": c.verdict()}
                 | asdict(c.difference)
+                | {name: value for name, value in asdict(c).items() if name != "difference"}
                 for c in self.comparisons()
             ],
             "runs": [asdict(run) for run in self.runs],
@@ -148,6 +224,13 @@ class Verification:
             return cls(tuple(Run(**run) for run in content["runs"]), content["judged"], content["ratio"])
         except (KeyError, TypeError) as error:
             raise DataError(f"this is not a verification: {error}") from None
+
+
+def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Of Student's t over all pairs, and of Wilcoxon's ranks over what is independent."""
+    pairs = np.concatenate(groups)
+    independent = pairs if len(groups) == 1 else [group.mean() for group in groups]
+    return paired_difference(pairs, np.zeros(len(pairs))).p_value, wilcoxon_p(independent)
 
 
 @dataclass(frozen=True)
@@ -297,4 +380,17 @@ def _read(file: Path, trial: Trial, arm: str, seed: int, before: Scores, setting
         replayed=facts["replayed"],
         steps=facts["steps"],
         seconds=facts["seconds"],
+        worst_hundredth=worst_part(forgetting, 100),
+        right_to_wrong=_right_to_wrong(before, scores),
     )
+
+
+def _right_to_wrong(before: Scores, after: Scores) -> int | None:
+    """Examples of `after` that were answered right before and wrong after; None where one was not asked."""
+    if before.exact_match is None or after.exact_match is None:
+        return None
+    right = dict(zip(before.ids, before.exact_match, strict=True))
+    asked = np.array([right[id_] for id_ in after.ids]), after.exact_match
+    if np.isnan(asked[0] + asked[1]).all():
+        return None
+    return int(((asked[0] == 1) & (asked[1] == 0)).sum())
