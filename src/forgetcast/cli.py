@@ -32,6 +32,7 @@ from forgetcast.coverage import correlation_loadings
 from forgetcast.diff import Gate, difference
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.evaluation import bench, bench_left_out
+from forgetcast.exports import FORMATS, TRAINERS, export_mixture, export_weighted
 from forgetcast.forecast import TaskForecast, measured_probes
 from forgetcast.importers import read_lm_eval
 from forgetcast.matrix import ForgettingMatrix
@@ -392,6 +393,51 @@ def _measured(atlas: Atlas, after: Scores) -> np.ndarray:
     columns = atlas.columns_of(after)
     forgetting[columns] = after.nll - atlas.nll_before[columns]
     return forgetting
+
+
+@app.command(name="export")
+def export_(
+    plan: Annotated[Path, typer.Argument(help="Replay plan.")],
+    pool: Annotated[Path, typer.Argument(help="The pool that the plan was made for.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; a directory if it holds a task.")],
+    kind: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "jsonl",
+    task: Annotated[Path | None, typer.Option(help="Fine-tuning data, for all but jsonl and parquet.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model to name in a trainer's configuration.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Replayed examples; default: the plan's ratio times those of the task or steps.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps on new examples, to count the replayed ones by.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step, with --steps.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a plan replays for another trainer: weighted examples, a mixture with the task, or a configuration.
+
+    Without a task, a count or steps, jsonl and parquet hold every example that may be replayed, with its weight.
+
+    Example: forgetcast export plan.parquet pool.jsonl --format axolotl --task task.jsonl --model ./my-model -o run
+    """
+    if kind not in FORMATS:
+        raise ConfigError(f"unknown format {kind!r}; choose one of {', '.join(FORMATS)}")
+    replay, upstream = ReplayPlan.load(plan), Pool.load(pool)
+    examples = load_task(task) if task is not None else None
+    if count is None and steps is not None:
+        count = round(steps * replay.ratio) * batch_size
+    elif count is None and examples is not None:
+        count = round(len(examples) * replay.ratio)
+    facts: dict[str, Any] = {"format": kind, "replayed": count}
+    if kind in ("jsonl", "parquet"):
+        if (output.suffix == ".parquet") != (kind == "parquet"):
+            raise ConfigError(f"{output}: a file of the format {kind} should end in .{kind}")
+        facts["replayed"] = export_weighted(replay, upstream, output, count)
+    elif examples is None or count is None:
+        raise ConfigError(f"the format {kind} needs --task: it mixes the replayed examples with those of a task")
+    elif kind == "datasets":
+        export_mixture(replay, upstream, examples, output, count)
+    elif model is None:
+        raise ConfigError(f"the format {kind} needs --model: its configuration names the base model")
+    else:
+        TRAINERS[kind](replay, upstream, examples, output, count=count, model=model)
+    _show(facts | {"output": str(output)}, as_json, title="Export")
 
 
 @app.command(name="train")
