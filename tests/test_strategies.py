@@ -269,6 +269,22 @@ def test_putting_off_evaluations_changes_nothing(objective: type) -> None:
     assert greedy(objective(loadings, demand), 300, 60).tolist() == every
 
 
+def test_a_choice_with_nothing_left_to_gain_ends_at_once() -> None:
+    """Many examples, three directions: after one of each, all gains are zero and none is computed again."""
+
+    class Counting(Facility):
+        evaluated = 0
+
+        def gains(self, rows: np.ndarray) -> np.ndarray:
+            self.evaluated += len(rows)
+            return super().gains(rows)
+
+    loadings = np.eye(3)[np.arange(5000) % 3]
+    objective = Counting(loadings, np.ones(5000))
+    assert greedy(objective, 5000, 5000).tolist() == list(range(5000))
+    assert objective.evaluated < 5 * 5000
+
+
 def test_coverage_spreads_over_what_is_to_be_lost() -> None:
     """Three groups that protect only themselves: the largest loss first, then the others, none of what is safe."""
     loadings = np.repeat(np.eye(4)[:, :3], [10, 10, 10, 10], axis=0) * 0.9
@@ -362,7 +378,7 @@ def test_similarities_are_the_models_correlations() -> None:
     off = ~np.eye(80, dtype=bool)
     assert np.corrcoef((found @ found.T)[off], seen[off])[0, 1] > 0.9
     assert (np.linalg.norm(found, axis=1) <= 1).all()
-    assert correlation_loadings(Additive().fit(rows)).shape == (30, 0)  # what moves all alike makes nothing similar
+    assert correlation_loadings(Additive().fit(rows)).shape == (80, 0)  # what moves all alike makes nothing similar
 
 
 def test_bad_ranks_and_strata(tmp_path: Path, pool: Pool) -> None:

@@ -153,10 +153,14 @@ def greedy(objective: Objective, n: int, count: int) -> np.ndarray:
     bounds = np.concatenate([objective.gains(rows) for rows in blocks])
     chosen = np.empty(count, dtype=np.intp)
     for i in range(count):
+        if bounds.max() <= 0:  # nothing is left to gain
+            chosen[i:] = np.flatnonzero(bounds > -np.inf)[: count - i]
+            break
         exact = np.full(n, i == 0)
         batch = FIRST_BATCH
         while not exact[best := int(np.argmax(bounds))]:
             old = np.where(exact, -np.inf, bounds)
+            old[best] = np.inf  # of many equal bounds, the first has to be among those that are looked at
             rows = np.argpartition(-old, batch)[:batch] if batch < n else np.arange(n)
             rows = rows[old[rows] > -np.inf]
             bounds[rows] = objective.gains(rows)
