@@ -23,9 +23,9 @@ from forgetcast.exports import (
     export_weighted,
 )
 
-# Names as the trainers document them: axolotl's pydantic schema (utils/schemas/config.py, training.py, model.py,
-# datasets.py), LLaMA-Factory's data/README.md, hparams (data_args.py, model_args.py, finetuning_args.py) and the
-# arguments of the Hugging Face trainer.
+# Names as the trainers document them: axolotl's pydantic schema (utils/schemas: config.py, training.py, model.py,
+# datasets.py), LLaMA-Factory's data/README.md, hparams/data_args.py and examples/train_full/llama3_full_sft.yaml, and
+# the arguments of the Hugging Face trainer.
 AXOLOTL = {
     *("base_model", "datasets", "shuffle_merged_datasets", "train_on_inputs", "val_set_size", "output_dir"),
     *("sequence_len", "micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "seed"),
