@@ -27,6 +27,7 @@ COMMANDS = (
     "probes",
     "forecast",
     "plan",
+    "export",
     "train",
     "verify",
     "bench",

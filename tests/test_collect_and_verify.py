@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def test_task_folders(tmp_path: Path) -> None:
 class TestVerify:
     def trial(self, pool: Pool) -> Trial:
         plan = make_plan(pool, "forecast", 0.7, held_out=pool.ids[:10], forecast=np.arange(24.0))
-        return Trial("naming", TASKS["naming"], task("naming", 2), arms(plan, pool))
+        return Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
 
     def test_every_arm_is_judged_on_the_held_out_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
@@ -213,6 +214,40 @@ class TestVerify:
         assert run.worst_tenth == pytest.approx(worst_tenth(forgetting), abs=1e-5)
         assert run.new_task_loss == pytest.approx(score(by_hand, trial.test).nll.mean(), rel=1e-5)
         assert Verification.from_dict(result.as_dict()) == result
+
+    def test_flips_are_counted_where_the_base_model_answered(self, tmp_path: Path) -> None:
+        """Oracle: the answers of the same fine-tune, asked for by hand."""
+        teach = Recipe(steps=80, learning_rate=1e-2, batch_size=8, max_length=48)
+        base = Workbench(tiny()).tune(QUESTIONS, teach).language_model
+        pool = Pool([*QUESTIONS, *make_pool(8)])
+        new = Pool([Example(f"{i}", prompt=f"Item {i} is", completion=" z") for i in range(3)])
+        right = exact_match(base, pool, max_new_tokens=4)[0]
+        before = replace(score(base, pool), exact_match=right)
+        before = replace(before, metadata={**before.metadata, "max_new_tokens": 4})
+        plan = make_plan(pool, "random", 0.5, held_out=QUESTIONS.ids)
+        recipe = Recipe(steps=8, learning_rate=1e-2, batch_size=2, max_length=48)
+        trial = Trial("early", new, new, arms([plan], pool))
+        seen: list[tuple[int, int]] = []
+        result = verify(
+            Workbench(copy.deepcopy(base)), [trial], pool, before, recipe, seeds=[0], directory=tmp_path,
+            on_progress=lambda _, *n: seen.append(n),
+        )  # fmt: skip
+        assert seen[-1][0] == seen[-1][1]
+        assert "right_to_wrong" in result.metrics
+        for run, replayed in zip(result.runs, (None, plan), strict=True):
+            tuned = Workbench(copy.deepcopy(base)).tune(new, recipe, plan=replayed, pool=pool).language_model
+            after = exact_match(tuned, QUESTIONS, max_new_tokens=4)[0]
+            assert run.right_to_wrong == (after == 0).sum() > 0
+
+    def test_several_plans_are_arms_side_by_side(self) -> None:
+        pool = make_pool()
+        given = {"held_out": pool.ids[:10], "forecast": np.arange(24.0)}
+        plans = [make_plan(pool, name, 0.5, **given) for name in ("top", "padding", "ranked")]
+        assert list(arms(plans, pool)) == ["none", "random", "top", "padding", "ranked"]
+        with pytest.raises(ConfigError, match="the same ratio"):
+            arms([*plans, make_plan(pool, "forecast", 0.25, **given)], pool)
+        with pytest.raises(ConfigError, match="two of the plans have the same strategy"):
+            arms([*plans, plans[0]], pool)
 
     def test_an_interrupted_verification_goes_on(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
@@ -287,6 +322,6 @@ def test_a_file_that_is_no_verification() -> None:
 def test_score_files_of_runs_are_ordinary_score_files(tmp_path: Path) -> None:
     pool, base = make_pool(), tiny()
     plan = make_plan(pool, "random", 0.7, held_out=pool.ids[:10])
-    trial = Trial("naming", TASKS["naming"], task("naming", 2), arms(plan, pool))
+    trial = Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
     verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, seeds=[0], directory=tmp_path)
     assert Scores.load(tmp_path / "naming.random.0.parquet").ids == pool.ids[:10]

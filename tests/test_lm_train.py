@@ -117,6 +117,24 @@ def test_replayed_batches_are_evenly_spread(new: int, old: int) -> None:
     assert np.abs(counted).max() <= 0.5 + 1e-9
 
 
+def test_padding_is_more_of_the_task() -> None:
+    pool, base = make_pool(24), tiny()
+    sizes = {"steps": 8, "batch_size": 4, "max_length": 64}
+    padded = ReplayMixture(TASK, base.tokenizer, **sizes, plan=make_plan(pool, "padding", 0.5), pool=pool)
+    alone = ReplayMixture(TASK, base.tokenizer, **sizes)
+    assert padded.replayed == ()
+    assert padded.steps == 12
+    is_more = [more for more in spread(8, 4) for _ in range(4)]
+    assert [padded[i] for i, more in enumerate(is_more) if not more] == [alone[i] for i in range(32)]
+    known = [alone[i].ids for i in range(32)]
+    extra = [padded[i].ids for i, more in enumerate(is_more) if more]
+    assert len(extra) == 16
+    assert all(ids in known for ids in extra)
+    assert len(set(map(tuple, extra[:12]))) == 12, "a pass over all of the task"
+    tuned = Workbench(base).tune(TASK, RECIPE, plan=make_plan(pool, "padding", 0.5), pool=pool)
+    assert (tuned.steps, tuned.replayed) == (12, ())
+
+
 def test_replay_keeps_what_it_replays() -> None:
     """Examples that are replayed are forgotten less than without replay; else the mixture is not trained on."""
     pool = make_pool(16)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -30,15 +30,17 @@ from forgetcast._files import read_json, write_json
 from forgetcast.atlas import Atlas
 from forgetcast.collect import CollectConfig, OnProgress, check_base, collect
 from forgetcast.completion.base import UNLIKE
+from forgetcast.coverage import correlation_loadings
 from forgetcast.diff import Gate, difference
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.evaluation import bench, bench_left_out
+from forgetcast.exports import FORMATS, TRAINERS, export_mixture, export_weighted
 from forgetcast.forecast import TaskForecast, measured_probes
 from forgetcast.importers import read_lm_eval
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.pool import Pool, load_task
 from forgetcast.recipe import Recipe, check_settings
-from forgetcast.replay import ReplayPlan, make_plan
+from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
 from forgetcast.scores import Scores
 from forgetcast.structure import analyze
 from forgetcast.tables import (
@@ -334,16 +336,23 @@ def forecast_(
         )
 
 
+_STRATEGY_HELP = "What to replay. " + " ".join(f"**{name}**: {kind.text}." for name, kind in STRATEGIES.items())
+
+
 @app.command(name="plan")
 def plan_(
     atlas: AtlasPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")],
-    strategy: Annotated[Literal["none", "random", "forecast"], typer.Option(help="What to replay.")] = "forecast",
+    strategy: Annotated[str, typer.Option(help=_STRATEGY_HELP)] = "forecast",
     ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
     forecast: Annotated[Path | None, typer.Option(help="Forecast file; default: the atlas's own mean.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="For the strategy truth: the tuned model's score file of the pool.")
+    ] = None,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the softmax, in nats; default: spread over a quarter of the pool.")
+        float | None,
+        typer.Option(help="Of the softmax, in nats (ranked: in standard deviations); default: spread over a quarter."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the hold-out and of the order.")] = 0,
     as_json: AsJson = False,
@@ -352,15 +361,23 @@ def plan_(
 
     Example: forgetcast plan runs.atlas --forecast forecast.parquet --ratio 0.125 -o plan.parquet
     """
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"unknown replay strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    needs = STRATEGIES[strategy].needs
+    if (truth is not None) != ("truth" in needs):
+        raise ConfigError("the strategy 'truth', and only it, needs --truth: a tuned model's score file of the pool")
     opened = Atlas.open(atlas)
     pool = opened.pool
     given = TaskForecast.load(forecast) if forecast is not None else None
+    model = None
+    if "loadings" in needs or ("forecast" in needs and given is None):
+        model = completion.Bayesian().fit(opened.matrix())
     mean = None
     if given is not None:
         given.check_pool(pool)
         mean = given.mean[_order(given.ids, pool)]
-    elif strategy == "forecast":
-        mean = completion.Bayesian().fit(opened.matrix()).predict([], []).mean
+    elif model is not None:
+        mean = model.predict([], []).mean
     unscored = [id_ for id_, nll in zip(pool.ids, opened.nll_before, strict=True) if np.isnan(nll)]
     excluded = {*(given.probes if given is not None else ()), *unscored}
     plan = make_plan(
@@ -369,6 +386,9 @@ def plan_(
         0.0 if strategy == "none" else ratio,
         held_out=pool.hold_out(hold_out, seed=seed, exclude=excluded),
         forecast=mean,
+        truth=_measured(opened, Scores.load(truth)) if truth is not None else None,
+        losses=opened.nll_before,
+        loadings=correlation_loadings(model) if model is not None and "loadings" in needs else None,
         temperature=temperature,
         seed=seed,
     )
@@ -376,13 +396,66 @@ def plan_(
     facts = {
         "strategy": strategy,
         "ratio": plan.ratio,
-        "forecast": str(forecast) if given is not None else "the atlas's mean" if strategy == "forecast" else None,
+        "forecast": str(forecast) if given is not None else "the atlas's mean" if "forecast" in needs else None,
         "usable": int((plan.weights > 0).sum()),
         "effective_size": round(plan.effective_size, 1),
         "held_out": len(plan.held_out_ids),
         "output": str(output),
     }
     _show(facts, as_json, title="Replay plan")
+
+
+def _measured(atlas: Atlas, after: Scores) -> np.ndarray:
+    """Forgetting of every example of an atlas by a tuned model's scores, shape (N,); NaN where it was not scored."""
+    forgetting = np.full(len(atlas.examples), np.nan)
+    columns = atlas.columns_of(after)
+    forgetting[columns] = after.nll - atlas.nll_before[columns]
+    return forgetting
+
+
+@app.command(name="export")
+def export_(
+    plan: Annotated[Path, typer.Argument(help="Replay plan.")],
+    pool: Annotated[Path, typer.Argument(help="The pool that the plan was made for.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write; a directory if it holds a task.")],
+    kind: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "jsonl",
+    task: Annotated[Path | None, typer.Option(help="Fine-tuning data, for all but jsonl and parquet.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model to name in a trainer's configuration.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Replayed examples; default: the plan's ratio times those of the task or steps.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps on new examples, to count the replayed ones by.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step, with --steps.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a plan replays for another trainer: weighted examples, a mixture with the task, or a configuration.
+
+    Without a task, a count or steps, jsonl and parquet hold every example that may be replayed, with its weight.
+
+    Example: forgetcast export plan.parquet pool.jsonl --format axolotl --task task.jsonl --model ./my-model -o run
+    """
+    if kind not in FORMATS:
+        raise ConfigError(f"unknown format {kind!r}; choose one of {', '.join(FORMATS)}")
+    replay, upstream = ReplayPlan.load(plan), Pool.load(pool)
+    examples = load_task(task) if task is not None else None
+    if count is None and steps is not None:
+        count = round(steps * replay.ratio) * batch_size
+    elif count is None and examples is not None:
+        count = round(len(examples) * replay.ratio)
+    facts: dict[str, Any] = {"format": kind, "replayed": count}
+    if kind in ("jsonl", "parquet"):
+        if (output.suffix == ".parquet") != (kind == "parquet"):
+            raise ConfigError(f"{output}: a file of the format {kind} should end in .{kind}")
+        facts["replayed"] = export_weighted(replay, upstream, output, count)
+    elif examples is None or count is None:
+        raise ConfigError(f"the format {kind} needs --task: it mixes the replayed examples with those of a task")
+    elif kind == "datasets":
+        export_mixture(replay, upstream, examples, output, count)
+    elif model is None:
+        raise ConfigError(f"the format {kind} needs --model: its configuration names the base model")
+    else:
+        TRAINERS[kind](replay, upstream, examples, output, count=count, model=model)
+    _show(facts | {"output": str(output)}, as_json, title="Export")
 
 
 @app.command(name="train")
@@ -445,7 +518,7 @@ def verify_(
     model: ModelName,
     task: Annotated[Path, typer.Argument(help="Fine-tuning data.")],
     atlas: Annotated[Path, typer.Option(help="Atlas with the pool and the base model's scores.")],
-    plan: Annotated[Path, typer.Option(help="Replay plan to verify.")],
+    plan: Annotated[list[Path], typer.Option(help="Replay plan to verify; may be given several times.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Verification to write (JSON).")],
     recipe: RecipeName = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes per arm.")] = 2,
@@ -454,7 +527,7 @@ def verify_(
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune without replay, with random replay and with the plan; judge on examples that were never replayed.
+    """Fine-tune without replay, with random replay and with each plan; judge on examples that were never replayed.
 
     The recipe is the atlas's unless one is given. Finished runs are kept beside the output and not repeated.
 
@@ -463,8 +536,9 @@ def verify_(
     from forgetcast.lm import Workbench, load
 
     _alone("verify")
-    opened, replay, examples = Atlas.open(atlas), ReplayPlan.load(plan), load_task(task)
-    replay.check_pool(opened.pool)
+    opened, replays, examples = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan], load_task(task)
+    for replay in replays:
+        replay.check_pool(opened.pool)
     if recipe is None:
         shared = check_settings(opened.recipe, Recipe, where=f"the recipe of {atlas}")
     else:
@@ -476,7 +550,7 @@ def verify_(
         name=task.stem,
         train=examples.subset(id_ for id_ in examples.ids if id_ not in test),
         test=examples.subset(id_ for id_ in examples.ids if id_ in test),
-        plans=arms(replay, opened.pool),
+        plans=arms(replays, opened.pool),
     )
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     check_base(opened, base)

@@ -13,6 +13,7 @@ import scipy  # its parts load when they are first used, which keeps starting fa
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.evaluation import worst_part
+from forgetcast.paired import wilcoxon_p
 from forgetcast.scores import Scores
 
 RESAMPLES, BATCH_ENTRIES = 2_000, 10_000_000
@@ -147,7 +148,7 @@ def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None =
     worst = scored[np.argsort(-change[scored], kind="stable")[:WORST]]
     return Difference(
         loss=_change(change[scored]) if len(scored) else None,
-        wilcoxon_p=_wilcoxon(change[scored]) if len(scored) else None,
+        wilcoxon_p=wilcoxon_p(change[scored]) if len(scored) else None,
         flips=None
         if before.exact_match is None or after.exact_match is None
         else _flips(before.exact_match, after.exact_match[order]),
@@ -187,10 +188,6 @@ def _change(change: np.ndarray) -> Change:
         worst_hundredth=worst_part(change, 100),
         share_worse=float((change > 0).mean()),
     )
-
-
-def _wilcoxon(change: np.ndarray) -> float:
-    return float(scipy.stats.wilcoxon(change).pvalue) if change.any() else 1.0
 
 
 def _flips(before: np.ndarray, after: np.ndarray) -> Flips | None:

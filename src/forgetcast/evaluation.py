@@ -15,6 +15,8 @@ from forgetcast.completion.base import correlation, without_alike
 from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
+from forgetcast.paired import PairedDifference as PairedDifference
+from forgetcast.paired import paired_difference as paired_difference
 from forgetcast.probes import choose
 
 
@@ -107,36 +109,6 @@ def worst_part(forgetting: Any, parts: int) -> float:
     values = np.asarray(forgetting, dtype=np.float64)
     values = np.sort(values[~np.isnan(values)])
     return float(values[-max(1, round(len(values) / parts)) :].mean())
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean of paired differences, with a Student-t interval and the p-value of "there is none"."""
-
-    mean: float
-    lower: float
-    upper: float
-    p_value: float
-    pairs: int
-
-
-def paired_difference(a: Any, b: Any, *, level: float = 0.95) -> PairedDifference:
-    """Interval for the mean of a - b over pairs (Student's t).
-
-    Parameters
-    ----------
-    a, b : array-like, shape (n,)
-        n >= 2.
-    """
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    if difference.ndim != 1 or len(difference) < 2:
-        raise DataError("a paired interval needs at least two pairs")
-    mean = float(difference.mean())
-    if np.ptp(difference) == 0:
-        return PairedDifference(mean, mean, mean, float(mean == 0), len(difference))
-    test = scipy.stats.ttest_1samp(difference, 0.0)
-    interval = test.confidence_interval(level)
-    return PairedDifference(mean, float(interval.low), float(interval.high), float(test.pvalue), len(difference))
 
 
 @dataclass(frozen=True)

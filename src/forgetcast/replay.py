@@ -11,31 +11,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
 from forgetcast.pool import Pool
 from forgetcast.scores import read_table, write_table
+from forgetcast.strategies import EFFECTIVE_SHARE, STRATEGIES, by_stratum, in_turn, select, softmax_weights
 
-STRATEGIES = ("none", "random", "forecast")
-
-EFFECTIVE_SHARE = 0.25
-"""Effective sample size that the default temperature aims at, as a share of the examples that may be replayed.
-
-The paper's fixed temperature of 0.1 leaves about 1 % on real rows: a few outliers are then all that is replayed."""
+__all__ = ["EFFECTIVE_SHARE", "STRATEGIES", "ReplayPlan", "make_plan", "softmax_weights"]
 
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """Sampling weights over a pool.
+    """Sampling weights over a pool, or an order.
 
     Parameters
     ----------
     ids : sequence of str, length N
         The whole pool.
     weights : array, shape (N,)
-        Probability of being the first example replayed; sums to one. All zero where nothing is to be replayed.
+        Probability of being the first example drawn; sums to one. All zero where nothing is to be replayed. Equal where
+        the rank alone says what comes first.
     held_out : array of bool, shape (N,)
         Examples that are never replayed, so that they can be judged on.
     ratio : float
@@ -44,11 +40,18 @@ class ReplayPlan:
     seed : int
         Of the order in which examples are drawn.
     pool_fingerprint : str
+    rank : array of int, shape (N,), optional
+        Place of each example in the order of replay, from 0; -1 where it is never replayed. None where the order is
+        drawn by weight.
+    ranked_share : float
+        Share of the replayed examples that follow the rank; the others, in turn with them, are drawn by weight.
+    strata : sequence of str, length N, optional
+        Label of each example; whatever number is replayed has each label in its share of what may be.
 
     Raises
     ------
     DataError
-        If a weight is negative or not finite, or a held-out example has one.
+        If a weight is negative or not finite, a held-out example has one, or a rank is missing or occurs twice.
     """
 
     ids: Sequence[str]
@@ -58,6 +61,9 @@ class ReplayPlan:
     strategy: str
     seed: int
     pool_fingerprint: str
+    rank: np.ndarray | None = None
+    ranked_share: float = 1.0
+    strata: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Bring the arrays to their types and check them."""
@@ -72,8 +78,25 @@ class ReplayPlan:
                 raise DataError(f"the replay weight of {id_!r} is {weight}; it must be finite and not negative")
             if held and weight > 0:
                 raise DataError(f"{id_!r} is held out, but has a replay weight")
-        if self.ratio > 0 and not self.weights.any():
+        if self.strategy == "padding" and self.weights.any():
+            raise DataError("a plan that pads with new examples has no replay weights")
+        if self.ratio > 0 and self.strategy != "padding" and not self.weights.any():
             raise DataError("the plan is to replay, but no example has a weight above zero")
+        if self.rank is not None:
+            object.__setattr__(self, "rank", np.asarray(self.rank, dtype=np.int64))
+            self._check_rank(self.rank)
+        if self.strata is not None:
+            object.__setattr__(self, "strata", tuple(self.strata))
+            if len(self.strata) != len(self.ids) or self.rank is not None:
+                raise DataError("strata need a label for every id, and no rank beside them")
+
+    def _check_rank(self, rank: np.ndarray) -> None:
+        if rank.shape != self.weights.shape or ((rank >= 0) != (self.weights > 0)).any():
+            raise DataError("a replay plan with ranks needs one for every example that has a weight, and for no other")
+        if len(np.unique(rank[rank >= 0])) < (rank >= 0).sum():
+            raise DataError("two examples have the same rank in the replay plan")
+        if not 0 < self.ranked_share <= 1:
+            raise DataError(f"the share that follows the rank must be above 0 and at most 1, not {self.ranked_share}")
 
     @property
     def held_out_ids(self) -> tuple[str, ...]:
@@ -88,9 +111,13 @@ class ReplayPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Hash over the ids and their weights (64 hexadecimal digits)."""
+        """Hash over the ids, their weights, and their ranks or strata if there are any (64 hexadecimal digits)."""
         digest = hashlib.sha256(json.dumps(self.ids).encode())
         digest.update(self.weights.tobytes())
+        if self.rank is not None:
+            digest.update(self.rank.tobytes() + str(self.ranked_share).encode())
+        if self.strata is not None:
+            digest.update(json.dumps(self.strata).encode())
         return digest.hexdigest()
 
     def check_pool(self, pool: Pool) -> None:
@@ -98,7 +125,7 @@ class ReplayPlan:
         check_fingerprint("the replay plan", self.pool_fingerprint, pool)
 
     def order(self, count: int) -> tuple[str, ...]:
-        """Draw the ids to replay, in order: by weight and without replacement until all are used, then anew.
+        """Ids to replay, in order: by rank or drawn by weight, without replacement until all are used, then anew.
 
         The same plan always gives the same order, and a longer one starts with the shorter.
         """
@@ -109,25 +136,37 @@ class ReplayPlan:
         drawn: list[int] = []
         while len(drawn) < count:
             # Arrival order of exponential clocks with these rates: successive sampling without replacement.
-            drawn.extend(usable[np.argsort(rng.exponential(size=len(usable)) / self.weights[usable])])
+            drawn.extend(self._arranged(usable[np.argsort(rng.exponential(size=len(usable)) / self.weights[usable])]))
         return tuple(self.ids[i] for i in drawn[:count])
 
+    def _arranged(self, drawn: np.ndarray) -> np.ndarray:
+        """Order of one pass over all that may be replayed, given the same drawn by weight."""
+        if self.strata is not None:
+            return by_stratum(drawn, self.strata)
+        if self.rank is None:
+            return drawn
+        return in_turn(drawn[np.argsort(self.rank[drawn])], drawn, self.ranked_share)
+
     def save(self, path: str | Path) -> None:
-        """Write a Parquet file with the columns id, weight and held_out."""
-        table = pa.table(
-            {
-                "id": pa.array(self.ids, pa.string()),
-                "weight": pa.array(self.weights, pa.float64()),
-                "held_out": pa.array(self.held_out, pa.bool_()),
-            }
-        )
+        """Write a Parquet file with the columns id, weight and held_out; rank or stratum where there is one."""
+        columns = {
+            "id": pa.array(self.ids, pa.string()),
+            "weight": pa.array(self.weights, pa.float64()),
+            "held_out": pa.array(self.held_out, pa.bool_()),
+        }
         metadata = {"ratio": self.ratio, "strategy": self.strategy, "seed": self.seed, "pool": self.pool_fingerprint}
-        write_table(table, Path(path), metadata)
+        if self.rank is not None:
+            columns["rank"] = pa.array(self.rank, pa.int64(), mask=self.rank < 0)
+            metadata["ranked_share"] = self.ranked_share
+        if self.strata is not None:
+            columns["stratum"] = pa.array(self.strata, pa.string())
+        write_table(pa.table(columns), Path(path), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> ReplayPlan:
         """Read a file that `save` wrote."""
         table, metadata = read_table(Path(path), ("id", "weight", "held_out"), kind="replay plan")
+        names = table.column_names
         try:
             return cls(
                 ids=table.column("id").to_pylist(),
@@ -137,6 +176,9 @@ class ReplayPlan:
                 strategy=metadata["strategy"],
                 seed=metadata["seed"],
                 pool_fingerprint=metadata["pool"],
+                rank=table.column("rank").fill_null(-1).to_numpy() if "rank" in names else None,
+                ranked_share=metadata.get("ranked_share", 1.0),
+                strata=table.column("stratum").to_pylist() if "stratum" in names else None,
             )
         except KeyError as error:
             raise DataError(f"{path} is not a replay plan: its metadata lacks {error}") from None
@@ -151,6 +193,9 @@ def make_plan(
     *,
     held_out: Sequence[str] = (),
     forecast: Any = None,
+    truth: Any = None,
+    losses: Any = None,
+    loadings: Any = None,
     temperature: float | None = None,
     seed: int = 0,
 ) -> ReplayPlan:
@@ -159,62 +204,76 @@ def make_plan(
     Parameters
     ----------
     pool : Pool
-    strategy : {'none', 'random', 'forecast'}
-        'random' gives every example the same weight; 'forecast' weighs by softmax(forecast / temperature).
+    strategy : str
+        One of `STRATEGIES`, which say what they do and which of the following they need.
     ratio : float
         Replayed examples per new-task example; 0 for 'none'.
     held_out : sequence of str
-        Ids that are never replayed.
+        Ids that are never replayed. What is said of them below is not looked at.
     forecast : array-like, shape (N,), optional
-        Expected forgetting in the pool's order, nats per token; needed by 'forecast'.
+        Expected forgetting in the pool's order, nats per token.
+    truth : array-like, shape (N,), optional
+        Measured forgetting, nats per token; NaN where it was not measured, which is never replayed.
+    losses : array-like, shape (N,), optional
+        Of the base model, nats per token; NaN where it has none, which is never replayed.
+    loadings : array-like, shape (N, r), optional
+        Rows whose products say how alike the forgetting of two examples is: `coverage.correlation_loadings`.
     temperature : float, optional
-        In nats. Default: the one at which the effective sample size is EFFECTIVE_SHARE of the usable examples.
+        In the unit of what the softmax is of. Default: the one at which the effective sample size is EFFECTIVE_SHARE of
+        the usable examples.
     seed : int
+
+    Raises
+    ------
+    ConfigError
+        If the strategy is unknown, its ratio makes no sense, or nothing is left to replay.
+    DataError
+        If something that the strategy needs is missing, has another shape, or is not finite.
     """
     _check_ratio(ratio, strategy)
     held = np.zeros(len(pool), dtype=bool)
     held[pool.positions(held_out, where="the held-out list")] = True
-    weights = np.zeros(len(pool))
-    if held.all():
+    usable = np.flatnonzero(~held)
+    if not len(usable):
         raise ConfigError("every example is held out: nothing is left to replay")
-    if strategy == "random":
-        weights[~held] = 1.0 / (~held).sum()
-    elif strategy == "forecast":
-        values = np.asarray(forecast, dtype=np.float64) if forecast is not None else np.empty(0)
-        if values.shape != (len(pool),):
-            raise MismatchError(f"the forecast has shape {values.shape}; the pool has {len(pool)} examples")
-        if not np.isfinite(values).all():
-            raise DataError(f"the forecast of {pool.ids[int(np.argmin(np.isfinite(values)))]!r} is not a finite number")
-        weights[~held] = softmax_weights(values[~held], temperature)
-    return ReplayPlan(pool.ids, weights, held, ratio, strategy, seed, pool.fingerprint)
+    given = {"forecast": forecast, "truth": truth, "losses": losses, "loadings": loadings}
+    known = {name: _known(name, given[name], strategy, pool, usable) for name in STRATEGIES[strategy].needs}
+    selection = select(strategy, len(usable), known, temperature)
+    weights = np.zeros(len(pool))
+    weights[usable] = selection.weights
+    rank = None
+    if selection.order is not None:
+        rank = np.full(len(pool), -1)
+        rank[usable[selection.order]] = np.arange(len(selection.order))
+    return ReplayPlan(
+        pool.ids,
+        weights,
+        held,
+        ratio,
+        strategy,
+        seed,
+        pool.fingerprint,
+        rank=rank,
+        ranked_share=selection.ranked_share,
+        strata=pool.sources if strategy == "stratified" else None,
+    )
 
 
-def softmax_weights(forecast: np.ndarray, temperature: float | None = None) -> np.ndarray:
-    """Softmax of forecast / temperature, shape (n,), summing to one.
-
-    Without a temperature, the one is found at which the effective sample size is EFFECTIVE_SHARE of n.
-    """
-
-    def weights(inverse: float) -> np.ndarray:
-        w = np.exp(inverse * (forecast - forecast.max()))
-        return np.asarray(w / w.sum())
-
-    if temperature is not None:
-        if not temperature > 0:
-            raise ConfigError(f"the temperature must be positive, not {temperature}")
-        return weights(1 / temperature)
-    spread = float(np.ptp(forecast))
-    target = max(EFFECTIVE_SHARE * len(forecast), 1.0)
-
-    def excess(log_inverse: float) -> float:
-        return 1 / float((weights(np.exp(log_inverse)) ** 2).sum()) - target
-
-    if spread == 0:
-        return weights(0.0)
-    low, high = np.log(1e-3 / spread), np.log(1e6 / spread)
-    if excess(low) <= 0 or excess(high) >= 0:  # too few examples, or ties: no temperature reaches the target
-        return weights(1 / spread)
-    return weights(float(np.exp(scipy.optimize.brentq(excess, low, high))))
+def _known(name: str, values: Any, strategy: str, pool: Pool, usable: np.ndarray) -> np.ndarray:
+    """What is known of the usable examples, checked."""
+    if values is None:
+        raise DataError(f"the strategy {strategy!r} needs {name}, a value for each example; the pool has {len(pool)}")
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape[:1] != (len(pool),) or array.ndim != (2 if name == "loadings" else 1):
+        raise MismatchError(f"the {name} has shape {array.shape}; the pool has {len(pool)} examples")
+    array = array[usable]
+    bad = ~np.isfinite(array)
+    if name in ("truth", "losses"):
+        bad &= ~np.isnan(array)
+    if bad.any():
+        worst = pool.ids[usable[int(np.argmax(bad.reshape(len(usable), -1).any(axis=1)))]]
+        raise DataError(f"the {name} of {worst!r} is not a finite number")
+    return array
 
 
 def _check_ratio(ratio: float, strategy: str) -> None:

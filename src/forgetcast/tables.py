@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from forgetcast.diff import Difference
 from forgetcast.evaluation import BenchRow
 from forgetcast.structure import Structure
-from forgetcast.verification import METRIC_NAMES, METRICS, Verification
+from forgetcast.verification import METRIC_NAMES, Verification
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
@@ -148,23 +148,25 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
     """The arms, and what their differences allow to be said."""
-    table = Table("replay", *METRIC_NAMES.values(), "replayed", "seconds")
+    table = Table("replay", *(METRIC_NAMES[metric] for metric in result.metrics), "replayed", "seconds")
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
-        figures = (f"{result.average(arm, metric):.3f}" for metric in METRICS)
+        figures = (f"{result.average(arm, metric):.3f}" for metric in result.metrics)
         table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
     yield table
     comparisons = result.comparisons()
     if not comparisons:
         return
-    gaps = Table("metric", "difference", "mean", "95 % interval")
+    gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "Wilcoxon, corrected")
     gaps.title = (
         f"Differences over {comparisons[0].difference.pairs} pairs of runs (same task and seed); negative is better"
     )
     for c in comparisons:
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
-        gaps.add_row(METRIC_NAMES[c.metric], f"{escape(c.arm)} - {c.baseline}", f"{gap.mean:+.3f}", interval)
+        again = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
+        arms, corrected = f"{escape(c.arm)} - {c.baseline}", f"p = {c.corrected_wilcoxon_p:.2g}"
+        gaps.add_row(METRIC_NAMES[c.metric], arms, f"{gap.mean:+.3f}", interval, again, corrected)
     yield gaps
     for c in comparisons:
         if c.metric != "new_task_loss":

@@ -14,7 +14,8 @@ import numpy as np
 
 from forgetcast.collect import TRAINING_UNITS, Meter, OnProgress, measure
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.evaluation import PairedDifference, paired_difference, worst_tenth
+from forgetcast.evaluation import worst_part, worst_tenth
+from forgetcast.paired import PairedDifference, bootstrap_interval, holm, paired_difference, wilcoxon_p
 from forgetcast.pool import Pool
 from forgetcast.replay import ReplayPlan, make_plan
 from forgetcast.scores import Scores
@@ -23,10 +24,17 @@ if TYPE_CHECKING:
     from forgetcast.lm import Workbench
     from forgetcast.recipe import Recipe
 
-METRIC_NAMES = {"mean": "mean forgetting", "worst_tenth": "worst tenth", "new_task_loss": "new-task loss"}
+METRIC_NAMES = {
+    "mean": "mean forgetting",
+    "worst_tenth": "worst tenth",
+    "new_task_loss": "new-task loss",
+    "worst_hundredth": "worst hundredth",
+    "right_to_wrong": "right, now wrong",
+}
 """Fields of `Run` that are compared, and what people call them; lower is better for each."""
 
-METRICS = tuple(METRIC_NAMES)
+METRICS = ("mean", "worst_tenth", "new_task_loss")
+"""Those that every run has; `Verification.metrics` are those that its runs have."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class Run:
     replayed, steps : int
     seconds : float
         Wall time of the training.
+    worst_hundredth : float or None
+        As `worst_tenth`; None in files of earlier versions.
+    right_to_wrong : int or None
+        Judged examples that the base model answered right and the tuned one wrong; None where exact match was not
+        measured of both.
     """
 
     task: str
@@ -55,23 +68,55 @@ class Run:
     replayed: int
     steps: int
     seconds: float
+    worst_hundredth: float | None = None
+    right_to_wrong: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another on one metric, paired by task and seed; negative is better for every metric."""
+    """One arm against another on one metric, paired by task and seed; negative is better for every metric.
+
+    Attributes
+    ----------
+    arm, baseline, metric : str
+    difference : PairedDifference
+        Over all pairs, as if they were independent.
+    bootstrap_lower, bootstrap_upper : float
+        95 % interval of the mean by drawing tasks again, then seeds within each; only seeds where there is one task.
+    wilcoxon_p : float
+        By Wilcoxon's signed ranks of the tasks' means; of the seeds where there is one task.
+    corrected_p, corrected_wilcoxon_p : float
+        `difference.p_value` and `wilcoxon_p` after Holm's correction for all arms that are compared with this baseline
+        on this metric.
+    tasks : int
+    """
 
     arm: str
     baseline: str
     metric: str
     difference: PairedDifference
+    bootstrap_lower: float
+    bootstrap_upper: float
+    wilcoxon_p: float
+    corrected_p: float
+    corrected_wilcoxon_p: float
+    tasks: int
+
+    @property
+    def better(self) -> bool:
+        """Whether both intervals are below zero."""
+        return max(self.difference.upper, self.bootstrap_upper) < 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether both intervals are above zero."""
+        return min(self.difference.lower, self.bootstrap_lower) > 0
 
     def verdict(self) -> str:
-        """Say in a sentence what the interval allows to be said."""
-        gap = self.difference
-        if gap.upper < 0:
+        """Say in a sentence what the intervals allow to be said."""
+        if self.better:
             return f"{self.arm} replay is better than {self.baseline}"
-        if gap.lower > 0:
+        if self.worse:
             return f"{self.arm} replay is worse than {self.baseline}"
         return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
 
@@ -102,21 +147,51 @@ class Verification:
         """Mean of a metric over an arm's runs."""
         return float(np.mean([getattr(run, metric) for run in self.runs if run.arm == arm]))
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Fields of `Run` that every run has."""
+        return tuple(name for name in METRIC_NAMES if all(getattr(run, name) is not None for run in self.runs))
+
     def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
         """Compare two arms; None if fewer than two pairs were run."""
-        value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
-        pairs = [(t, s) for t, s, a in value if a == arm and (t, s, baseline) in value]
+        groups = self._differences(arm, baseline, metric)
+        pairs = np.concatenate([*groups, np.empty(0)])
         if len(pairs) < 2:
             return None
-        ours = [value[(*pair, arm)] for pair in pairs]
-        theirs = [value[(*pair, baseline)] for pair in pairs]
-        return Comparison(arm, baseline, metric, paired_difference(ours, theirs))
+        family = dict.fromkeys([arm, *self._rivals(baseline)])
+        found = [self._differences(name, baseline, metric) for name in family]
+        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
+        lower, upper = bootstrap_interval(groups)
+        return Comparison(
+            arm=arm,
+            baseline=baseline,
+            metric=metric,
+            difference=paired_difference(pairs, np.zeros(len(pairs))),
+            bootstrap_lower=lower,
+            bootstrap_upper=upper,
+            wilcoxon_p=_p_values(groups)[1],
+            corrected_p=float(holm(tests[:, 0])[0]),
+            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
+            tasks=len(groups),
+        )
+
+    def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
+        """Of each task with pairs, those of its seeds."""
+        value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
+        groups: dict[str, list[float]] = {}
+        for task, seed, name in value:
+            if name == arm and (task, seed, baseline) in value:
+                groups.setdefault(task, []).append(value[task, seed, arm] - value[task, seed, baseline])
+        return [np.array(group) for group in groups.values()]
+
+    def _rivals(self, baseline: str) -> tuple[str, ...]:
+        """Arms that are compared with a baseline: all others, but not what is without replay."""
+        return tuple(arm for arm in self.arms if arm not in ("none", baseline))
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Every arm with a plan against 'none', and 'forecast' against 'random', on every metric."""
-        wanted = [(arm, "none") for arm in self.arms if arm != "none"]
-        wanted += [(arm, "random") for arm in self.arms if arm not in ("none", "random")]
-        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in METRICS)
+        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
+        wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
+        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
         return tuple(comparison for comparison in found if comparison is not None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,12 +200,13 @@ class Verification:
             "judged": self.judged,
             "ratio": self.ratio,
             "arms": {
-                arm: {name: self.average(arm, name) for name in (*METRICS, "replayed", "steps", "seconds")}
+                arm: {name: self.average(arm, name) for name in (*self.metrics, "replayed", "steps", "seconds")}
                 for arm in self.arms
             },
             "comparisons": [
-                {"arm": c.arm, "baseline": c.baseline, "metric": c.metric, "verdict": c.verdict()}
+                {"verdict": c.verdict()}
                 | asdict(c.difference)
+                | {name: value for name, value in asdict(c).items() if name != "difference"}
                 for c in self.comparisons()
             ],
             "runs": [asdict(run) for run in self.runs],
@@ -151,6 +227,13 @@ class Verification:
             raise DataError(f"this is not a verification: {error}") from None
 
 
+def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Of Student's t over all pairs, and of Wilcoxon's ranks over what is independent."""
+    pairs = np.concatenate(groups)
+    independent = pairs if len(groups) == 1 else [group.mean() for group in groups]
+    return paired_difference(pairs, np.zeros(len(pairs))).p_value, wilcoxon_p(independent)
+
+
 @dataclass(frozen=True)
 class Trial:
     """A task to verify on: its name, what is trained on, what its loss is judged on, and a plan for each arm."""
@@ -161,14 +244,24 @@ class Trial:
     plans: Mapping[str, ReplayPlan]
 
 
-def arms(plan: ReplayPlan, pool: Pool) -> dict[str, ReplayPlan]:
-    """Arms to compare a plan with: no replay, and random replay at the same ratio with the same held-out examples."""
-    held_out = plan.held_out_ids
-    arms = {
-        "none": make_plan(pool, "none", 0.0, held_out=held_out),
-        "random": make_plan(pool, "random", plan.ratio, held_out=held_out),
-    }
-    return arms if plan.strategy in arms else arms | {plan.strategy: plan}
+def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
+    """Arms to compare plans in: no replay, random replay at the same ratio, and each plan, by its strategy.
+
+    Raises
+    ------
+    ConfigError
+        If the plans have different ratios or held-out examples, or two have the same strategy.
+    """
+    if len({(plan.ratio, plan.held_out_ids) for plan in plans if plan.ratio}) > 1:
+        raise ConfigError("plans that are compared need the same ratio and the same held-out examples")
+    by_name = {plan.strategy: plan for plan in plans}
+    if len(by_name) < len(plans):
+        raise ConfigError("two of the plans have the same strategy; verify them one after the other")
+    held_out, ratio = plans[0].held_out_ids, max(plan.ratio for plan in plans)
+    arms = {"none": make_plan(pool, "none", 0.0, held_out=held_out)}
+    if ratio:
+        arms["random"] = make_plan(pool, "random", ratio, held_out=held_out)
+    return arms | {name: plan for name, plan in by_name.items() if name not in arms}
 
 
 def verify(
@@ -192,7 +285,7 @@ def verify(
         The plans of a trial must hold out the same examples.
     pool : Pool
     before : Scores
-        Of the base model on the pool.
+        Of the base model on the pool. With its answers, the tuned models answer too, and flips are counted.
     recipe : Recipe
         Its seed is replaced by each of `seeds`, which also sets the order of replay.
     directory : path
@@ -209,16 +302,20 @@ def verify(
     todo = [(trial, arm, seed) for trial in trials for seed in seeds for arm in trial.plans]
     files = {(t.name, arm, seed): Path(directory) / f"{t.name}.{arm}.{seed}.parquet" for t, arm, seed in todo}
 
+    asked = before.exact_match is not None
+    answers = {"answers": {"max_new_tokens": before.metadata.get("max_new_tokens", 32)}} if asked else {}
+
     def units(trial: Trial, arm: str) -> int:
         steps = recipe.steps + round(recipe.steps * trial.plans[arm].ratio)
-        return steps * recipe.batch_size * TRAINING_UNITS + len(judged[trial.name]) + len(trial.test)
+        return steps * recipe.batch_size * TRAINING_UNITS + (1 + asked) * len(judged[trial.name]) + len(trial.test)
 
     missing = [(t, arm, seed) for t, arm, seed in todo if not files[t.name, arm, seed].exists()]
     meter = Meter(sum(units(trial, arm) for trial, arm, _ in missing), on_progress)
     runs = []
     for trial, arm, seed in todo:
         file = files[trial.name, arm, seed]
-        settings = _settings(workbench, trial, arm, recipe.model_copy(update={"seed": seed}), judged[trial.name])
+        seeded = recipe.model_copy(update={"seed": seed})
+        settings = _settings(workbench, trial, arm, seeded, judged[trial.name]) | answers
         if not file.exists():
             _run(workbench, trial, arm, seed, recipe, pool, judged[trial.name], meter, settings).save(file)
         runs.append(_read(file, trial, arm, seed, before, settings))
@@ -270,7 +367,7 @@ def _run(
         pool=pool,
         on_step=lambda *_: meter.advance(f"{name}: fine-tuning", recipe.batch_size * TRAINING_UNITS),
     )
-    after = measure(tuned.language_model, judged, meter, name)
+    after = measure(tuned.language_model, judged, meter, name, settings.get("answers"))
     test = measure(tuned.language_model, trial.test, meter, name)
     facts = {
         "settings": settings,
@@ -298,4 +395,17 @@ def _read(file: Path, trial: Trial, arm: str, seed: int, before: Scores, setting
         replayed=facts["replayed"],
         steps=facts["steps"],
         seconds=facts["seconds"],
+        worst_hundredth=worst_part(forgetting, 100),
+        right_to_wrong=_right_to_wrong(before, scores),
     )
+
+
+def _right_to_wrong(before: Scores, after: Scores) -> int | None:
+    """Examples of `after` that were answered right before and wrong after; None where one was not asked."""
+    if before.exact_match is None or after.exact_match is None:
+        return None
+    right = dict(zip(before.ids, before.exact_match, strict=True))
+    asked = np.array([right[id_] for id_ in after.ids]), after.exact_match
+    if np.isnan(asked[0] + asked[1]).all():
+        return None
+    return int(((asked[0] == 1) & (asked[1] == 0)).sum())

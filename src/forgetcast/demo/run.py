@@ -119,7 +119,7 @@ def run_demo(
         forecasts.append(_keep(directory, rows["forecast"], pool, name))
         plan = make_plan(pool, "forecast", settings.ratio, held_out=held_out, forecast=rows["forecast"].mean)
         plan.save(directory / "plans" / f"{name}.parquet")
-        trials.append(Trial(name, tasks[name], tests[name], arms(plan, pool)))
+        trials.append(Trial(name, tasks[name], tests[name], arms([plan], pool)))
 
     verification = verify(
         Workbench(base),

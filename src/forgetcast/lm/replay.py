@@ -35,6 +35,7 @@ class ReplayMixture(Dataset[Encoded]):
     seed : int
         Of the order of the new examples.
     plan : ReplayPlan, optional
+        One of the strategy 'padding' brings in more new examples instead of old ones.
     pool : Pool, optional
         Needed with a plan; must be the one that the plan was made for.
 
@@ -73,13 +74,15 @@ class ReplayMixture(Dataset[Encoded]):
                 raise ConfigError(
                     f"a ratio of {plan.ratio:g} over {steps} steps replays no batch; use at least {1 / steps:.3g}"
                 )
-        self.replayed = plan.order(replay_steps * batch_size) if plan is not None and replay_steps else ()
+        padding = plan is not None and plan.strategy == "padding"
+        self.replayed = plan.order(replay_steps * batch_size) if plan and replay_steps and not padding else ()
         self.steps = steps + replay_steps
         self._padding = pad_id(tokenizer)
-        new, old = _passes(len(task), seed), iter(self.replayed)
+        # Every arm of a comparison sees the same new batches; those that pad are drawn on their own.
+        new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(self.replayed)
         order = [
-            (replay, next(old) if replay else task.ids[next(new)])
-            for replay in spread(steps, replay_steps)
+            (False, task.ids[next(more if extra else new)]) if padding or not extra else (True, next(old))
+            for extra in spread(steps, replay_steps)
             for _ in range(batch_size)
         ]
         # Once each and before training, so that what cannot be trained on is an error here.
@@ -113,7 +116,7 @@ def spread(new: int, old: int) -> Iterator[bool]:
         yield ((2 * i + 2) * old + total) // (2 * total) > (2 * i * old + total) // (2 * total)
 
 
-def _passes(n: int, seed: int) -> Iterator[int]:
+def _passes(n: int, seed: list[int]) -> Iterator[int]:
     rng = np.random.default_rng(seed)
     while True:
         yield from rng.permutation(n).tolist()

@@ -100,7 +100,7 @@ def write_report(
         risks=_risks(atlas, matrix, forecasts, truths),
         verification=verification,
         comparisons=comparisons,
-        metric_names=METRIC_NAMES,
+        metric_names={name: METRIC_NAMES[name] for name in verification.metrics} if verification is not None else {},
         runs_per_arm=len(verification.runs) // len(verification.arms) if verification is not None else 0,
         differences=figures.replay_differences(verification) if verification is not None and comparisons else "",
         provenance=_provenance(atlas),

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.structure import Structure
-from forgetcast.verification import METRIC_NAMES, Verification
+from forgetcast.verification import METRIC_NAMES, METRICS, Verification
 
 MOST_COLUMNS = 2_000
 """A picture is at most this wide; beyond it, neighbouring examples of one source are averaged."""
@@ -235,7 +235,7 @@ def replay_differences(verification: Verification) -> str:
     """Paired differences between the arms with their intervals; None of them is drawn without an interval."""
     figure = go.Figure()
     names = list(dict.fromkeys(f"{c.arm} − {c.baseline}" for c in verification.comparisons()))
-    for metric, colour, offset in zip(METRIC_NAMES, (BLUE, ORANGE, GREY), (-0.2, 0.0, 0.2), strict=True):
+    for metric, colour, offset in zip(METRICS, (BLUE, ORANGE, GREY), (-0.2, 0.0, 0.2), strict=True):
         shown = [c for c in verification.comparisons() if c.metric == metric]
         figure.add_scatter(
             x=[c.difference.mean for c in shown],

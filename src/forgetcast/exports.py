@@ -1,0 +1,232 @@
+"""Exports of a replay plan, for those who train with another tool: weighted examples, a mixture, configurations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from forgetcast._files import atomic_path, write_json
+from forgetcast.errors import ConfigError, DataError, MissingExtraError
+from forgetcast.pool import FIELDS, Example, Pool
+from forgetcast.replay import ReplayPlan
+from forgetcast.strategies import by_stratum
+
+
+def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
+    """Examples that the plan replays, in order.
+
+    Raises
+    ------
+    MismatchError
+        If the plan is of another pool.
+    ConfigError
+        If there would be none.
+    """
+    plan.check_pool(pool)
+    if count < 1:
+        raise ConfigError(f"with the ratio {plan.ratio:g}, no example would be replayed; ask for at least one")
+    return [pool[i] for i in pool.positions(plan.order(count)).tolist()]
+
+
+def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int | None = None) -> int:
+    """Write upstream examples with their weights, and ranks if the plan has any, as Parquet or else JSONL.
+
+    Parameters
+    ----------
+    plan : ReplayPlan
+    pool : Pool
+    path : path
+        Parquet if it ends in `.parquet`.
+    count : int, optional
+        Write so many in the order of their replay; default: every example that may be replayed once, in the pool's
+        order.
+
+    Returns
+    -------
+    int
+        Number of rows.
+    """
+    plan.check_pool(pool)
+    weights = dict(zip(plan.ids, plan.weights.tolist(), strict=True))
+    ranks = dict(zip(plan.ids, plan.rank.tolist(), strict=True)) if plan.rank is not None else {}
+    chosen = [e for e in pool if weights[e.id] > 0] if count is None else replayed(plan, pool, count)
+    if not chosen:
+        raise ConfigError(f"a plan with the strategy {plan.strategy!r} replays nothing that could be exported")
+    rows = [asdict(e) | {"weight": weights[e.id], "rank": ranks.get(e.id)} for e in chosen]
+    with atomic_path(Path(path)) as temporary:
+        if Path(path).suffix == ".parquet":
+            for row in rows:
+                row["messages"] = row["messages"] and json.dumps(row["messages"], ensure_ascii=False)
+            types = dict.fromkeys(FIELDS, pa.string()) | {"weight": pa.float64(), "rank": pa.int64()}
+            pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))), temporary)
+        else:
+            temporary.write_text(_json_lines(rows), encoding="utf-8")
+    return len(rows)
+
+
+def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, count: int) -> int:
+    """Save the new and the replayed examples, evenly interleaved, as a Hugging Face data set.
+
+    Its columns are id, text, prompt, completion, messages (role and content), source, and `replayed`. Read it with
+    `datasets.load_from_disk`.
+
+    Returns
+    -------
+    int
+        Number of rows.
+    """
+    try:
+        from datasets import Dataset, Features, Value
+    except ImportError as error:
+        raise MissingExtraError("lm", error) from error
+    old = replayed(plan, pool, count)
+    examples = [*task, *old]
+    labels = ["new"] * len(task) + ["old"] * len(old)
+    order = by_stratum(np.arange(len(examples)), labels).tolist()
+    columns: dict[str, list[Any]] = {name: [getattr(examples[i], name) for i in order] for name in FIELDS}
+    columns["replayed"] = [labels[i] == "old" for i in order]
+    for example, messages in zip((examples[i] for i in order), columns["messages"], strict=True):
+        if any(m.keys() != {"role", "content"} for m in messages or ()):
+            raise ConfigError(f"example {example.id!r}: in a data set, messages have role and content only; use jsonl")
+    types = {name: Value("string") for name in FIELDS}
+    features = Features({**types, "messages": [{"role": Value("string"), "content": Value("string")}]})
+    features["replayed"] = Value("bool")
+    Dataset.from_dict(columns, features=features).save_to_disk(str(_new_directory(directory)))
+    return len(order)
+
+
+def export_axolotl(
+    plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, *, count: int, model: str
+) -> dict[str, Any]:
+    """Write data files and `axolotl.yaml`; return the configuration.
+
+    Texts are of the type `completion`. Prompts and completions go in as they are, joined without a template, and only
+    the completion counts. Axolotl shuffles the merged data, so that the ratio holds on average.
+    """
+    old = replayed(plan, pool, count)
+    _without_conversations([*task, *old])
+    folder = _new_directory(directory).resolve()
+    datasets = []
+    for name, examples in (("task", task), ("replay", old)):
+        texts = [{"text": e.text} for e in examples if e.text is not None]
+        pairs = [{"prompt": e.prompt, "completion": e.completion} for e in examples if e.text is None]
+        for kind, rows in (("texts", texts), ("prompts", pairs)):
+            if rows:
+                file = folder / f"{name}-{kind}.jsonl"
+                _write(file, _json_lines(rows))
+                datasets.append({"path": str(file), "ds_type": "json", **_AXOLOTL_TYPES[kind]})
+    settings = {
+        "base_model": model,
+        "datasets": datasets,
+        "shuffle_merged_datasets": True,
+        "train_on_inputs": False,
+        "val_set_size": 0.0,
+        "output_dir": str(folder / "tuned"),
+        "sequence_len": 1024,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "learning_rate": 1e-5,
+        "seed": plan.seed,
+    }
+    _write_yaml(folder / "axolotl.yaml", settings)
+    return settings
+
+
+_AXOLOTL_TYPES: Mapping[str, dict[str, Any]] = {
+    "texts": {"type": "completion", "field": "text"},
+    "prompts": {
+        "type": {
+            "system_prompt": "",
+            "field_instruction": "prompt",
+            "field_output": "completion",
+            "format": "{instruction}",
+            "no_input_format": "{instruction}",
+        }
+    },
+}
+
+
+def export_llama_factory(
+    plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, *, count: int, model: str
+) -> dict[str, Any]:
+    """Write data files, `dataset_info.json` and `llama-factory.yaml`; return the configuration.
+
+    A text goes in as the response to an empty prompt; the template adds nothing, not even an end of text. The replayed
+    examples are exactly as many as the ratio asks for, so the two data sets are concatenated (and shuffled in
+    training): interleaving by probabilities would drop or repeat some of them.
+    """
+    old = replayed(plan, pool, count)
+    _without_conversations([*task, *old])
+    folder = _new_directory(directory).resolve()
+    info = {}
+    for name, examples in (("task", task), ("replay", old)):
+        rows = [{"prompt": e.prompt or "", "completion": e.completion if e.text is None else e.text} for e in examples]
+        _write(folder / f"{name}.jsonl", _json_lines(rows))
+        columns = {"prompt": "prompt", "response": "completion"}
+        info[name] = {"file_name": f"{name}.jsonl", "formatting": "alpaca", "columns": columns}
+    write_json(folder / "dataset_info.json", info)
+    settings = {
+        "model_name_or_path": model,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset": "task,replay",
+        "dataset_dir": str(folder),
+        "mix_strategy": "concat",
+        "template": "empty",
+        "cutoff_len": 1024,
+        "output_dir": str(folder / "tuned"),
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1.0,
+        "learning_rate": 1e-5,
+        "seed": plan.seed,
+    }
+    _write_yaml(folder / "llama-factory.yaml", settings)
+    return settings
+
+
+TRAINERS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "axolotl": export_axolotl,
+    "llama-factory": export_llama_factory,
+}
+FORMATS = ("jsonl", "parquet", "datasets", *TRAINERS)
+"""What a plan can be exported as."""
+
+
+def _without_conversations(examples: Iterable[Example]) -> None:
+    """Raise ConfigError for what would need a chat template beside plain texts, and no trainer has two."""
+    for example in examples:
+        if example.messages is not None:
+            raise ConfigError(f"example {example.id!r} is a conversation; export those as jsonl, parquet or datasets")
+
+
+def _new_directory(path: str | Path) -> Path:
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path} exists and is not empty; choose another directory")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    lines = (json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False) for row in rows)
+    return "".join(line + "\n" for line in lines)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
+    _write(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
