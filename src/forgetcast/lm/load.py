@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +68,18 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep Transformers from drawing progress of its own beside ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def load(
     model: str | Path,
     *,
@@ -107,23 +121,19 @@ def load(
     torch_dtype = getattr(torch, dtype or "float32", None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise DataError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=torch_dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            device_map="auto" if device == "auto" else None,
-        )
+        with without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=torch_dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                device_map="auto" if device == "auto" else None,
+            )
         loaded, notes = result
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
     if missing := sorted(notes["missing_keys"]):
         # Transformers only warns, and goes on with random numbers in their place.
         raise DataError(f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing")

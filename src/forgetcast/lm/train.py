@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from forgetcast._files import read_json, write_json
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
-from forgetcast.lm.load import LanguageModel
+from forgetcast.lm.load import LanguageModel, without_bars
 from forgetcast.lm.replay import ReplayMixture
 from forgetcast.pool import Pool
 from forgetcast.recipe import Recipe
@@ -53,7 +53,8 @@ class Tuned:
 
     def save(self, directory: str | Path) -> None:
         """Write the model (LoRA: the adapter) and the tokenizer in the Hugging Face format."""
-        self.language_model.model.save_pretrained(directory)
+        with without_bars():
+            self.language_model.model.save_pretrained(directory)
         self.language_model.tokenizer.save_pretrained(directory)
 
 
@@ -149,7 +150,11 @@ class Workbench:
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
             "recipe": recipe.model_dump(),
         }
-        with _checkpoints(checkpoints, run) as (directory, latest), _recomputing(self.base.model, recipe):
+        with (
+            _checkpoints(checkpoints, run) as (directory, latest),
+            _recomputing(self.base.model, recipe),
+            without_bars(),
+        ):
             trainer = Trainer(
                 model=model,
                 args=_arguments(recipe, mixture, model.device, micro, devices, directory),
