@@ -11,9 +11,19 @@ except ImportError as error:
 
 from forgetcast.lm.generate import exact_match
 from forgetcast.lm.load import LanguageModel, load
-from forgetcast.lm.replay import ReplayMixture
+from forgetcast.lm.replay import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score
 from forgetcast.lm.train import Tuned, Workbench
 from forgetcast.recipe import Recipe
 
-__all__ = ["LanguageModel", "Recipe", "ReplayMixture", "Tuned", "Workbench", "exact_match", "load", "score"]
+__all__ = [
+    "LanguageModel",
+    "Recipe",
+    "ReplayCallback",
+    "ReplayMixture",
+    "Tuned",
+    "Workbench",
+    "exact_match",
+    "load",
+    "score",
+]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm.text import Encoded, encode, pad, pad_id
@@ -43,6 +44,9 @@ class ReplayMixture(Dataset[Encoded]):
     ----------
     replayed : tuple of str
         Ids of the upstream examples in it, in order.
+    steps : int
+        Optimiser steps to train for, those on replayed batches included.
+    batch_size : int
 
     Raises
     ------
@@ -76,7 +80,7 @@ class ReplayMixture(Dataset[Encoded]):
                 )
         padding = plan is not None and plan.strategy == "padding"
         self.replayed = plan.order(replay_steps * batch_size) if plan and replay_steps and not padding else ()
-        self.steps = steps + replay_steps
+        self.steps, self.batch_size = steps + replay_steps, batch_size
         self._padding = pad_id(tokenizer)
         # Every arm of a comparison sees the same new batches; those that pad are drawn on their own.
         new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(self.replayed)
@@ -107,6 +111,46 @@ class ReplayMixture(Dataset[Encoded]):
         """Pad a batch to what a causal language model is trained on."""
         ids, mask, labels = pad(batch, self._padding)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class ReplayCallback(TrainerCallback):
+    """Refuse a Trainer that would not train on a mixture as it is laid out.
+
+    Parameters
+    ----------
+    mixture : ReplayMixture
+    """
+
+    def __init__(self, mixture: ReplayMixture) -> None:
+        self._mixture = mixture
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,  # noqa: ARG002
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Is called by the Trainer, with arguments of these names.
+
+        Raises
+        ------
+        ConfigError
+            If the Trainer has a sampler of its own, or other batches or steps than the mixture.
+        """
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):  # Accelerate's, around that of the Trainer
+            batches = batches.batch_sampler
+        if not isinstance(batches.sampler, SequentialSampler):
+            raise ConfigError(
+                'replay has an order to keep: set train_sampling_strategy="sequential" in TrainingArguments'
+            )
+        examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if examples != self._mixture.batch_size:
+            raise ConfigError(f"a step of the Trainer is {examples} examples, the mixture's {self._mixture.batch_size}")
+        if state.max_steps != self._mixture.steps:
+            raise ConfigError(f"set max_steps={self._mixture.steps}: the Trainer would take {state.max_steps} steps")
 
 
 def spread(new: int, old: int) -> Iterator[bool]:

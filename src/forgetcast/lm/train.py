@@ -21,7 +21,7 @@ from forgetcast._files import read_json, write_json
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel, without_bars
-from forgetcast.lm.replay import ReplayMixture
+from forgetcast.lm.replay import ReplayCallback, ReplayMixture
 from forgetcast.pool import Pool
 from forgetcast.recipe import Recipe
 from forgetcast.replay import ReplayPlan
@@ -160,7 +160,7 @@ class Workbench:
                 args=_arguments(recipe, mixture, model.device, micro, devices, directory),
                 train_dataset=mixture,
                 data_collator=mixture.collate,
-                callbacks=[_Progress(on_step, saves=checkpoints is not None)],
+                callbacks=[ReplayCallback(mixture), _Progress(on_step, saves=checkpoints is not None)],
             )
             trainer.remove_callback(_printer())
             # The Trainer ends with a garbage collection; there is no need to look through all modules in it.
