@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import make_pool
 from forgetcast import ConfigError, make_plan
-from forgetcast.lm import LanguageModel, Recipe, ReplayCallback, ReplayMixture, Workbench, load, score
+from forgetcast.lm import Chooser, LanguageModel, Recipe, ReplayCallback, ReplayMixture, Workbench, load, score
 from forgetcast.lm.text import encode
 from models import tiny
 from test_lm_train import TASK
@@ -44,7 +44,9 @@ def test_the_example_trains_as_the_command_does(tmp_path: Path, monkeypatch: pyt
     assert np.abs(found - score(tiny(), pool).nll).max() > 1e-3
 
 
-def trainer(language_model: LanguageModel, mixture: ReplayMixture, folder: Path, **options: Any) -> Trainer:
+def trainer(
+    language_model: LanguageModel, mixture: ReplayMixture, folder: Path, chooser: Chooser | None = None, **options: Any
+) -> Trainer:
     settings_ = {
         "max_steps": mixture.steps,
         "per_device_train_batch_size": mixture.batch_size,
@@ -60,7 +62,7 @@ def trainer(language_model: LanguageModel, mixture: ReplayMixture, folder: Path,
         args=TrainingArguments(output_dir=str(folder), **(settings_ | options)),
         train_dataset=mixture,
         data_collator=mixture.collate,
-        callbacks=[ReplayCallback(mixture)],
+        callbacks=[ReplayCallback(mixture, chooser)],
     )
 
 

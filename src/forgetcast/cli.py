@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -54,6 +55,9 @@ from forgetcast.tables import (
 )
 from forgetcast.verification import Trial, Verification, arms, verify
 
+if TYPE_CHECKING:
+    from forgetcast.lm import Chooser
+
 app = typer.Typer(
     name="forgetcast",
     help="Forecast what a language model will forget before you fine-tune it, and replay just enough to keep it.",
@@ -78,6 +82,11 @@ Device = Annotated[
 RecipeName = Annotated[
     str | None, typer.Option(help="YAML file: method, steps, learning_rate, ...; or one that ships: paper, lora.")
 ]
+OnlineAt = Annotated[
+    str | None,
+    typer.Option(help="Forecast anew from probes of the model in training after these shares of the steps: 0.25,0.5."),
+]
+NumberOfProbes = Annotated[int, typer.Option("--probes", min=1, help="How many, with --online.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 
 
@@ -349,6 +358,11 @@ def plan_(
     truth: Annotated[
         Path | None, typer.Option(help="For the strategy truth: the tuned model's score file of the pool.")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="For the strategy gradient: the base model.")] = None,
+    task: Annotated[Path | None, typer.Option(help="For the strategy gradient: the fine-tuning data.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Replay only examples of this source; may be repeated.")
+    ] = None,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
     temperature: Annotated[
         float | None,
@@ -366,18 +380,20 @@ def plan_(
     needs = STRATEGIES[strategy].needs
     if (truth is not None) != ("truth" in needs):
         raise ConfigError("the strategy 'truth', and only it, needs --truth: a tuned model's score file of the pool")
+    if (model is not None, task is not None) != ("gradients" in needs,) * 2:
+        raise ConfigError("the strategy 'gradient', and only it, needs --model and --task")
     opened = Atlas.open(atlas)
     pool = opened.pool
     given = TaskForecast.load(forecast) if forecast is not None else None
-    model = None
+    fitted = None
     if "loadings" in needs or ("forecast" in needs and given is None):
-        model = completion.Bayesian().fit(opened.matrix())
+        fitted = completion.Bayesian().fit(opened.matrix())
     mean = None
     if given is not None:
         given.check_pool(pool)
         mean = given.mean[_order(given.ids, pool)]
-    elif model is not None:
-        mean = model.predict([], []).mean
+    elif fitted is not None:
+        mean = fitted.predict([], []).mean
     unscored = [id_ for id_, nll in zip(pool.ids, opened.nll_before, strict=True) if np.isnan(nll)]
     excluded = {*(given.probes if given is not None else ()), *unscored}
     plan = make_plan(
@@ -385,10 +401,12 @@ def plan_(
         strategy,
         0.0 if strategy == "none" else ratio,
         held_out=pool.hold_out(hold_out, seed=seed, exclude=excluded),
+        among=_of_sources(pool, source) if source else None,
         forecast=mean,
         truth=_measured(opened, Scores.load(truth)) if truth is not None else None,
         losses=opened.nll_before,
-        loadings=correlation_loadings(model) if model is not None and "loadings" in needs else None,
+        gradients=_gradients(opened, model, task) if model is not None and task is not None else None,
+        loadings=correlation_loadings(fitted) if fitted is not None and "loadings" in needs else None,
         temperature=temperature,
         seed=seed,
     )
@@ -411,6 +429,28 @@ def _measured(atlas: Atlas, after: Scores) -> np.ndarray:
     columns = atlas.columns_of(after)
     forgetting[columns] = after.nll - atlas.nll_before[columns]
     return forgetting
+
+
+def _of_sources(pool: Pool, sources: Sequence[str]) -> list[str]:
+    """Ids of the examples of these sources."""
+    if unknown := sorted(set(sources) - set(pool.sources)):
+        there = ", ".join(sorted(set(pool.sources)))
+        raise ConfigError(f"the pool has no example of the source {unknown[0]!r}; it has {there}")
+    return [example.id for example, source in zip(pool, pool.sources, strict=True) if source in sources]
+
+
+def _gradients(atlas: Atlas, model: str, task: Path) -> np.ndarray:
+    """Gradient product of every example that the base model can score, shape (N,); NaN elsewhere."""
+    from forgetcast.lm import gradient_products, load
+
+    base = load(model)
+    check_base(atlas, base)
+    scored = np.flatnonzero(~np.isnan(atlas.nll_before))
+    products = np.full(len(atlas.examples), np.nan)
+    products[scored] = gradient_products(
+        base, load_task(task), atlas.subset(atlas.examples[i] for i in scored.tolist())
+    )
+    return products
 
 
 @app.command(name="export")
@@ -466,6 +506,9 @@ def train_(
     recipe: RecipeName = None,
     plan: Annotated[Path | None, typer.Option(help="Replay plan; default: no replay.")] = None,
     pool: Annotated[Path | None, typer.Option(help="The pool that the plan was made for.")] = None,
+    atlas: Annotated[Path | None, typer.Option(help="For --online and plans of the strategy mir.")] = None,
+    online: OnlineAt = None,
+    probes_: NumberOfProbes = 30,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -486,7 +529,15 @@ def train_(
     upstream = Pool.load(pool) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
-    workbench = Workbench(load(model, device=device, trust_remote_code=trust_remote_code))
+    opened, chooser = Atlas.open(atlas) if atlas is not None else None, None
+    if online is not None or (replay is not None and replay.strategy == "mir"):
+        if replay is None or opened is None:
+            raise ConfigError("--online and plans of the strategy 'mir' need --plan, --pool and --atlas")
+        chooser = _chooser(opened, replay, online, probes_)
+    base = load(model, device=device, trust_remote_code=trust_remote_code)
+    if opened is not None:
+        check_base(opened, base)
+    workbench = Workbench(base)
     partial = output.with_name(f"{output.name}.partial")
     with _progress() as report:
         tuned = workbench.tune(
@@ -494,6 +545,7 @@ def train_(
             settings,
             plan=replay,
             pool=upstream,
+            chooser=chooser,
             checkpoints=partial,
             on_step=lambda i, n: report("fine-tuning", i, n),
         )
@@ -513,6 +565,60 @@ def train_(
     _show(facts, as_json, title="Fine-tuned")
 
 
+def _chooser(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Chooser:
+    """What decides during training what comes next: by probes after shares of the steps, or batch by batch."""
+    from forgetcast.lm import MostInterfered, Online
+
+    if online is None:
+        return MostInterfered(atlas.pool, atlas.nll_before, max_length=atlas.before.metadata.get("max_length"))
+    try:
+        shares = [float(Fraction(share)) for share in online.split(",")]
+    except ValueError:
+        raise ConfigError(f"--online: {online!r} is not a share of the steps, nor several, such as 0.1,0.5") from None
+    return Online.of(atlas, plan, k=k, at=shares)
+
+
+@app.command(name="generate")
+def generate_(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Pool file to write.")],
+    count: Annotated[int, typer.Option("-n", help="Number of texts.")] = 1000,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Let a model write a pool itself, to replay from where the data that it was trained on is not at hand.
+
+    Example: forgetcast generate ./my-model -n 1000 -o pool.jsonl
+    """
+    from forgetcast.lm import load, sample_texts
+
+    _alone("generate")
+    language_model = load(model, device=device, trust_remote_code=trust_remote_code)
+    done = 0
+    with _progress(resumable=False) as report:
+
+        def count_(finished: int) -> None:
+            nonlocal done
+            done += finished
+            report("writing", done, count)
+
+        texts = sample_texts(
+            language_model,
+            count,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_progress=count_,
+        )
+    texts.save(output)
+    out.print(
+        f"{len(texts)} texts written to {output}; next: name it as the pool of a sweep, see collect", markup=False
+    )
+
+
 @app.command(name="verify")
 def verify_(
     model: ModelName,
@@ -523,6 +629,8 @@ def verify_(
     recipe: RecipeName = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes per arm.")] = 2,
     test_share: Annotated[float, typer.Option(help="Share of the task that only its loss is judged on.")] = 0.1,
+    online: OnlineAt = None,
+    probes_: NumberOfProbes = 30,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -546,11 +654,19 @@ def verify_(
     test = set(examples.hold_out(test_share))
     if not test or len(test) == len(examples):
         raise DataError(f"a test share of {test_share} of {len(examples)} examples leaves none to test or to train on")
+    plans = arms(replays, opened.pool)
+    choosers = {name: _chooser(opened, p, None, probes_) for name, p in plans.items() if p.strategy == "mir"}
+    if online is not None:
+        again = {f"{p.strategy} online": p for p in replays if "forecast" in STRATEGIES[p.strategy].needs}
+        if not again:
+            raise ConfigError("--online needs a plan of a strategy that goes by a forecast")
+        plans, choosers = plans | again, choosers | {n: _chooser(opened, p, online, probes_) for n, p in again.items()}
     trial = Trial(
         name=task.stem,
         train=examples.subset(id_ for id_ in examples.ids if id_ not in test),
         test=examples.subset(id_ for id_ in examples.ids if id_ in test),
-        plans=arms(replays, opened.pool),
+        plans=plans,
+        choosers=choosers,
     )
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     check_base(opened, base)

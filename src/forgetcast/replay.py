@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,19 +125,27 @@ class ReplayPlan:
         """Raise MismatchError if the plan was made for a pool with another fingerprint."""
         check_fingerprint("the replay plan", self.pool_fingerprint, pool)
 
-    def order(self, count: int) -> tuple[str, ...]:
+    def order(self, count: int, *, besides: Iterable[str] = ()) -> tuple[str, ...]:
         """Ids to replay, in order: by rank or drawn by weight, without replacement until all are used, then anew.
 
-        The same plan always gives the same order, and a longer one starts with the shorter.
+        The same plan always gives the same order, and a longer one starts with the shorter. What was replayed already,
+        `besides`, comes again only once all others were replayed as often.
         """
         usable = np.flatnonzero(self.weights)
         if count and not len(usable):
             raise ConfigError("this plan replays nothing")
+        already = Counter(besides)
+        times = np.array([already[self.ids[i]] for i in usable.tolist()]) if already else np.zeros(len(usable), int)
         rng = np.random.default_rng(self.seed)
         drawn: list[int] = []
+        passes = int(times.min()) if len(times) else 0
         while len(drawn) < count:
             # Arrival order of exponential clocks with these rates: successive sampling without replacement.
-            drawn.extend(self._arranged(usable[np.argsort(rng.exponential(size=len(usable)) / self.weights[usable])]))
+            arrival = np.argsort(rng.exponential(size=len(usable)) / self.weights[usable])
+            due = usable[times <= passes]
+            arranged = self._arranged(usable[arrival])
+            drawn.extend(arranged[np.isin(arranged, due)].tolist())
+            passes += 1
         return tuple(self.ids[i] for i in drawn[:count])
 
     def _arranged(self, drawn: np.ndarray) -> np.ndarray:
@@ -192,9 +201,11 @@ def make_plan(
     ratio: float,
     *,
     held_out: Sequence[str] = (),
+    among: Sequence[str] | None = None,
     forecast: Any = None,
     truth: Any = None,
     losses: Any = None,
+    gradients: Any = None,
     loadings: Any = None,
     temperature: float | None = None,
     seed: int = 0,
@@ -210,12 +221,16 @@ def make_plan(
         Replayed examples per new-task example; 0 for 'none'.
     held_out : sequence of str
         Ids that are never replayed. What is said of them below is not looked at.
+    among : sequence of str, optional
+        Ids that may be replayed, unless they are held out; default: all.
     forecast : array-like, shape (N,), optional
         Expected forgetting in the pool's order, nats per token.
     truth : array-like, shape (N,), optional
         Measured forgetting, nats per token; NaN where it was not measured, which is never replayed.
     losses : array-like, shape (N,), optional
         Of the base model, nats per token; NaN where it has none, which is never replayed.
+    gradients : array-like, shape (N,), optional
+        How much a step along the task's gradient raises each loss: `lm.gradient_products`; NaN is never replayed.
     loadings : array-like, shape (N, r), optional
         Rows whose products say how alike the forgetting of two examples is: `coverage.correlation_loadings`.
     temperature : float, optional
@@ -234,9 +249,11 @@ def make_plan(
     held = np.zeros(len(pool), dtype=bool)
     held[pool.positions(held_out, where="the held-out list")] = True
     usable = np.flatnonzero(~held)
+    if among is not None:
+        usable = np.intersect1d(usable, pool.positions(among, where="the list of what may be replayed"))
     if not len(usable):
         raise ConfigError("every example is held out: nothing is left to replay")
-    given = {"forecast": forecast, "truth": truth, "losses": losses, "loadings": loadings}
+    given = {"forecast": forecast, "truth": truth, "losses": losses, "gradients": gradients, "loadings": loadings}
     known = {name: _known(name, given[name], strategy, pool, usable) for name in STRATEGIES[strategy].needs}
     selection = select(strategy, len(usable), known, temperature)
     weights = np.zeros(len(pool))
@@ -268,7 +285,7 @@ def _known(name: str, values: Any, strategy: str, pool: Pool, usable: np.ndarray
         raise MismatchError(f"the {name} has shape {array.shape}; the pool has {len(pool)} examples")
     array = array[usable]
     bad = ~np.isfinite(array)
-    if name in ("truth", "losses"):
+    if name in ("truth", "losses", "gradients"):
         bad &= ~np.isnan(array)
     if bad.any():
         worst = pool.ids[usable[int(np.argmax(bad.reshape(len(usable), -1).any(axis=1)))]]

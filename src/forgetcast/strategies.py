@@ -16,7 +16,7 @@ from forgetcast.errors import ConfigError, DataError
 
 
 class Strategy(NamedTuple):
-    """What a strategy does, in a line, and what it has to be given: forecast, truth, losses or loadings."""
+    """What a strategy does, in a line, and what it has to be given: forecast, truth, losses, gradients, loadings."""
 
     text: str
     needs: tuple[str, ...] = ()
@@ -44,6 +44,10 @@ STRATEGIES: Mapping[str, Strategy] = {
     ),
     "loss": Strategy("the base model's highest losses first", ("losses",)),
     "median-loss": Strategy("the losses closest to the base model's median first", ("losses",)),
+    "gradient": Strategy(
+        "first what the task's gradient at the base model, followed a little way, makes worst", ("gradients",)
+    ),
+    "mir": Strategy("during training: before each batch, of every few drawn at random, the one forgotten most"),
     "truth": Strategy("draw by softmax of measured forgetting: the upper bound of 'forecast'", ("truth",)),
 }
 """All strategies by name."""
@@ -81,7 +85,7 @@ def select(strategy: str, n: int, known: Mapping[str, np.ndarray], temperature: 
         One of `STRATEGIES`.
     n : int
     known : mapping of name to array, shape (n,) or (n, r) for 'loadings'
-        What the strategy needs. NaN in 'truth' and 'losses' is "not measured", and is never replayed.
+        What the strategy needs. NaN in 'truth', 'losses' and 'gradients' is "not measured", and is never replayed.
     temperature : float, optional
         Of the softmax; as in `softmax_weights`.
 
@@ -93,7 +97,7 @@ def select(strategy: str, n: int, known: Mapping[str, np.ndarray], temperature: 
     weights = np.zeros(n)
     if strategy in ("none", "padding"):
         return Selection(weights)
-    by = next((known[name] for name in ("forecast", "truth", "losses") if name in known), np.zeros(n))
+    by = next((known[name] for name in ("forecast", "truth", "losses", "gradients") if name in known), np.zeros(n))
     measured = np.flatnonzero(~np.isnan(by))
     if not len(measured):
         raise DataError(f"the strategy {strategy!r} has nothing to go by: no example that may be replayed was measured")
@@ -104,7 +108,7 @@ def select(strategy: str, n: int, known: Mapping[str, np.ndarray], temperature: 
         weights[measured] = softmax_weights(by, temperature)
     elif strategy == "ranked":
         weights[measured] = softmax_weights(normal_scores(by), temperature)
-    if strategy in ("top", "half", "loss"):
+    if strategy in ("top", "half", "loss", "gradient"):
         order = np.argsort(-by, kind="stable")
     elif strategy == "median-loss":
         order = np.argsort(np.abs(by - np.median(by)), kind="stable")

@@ -6,7 +6,7 @@ Every finished run is one score file, so an interrupted verification goes on whe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from forgetcast.replay import ReplayPlan, make_plan
 from forgetcast.scores import Scores
 
 if TYPE_CHECKING:
-    from forgetcast.lm import Workbench
+    from forgetcast.lm import Chooser, Workbench
     from forgetcast.recipe import Recipe
 
 METRIC_NAMES = {
@@ -236,12 +236,16 @@ def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A task to verify on: its name, what is trained on, what its loss is judged on, and a plan for each arm."""
+    """A task to verify on: its name, what is trained on, what its loss is judged on, and a plan for each arm.
+
+    Arms that have a chooser decide during training which examples of their plan come next.
+    """
 
     name: str
     train: Pool
     test: Pool
     plans: Mapping[str, ReplayPlan]
+    choosers: Mapping[str, Chooser] = field(default_factory=dict)
 
 
 def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
@@ -337,6 +341,7 @@ def _judged(trial: Trial, pool: Pool) -> Pool:
 def _settings(workbench: Workbench, trial: Trial, arm: str, recipe: Recipe, judged: Pool) -> dict[str, Any]:
     """Everything that a run's outcome depends on; a stored run with other settings is not this run."""
     plan = trial.plans[arm]
+    online = {"chooser": trial.choosers[arm].settings()} if arm in trial.choosers else {}
     return {
         "base": workbench.base_hash,
         "train": trial.train.fingerprint,
@@ -345,7 +350,7 @@ def _settings(workbench: Workbench, trial: Trial, arm: str, recipe: Recipe, judg
         "recipe": recipe.model_dump(),
         "ratio": plan.ratio,
         "weights": plan.fingerprint,
-    }
+    } | online
 
 
 def _run(
@@ -365,6 +370,7 @@ def _run(
         recipe.model_copy(update={"seed": seed}),
         plan=replace(trial.plans[arm], seed=seed),
         pool=pool,
+        chooser=trial.choosers.get(arm),
         on_step=lambda *_: meter.advance(f"{name}: fine-tuning", recipe.batch_size * TRAINING_UNITS),
     )
     after = measure(tuned.language_model, judged, meter, name, settings.get("answers"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+
 from forgetcast.errors import MissingExtraError
 from forgetcast.pool import Example, Pool
 
@@ -62,7 +64,8 @@ def demo_task(name: str, size: int, *, seed: int = 0) -> Pool:
         import reasoning_gym
     except ImportError as error:
         raise MissingExtraError("demo", error) from error
-    entries = reasoning_gym.create_dataset(name, size=size, seed=seed)
+    with redirect_stdout(None):  # some of its tasks print dots
+        entries = list(reasoning_gym.create_dataset(name, size=size, seed=seed))
     return Pool(
         [
             Example(

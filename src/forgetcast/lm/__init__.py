@@ -9,21 +9,28 @@ try:
 except ImportError as error:
     raise MissingExtraError("lm", error) from error
 
-from forgetcast.lm.generate import exact_match
+from forgetcast.lm.generate import exact_match, sample_texts
+from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.load import LanguageModel, load
+from forgetcast.lm.online import Chooser, MostInterfered, Online
 from forgetcast.lm.replay import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score
 from forgetcast.lm.train import Tuned, Workbench
 from forgetcast.recipe import Recipe
 
 __all__ = [
+    "Chooser",
     "LanguageModel",
+    "MostInterfered",
+    "Online",
     "Recipe",
     "ReplayCallback",
     "ReplayMixture",
     "Tuned",
     "Workbench",
     "exact_match",
+    "gradient_products",
     "load",
+    "sample_texts",
     "score",
 ]

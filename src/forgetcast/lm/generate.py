@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from forgetcast.errors import ConfigError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.text import IGNORED, Encoded, pad, pad_id, question
-from forgetcast.pool import Pool
+from forgetcast.pool import Example, Pool
 
 Metric = Callable[[str, str], float]
 """From an answer and the expected one to 1 (right) or 0 (wrong)."""
@@ -115,6 +115,82 @@ def exact_match(
         for i, (judged, answer) in others.items():
             right[i], answers[i] = judged, answer
     return right, tuple(answers.get(i) for i in range(len(pool)))
+
+
+@torch.inference_mode()
+def sample_texts(
+    language_model: LanguageModel,
+    count: int,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    on_progress: Callable[[int], None] | None = None,
+) -> Pool:
+    """Let the model write texts from nothing: a pool to replay from where the data it was trained on is not at hand.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    count : int
+    max_new_tokens : int
+        Longest text.
+    temperature : float
+        Of the sampling; 1 is the model's own distribution.
+    seed : int
+    batch_size : int
+    on_progress : callable, optional
+        Called with the number of texts that a batch has written.
+
+    Returns
+    -------
+    Pool
+        Of `count` different texts with the source 'self-generated'.
+
+    Raises
+    ------
+    ConfigError
+        If a setting makes no sense.
+    DataError
+        If the model writes the same few texts, or nothing, again and again.
+    """
+    if count < 1 or batch_size < 1 or not temperature > 0:
+        raise ConfigError("at least one text and one in a batch are needed, and a temperature above 0")
+    if not 2 <= max_new_tokens < language_model.context:
+        raise ConfigError(f"max_new_tokens must be between 2 and {language_model.context - 1}")
+    model: Any = language_model.model
+    tokenizer: Any = language_model.tokenizer
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise DataError(f"{language_model.name}: the tokenizer has no token that a text could begin with")
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=_ends(language_model),
+    )
+    texts: dict[str, None] = {}
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(texts) < count:
+            start = torch.full((batch_size, 1), begin, device=model.device)
+            rows = model.generate(input_ids=start, attention_mask=torch.ones_like(start), generation_config=settings)
+            found = (tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[:, 1:])
+            before = len(texts)
+            # A single token leaves nothing to predict.
+            texts |= dict.fromkeys(text for text in found if len(tokenizer.tokenize(text)) > 1)
+            if len(texts) == before:
+                raise DataError(f"{language_model.name} writes nothing new after {before} texts; raise the temperature")
+            if on_progress is not None:
+                on_progress(min(len(texts), count) - before)
+    model.train(was_training)
+    written = list(texts)[:count]
+    return Pool(Example(id=f"self-{i}", text=text, source="self-generated") for i, text in enumerate(written))
 
 
 def _ends(language_model: LanguageModel) -> list[int]:

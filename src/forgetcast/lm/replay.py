@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from forgetcast.errors import ConfigError, DataError
+from forgetcast.lm import processes
+from forgetcast.lm.load import LanguageModel
+from forgetcast.lm.online import Chooser
 from forgetcast.lm.text import Encoded, encode, pad, pad_id
 from forgetcast.pool import Pool
 from forgetcast.replay import ReplayPlan
@@ -42,11 +46,11 @@ class ReplayMixture(Dataset[Encoded]):
 
     Attributes
     ----------
-    replayed : tuple of str
-        Ids of the upstream examples in it, in order.
     steps : int
         Optimiser steps to train for, those on replayed batches included.
     batch_size : int
+    plan : ReplayPlan or None
+    tokenizer : PreTrainedTokenizerBase
 
     Raises
     ------
@@ -79,33 +83,76 @@ class ReplayMixture(Dataset[Encoded]):
                     f"a ratio of {plan.ratio:g} over {steps} steps replays no batch; use at least {1 / steps:.3g}"
                 )
         padding = plan is not None and plan.strategy == "padding"
-        self.replayed = plan.order(replay_steps * batch_size) if plan and replay_steps and not padding else ()
-        self.steps, self.batch_size = steps + replay_steps, batch_size
+        replayed = plan.order(replay_steps * batch_size) if plan and replay_steps and not padding else ()
+        self.steps, self.batch_size, self.plan = steps + replay_steps, batch_size, plan
+        self.tokenizer, self._max_length, self._task, self._pool = tokenizer, max_length, task, pool
         self._padding = pad_id(tokenizer)
         # Every arm of a comparison sees the same new batches; those that pad are drawn on their own.
-        new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(self.replayed)
-        order = [
+        new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(replayed)
+        self._order = [
             (False, task.ids[next(more if extra else new)]) if padding or not extra else (True, next(old))
             for extra in spread(steps, replay_steps)
             for _ in range(batch_size)
         ]
         # Once each and before training, so that what cannot be trained on is an error here.
-        encoded = {}
-        for replay, id_ in dict.fromkeys(order):
-            source = pool if replay and pool is not None else task
+        self._encoded = dict[tuple[bool, str], Encoded]()
+        self._encode(self._order)
+
+    def _encode(self, keys: Iterable[tuple[bool, str]]) -> None:
+        for replay, id_ in dict.fromkeys(keys):
+            if (replay, id_) in self._encoded:
+                continue
+            source = self._pool if replay and self._pool is not None else self._task
             example = source[int(source.positions([id_])[0])]
-            encoded[replay, id_] = found = encode(example, tokenizer, max_length, end=True)
+            self._encoded[replay, id_] = found = encode(example, self.tokenizer, self._max_length, end=True)
             if not found.targets:
                 raise DataError(f"example {id_!r} has no token to train on: its text is a single token")
-        self._examples = [encoded[key] for key in order]
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        """Ids of the upstream examples in it, in order."""
+        return self.replayed_before(self.steps)
+
+    def replayed_before(self, step: int) -> tuple[str, ...]:
+        """Ids of the upstream examples in the steps before this one, counted from 0."""
+        return tuple(id_ for replay, id_ in self._order[: step * self.batch_size] if replay)
+
+    def replays(self, step: int) -> bool:
+        """Whether the batch of a step, counted from 0, is of upstream examples."""
+        return step < self.steps and self._order[step * self.batch_size][0]
+
+    def revise(self, step: int, ids: Sequence[str]) -> None:
+        """Replay these examples next, from a step on, counted from 0; after them comes what would have come without.
+
+        What is replayed before the step stays. The Trainer has read a batch ahead, so that the step that comes next
+        cannot be changed.
+
+        Raises
+        ------
+        ConfigError
+            If an example may not be replayed: it has no weight in the plan.
+        """
+        if self.plan is None:
+            raise ConfigError("without a replay plan there is nothing to revise")
+        weights = dict(zip(self.plan.ids, self.plan.weights, strict=True))
+        for id_ in ids:
+            if not weights.get(id_):
+                raise ConfigError(f"the plan does not replay {id_!r}")
+        slots = [i for i in range(step * self.batch_size, len(self._order)) if self._order[i][0]]
+        first = set(ids)
+        later = [self._order[i][1] for i in slots if self._order[i][1] not in first]
+        order = [(True, id_) for id_ in [*ids, *later][: len(slots)]]
+        self._encode(order)
+        for i, key in zip(slots, order, strict=True):
+            self._order[i] = key
 
     def __len__(self) -> int:
         """Count the examples: steps times batch size."""
-        return len(self._examples)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> Encoded:
         """Tokens of the example at a position."""
-        return self._examples[index]
+        return self._encoded[self._order[index]]
 
     def collate(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Pad a batch to what a causal language model is trained on."""
@@ -113,16 +160,33 @@ class ReplayMixture(Dataset[Encoded]):
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class ReplayCallback(TrainerCallback):
-    """Refuse a Trainer that would not train on a mixture as it is laid out.
+class ReplayCallback(TrainerCallback, ExportableState):
+    """Refuse a Trainer that would not train on a mixture as it is laid out, and let a chooser change what is to come.
+
+    What was chosen is kept in the Trainer's checkpoints, so that a run that is resumed replays in the same order.
 
     Parameters
     ----------
     mixture : ReplayMixture
+    chooser : Chooser, optional
+        Such as `Online`; needed where the plan's strategy is 'mir'.
+
+    Raises
+    ------
+    ConfigError, MismatchError
+        If the chooser and the mixture do not go together.
     """
 
-    def __init__(self, mixture: ReplayMixture) -> None:
-        self._mixture = mixture
+    def __init__(self, mixture: ReplayMixture, chooser: Chooser | None = None) -> None:
+        self._mixture, self._chooser = mixture, chooser
+        if chooser is not None:
+            chooser.check(mixture)
+        elif mixture.plan is not None and mixture.plan.strategy == "mir":
+            raise ConfigError("the strategy 'mir' chooses during training: give MostInterfered as the chooser")
+
+    def state(self) -> dict[str, Any]:
+        """Is called by the Trainer for what a checkpoint has to hold."""
+        return {"args": {}, "attributes": {"replayed": self._mixture.replayed if self._chooser is not None else None}}
 
     def on_train_begin(
         self,
@@ -151,6 +215,32 @@ class ReplayCallback(TrainerCallback):
             raise ConfigError(f"a step of the Trainer is {examples} examples, the mixture's {self._mixture.batch_size}")
         if state.max_steps != self._mixture.steps:
             raise ConfigError(f"set max_steps={self._mixture.steps}: the Trainer would take {state.max_steps} steps")
+        if self._chooser is not None:
+            if args.dataloader_num_workers:
+                raise ConfigError(
+                    "set dataloader_num_workers=0: what is chosen in training does not reach other workers"
+                )
+            kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("replayed")
+            if kept is not None:
+                self._mixture.revise(0, kept)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: Any,
+        control: Any,  # noqa: ARG002
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Is called by the Trainer, with arguments of these names."""
+        step = state.global_step
+        if self._chooser is None or not self._chooser.due(step, self._mixture):
+            return
+        # The Trainer has read the first batch of the next step already.
+        replayed = self._mixture.replayed_before(step + 1)
+        language_model = LanguageModel(model, self._mixture.tokenizer, "the model in training")
+        chosen = self._chooser.choose(language_model, self._mixture, replayed)
+        self._mixture.revise(step + 1, processes.from_first(chosen))
 
 
 def spread(new: int, old: int) -> Iterator[bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from forgetcast.lm.head import LOGITS as CHUNK_LOGITS
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import LanguageModel, embedding_rows
 from forgetcast.lm.text import Encoded, encode, pad, pad_id, windows
-from forgetcast.pool import Pool
+from forgetcast.pool import Example, Pool
 from forgetcast.scores import Scores
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
@@ -80,7 +80,7 @@ def score(
     DataError
         If the model gives no example a finite loss.
     """
-    model, tokenizer = language_model.model, language_model.tokenizer
+    tokenizer = language_model.tokenizer
     context = _context(language_model, max_length)
     if stride is not None and not 1 <= stride < context:
         raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
@@ -98,15 +98,13 @@ def score(
         for i, example in enumerate(encoded)
         for piece in windows(example, context, context if stride is None else stride)
     ]
-    if batch_tokens is None:
-        batch_tokens = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
     metadata = {
         "model": language_model.name,
         "model_hash": language_model.weights_hash,
         "pool": pool.fingerprint,
         "max_length": context,
         "stride": stride,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(language_model.model.dtype).removeprefix("torch."),
         "version": forgetcast.__version__,
     }
     kept = _Partial(partial, metadata)
@@ -121,15 +119,9 @@ def score(
     todo = [(i, piece) for i, piece in pieces if i in mine]
     if on_progress is not None and kept.found:
         on_progress(len(kept.found))
-    was_training = model.training
-    model.eval()
-    if todo:
-        head = Head(model, torch.tensor([max((piece.ids for _, piece in todo), key=len)[:SAMPLE]]))
-        if not head.chunked:
-            batch_tokens = max(min(batch_tokens, WHOLE_LOGITS // embedding_rows(model)), 1)
-    for batch in _batches([piece for _, piece in todo], batch_tokens):
+    for batch, summed in _measure(language_model, [piece for _, piece in todo], batch_tokens):
         finished = []
-        for at, nll in zip(batch, _sums(head, [todo[at][1] for at in batch], pad_id(tokenizer)), strict=True):
+        for at, nll in zip(batch, summed, strict=True):
             i = todo[at][0]
             sums[i] += np.nan if nll is None else nll
             left[i] -= 1
@@ -140,7 +132,6 @@ def score(
         kept.write([(pool.ids[i], float(sums[i]), reasons[i]) for i in finished])
         if on_progress is not None:
             on_progress(len(finished))
-    model.train(was_training)
     for others in processes.from_all([(i, sums[i], reasons[i]) for i in mine]):
         for i, nll, reason in others:
             sums[i], reasons[i] = nll, reason
@@ -161,6 +152,60 @@ def score(
     )
     kept.remove()
     return scores
+
+
+@torch.inference_mode()
+def losses(language_model: LanguageModel, examples: Iterable[Example], max_length: int | None = None) -> np.ndarray:
+    """Loss of every example, shape (n,), nats per target token: as `score`, for a model in training.
+
+    Long texts are cut. Nothing is hashed or kept, so that it costs the forward passes alone. Several processes each
+    measure all.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    examples : iterable of Example
+    max_length : int, optional
+        Longest input, in tokens; default: the model's context.
+
+    Raises
+    ------
+    DataError
+        If an example cannot be scored.
+    """
+    context = _context(language_model, max_length)
+    examples = list(examples)
+    encoded = [encode(example, language_model.tokenizer, context) for example in examples]
+    found = np.full(len(examples), np.nan)
+    rows = [i for i, example in enumerate(encoded) if example.targets]
+    for batch, sums in _measure(language_model, [encoded[i] for i in rows], None):
+        for at, nll in zip(batch, sums, strict=True):
+            found[rows[at]] = np.nan if nll is None else nll / encoded[rows[at]].targets
+    if not np.isfinite(found).all():
+        bad = examples[int(np.argmin(np.isfinite(found)))]
+        raise DataError(f"the model in training has no finite loss for the example {bad.id!r}")
+    return found
+
+
+def _measure(
+    language_model: LanguageModel, pieces: Sequence[Encoded], batch_tokens: int | None
+) -> Iterator[tuple[list[int], list[float | None]]]:
+    """Positions of the pieces in a batch and their summed losses, batch after batch; None where memory is too small."""
+    if not pieces:
+        return
+    model = language_model.model
+    if batch_tokens is None:
+        batch_tokens = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
+    was_training = model.training
+    model.eval()
+    try:
+        head = Head(model, torch.tensor([max((piece.ids for piece in pieces), key=len)[:SAMPLE]]))
+        if not head.chunked:
+            batch_tokens = max(min(batch_tokens, WHOLE_LOGITS // embedding_rows(model)), 1)
+        for batch in _batches(pieces, batch_tokens):
+            yield batch, _sums(head, [pieces[i] for i in batch], pad_id(language_model.tokenizer))
+    finally:
+        model.train(was_training)
 
 
 class _Partial:

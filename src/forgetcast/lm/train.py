@@ -21,6 +21,7 @@ from forgetcast._files import read_json, write_json
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel, without_bars
+from forgetcast.lm.online import Chooser
 from forgetcast.lm.replay import ReplayCallback, ReplayMixture
 from forgetcast.pool import Pool
 from forgetcast.recipe import Recipe
@@ -94,6 +95,7 @@ class Workbench:
         *,
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
+        chooser: Chooser | None = None,
         checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tuned:
@@ -105,6 +107,8 @@ class Workbench:
         recipe : Recipe
         plan, pool : optional
             What to replay, and the pool that it is taken from.
+        chooser : Chooser, optional
+            What decides during training which examples of the plan come next.
         checkpoints : path, optional
             Directory for the state of the training, saved every few minutes. A run that finds it there, of the same
             model, task, plan and recipe, goes on from it and ends as it would have without the interruption.
@@ -114,7 +118,7 @@ class Workbench:
         Raises
         ------
         ConfigError
-            If the batches cannot be divided as the recipe says.
+            If the batches cannot be divided as the recipe says, or the plan does not go with the chooser.
         MismatchError
             If `checkpoints` holds another run.
         DataError
@@ -148,6 +152,7 @@ class Workbench:
             "base": self.base_hash,
             "task": task.fingerprint,
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
+            "chooser": chooser.settings() if chooser is not None else None,
             "recipe": recipe.model_dump(),
         }
         with (
@@ -160,7 +165,7 @@ class Workbench:
                 args=_arguments(recipe, mixture, model.device, micro, devices, directory),
                 train_dataset=mixture,
                 data_collator=mixture.collate,
-                callbacks=[ReplayCallback(mixture), _Progress(on_step, saves=checkpoints is not None)],
+                callbacks=[ReplayCallback(mixture, chooser), _Progress(on_step, saves=checkpoints is not None)],
             )
             trainer.remove_callback(_printer())
             # The Trainer ends with a garbage collection; there is no need to look through all modules in it.
