@@ -218,7 +218,9 @@ def run(
     wanted = [(ratio, names, seeds) if ratio == ratios[0] else (ratio, leading, curve_seeds) for ratio in ratios]
     jobs = [([task], *what) for what in wanted for task in new]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as workers:
-        for done, job in enumerate(as_completed([workers.submit(_work, study, *job) for job in jobs])):
+        # A fresh copy of the study: PyTorch would let all processes train the one model that this one has loaded.
+        started_jobs = [workers.submit(_work, replace(study), *job) for job in jobs]
+        for done, job in enumerate(as_completed(started_jobs)):
             job.result()
             console.print(f"{time.monotonic() - started:6.0f} s  {done + 1} of {len(jobs)} tasks and ratios")
     return [study.verify(new, *what) for what in wanted]

@@ -28,6 +28,7 @@ COMMANDS = (
     "forecast",
     "plan",
     "export",
+    "generate",
     "train",
     "verify",
     "bench",
