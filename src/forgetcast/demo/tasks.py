@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import redirect_stdout
 
 from forgetcast.errors import MissingExtraError
@@ -64,7 +65,7 @@ def demo_task(name: str, size: int, *, seed: int = 0) -> Pool:
         import reasoning_gym
     except ImportError as error:
         raise MissingExtraError("demo", error) from error
-    with redirect_stdout(None):  # some of its tasks print dots
+    with redirect_stdout(io.StringIO()):  # some of its tasks print dots
         entries = list(reasoning_gym.create_dataset(name, size=size, seed=seed))
     return Pool(
         [
