@@ -168,6 +168,17 @@ def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypat
     assert len(set(tuned.replayed)) == len(tuned.replayed) == 12
 
 
+@pytest.mark.parametrize("strategy", ["forecast", "top"])
+def test_what_the_plan_leaves_out_is_not_chosen_in_training(atlas: Atlas, strategy: str) -> None:
+    among = POOL.ids[1:29:2]  # the mixture replays 12 of these 14
+    forecast = completion.Bayesian().fit(atlas).predict([], []).mean
+    plan = make_plan(POOL, strategy, 0.5, held_out=HELD_OUT, among=among, forecast=forecast)
+    online = Online.of(atlas, plan, k=4)
+    assert {POOL.ids[i] for i in online.probes} <= set(among)
+    tuned = Workbench(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, chooser=online)
+    assert len(set(tuned.replayed) & set(among)) == len(tuned.replayed) == 12
+
+
 def test_an_exhausted_pool_is_replayed_evenly(atlas: Atlas) -> None:
     plan = plan_for(atlas, ratio=2.0)  # 48 of 20
     tuned = Workbench(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, chooser=Online.of(atlas, plan, k=6))

@@ -126,6 +126,7 @@ class Online:
             old.strategy,
             old.ratio,
             held_out=old.held_out_ids,
+            among=[id_ for id_, weight in zip(old.ids, old.weights, strict=True) if weight],
             forecast=self.forecast(language_model, replayed).mean,
             loadings=correlation_loadings(self.model) if "loadings" in needs else None,
             temperature=self.temperature,
