@@ -7,9 +7,10 @@ And training with replay beside the plain Trainer on the same tokens, and the ti
 The pool is text from the Python installation, of mixed lengths. The packed forward pass has no padding, no loss and no
 bookkeeping: it is what the hardware allows. lm-evaluation-harness runs `loglikelihood_rolling` on its Hugging Face
 backend, if it is installed (`pip install 'lm-eval[hf]'`); it counts the first token too, so its mean loss is another.
-Memory is the growth of the process's peak while scoring, each way in a process of its own; the packed forward pass and
-this library take turns in one, so its memory is that of both. The plain Trainer gets the
-same batches in the same order, tokenised and padded as is usual; the two take turns in one process.
+Memory is the growth of the process's peak while scoring, each way in a process of its own. There the packed forward
+pass and lm-evaluation-harness take turns with this library, so that the machine's mood from one process to the next
+decides no ratio; their memory is that of both. The plain Trainer gets the same batches in the same order, tokenised and
+padded as is usual; the two take turns in one process.
 """
 
 from __future__ import annotations
@@ -140,14 +141,16 @@ def measure(name: str, way: str) -> dict[str, float]:
     tokens = sum(len(model.tokenizer(e.text, truncation=True, max_length=model.context)["input_ids"]) for e in pool)
     call = {"ours": ours, "loop": loop, "harness": harness, "packed": packed}[way]
     _ = model.weights_hash  # part of loading, and kept
-    call(model, Pool(pool[:4]))  # whatever is done once
+    calls = [call, ours] if way in ("packed", "harness") else [call]
+    for once in calls:
+        once(model, Pool(pool[:4]))  # whatever is done once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds, beside = [], []
     for _ in range(ROUNDS):
         started = time.perf_counter()
         loss = call(model, pool)
         seconds.append(time.perf_counter() - started)
-        if way == "packed":  # so near to it that the machine's mood from one process to the next would decide
+        if len(calls) > 1:
             ours(model, pool)
             beside.append(time.perf_counter() - started - seconds[-1])
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

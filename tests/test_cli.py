@@ -31,6 +31,7 @@ COMMANDS = (
     "generate",
     "train",
     "verify",
+    "pilot",
     "bench",
     "report",
     "demo",

@@ -7,6 +7,7 @@
       numbers.zarr/    forgetting: (task, example) float32, nats per token, NaN where not measured
       answers.zarr/    flipped: (task, example) float32, 1 where a right answer became wrong, 0 where it stayed right,
                        NaN where it was not right before or not measured; only if the base model's answers are known
+      replays.json     fine-tunes with and without replay, which a ratio is advised from; only if there were any
 
 A row is written first and named in atlas.json after that, in one atomic replacement. So a crash at any byte leaves
 an atlas that opens: a row that was not named yet is not seen and is written over; a named row whose new entries were
@@ -467,6 +468,32 @@ class Atlas:
         return dataset.assign(before=("example", self.nll_before)).assign_coords(
             task=list(self.tasks), example=list(self.examples), source=("example", self._sources())
         )
+
+    @property
+    def replays(self) -> list[dict[str, Any]]:
+        """What `add_replays` has kept, oldest first."""
+        path = self.path / "replays.json"
+        found = read_json(path) if path.exists() else []
+        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+            raise DataError(f"{path} is not a list of fine-tunes; remove it, and verify or pilot again")
+        return found
+
+    def add_replays(self, runs: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the outcomes of fine-tunes with and without replay.
+
+        Parameters
+        ----------
+        runs : iterable of mapping
+            Fields of `verification.Run`. One that is there already, of the same task, setup, seed, strategy and ratio,
+            is replaced.
+        """
+
+        def key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+            return tuple(run.get(name) for name in ("task", "setup", "seed", "strategy", "ratio"))
+
+        with self._writing():
+            kept = {key(run): dict(run) for run in [*self.replays, *runs]}
+            write_json(self.path / "replays.json", list(kept.values()))
 
     def is_complete(self, task: str) -> bool:
         """Whether every example that the base model could score, or answers right, is measured for the task."""

@@ -11,9 +11,9 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from forgetcast import completion, probes
 from forgetcast._files import read_json, write_json
+from forgetcast.advice import MOST, Advice, advice_on
 from forgetcast.atlas import Atlas
 from forgetcast.collect import CollectConfig, OnProgress, check_base, collect
 from forgetcast.completion.base import UNLIKE
@@ -45,6 +46,7 @@ from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
 from forgetcast.scores import Scores
 from forgetcast.structure import analyze
 from forgetcast.tables import (
+    advice_tables,
     bench_table,
     demo_tables,
     difference_markdown,
@@ -53,7 +55,7 @@ from forgetcast.tables import (
     structure_tables,
     verification_tables,
 )
-from forgetcast.verification import Trial, Verification, arms, verify
+from forgetcast.verification import Trial, Verification, arms, pilot_trial, split_task, verify
 
 if TYPE_CHECKING:
     from forgetcast.lm import Chooser
@@ -212,8 +214,7 @@ def diff_(
     elif markdown:
         typer.echo(difference_markdown(found, failed))
     else:
-        for part in difference_tables(found):
-            out.print(part)
+        _print_all(difference_tables(found))
     for text in failed:
         err.print(f"failed: {text}", markup=False)
     if failed:
@@ -265,8 +266,7 @@ def analyze_(atlas: AtlasPath, exact_match: ByAnswers = False, as_json: AsJson =
     if as_json:
         _print_json(structure.as_dict())
         return
-    for part in structure_tables(structure):
-        out.print(part)
+    _print_all(structure_tables(structure))
 
 
 @app.command(name="probes")
@@ -351,15 +351,27 @@ _STRATEGY_HELP = "What to replay. " + " ".join(f"**{name}**: {kind.text}." for n
 @app.command(name="plan")
 def plan_(
     atlas: AtlasPath,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")] = None,
     strategy: Annotated[str, typer.Option(help=_STRATEGY_HELP)] = "forecast",
-    ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
+    ratio: Annotated[float | None, typer.Option(help="Replayed examples per new one; default: 0.125.")] = None,
+    target_retention: Annotated[
+        float | None,
+        typer.Option(help="Take the ratio that is expected to avoid this share of the forgetting without replay."),
+    ] = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Say first what the runs in the atlas tell of ratios and strategies.")
+    ] = False,
     forecast: Annotated[Path | None, typer.Option(help="Forecast file; default: the atlas's own mean.")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="For the strategy truth: the tuned model's score file of the pool.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="For the strategy gradient: the base model.")] = None,
-    task: Annotated[Path | None, typer.Option(help="For the strategy gradient: the fine-tuning data.")] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            help="The fine-tuning data: for the strategy gradient, and for advice on a task that had a pilot."
+        ),
+    ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="Replay only examples of this source; may be repeated.")
     ] = None,
@@ -373,15 +385,33 @@ def plan_(
 ) -> None:
     """Plan what to mix into the fine-tune, and what to keep aside for judging.
 
+    How much is enough is learned from the fine-tunes that `pilot` and `verify` have kept in the atlas.
+
     Example: forgetcast plan runs.atlas --forecast forecast.parquet --ratio 0.125 -o plan.parquet
+
+    Example: forgetcast plan runs.atlas --advise --target-retention 0.5 --strategy top -o plan.parquet
     """
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown replay strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    advice = None
+    if advise or target_retention is not None:
+        named = task.stem if task is not None else None
+        advice = advice_on(Atlas.open(atlas), strategy, target=target_retention, task=named)
+        if target_retention is not None:
+            if ratio is not None:
+                raise ConfigError("give --ratio or --target-retention, not both")
+            ratio = _enough(advice)
+    if output is None:
+        if advice is None:
+            raise ConfigError("give -o, the plan to write, or --advise")
+        _print_json(advice.as_dict()) if as_json else _print_all(advice_tables(advice))
+        return
     needs = STRATEGIES[strategy].needs
     if (truth is not None) != ("truth" in needs):
         raise ConfigError("the strategy 'truth', and only it, needs --truth: a tuned model's score file of the pool")
-    if (model is not None, task is not None) != ("gradients" in needs,) * 2:
-        raise ConfigError("the strategy 'gradient', and only it, needs --model and --task")
+    by_gradient = "gradients" in needs
+    if (model is not None) != by_gradient or (task is None if by_gradient else task is not None and advice is None):
+        raise ConfigError("the strategy 'gradient', and only it, needs --model and --task; advice may have a --task")
     opened = Atlas.open(atlas)
     pool = opened.pool
     given = TaskForecast.load(forecast) if forecast is not None else None
@@ -399,7 +429,7 @@ def plan_(
     plan = make_plan(
         pool,
         strategy,
-        0.0 if strategy == "none" else ratio,
+        0.0 if strategy == "none" else 0.125 if ratio is None else ratio,
         held_out=pool.hold_out(hold_out, seed=seed, exclude=excluded),
         among=_of_sources(pool, source) if source else None,
         forecast=mean,
@@ -420,7 +450,21 @@ def plan_(
         "held_out": len(plan.held_out_ids),
         "output": str(output),
     }
-    _show(facts, as_json, title="Replay plan")
+    if advice is not None and not as_json:
+        _print_all(advice_tables(advice))
+    _show(
+        facts | ({"advice": advice.as_dict()} if advice is not None and as_json else {}), as_json, title="Replay plan"
+    )
+
+
+def _enough(advice: Advice) -> float:
+    """The advised ratio, if there is one."""
+    if advice.needed is None:
+        raise ConfigError(
+            f"no ratio up to {MOST:g} is expected to keep {advice.target:.0%} with {advice.strategy} replay; "
+            f"at {MOST:g} it is {1 - advice.most.mean:.0%}. Aim lower, or give --ratio"
+        )
+    return advice.needed.mean
 
 
 def _measured(atlas: Atlas, after: Scores) -> np.ndarray:
@@ -565,17 +609,28 @@ def train_(
     _show(facts, as_json, title="Fine-tuned")
 
 
+def _recipe_of(atlas: Atlas, name: str | None) -> Recipe:
+    """The recipe that was asked for, or else the atlas's."""
+    if name is None:
+        return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
+    return Recipe.load(name)
+
+
+def _fractions(text: str, option: str) -> list[float]:
+    """Read "1/32,0.125" as numbers."""
+    try:
+        return [float(Fraction(part)) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"{option}: {text!r} is not a share, nor several, such as 0.1,1/2") from None
+
+
 def _chooser(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Chooser:
     """What decides during training what comes next: by probes after shares of the steps, or batch by batch."""
     from forgetcast.lm import MostInterfered, Online
 
     if online is None:
         return MostInterfered(atlas.pool, atlas.nll_before, max_length=atlas.before.metadata.get("max_length"))
-    try:
-        shares = [float(Fraction(share)) for share in online.split(",")]
-    except ValueError:
-        raise ConfigError(f"--online: {online!r} is not a share of the steps, nor several, such as 0.1,0.5") from None
-    return Online.of(atlas, plan, k=k, at=shares)
+    return Online.of(atlas, plan, k=k, at=_fractions(online, "--online"))
 
 
 @app.command(name="generate")
@@ -647,13 +702,8 @@ def verify_(
     opened, replays, examples = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan], load_task(task)
     for replay in replays:
         replay.check_pool(opened.pool)
-    if recipe is None:
-        shared = check_settings(opened.recipe, Recipe, where=f"the recipe of {atlas}")
-    else:
-        shared = Recipe.load(recipe)
-    test = set(examples.hold_out(test_share))
-    if not test or len(test) == len(examples):
-        raise DataError(f"a test share of {test_share} of {len(examples)} examples leaves none to test or to train on")
+    shared = _recipe_of(opened, recipe)
+    train, test = split_task(examples, test_share)
     plans = arms(replays, opened.pool)
     choosers = {name: _chooser(opened, p, None, probes_) for name, p in plans.items() if p.strategy == "mir"}
     if online is not None:
@@ -663,8 +713,8 @@ def verify_(
         plans, choosers = plans | again, choosers | {n: _chooser(opened, p, online, probes_) for n, p in again.items()}
     trial = Trial(
         name=task.stem,
-        train=examples.subset(id_ for id_ in examples.ids if id_ not in test),
-        test=examples.subset(id_ for id_ in examples.ids if id_ in test),
+        train=train,
+        test=test,
         plans=plans,
         choosers=choosers,
     )
@@ -682,11 +732,61 @@ def verify_(
             on_progress=report,
         )
     write_json(output, result.as_dict())
+    opened.add_replays(asdict(run) for run in result.runs)
     if as_json:
         _print_json(result.as_dict())
     else:
-        for part in verification_tables(result):
-            out.print(part)
+        _print_all(verification_tables(result))
+
+
+@app.command(name="pilot")
+def pilot_(
+    model: ModelName,
+    task: Annotated[Path, typer.Argument(help="Fine-tuning data.")],
+    atlas: Annotated[Path, typer.Option(help="Atlas with the pool and the base model's scores; keeps the outcome.")],
+    ratios: Annotated[str, typer.Option(help="Replayed examples per new one.")] = "1/32,1/8",
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="Beside random: one that goes by the atlas alone; may be repeated.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: those of the recipe.")] = None,
+    recipe: RecipeName = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes of each kind.")] = 1,
+    hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what replay saves: a fine-tune without it and one at each ratio, kept in the atlas for `plan --advise`.
+
+    Example: forgetcast pilot ./my-model task.jsonl --atlas runs.atlas --ratios 1/32,1/8 --steps 100
+    """
+    from forgetcast.lm import Workbench, load
+
+    _alone("pilot")
+    opened, examples, shares = Atlas.open(atlas), load_task(task), _fractions(ratios, "--ratios")
+    settings = _recipe_of(opened, recipe)
+    if steps is not None:
+        settings = settings.model_copy(update={"steps": steps})
+    trial = pilot_trial(opened, task.stem, examples, strategies=strategy or (), ratios=shares, hold_out=hold_out)
+    base = load(model, device=device, trust_remote_code=trust_remote_code)
+    check_base(opened, base)
+    with _progress() as report:
+        result = verify(
+            Workbench(base),
+            [trial],
+            opened.pool,
+            opened.before,
+            settings,
+            seeds=range(seeds),
+            directory=opened.path.with_name(f"{opened.path.name}.pilots"),
+            on_progress=report,
+        )
+    opened.add_replays(asdict(run) for run in result.runs)
+    advice = advice_on(opened, strategy[0] if strategy else "random", task=task.stem)
+    if as_json:
+        _print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
+    else:
+        _print_all(advice_tables(advice))
 
 
 @app.command(name="bench")
@@ -781,8 +881,7 @@ def demo_(
     if as_json:
         _print_json(summary)
     else:
-        for part in demo_tables(summary):
-            out.print(part)
+        _print_all(demo_tables(summary))
 
 
 def _method(name: str) -> completion.Completion:
@@ -834,6 +933,11 @@ def _alone(command: str) -> None:
     """Refuse several processes where they would do the same work twice."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"`{command}` is one process's work; only `score` and `train` share theirs among several")
+
+
+def _print_all(parts: Iterable[RenderableType]) -> None:
+    for part in parts:
+        out.print(part)
 
 
 def _show(facts: dict[str, Any], as_json: bool, *, title: str) -> None:

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from forgetcast.advice import Advice
 from forgetcast.diff import Difference
 from forgetcast.evaluation import BenchRow
 from forgetcast.structure import Structure
@@ -171,6 +172,20 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
     for c in comparisons:
         if c.metric != "new_task_loss":
             yield f"On the {METRIC_NAMES[c.metric]}, {escape(c.verdict())}."
+
+
+def advice_tables(advice: Advice) -> Iterator[RenderableType]:
+    """Forgetting that is expected to be left by ratio and strategy, and what that allows to be said."""
+    strategies = list(dict.fromkeys(strategy for strategy, _ in advice.left))
+    columns = [(strategy, metric) for strategy in strategies for metric in ("mean", "worst_tenth")]
+    table = Table("ratio", *(f"{escape(strategy)}, {METRIC_NAMES[metric]}" for strategy, metric in columns))
+    table.title = "Share of the forgetting that is left (90 % interval of a run)"
+    for ratio in dict.fromkeys(ratio for _, ratio in advice.left):
+        cells = (advice.left[strategy, ratio][metric] for strategy, metric in columns)
+        table.add_row(f"1/{1 / ratio:.0f}", *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells))
+    yield table
+    for sentence in advice.sentences():
+        yield escape(sentence)
 
 
 def demo_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:

@@ -5,6 +5,8 @@ Every finished run is one score file, so an interrupted verification goes on whe
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from forgetcast.atlas import Atlas
 from forgetcast.collect import TRAINING_UNITS, Meter, OnProgress, measure
+from forgetcast.completion import Bayesian
+from forgetcast.coverage import correlation_loadings
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.evaluation import worst_part, worst_tenth
 from forgetcast.paired import PairedDifference, bootstrap_interval, holm, paired_difference, wilcoxon_p
 from forgetcast.pool import Pool
-from forgetcast.replay import ReplayPlan, make_plan
+from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
 from forgetcast.scores import Scores
 
 if TYPE_CHECKING:
@@ -32,6 +37,9 @@ METRIC_NAMES = {
     "right_to_wrong": "right, now wrong",
 }
 """Fields of `Run` that are compared, and what people call them; lower is better for each."""
+
+TEST_SHARE = 0.1
+"""Share of a task's examples that only its loss is judged on, where nothing else is asked for."""
 
 METRICS = ("mean", "worst_tenth", "new_task_loss")
 """Those that every run has; `Verification.metrics` are those that its runs have."""
@@ -57,6 +65,13 @@ class Run:
     right_to_wrong : int or None
         Judged examples that the base model answered right and the tuned one wrong; None where exact match was not
         measured of both.
+    strategy : str or None
+        That of the replay plan, with "online" behind it where the plan was made anew during training; as the following,
+        None in files of earlier versions.
+    ratio : float or None
+        Replayed examples per new one.
+    setup : str or None
+        Hash of all that the runs of a comparison share: base model, data, judged examples, recipe but for its seed.
     """
 
     task: str
@@ -70,6 +85,9 @@ class Run:
     seconds: float
     worst_hundredth: float | None = None
     right_to_wrong: int | None = None
+    strategy: str | None = None
+    ratio: float | None = None
+    setup: str | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +286,63 @@ def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
     return arms | {name: plan for name, plan in by_name.items() if name not in arms}
 
 
+def pilot_trial(
+    atlas: Atlas, name: str, examples: Pool, *, strategies: Sequence[str], ratios: Sequence[float], hold_out: float
+) -> Trial:
+    """No replay, and random replay and each strategy at each ratio, by what the atlas knows before a new task.
+
+    Parameters
+    ----------
+    atlas : Atlas
+    name : str
+        Of the task.
+    examples : Pool
+        Fine-tuning data, of which a tenth is kept for its loss.
+    strategies : sequence of str
+        Beside 'random'.
+    ratios : sequence of float
+    hold_out : float
+        Share of the pool that is judged on and never replayed.
+
+    Raises
+    ------
+    ConfigError
+        If a strategy has to know more than the atlas, or is no way to replay.
+    """
+    pool, known = atlas.pool, dict[str, Any](losses=atlas.nll_before)
+    wanted = tuple(dict.fromkeys(["random", *strategies]))
+    for strategy in wanted:
+        kind = STRATEGIES.get(strategy)
+        if strategy in ("none", "padding", "mir") or kind is None or {"truth", "gradients"}.intersection(kind.needs):
+            raise ConfigError(f"the strategy {strategy!r} cannot be piloted: it does not go by the atlas alone")
+    if any("forecast" in STRATEGIES[strategy].needs for strategy in wanted):
+        model = Bayesian().fit(atlas.matrix())
+        known |= {"forecast": model.predict([], []).mean, "loadings": correlation_loadings(model)}
+    unscored = [id_ for id_, nll in zip(pool.ids, atlas.nll_before, strict=True) if np.isnan(nll)]
+    held_out = pool.hold_out(hold_out, exclude=unscored)
+    plans = {"none": make_plan(pool, "none", 0.0, held_out=held_out)}
+    for strategy in wanted:
+        for ratio in ratios:
+            plans[f"{strategy} {ratio:.4g}"] = make_plan(pool, strategy, ratio, held_out=held_out, **known)
+    train, test = split_task(examples, TEST_SHARE)
+    return Trial(name, train, test, plans)
+
+
+def split_task(examples: Pool, test_share: float) -> tuple[Pool, Pool]:
+    """Examples of a task to train on, and those that only its loss is judged on.
+
+    Raises
+    ------
+    DataError
+        If one of the two would be empty.
+    """
+    test = set(examples.hold_out(test_share))
+    if not test or len(test) == len(examples):
+        raise DataError(f"a test share of {test_share} of {len(examples)} examples leaves none to test or to train on")
+    kept = [id_ for id_ in examples.ids if id_ not in test]
+    return examples.subset(kept), examples.subset(id_ for id_ in examples.ids if id_ in test)
+
+
 def verify(
     workbench: Workbench,
     trials: Sequence[Trial],
@@ -391,6 +466,9 @@ def _read(file: Path, trial: Trial, arm: str, seed: int, before: Scores, setting
     if facts.get("settings") != settings:
         raise MismatchError(f"{file} is of a run with other settings; remove it, or use another directory")
     forgetting = scores.nll - before.at(scores.ids)
+    plan = trial.plans[arm]
+    recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
+    shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
     return Run(
         task=trial.name,
         arm=arm,
@@ -403,6 +481,9 @@ def _read(file: Path, trial: Trial, arm: str, seed: int, before: Scores, setting
         seconds=facts["seconds"],
         worst_hundredth=worst_part(forgetting, 100),
         right_to_wrong=_right_to_wrong(before, scores),
+        strategy=plan.strategy if "chooser" not in settings or plan.strategy == "mir" else f"{plan.strategy} online",
+        ratio=plan.ratio,
+        setup=hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16],
     )
 
 
