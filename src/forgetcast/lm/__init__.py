@@ -3,7 +3,8 @@
 from forgetcast.errors import MissingExtraError
 
 try:
-    import peft as _peft  # noqa: F401  # probing for the extra
+    import datasets as _datasets  # noqa: F401  # probing for the extra
+    import peft as _peft  # noqa: F401
     import torch as _torch  # noqa: F401
     import transformers as _transformers  # noqa: F401
 except ImportError as error:

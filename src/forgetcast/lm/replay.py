@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+from uuid import uuid4
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
@@ -159,6 +161,40 @@ class ReplayMixture(Dataset[Encoded]):
         ids, mask, labels = pad(batch, self._padding)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
+    def dataset(self) -> datasets.Dataset:
+        """Show it as a data set of the library datasets, which TRL's `SFTTrainer` asks for.
+
+        Its rows are the `input_ids` and `labels` of one example each, read when the Trainer asks for them: it is the
+        mixture, not a copy. The `SFTTrainer` must leave it as it is, `dataset_kwargs={"skip_prepare_dataset": True}`.
+        With `packing=True`, or `padding_free=True` and `max_length=None`, it then lays the examples of a batch end to
+        end instead of padding them.
+        """
+        # The column's name is one that a Trainer keeps, and the transform puts tokens in place of the positions.
+        return datasets.Dataset.from_dict({"input_ids": list(range(len(self)))}).with_transform(_Rows(self))
+
+
+class _Rows:
+    """From positions to the mixture's tokens, as they are when they are asked for."""
+
+    def __init__(self, mixture: ReplayMixture) -> None:
+        self.mixture, self._name = mixture, uuid4().hex
+
+    def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[list[int]]]:
+        rows = [self.mixture[i] for i in batch["input_ids"]]
+        return {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}
+
+    def __deepcopy__(self, _: Any) -> _Rows:
+        """Stay the same: a Trainer copies its data set, and a copy of the mixture would not see what is revised."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled as a name: datasets pickles a transform to hash it, which all the tokens would make slow."""
+        return _elsewhere, (self._name,)
+
+
+def _elsewhere(_: str) -> NoReturn:
+    raise ConfigError("a mixture's data set is read in the process that made it: set dataloader_num_workers=0")
+
 
 class ReplayCallback(TrainerCallback, ExportableState):
     """Refuse a Trainer that would not train on a mixture as it is laid out, and let a chooser change what is to come.
@@ -201,8 +237,13 @@ class ReplayCallback(TrainerCallback, ExportableState):
         Raises
         ------
         ConfigError
-            If the Trainer has a sampler of its own, or other batches or steps than the mixture.
+            If the Trainer has a sampler of its own, or other data, batches or steps than the mixture.
         """
+        if not self._reads_the_mixture(train_dataloader.dataset):
+            raise ConfigError(
+                "the Trainer trains on something else than the mixture: give it the mixture itself, or TRL's "
+                'SFTTrainer the mixture\'s dataset() and dataset_kwargs={"skip_prepare_dataset": True}'
+            )
         batches = train_dataloader.batch_sampler
         while hasattr(batches, "batch_sampler"):  # Accelerate's, around that of the Trainer
             batches = batches.batch_sampler
@@ -223,6 +264,13 @@ class ReplayCallback(TrainerCallback, ExportableState):
             kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("replayed")
             if kept is not None:
                 self._mixture.revise(0, kept)
+
+    def _reads_the_mixture(self, data: Any) -> bool:
+        if not isinstance(data, datasets.Dataset):
+            return data is self._mixture
+        rows = data.format["format_kwargs"].get("transform")
+        positions = list(data.with_format(None)["input_ids"]) if isinstance(rows, _Rows) else None
+        return positions == list(range(len(self._mixture))) and rows.mixture is self._mixture
 
     def on_step_end(
         self,
