@@ -5,6 +5,7 @@ Every finished run is one score file, so an interrupted verification goes on whe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -120,9 +121,65 @@ class Comparison:
             return f"{self.arm} replay is worse than {self.baseline}"
         return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
 
+    def as_dict(self) -> dict[str, Any]:
+        """All figures on one level, and the verdict."""
+        others = {name: value for name, value in asdict(self).items() if name != "difference"}
+        return {"verdict": self.verdict()} | asdict(self.difference) | others
+
+
+class Compared(ABC):
+    """Base of results whose arms are compared, pair by pair."""
+
+    @property
+    @abstractmethod
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, in the order they were run."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """What the arms are compared on; lower is better for each."""
+
+    @abstractmethod
+    def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
+        """Arm minus baseline of every pair, in groups of pairs that are not independent of each other."""
+
+    def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
+        """Compare two arms; None if fewer than two pairs were run."""
+        groups = self._differences(arm, baseline, metric)
+        pairs = np.concatenate([*groups, np.empty(0)])
+        if len(pairs) < 2:
+            return None
+        family = dict.fromkeys([arm, *self._rivals(baseline)])
+        found = [self._differences(name, baseline, metric) for name in family]
+        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
+        lower, upper = bootstrap_interval(groups)
+        return Comparison(
+            arm=arm,
+            baseline=baseline,
+            metric=metric,
+            difference=paired_difference(pairs, np.zeros(len(pairs))),
+            bootstrap_lower=lower,
+            bootstrap_upper=upper,
+            wilcoxon_p=_p_values(groups)[1],
+            corrected_p=float(holm(tests[:, 0])[0]),
+            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
+            tasks=len(groups),
+        )
+
+    def _rivals(self, baseline: str) -> tuple[str, ...]:
+        """Arms that are compared with a baseline: all others, but not what is without replay."""
+        return tuple(arm for arm in self.arms if arm not in ("none", baseline))
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
+        wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
+        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
+        return tuple(comparison for comparison in found if comparison is not None)
+
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Compared):
     """Runs of all arms.
 
     Attributes
@@ -152,29 +209,6 @@ class Verification:
         """Fields of `Run` that every run has."""
         return tuple(name for name in METRIC_NAMES if all(getattr(run, name) is not None for run in self.runs))
 
-    def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
-        """Compare two arms; None if fewer than two pairs were run."""
-        groups = self._differences(arm, baseline, metric)
-        pairs = np.concatenate([*groups, np.empty(0)])
-        if len(pairs) < 2:
-            return None
-        family = dict.fromkeys([arm, *self._rivals(baseline)])
-        found = [self._differences(name, baseline, metric) for name in family]
-        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
-        lower, upper = bootstrap_interval(groups)
-        return Comparison(
-            arm=arm,
-            baseline=baseline,
-            metric=metric,
-            difference=paired_difference(pairs, np.zeros(len(pairs))),
-            bootstrap_lower=lower,
-            bootstrap_upper=upper,
-            wilcoxon_p=_p_values(groups)[1],
-            corrected_p=float(holm(tests[:, 0])[0]),
-            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
-            tasks=len(groups),
-        )
-
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Of each task with pairs, those of its seeds."""
         value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
@@ -183,16 +217,6 @@ class Verification:
             if name == arm and (task, seed, baseline) in value:
                 groups.setdefault(task, []).append(value[task, seed, arm] - value[task, seed, baseline])
         return [np.array(group) for group in groups.values()]
-
-    def _rivals(self, baseline: str) -> tuple[str, ...]:
-        """Arms that are compared with a baseline: all others, but not what is without replay."""
-        return tuple(arm for arm in self.arms if arm not in ("none", baseline))
-
-    def comparisons(self) -> tuple[Comparison, ...]:
-        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
-        wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
-        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
-        return tuple(comparison for comparison in found if comparison is not None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
@@ -203,12 +227,7 @@ class Verification:
                 arm: {name: self.average(arm, name) for name in (*self.metrics, "replayed", "steps", "seconds")}
                 for arm in self.arms
             },
-            "comparisons": [
-                {"verdict": c.verdict()}
-                | asdict(c.difference)
-                | {name: value for name, value in asdict(c).items() if name != "difference"}
-                for c in self.comparisons()
-            ],
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
             "runs": [asdict(run) for run in self.runs],
         }
 
