@@ -31,6 +31,7 @@ COMMANDS = (
     "generate",
     "train",
     "verify",
+    "sequence",
     "bench",
     "report",
     "demo",
