@@ -166,8 +166,7 @@ def training() -> dict[str, float]:
     plan = make_plan(pool, "random", 0.125)
     recipe = Recipe(steps=80, batch_size=8, learning_rate=1e-3, max_length=128)
     workbench, tokenizer = Workbench(model), model.tokenizer
-    sizes = {"steps": 80, "batch_size": 8, "max_length": 128}
-    mixture = ReplayMixture(task, tokenizer, **sizes, plan=plan, pool=pool)
+    mixture = ReplayMixture(task, tokenizer, steps=80, batch_size=8, max_length=128, plan=plan, pool=pool)
     order = [tokenizer.decode(mixture[i].ids, skip_special_tokens=True) for i in range(len(mixture))]
     tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
 

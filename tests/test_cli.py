@@ -32,6 +32,7 @@ COMMANDS = (
     "train",
     "verify",
     "pilot",
+    "sequence",
     "bench",
     "report",
     "demo",

@@ -30,7 +30,7 @@ from forgetcast import completion, probes
 from forgetcast._files import read_json, write_json
 from forgetcast.advice import MOST, Advice, advice_on
 from forgetcast.atlas import Atlas
-from forgetcast.collect import CollectConfig, OnProgress, check_base, collect
+from forgetcast.collect import CollectConfig, OnProgress, check_base, collect, load_tasks
 from forgetcast.completion.base import UNLIKE
 from forgetcast.coverage import correlation_loadings
 from forgetcast.diff import Gate, difference
@@ -40,10 +40,12 @@ from forgetcast.exports import FORMATS, TRAINERS, export_mixture, export_weighte
 from forgetcast.forecast import TaskForecast, measured_probes
 from forgetcast.importers import read_lm_eval
 from forgetcast.matrix import ForgettingMatrix
-from forgetcast.pool import Pool, load_task
+from forgetcast.pool import Pool, load_task, train_and_test
 from forgetcast.recipe import Recipe, check_settings
 from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
 from forgetcast.scores import Scores
+from forgetcast.sequence import SequenceSettings, learn_in_sequence, task_orders, usable_strategies
+from forgetcast.sequence_result import SequenceResult
 from forgetcast.structure import analyze
 from forgetcast.tables import (
     advice_tables,
@@ -52,10 +54,11 @@ from forgetcast.tables import (
     difference_markdown,
     difference_tables,
     facts_table,
+    sequence_tables,
     structure_tables,
     verification_tables,
 )
-from forgetcast.verification import Trial, Verification, arms, pilot_trial, split_task, verify
+from forgetcast.verification import Trial, Verification, arms, pilot_trial, verify
 
 if TYPE_CHECKING:
     from forgetcast.lm import Chooser
@@ -609,13 +612,6 @@ def train_(
     _show(facts, as_json, title="Fine-tuned")
 
 
-def _recipe_of(atlas: Atlas, name: str | None) -> Recipe:
-    """The recipe that was asked for, or else the atlas's."""
-    if name is None:
-        return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
-    return Recipe.load(name)
-
-
 def _fractions(text: str, option: str) -> list[float]:
     """Read "1/32,0.125" as numbers."""
     try:
@@ -702,8 +698,8 @@ def verify_(
     opened, replays, examples = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan], load_task(task)
     for replay in replays:
         replay.check_pool(opened.pool)
-    shared = _recipe_of(opened, recipe)
-    train, test = split_task(examples, test_share)
+    shared = _recipe(recipe, opened)
+    train, test = train_and_test(examples, test_share)
     plans = arms(replays, opened.pool)
     choosers = {name: _chooser(opened, p, None, probes_) for name, p in plans.items() if p.strategy == "mir"}
     if online is not None:
@@ -764,7 +760,7 @@ def pilot_(
 
     _alone("pilot")
     opened, examples, shares = Atlas.open(atlas), load_task(task), _fractions(ratios, "--ratios")
-    settings = _recipe_of(opened, recipe)
+    settings = _recipe(recipe, opened)
     if steps is not None:
         settings = settings.model_copy(update={"steps": steps})
     trial = pilot_trial(opened, task.stem, examples, strategies=strategy or (), ratios=shares, hold_out=hold_out)
@@ -787,6 +783,61 @@ def pilot_(
         _print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
     else:
         _print_all(advice_tables(advice))
+
+
+def _recipe(name: str | None, atlas: Atlas) -> Recipe:
+    """A recipe by its file or name, or that of the atlas."""
+    if name is not None:
+        return Recipe.load(name)
+    return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
+
+
+@app.command(name="sequence")
+def sequence_(
+    model: ModelName,
+    tasks: Annotated[list[Path], typer.Argument(help="A folder of task files, or the files.")],
+    atlas: Annotated[Path, typer.Option(help="Atlas to forecast from, with the pool and the base model's scores.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Result to write (JSON).")],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Replay to compare, default top; may be repeated: {', '.join(usable_strategies())}."),
+    ] = None,
+    ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
+    orders: Annotated[int, typer.Option(help="Random orders of the tasks, the same for every arm.")] = 2,
+    recipe: RecipeName = None,
+    probes_: Annotated[int, typer.Option("--probes", help="Examples measured before each task but the first.")] = 30,
+    hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.5,
+    test_share: Annotated[float, typer.Option(help="Share of each task that only its loss is judged on.")] = 0.1,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune on tasks one after another: without replay, with random replay, and by a forecast made anew each time.
+
+    After every task, the upstream examples that are never replayed and all tasks learned so far are judged. The recipe,
+    of each task, is the atlas's unless one is given. Finished stages are kept beside the output and not repeated.
+
+    Example: forgetcast sequence ./my-model tasks/ --atlas runs.atlas -o sequence.json
+    """
+    from forgetcast.lm import Workbench, load
+
+    _alone("sequence")
+    settings = SequenceSettings(tuple(strategy or ("top",)), ratio, orders, probes_, hold_out)
+    opened = Atlas.open(atlas)
+    shared = _recipe(recipe, opened)
+    found = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)
+    task_orders(list(found), orders)  # too few are an error before the model is loaded
+    parts = {name: train_and_test(task, test_share) for name, task in found.items()}
+    workbench = Workbench(load(model, device=device, trust_remote_code=trust_remote_code))
+    with _progress() as report:
+        result = learn_in_sequence(
+            workbench, parts, opened, shared, settings, directory=output.with_suffix(".runs"), on_progress=report
+        )
+    write_json(output, result.as_dict())
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        _print_all(sequence_tables(result))
 
 
 @app.command(name="bench")
@@ -845,6 +896,7 @@ def report_(
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
     forecast: Annotated[list[Path] | None, typer.Option(help="Forecast file; may be given several times.")] = None,
     verification: Annotated[Path | None, typer.Option(help="What `verify` wrote.")] = None,
+    sequence: Annotated[Path | None, typer.Option(help="What `sequence` wrote.")] = None,
 ) -> None:
     """Write one HTML file that says what was measured, what is forecast, and whether replay helped.
 
@@ -857,7 +909,8 @@ def report_(
     for given in forecasts:
         given.check_pool(opened.pool)
     verified = Verification.from_dict(read_json(verification)) if verification is not None else None
-    write_report(output, opened, forecasts=forecasts, verification=verified)
+    in_sequence = SequenceResult.from_dict(read_json(sequence)) if sequence is not None else None
+    write_report(output, opened, forecasts=forecasts, verification=verified, sequence=in_sequence)
     out.print(f"report written to {output}", markup=False)
 
 

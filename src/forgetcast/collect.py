@@ -5,7 +5,7 @@ A task whose row is complete is passed over, so an interrupted sweep goes on whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,20 +95,31 @@ class CollectConfig(BaseModel):
         DataError
             If there are none, or two have the same name.
         """
-        if isinstance(self.tasks, list):
-            files = self.tasks
-        elif self.tasks.is_dir():
-            files = sorted(path for path in self.tasks.iterdir() if path.suffix in _TASK_FILES)
-        else:
-            raise DataError(f"{self.tasks}: there is no such folder of tasks")
-        if not files:
-            raise DataError(f"{self.tasks} holds no task: no .jsonl or .parquet file")
-        tasks: dict[str, Pool] = {}
-        for file in files:
-            if file.stem in tasks:
-                raise DataError(f"two tasks are called {file.stem!r}; give their files different names")
-            tasks[file.stem] = load_task(file)
-        return tasks
+        return load_tasks(self.tasks)
+
+
+def load_tasks(where: Path | Sequence[Path]) -> dict[str, Pool]:
+    """Read every task of a folder, or of a list of files, by the name of its file without the ending.
+
+    Raises
+    ------
+    DataError
+        If there are none, or two have the same name.
+    """
+    if not isinstance(where, Path):
+        files = list(where)
+    elif where.is_dir():
+        files = sorted(path for path in where.iterdir() if path.suffix in _TASK_FILES)
+    else:
+        raise DataError(f"{where}: there is no such folder of tasks")
+    if not files:
+        raise DataError(f"{where} holds no task: no .jsonl or .parquet file")
+    tasks: dict[str, Pool] = {}
+    for file in files:
+        if file.stem in tasks:
+            raise DataError(f"two tasks are called {file.stem!r}; give their files different names")
+        tasks[file.stem] = load_task(file)
+    return tasks
 
 
 def collect(

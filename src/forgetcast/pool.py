@@ -205,6 +205,21 @@ def load_task(path: str | Path) -> Pool:
     return Pool(_read(Path(path), need_ids=False), where=str(path))
 
 
+def train_and_test(task: Pool, share: float) -> tuple[Pool, Pool]:
+    """Split a task into what is trained on and, as this share of it, what only its loss is judged on.
+
+    Raises
+    ------
+    DataError
+        If either would be empty.
+    """
+    test = set(task.hold_out(share))
+    if not 0 < len(test) < len(task):
+        raise DataError(f"a test share of {share} of {len(task)} examples leaves none to test or to train on")
+    train = [id_ for id_ in task.ids if id_ not in test]
+    return task.subset(train), task.subset(id_ for id_ in task.ids if id_ in test)
+
+
 def _read(path: Path, *, need_ids: bool) -> Iterator[Example]:
     for place, row in _rows(path):
         try:

@@ -293,6 +293,19 @@ def _known(name: str, values: Any, strategy: str, pool: Pool, usable: np.ndarray
     return array
 
 
+def replay_steps(steps: int, ratio: float) -> int:
+    """Batches to replay beside so many batches of new examples.
+
+    Raises
+    ------
+    ConfigError
+        If the ratio is so small that there would be none.
+    """
+    if not (count := round(steps * ratio)):
+        raise ConfigError(f"a ratio of {ratio:g} over {steps} steps replays no batch; use at least {1 / steps:.3g}")
+    return count
+
+
 def _check_ratio(ratio: float, strategy: str) -> None:
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown replay strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")

@@ -15,8 +15,10 @@ from rich.table import Column, Table
 from forgetcast.advice import Advice
 from forgetcast.diff import Difference
 from forgetcast.evaluation import BenchRow
+from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
+from forgetcast.sequence_result import SequenceResult
 from forgetcast.structure import Structure
-from forgetcast.verification import METRIC_NAMES, Verification
+from forgetcast.verification import METRIC_NAMES, Comparison, Verification
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
@@ -155,23 +157,49 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
         figures = (f"{result.average(arm, metric):.3f}" for metric in result.metrics)
         table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
     yield table
-    comparisons = result.comparisons()
+    yield from _comparison_tables(result.comparisons(), METRIC_NAMES, "pairs of runs (same task and seed)")
+
+
+def _comparison_tables(
+    comparisons: Sequence[Comparison], names: Mapping[str, str], pairs: str
+) -> Iterator[RenderableType]:
+    """Differences between arms, and a sentence for each that is no loss on a new task."""
     if not comparisons:
         return
     gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "Wilcoxon, corrected")
-    gaps.title = (
-        f"Differences over {comparisons[0].difference.pairs} pairs of runs (same task and seed); negative is better"
-    )
+    gaps.title = f"Differences over {comparisons[0].difference.pairs} {pairs}; negative is better"
     for c in comparisons:
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
         again = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
         arms, corrected = f"{escape(c.arm)} - {c.baseline}", f"p = {c.corrected_wilcoxon_p:.2g}"
-        gaps.add_row(METRIC_NAMES[c.metric], arms, f"{gap.mean:+.3f}", interval, again, corrected)
+        gaps.add_row(names[c.metric], arms, f"{gap.mean:+.3f}", interval, again, corrected)
     yield gaps
     for c in comparisons:
         if c.metric != "new_task_loss":
-            yield f"On the {METRIC_NAMES[c.metric]}, {escape(c.verdict())}."
+            yield f"On the {names[c.metric]}, {escape(c.verdict())}."
+
+
+def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
+    """The arms at the end of their sequences, the way there, and what their differences allow to be said."""
+    orders = max(len(result.orders(arm)) for arm in result.arms)
+    table = Table("replay", *SEQUENCE_METRIC_NAMES.values(), "replayed", "seconds")
+    table.title = (
+        f"After {result.length} tasks one after another, mean over {orders} order{'s' if orders > 1 else ''} (nats per "
+        f"token; upstream: {result.judged} examples that were never replayed)"
+    )
+    for arm in result.arms:
+        figures = [f"{result.average(arm, metric):.3f}" for metric in result.metrics]
+        table.add_row(escape(arm), *figures, *(f"{result.total(arm, name):.0f}" for name in ("replayed", "seconds")))
+    yield table
+    way = Table("tasks learned", *map(escape, result.arms), title="Upstream forgetting on the way: mean (worst tenth)")
+    for position in range(1, result.length + 1):
+        both = ([result.average(arm, metric, position) for metric in ("mean", "worst_tenth")] for arm in result.arms)
+        way.add_row(str(position), *(f"{mean:.3f} ({worst:.3f})" for mean, worst in both))
+    yield way
+    yield from _comparison_tables(result.comparisons(), SEQUENCE_METRIC_NAMES, "orders of the tasks")
+    if orders < 2:
+        yield "One order shows no difference between the arms: take at least two."
 
 
 def advice_tables(advice: Advice) -> Iterator[RenderableType]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from forgetcast.coverage import correlation_loadings
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.evaluation import worst_part, worst_tenth
 from forgetcast.paired import PairedDifference, bootstrap_interval, holm, paired_difference, wilcoxon_p
-from forgetcast.pool import Pool
+from forgetcast.pool import Pool, train_and_test
 from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
 from forgetcast.scores import Scores
 
@@ -138,9 +139,65 @@ class Comparison:
             return f"{self.arm} replay is worse than {self.baseline}"
         return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
 
+    def as_dict(self) -> dict[str, Any]:
+        """All figures on one level, and the verdict."""
+        others = {name: value for name, value in asdict(self).items() if name != "difference"}
+        return {"verdict": self.verdict()} | asdict(self.difference) | others
+
+
+class Compared(ABC):
+    """Base of results whose arms are compared, pair by pair."""
+
+    @property
+    @abstractmethod
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, in the order they were run."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """What the arms are compared on; lower is better for each."""
+
+    @abstractmethod
+    def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
+        """Arm minus baseline of every pair, in groups of pairs that are not independent of each other."""
+
+    def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
+        """Compare two arms; None if fewer than two pairs were run."""
+        groups = self._differences(arm, baseline, metric)
+        pairs = np.concatenate([*groups, np.empty(0)])
+        if len(pairs) < 2:
+            return None
+        family = dict.fromkeys([arm, *self._rivals(baseline)])
+        found = [self._differences(name, baseline, metric) for name in family]
+        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
+        lower, upper = bootstrap_interval(groups)
+        return Comparison(
+            arm=arm,
+            baseline=baseline,
+            metric=metric,
+            difference=paired_difference(pairs, np.zeros(len(pairs))),
+            bootstrap_lower=lower,
+            bootstrap_upper=upper,
+            wilcoxon_p=_p_values(groups)[1],
+            corrected_p=float(holm(tests[:, 0])[0]),
+            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
+            tasks=len(groups),
+        )
+
+    def _rivals(self, baseline: str) -> tuple[str, ...]:
+        """Arms that are compared with a baseline: all others, but not what is without replay."""
+        return tuple(arm for arm in self.arms if arm not in ("none", baseline))
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
+        wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
+        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
+        return tuple(comparison for comparison in found if comparison is not None)
+
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Compared):
     """Runs of all arms.
 
     Attributes
@@ -170,29 +227,6 @@ class Verification:
         """Fields of `Run` that every run has."""
         return tuple(name for name in METRIC_NAMES if all(getattr(run, name) is not None for run in self.runs))
 
-    def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
-        """Compare two arms; None if fewer than two pairs were run."""
-        groups = self._differences(arm, baseline, metric)
-        pairs = np.concatenate([*groups, np.empty(0)])
-        if len(pairs) < 2:
-            return None
-        family = dict.fromkeys([arm, *self._rivals(baseline)])
-        found = [self._differences(name, baseline, metric) for name in family]
-        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
-        lower, upper = bootstrap_interval(groups)
-        return Comparison(
-            arm=arm,
-            baseline=baseline,
-            metric=metric,
-            difference=paired_difference(pairs, np.zeros(len(pairs))),
-            bootstrap_lower=lower,
-            bootstrap_upper=upper,
-            wilcoxon_p=_p_values(groups)[1],
-            corrected_p=float(holm(tests[:, 0])[0]),
-            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
-            tasks=len(groups),
-        )
-
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Of each task with pairs, those of its seeds."""
         value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
@@ -201,16 +235,6 @@ class Verification:
             if name == arm and (task, seed, baseline) in value:
                 groups.setdefault(task, []).append(value[task, seed, arm] - value[task, seed, baseline])
         return [np.array(group) for group in groups.values()]
-
-    def _rivals(self, baseline: str) -> tuple[str, ...]:
-        """Arms that are compared with a baseline: all others, but not what is without replay."""
-        return tuple(arm for arm in self.arms if arm not in ("none", baseline))
-
-    def comparisons(self) -> tuple[Comparison, ...]:
-        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
-        wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
-        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
-        return tuple(comparison for comparison in found if comparison is not None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
@@ -221,12 +245,7 @@ class Verification:
                 arm: {name: self.average(arm, name) for name in (*self.metrics, "replayed", "steps", "seconds")}
                 for arm in self.arms
             },
-            "comparisons": [
-                {"verdict": c.verdict()}
-                | asdict(c.difference)
-                | {name: value for name, value in asdict(c).items() if name != "difference"}
-                for c in self.comparisons()
-            ],
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
             "runs": [asdict(run) for run in self.runs],
         }
 
@@ -324,23 +343,8 @@ def pilot_trial(
     for strategy in wanted:
         for ratio in ratios:
             plans[f"{strategy} {ratio:.4g}"] = make_plan(pool, strategy, ratio, held_out=held_out, **known)
-    train, test = split_task(examples, TEST_SHARE)
+    train, test = train_and_test(examples, TEST_SHARE)
     return Trial(name, train, test, plans)
-
-
-def split_task(examples: Pool, test_share: float) -> tuple[Pool, Pool]:
-    """Examples of a task to train on, and those that only its loss is judged on.
-
-    Raises
-    ------
-    DataError
-        If one of the two would be empty.
-    """
-    test = set(examples.hold_out(test_share))
-    if not test or len(test) == len(examples):
-        raise DataError(f"a test share of {test_share} of {len(examples)} examples leaves none to test or to train on")
-    kept = [id_ for id_ in examples.ids if id_ not in test]
-    return examples.subset(kept), examples.subset(id_ for id_ in examples.ids if id_ in test)
 
 
 def verify(

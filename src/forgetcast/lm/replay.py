@@ -19,7 +19,7 @@ from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.online import Chooser
 from forgetcast.lm.text import Encoded, encode, pad, pad_id
 from forgetcast.pool import Pool
-from forgetcast.replay import ReplayPlan
+from forgetcast.replay import ReplayPlan, replay_steps
 
 
 class ReplayMixture(Dataset[Encoded]):
@@ -45,6 +45,8 @@ class ReplayMixture(Dataset[Encoded]):
         One of the strategy 'padding' brings in more new examples instead of old ones.
     pool : Pool, optional
         Needed with a plan; must be the one that the plan was made for.
+    besides : iterable of str
+        Ids that were replayed already, in earlier fine-tunes: as in `ReplayPlan.order`.
 
     Attributes
     ----------
@@ -73,27 +75,24 @@ class ReplayMixture(Dataset[Encoded]):
         seed: int = 0,
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
+        besides: Iterable[str] = (),
     ) -> None:
-        replay_steps = 0
+        count = 0
         if plan is not None and plan.ratio > 0:
             if pool is None:
                 raise ConfigError("a replay plan needs the pool that it was made for")
             plan.check_pool(pool)
-            replay_steps = round(steps * plan.ratio)
-            if replay_steps == 0:
-                raise ConfigError(
-                    f"a ratio of {plan.ratio:g} over {steps} steps replays no batch; use at least {1 / steps:.3g}"
-                )
+            count = replay_steps(steps, plan.ratio)
         padding = plan is not None and plan.strategy == "padding"
-        replayed = plan.order(replay_steps * batch_size) if plan and replay_steps and not padding else ()
-        self.steps, self.batch_size, self.plan = steps + replay_steps, batch_size, plan
+        replayed = plan.order(count * batch_size, besides=besides) if plan and count and not padding else ()
+        self.steps, self.batch_size, self.plan = steps + count, batch_size, plan
         self.tokenizer, self._max_length, self._task, self._pool = tokenizer, max_length, task, pool
         self._padding = pad_id(tokenizer)
         # Every arm of a comparison sees the same new batches; those that pad are drawn on their own.
         new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(replayed)
         self._order = [
             (False, task.ids[next(more if extra else new)]) if padding or not extra else (True, next(old))
-            for extra in spread(steps, replay_steps)
+            for extra in spread(steps, count)
             for _ in range(batch_size)
         ]
         # Once each and before training, so that what cannot be trained on is an error here.

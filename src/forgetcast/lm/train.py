@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from forgetcast._files import read_json, write_json
+from forgetcast._files import atomic_path, read_json, write_json
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel, without_bars
@@ -79,14 +82,35 @@ class Workbench:
         self._weights = {name: tensor.detach().clone() for name, tensor in base.model.state_dict().items()}
         self._adapted: PeftModel | None = None
 
-    def restore(self) -> LanguageModel:
-        """Give the base model with the weights it had at first."""
+    def restore(self, weights: Mapping[str, torch.Tensor] | None = None) -> LanguageModel:
+        """Give the base model with the weights it had at first, or with others that `weights` gave."""
         if self._adapted is not None:
             self._adapted.unload()
             self._adapted = None
-        self.base.model.load_state_dict(self._weights)
+        self.base.model.load_state_dict(self._weights if weights is None else weights)
         self.base.model.requires_grad_(True)
-        return self.base
+        if weights is None:
+            return self.base
+        # Not the base model's own object, which remembers the hash of the base weights.
+        return LanguageModel(self.base.model, self.base.tokenizer, f"{self.base.name}, fine-tuned")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Copy the weights as they are now, by the base model's names; a LoRA adapter is added to what it adapts."""
+        state = self.base.model.state_dict()
+        if self._adapted is None:
+            return {name: tensor.detach().clone() for name, tensor in state.items()}
+        found = {
+            name.replace(".base_layer.", "."): tensor.detach().clone()
+            for name, tensor in state.items()
+            if ".lora_" not in name
+        }
+        layers: dict[str, Any] = {
+            name: module for name, module in self.base.model.named_modules() if isinstance(module, LoraLayer)
+        }
+        for name, layer in layers.items():
+            for adapter in layer.active_adapters:
+                found[f"{name}.weight"] += layer.get_delta_weight(adapter).detach()
+        return found
 
     def tune(
         self,
@@ -98,6 +122,8 @@ class Workbench:
         chooser: Chooser | None = None,
         checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        start: Mapping[str, torch.Tensor] | None = None,
+        besides: Sequence[str] = (),
     ) -> Tuned:
         """Fine-tune the base model on a task.
 
@@ -114,6 +140,11 @@ class Workbench:
             model, task, plan and recipe, goes on from it and ends as it would have without the interruption.
         on_step : callable, optional
             Called with the steps done and the steps in all.
+        start : mapping of str to Tensor, optional
+            Weights to start from, as `weights` gave them after an earlier fine-tune; default: the base model's.
+        besides : sequence of str
+            Ids that earlier fine-tunes replayed: they come again only once all others were replayed as often, unless a
+            chooser says otherwise.
 
         Raises
         ------
@@ -124,7 +155,7 @@ class Workbench:
         DataError
             If the loss stops being finite.
         """
-        language_model = self.restore()
+        language_model = self.restore(start)
         devices = processes.count()
         micro = recipe.micro_batch_size or max(recipe.batch_size // devices, 1)
         if recipe.batch_size % (micro * devices):
@@ -139,6 +170,7 @@ class Workbench:
             seed=recipe.seed,
             plan=plan,
             pool=pool,
+            besides=besides,
         )
         model: Any = language_model.model
         torch.manual_seed(recipe.seed)
@@ -149,12 +181,12 @@ class Workbench:
             model = self._adapted = get_peft_model(model, lora)
         started = time.monotonic()
         run = {
-            "base": self.base_hash,
+            "base": language_model.weights_hash,
             "task": task.fingerprint,
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
             "chooser": chooser.settings() if chooser is not None else None,
             "recipe": recipe.model_dump(),
-        }
+        } | ({"besides": list(besides)} if besides else {})
         with (
             _checkpoints(checkpoints, run) as (directory, latest),
             _recomputing(self.base.model, recipe),
@@ -178,8 +210,28 @@ class Workbench:
             raise DataError(
                 f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})"
             )
-        tuned = LanguageModel(model.eval(), language_model.tokenizer, f"{language_model.name}, fine-tuned")
+        tuned = LanguageModel(model.eval(), language_model.tokenizer, f"{self.base.name}, fine-tuned")
         return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started)
+
+
+def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write weights as one safetensors file, atomically."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read what `save_weights` wrote, into the CPU's memory.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read.
+    """
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove it: what it was for is done again") from None
 
 
 @contextmanager

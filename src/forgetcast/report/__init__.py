@@ -18,6 +18,8 @@ from forgetcast.errors import DataError, MissingExtraError
 from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
 from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
+from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
+from forgetcast.sequence_result import SequenceResult
 from forgetcast.structure import Structure, analyze
 from forgetcast.verification import METRIC_NAMES, Verification
 
@@ -44,6 +46,7 @@ def write_report(
     forecasts: Sequence[TaskForecast] = (),
     accuracies: Mapping[str, Mapping[str, Accuracy]] | None = None,
     verification: Verification | None = None,
+    sequence: SequenceResult | None = None,
     title: str = "What fine-tuning makes the model forget",
 ) -> None:
     """Write the report as one HTML file.
@@ -58,6 +61,7 @@ def write_report(
     accuracies : mapping of task to mapping of method to Accuracy, optional
         Errors of several methods. Default: those of the forecasts whose tasks the atlas has measured.
     verification : Verification, optional
+    sequence : SequenceResult, optional
     title : str
 
     Raises
@@ -84,7 +88,10 @@ def write_report(
         title=title,
         plotlyjs=plotly.offline.get_plotlyjs(),
         atlas=atlas,
-        findings=_findings(matrix, structure, means, forecasts, rows_of, verification),
+        findings=[
+            *_findings(matrix, structure, means, forecasts, rows_of, verification),
+            *(_sequence_finding(result) for result in (sequence,) if result is not None),
+        ],
         by_task=figures.forgetting_by_task(means, [str(name) for name in new]),
         sources=_sources(atlas, matrix),
         heatmap=figures.heatmap(matrix),
@@ -103,6 +110,11 @@ def write_report(
         metric_names={name: METRIC_NAMES[name] for name in verification.metrics} if verification is not None else {},
         runs_per_arm=len(verification.runs) // len(verification.arms) if verification is not None else 0,
         differences=figures.replay_differences(verification) if verification is not None and comparisons else "",
+        sequence=sequence,
+        sequence_comparisons=sequence.comparisons() if sequence is not None else (),
+        sequence_metric_names=SEQUENCE_METRIC_NAMES,
+        orders=len(sequence.orders(sequence.arms[0])) if sequence is not None else 0,
+        on_the_way=figures.forgetting_on_the_way(sequence) if sequence is not None else "",
         provenance=_provenance(atlas),
         tasks=_tasks(atlas, matrix),
     )
@@ -212,6 +224,17 @@ def _findings(
         verdicts = [f" On the {METRIC_NAMES[c.metric]}, {c.verdict()}." for c in shown if c is not None]
         found.append(line + "".join(verdicts))
     return found
+
+
+def _sequence_finding(sequence: SequenceResult) -> str:
+    upstream = ", ".join(f"{arm} {sequence.average(arm, 'mean'):.3f}" for arm in sequence.arms)
+    earlier = ", ".join(f"{arm} {sequence.average(arm, 'earlier_tasks'):.3f}" for arm in sequence.arms)
+    shown = [sequence.compare(arm, "random", "mean") for arm in sequence.arms if arm not in ("none", "random")]
+    verdicts = [f" On the {SEQUENCE_METRIC_NAMES[c.metric]}, {c.verdict()}." for c in shown if c is not None]
+    return (
+        f"After {sequence.length} tasks one after another, held-out forgetting by replay strategy is {upstream} nats "
+        f"per token, and that of the earlier tasks {earlier}."
+    ) + "".join(verdicts)
 
 
 def _regular(r2: float) -> str:

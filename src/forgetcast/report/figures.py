@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 
 from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
+from forgetcast.sequence_result import SequenceResult
 from forgetcast.structure import Structure
 from forgetcast.verification import METRIC_NAMES, METRICS, Verification
 
@@ -255,6 +256,36 @@ def replay_differences(verification: Verification) -> str:
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels(names), autorange="reversed")
     figure.update_xaxes(title="difference (nats per token; below zero is better)")
     return _html(figure, height=320, legend=True, what="Differences between the replay strategies")
+
+
+def forgetting_on_the_way(sequence: SequenceResult) -> str:
+    """Upstream forgetting against the number of tasks learned, a line for each arm; bars span the orders."""
+    figure = go.Figure()
+    positions = list(range(1, sequence.length + 1))
+    for i, (arm, name) in enumerate(zip(sequence.arms, labels(sequence.arms), strict=True)):
+        of_orders = np.array(
+            [[sequence.value(arm, order, "mean", p) for p in positions] for order in sequence.orders(arm)]
+        )
+        mean = of_orders.mean(axis=0)
+        figure.add_scatter(
+            x=positions,
+            y=mean,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": of_orders.max(axis=0) - mean,
+                "arrayminus": mean - of_orders.min(axis=0),
+                "thickness": 1,
+                "width": 3,
+            },
+            mode="lines+markers",
+            line={"color": [GREY, ORANGE, BLUE][i % 3], "dash": ["solid", "dash", "dot"][i // 3 % 3]},
+            name=name,
+            hovertemplate="%{y:.3f} after %{x}<extra>" + name + "</extra>",
+        )
+    figure.update_xaxes(title="tasks learned", dtick=1)
+    figure.update_yaxes(title="upstream forgetting (nats per token)", zeroline=True)
+    return _html(figure, height=340, legend=True, what="Upstream forgetting after each task of a sequence")
 
 
 def _ids(forecast: TaskForecast, chosen: np.ndarray) -> list[str]:

@@ -1,0 +1,195 @@
+"""What was measured as tasks were learned one after another, and how the arms compare at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from forgetcast.errors import DataError
+from forgetcast.verification import Compared
+
+METRIC_NAMES = {
+    "mean": "mean forgetting",
+    "worst_tenth": "worst tenth",
+    "earlier_tasks": "earlier tasks",
+    "new_task_loss": "new-task loss",
+}
+"""What is compared at the end of a sequence, and what people call it; lower is better for each."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task of a sequence, learned and judged.
+
+    Attributes
+    ----------
+    order : int
+        Which of the orders, from 0; also the seed of its fine-tunes.
+    arm : str
+    position : int
+        Tasks learned so far, this one included.
+    task : str
+    mean, worst_tenth : float
+        Forgetting of the judged upstream examples since the base model, nats per token: all of them, and the most
+        forgotten tenth.
+    losses : mapping of str to float
+        Mean loss on the test part of every task learned so far, nats per target token.
+    replayed, steps : int
+        Of this stage.
+    seconds : float
+        Wall time of its training.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
+
+    order: int
+    arm: str
+    position: int
+    task: str
+    mean: float
+    worst_tenth: float
+    losses: Mapping[str, float]
+    replayed: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SequenceResult(Compared):
+    """Stages of all arms and orders.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+    judged : int
+        Upstream examples that were judged after every stage.
+    ratio : float
+        Replayed examples per new one.
+
+    Raises
+    ------
+    DataError
+        If the stages of an arm and order are not those of a whole sequence.
+    """
+
+    stages: tuple[Stage, ...]
+    judged: int
+    ratio: float
+
+    def __post_init__(self) -> None:
+        """Check that every sequence is whole."""
+        longest = max((stage.position for stage in self.stages), default=0)
+        if longest < 2:
+            raise DataError("a sequence has at least two stages")
+        for (arm, order), chain in self._chains.items():
+            where = f"{arm} replay, order {order}"
+            if [stage.position for stage in chain] != list(range(1, longest + 1)):
+                raise DataError(f"{where}: a stage is missing, or there twice")
+            for i, stage in enumerate(chain, 1):
+                if set(stage.losses) != (learned := {earlier.task for earlier in chain[:i]}) or len(learned) < i:
+                    raise DataError(f"{where}: stage {i} needs the losses of the tasks learned until then")
+
+    @cached_property
+    def _chains(self) -> dict[tuple[str, int], list[Stage]]:
+        chains: dict[tuple[str, int], list[Stage]] = {}
+        for stage in sorted(self.stages, key=lambda stage: stage.position):
+            chains.setdefault((stage.arm, stage.order), []).append(stage)
+        return chains
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, in the order they were run."""
+        return tuple(dict.fromkeys(stage.arm for stage in self.stages))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Keys of `METRIC_NAMES`."""
+        return tuple(METRIC_NAMES)
+
+    @property
+    def length(self) -> int:
+        """Tasks of a sequence."""
+        return max(stage.position for stage in self.stages)
+
+    def orders(self, arm: str) -> tuple[int, ...]:
+        """Orders that an arm was run in."""
+        return tuple(sorted(order for name, order in self._chains if name == arm))
+
+    def value(self, arm: str, order: int, metric: str, position: int | None = None) -> float:
+        """Figure of one sequence after so many tasks; default: at its end.
+
+        Parameters
+        ----------
+        arm : str
+        order : int
+        metric : str
+            'mean' or 'worst_tenth' of the upstream forgetting; 'earlier_tasks': of the tasks learned before the last
+            one, the mean loss now minus right after each was learned, positive = forgotten, NaN where there is none;
+            'new_task_loss': the mean loss of all tasks so far, each right after it was learned. Nats per token.
+        position : int, optional
+        """
+        stages = self._chains[arm, order][:position]
+        then = {stage.task: stage.losses[stage.task] for stage in stages}
+        last = stages[-1]
+        if metric == "new_task_loss":
+            return float(np.mean(list(then.values())))
+        if metric == "earlier_tasks":
+            lost = [last.losses[task] - loss for task, loss in then.items() if task != last.task]
+            return float(np.mean(lost)) if lost else float("nan")
+        return float(getattr(last, metric))
+
+    def average(self, arm: str, metric: str, position: int | None = None) -> float:
+        """Mean of a figure over an arm's orders, as in `value`."""
+        return float(np.mean([self.value(arm, order, metric, position) for order in self.orders(arm)]))
+
+    def total(self, arm: str, field: str) -> float:
+        """What a sequence of an arm adds up to, mean over orders; of 'replayed', 'steps' or 'seconds'."""
+        return sum(getattr(stage, field) for stage in self.stages if stage.arm == arm) / len(self.orders(arm))
+
+    def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
+        both = [order for order in self.orders(arm) if (baseline, order) in self._chains]
+        return [np.array([self.value(arm, o, metric) - self.value(baseline, o, metric) for o in both])] if both else []
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON; what does not exist is None."""
+
+        def figures(arm: str, position: int) -> dict[str, float | None]:
+            found = {name: self.average(arm, name, position) for name in self.metrics}
+            return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+        return {
+            "judged": self.judged,
+            "ratio": self.ratio,
+            "arms": {
+                arm: figures(arm, self.length)
+                | {name: self.total(arm, name) for name in ("replayed", "steps", "seconds")}
+                | {"after_each_task": [figures(arm, position) for position in range(1, self.length + 1)]}
+                for arm in self.arms
+            },
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any) -> SequenceResult:
+        """Read what `as_dict` wrote.
+
+        Raises
+        ------
+        DataError
+            If a field is missing or has another type, or a sequence is not whole.
+        """
+        try:
+            return TypeAdapter(cls).validate_python({name: content[name] for name in ("stages", "judged", "ratio")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise DataError(f"this is not a sequence: {place}{first['msg'].removeprefix('Value error, ')}") from None
+        except (KeyError, TypeError) as error:
+            raise DataError(f"this is not a sequence: {error}") from None
