@@ -1,0 +1,217 @@
+"""Commands that measure models: score, diff, collect, generate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from forgetcast.cli.app import (
+    AsJson,
+    Device,
+    ModelName,
+    TrustCode,
+    alone,
+    app,
+    err,
+    is_first,
+    out,
+    print_all,
+    print_json,
+    progress,
+    show,
+)
+from forgetcast.collect import CollectConfig, collect
+from forgetcast.diff import Gate, difference
+from forgetcast.importers import read_lm_eval
+from forgetcast.pool import Pool
+from forgetcast.scores import Scores
+from forgetcast.tables import difference_markdown, difference_tables
+
+
+@app.command(name="score")
+def score_(
+    model: ModelName,
+    pool: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a saved data set's directory.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Score file to write (Parquet).")],
+    max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the context.")] = None,
+    answers: Annotated[
+        bool, typer.Option("--exact-match", help="Let the model answer the prompts too; compare with the completions.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, with --exact-match.")] = 32,
+    stride: Annotated[
+        int | None, typer.Option(help="Read longer texts in windows this many tokens apart; default: cut them.")
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, padding included.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts each example: nats per target token.
+
+    Example: forgetcast score ./my-model pool.jsonl -o before.parquet
+    """
+    from forgetcast.lm import exact_match, load, score
+
+    examples = Pool.load(pool)
+    language_model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    done = 0
+
+    with progress() as report:
+
+        def count(finished: int, what: str = "scoring") -> None:
+            nonlocal done
+            done += finished
+            report(what, done, len(examples))
+
+        scores = score(
+            language_model,
+            examples,
+            max_length=max_length,
+            stride=stride,
+            batch_tokens=batch_tokens,
+            partial=output.with_name(f"{output.name}.partial"),
+            on_progress=count,
+        )
+        if answers:
+            done = 0
+            right, predictions = exact_match(
+                language_model, examples, max_new_tokens=max_new_tokens, on_progress=lambda n: count(n, "answering")
+            )
+            scores = replace(scores, exact_match=right, predictions=predictions)
+    if not is_first():
+        return
+    scores.save(output)
+    unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
+    right_answers = None
+    if scores.exact_match is not None and not np.isnan(scores.exact_match).all():
+        right_answers = float(np.nanmean(scores.exact_match))
+    facts = {
+        "examples": len(scores),
+        "unscored": len(unscored),
+        "truncated": int(scores.truncated.sum()),
+        "tokens": int(scores.tokens.sum()),
+        "mean_nll": float(np.nanmean(scores.nll)) if len(unscored) < len(scores) else None,
+        "right_answers": right_answers,
+        "output": str(output),
+    }
+    if answers and right_answers is None:
+        err.print("warning: no example has a prompt, so there was nothing to answer")
+    if unscored:
+        err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
+    show(facts, as_json, title="Scores")
+
+
+@app.command(name="diff")
+def diff_(
+    before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (a file or folder).")],
+    after: Annotated[Path, typer.Argument(help="The same, of the changed model.")],
+    fail_if: Annotated[
+        list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; may be repeated.")
+    ] = None,
+    pool: Annotated[Path | None, typer.Option(help="The scored pool, for figures by source.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models' scores of the same examples: how much was forgotten, how surely, and where.
+
+    A condition names a figure: mean, median, lower or upper (ends of the mean's 95 % interval), worst_tenth,
+    worst_hundredth, share_worse, wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right, mcnemar_p.
+
+    Exit code 0: no condition holds. 1: one does. 2: the comparison was not possible.
+
+    Example: forgetcast diff before.parquet after.parquet --fail-if "lower>0.02" --fail-if "worst_tenth>0.5"
+    """
+    gates = [Gate.parse(text) for text in fail_if or ()]
+    (left, sources), (right, _) = _scores(before), _scores(after)
+    if pool is not None:
+        examples = Pool.load(pool)
+        named = dict(zip(examples.ids, examples.sources, strict=True))
+        sources = tuple(named.get(id_, "") for id_ in left.ids)
+    found = difference(left, right, sources=sources)
+    failed = [gate.text for gate in gates if gate.fails(found)]
+    if as_json:
+        print_json(found.as_dict() | {"failed": failed})
+    elif markdown:
+        typer.echo(difference_markdown(found, failed))
+    else:
+        print_all(difference_tables(found))
+    for text in failed:
+        err.print(f"failed: {text}", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
+    """A score file of ours, or another tool's, and the sources that it names."""
+    return (Scores.load(path), None) if path.suffix == ".parquet" else read_lm_eval(path)
+
+
+@app.command(name="collect")
+def collect_(
+    config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Fine-tune on every task, score the pool after each, and keep the forgetting in an atlas. Resumable.
+
+    Example: forgetcast collect config.yaml
+    """
+    from forgetcast.lm import load
+
+    alone("collect")
+    settings = CollectConfig.load(config)
+    pool, tasks = Pool.load(settings.pool), settings.load_tasks()
+    base = load(settings.model, device=device, trust_remote_code=trust_remote_code)
+    with progress() as report:
+        atlas = collect(
+            base,
+            pool,
+            tasks,
+            settings.atlas,
+            settings.recipe,
+            exact_match=settings.exact_match,
+            max_new_tokens=settings.max_new_tokens,
+            on_progress=report,
+        )
+    out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+
+
+@app.command(name="generate")
+def generate_(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Pool file to write.")],
+    count: Annotated[int, typer.Option("-n", help="Number of texts.")] = 1000,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Let a model write a pool itself, to replay from where the data that it was trained on is not at hand.
+
+    Example: forgetcast generate ./my-model -n 1000 -o pool.jsonl
+    """
+    from forgetcast.lm import load, sample_texts
+
+    alone("generate")
+    language_model = load(model, device=device, trust_remote_code=trust_remote_code)
+    done = 0
+    with progress(resumable=False) as report:
+
+        def count_(finished: int) -> None:
+            nonlocal done
+            done += finished
+            report("writing", done, count)
+
+        texts = sample_texts(
+            language_model, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_progress=count_
+        )
+    texts.save(output)
+    out.print(
+        f"{len(texts)} texts written to {output}; next: name it as the pool of a sweep, see collect", markup=False
+    )

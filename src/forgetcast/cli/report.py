@@ -1,0 +1,63 @@
+"""Commands that show all of it: report, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forgetcast._files import read_json
+from forgetcast.atlas import Atlas
+from forgetcast.cli.app import AsJson, AtlasPath, alone, app, out, print_all, print_json, progress
+from forgetcast.forecast import TaskForecast
+from forgetcast.sequence_result import SequenceResult
+from forgetcast.tables import demo_tables
+from forgetcast.verification import Verification
+
+
+@app.command(name="report")
+def report_(
+    atlas: AtlasPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    forecast: Annotated[list[Path] | None, typer.Option(help="Forecast file; may be given several times.")] = None,
+    verification: Annotated[Path | None, typer.Option(help="What `verify` wrote.")] = None,
+    sequence: Annotated[Path | None, typer.Option(help="What `sequence` wrote.")] = None,
+) -> None:
+    """Write one HTML file that says what was measured, what is forecast, and whether replay helped.
+
+    Example: forgetcast report runs.atlas --forecast forecast.parquet -o report.html
+    """
+    from forgetcast.report import write_report
+
+    opened = Atlas.open(atlas)
+    forecasts = [TaskForecast.load(path) for path in forecast or ()]
+    for given in forecasts:
+        given.check_pool(opened.pool)
+    verified = Verification.from_dict(read_json(verification)) if verification is not None else None
+    in_sequence = SequenceResult.from_dict(read_json(sequence)) if sequence is not None else None
+    write_report(output, opened, forecasts=forecasts, verification=verified, sequence=in_sequence)
+    out.print(f"report written to {output}", markup=False)
+
+
+@app.command(name="demo")
+def demo_(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything it writes.")] = Path(
+        "demo-output"
+    ),
+    full: Annotated[bool, typer.Option("--full", help="40 tasks instead of 16.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole path on the demo model: collect, forecast, replay, verify, report. Resumable.
+
+    Example: forgetcast demo -o demo-output
+    """
+    from forgetcast.demo.run import FULL, STANDARD, run_demo
+
+    alone("demo")
+    with progress() as report:
+        summary = run_demo(output, FULL if full else STANDARD, on_progress=report)
+    if as_json:
+        print_json(summary)
+    else:
+        print_all(demo_tables(summary))
