@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forgetcast import Atlas, Pool, ReplayPlan, make_plan, probes
+from forgetcast.advice import ReplayLaw
 from forgetcast.collect import collect
 from forgetcast.completion import Bayesian
 from forgetcast.coverage import correlation_loadings
@@ -73,6 +74,7 @@ QUICK = ("none", "random", "forecast", "top", "coverage-herding", "top truth")
 LEADING = ("top", "coverage-herding", "top truth")
 CEILING = "top truth"
 METRICS = ("mean", "worst_tenth")
+PILOT_RATIOS = (1 / 32, 1 / 8)
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,42 @@ def saved(results: list[Verification], arm: str, metric: str, ratio: float) -> t
     return once(np.arange(len(tasks))), *np.quantile(drawn, (0.025, 0.975)).tolist()
 
 
+def advice_rows(results: list[Verification]) -> list[dict[str, Any]]:
+    """How well the share of forgetting that random replay leaves is foretold, at ratios that were not looked at.
+
+    Of each new task the runs at two ratios and without replay are known (a pilot), or the other tasks' runs, or both.
+    Beside the law stands a straight line through the pilot's two points, over the logarithm of the ratio.
+    """
+    runs = [replace(run, strategy=run.arm) for v in results for run in v.runs if run.arm in ("none", "random")]
+    runs = list({(run.task, run.seed, run.ratio): run for run in runs if run.seed == 0}.values())
+    rows = []
+    for metric in METRICS:
+        before = {run.task: getattr(run, metric) for run in runs if not run.ratio}
+        found: dict[str, list[tuple[float, float, float, float]]] = {}
+        for task in before:
+            own = [run for run in runs if run.task == task and run.ratio in (0.0, *PILOT_RATIOS)]
+            others = [run for run in runs if run.task != task]
+            points = sorted((float(run.ratio or 0), getattr(run, metric) / before[task]) for run in own if run.ratio)
+            (x0, y0), (x1, y1) = points
+            laws = {
+                "a pilot of the task": (ReplayLaw.fit(own, metric), task),
+                "runs of the other tasks": (ReplayLaw.fit(others, metric), None),
+                "both": (ReplayLaw.fit(own + others, metric), task),
+            }
+            for run in (r for r in runs if r.task == task and r.ratio and r.ratio not in PILOT_RATIOS):
+                truth, ratio = getattr(run, metric) / before[task], float(run.ratio or 0)
+                line = y0 + (y1 - y0) * np.log(ratio / x0) / np.log(x1 / x0)
+                found.setdefault("a pilot, on a straight line", []).append((truth, line, np.nan, np.nan))
+                for name, (law, of) in laws.items():
+                    found.setdefault(name, []).append((truth, *law.left("random", ratio, task=of)))
+        for name, quadruples in found.items():
+            truth_, mean, lower, upper = np.array(quadruples).T
+            error = float(np.sqrt(((mean - truth_) ** 2).mean()))
+            inside = float(((lower <= truth_) & (truth_ <= upper)).mean()) if not np.isnan(lower).any() else np.nan
+            rows.append({"advice": name, "metric": metric, "rmse": error, "inside": inside, "runs": len(truth_)})
+    return rows
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -332,7 +370,26 @@ def main() -> None:
                 ]
                 table.add_row(arm, f"{result.ratio:.4g}", *cells)
         console.print(table)
-    conclude(console, [*rows, *savings], targets(rows, savings), options.json, "torch", "transformers")
+    told = []
+    if {0.0, *PILOT_RATIOS} < {run.ratio for result in results for run in result.runs}:
+        told = advice_rows(results)
+        table = Table("known", "metric", "RMSE", "in the 90 % interval", "runs")
+        table.title = "Share of the forgetting that random replay leaves, foretold at other ratios"
+        for row in told:
+            inside = "" if np.isnan(row["inside"]) else f"{row['inside']:.0%}"
+            table.add_row(row["advice"], row["metric"], f"{row['rmse']:.3f}", inside, f"{row['runs']}")
+        console.print(table)
+        everything = [replace(run, strategy=run.arm) for result in results for run in result.runs]
+        for metric in METRICS:
+            law = ReplayLaw.fit([run for run in everything if run.arm in ("none", "random", *LEADING)], metric)
+            for arm in law.strategies[1:]:
+                worth = law.efficiency(arm, level=0.95)
+                told.append({"advice": "efficiency", "strategy": arm, "metric": metric, **worth._asdict()})
+                console.print(
+                    f"By the law, {metric}: {arm} needs {1 / worth.mean:.2f} times random's examples "
+                    f"({1 / worth.upper:.2f} to {1 / worth.lower:.2f})"
+                )
+    conclude(console, [*rows, *savings, *told], targets(rows, savings), options.json, "torch", "transformers")
 
 
 def targets(rows: list[dict[str, Any]], savings: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from conftest import make_pool
-from forgetcast import ConfigError, DataError, Example, Pool
+from forgetcast import ConfigError, DataError, Example, MismatchError, Pool
 from forgetcast.lm import LanguageModel, head, load, score
 from forgetcast.lm.score import BATCH_OVERHEAD, _batches
 from forgetcast.lm.text import Encoded, encode
@@ -312,12 +312,12 @@ def test_a_killed_run_goes_on_where_it_stopped(llama: LanguageModel, tmp_path: P
     assert counts == [5] + [1] * 7
     assert not partial.exists()
     np.testing.assert_array_equal(found.nll, score(llama, pool, batch_tokens=1).nll)
-    # What was scored with other settings is not used.
-    metadata = dict(found.metadata) | {"max_length": 10}
-    partial.write_text(json.dumps(metadata) + '\n["e0", 3.0, ""]\n')
-    counts.clear()
-    np.testing.assert_array_equal(score(llama, pool, partial=partial, on_progress=counts.append).tokens, found.tokens)
-    assert sum(counts) == 12
+    # What was scored with other settings is neither used nor lost.
+    unfinished = json.dumps(dict(found.metadata) | {"max_length": 10}) + '\n["e0", 3.0, ""]\n'
+    partial.write_text(unfinished)
+    with pytest.raises(MismatchError, match=r"out.partial holds unfinished scores of another model, pool, settings"):
+        score(llama, pool, partial=partial)
+    assert partial.read_text() == unfinished
 
 
 def test_scores_know_their_model_and_pool(llama: LanguageModel) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import forgetcast
-from forgetcast.errors import ConfigError, DataError
+from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
 from forgetcast.lm.head import LOGITS as CHUNK_LOGITS
 from forgetcast.lm.head import Head
@@ -62,8 +62,8 @@ def score(
     batch_tokens : int, optional
         Tokens in a batch, padding included; at least one example goes into each. Default: what suits the device.
     partial : path, optional
-        File that finished examples are written to as they come. A run that finds it there, from the same model, pool
-        and settings, goes on from it. It is removed at the end.
+        File that finished examples are written to as they come. A run that finds it there goes on from it. It is
+        removed at the end.
     on_progress : callable, optional
         Called with the number of examples that a batch has finished.
 
@@ -79,6 +79,8 @@ def score(
         If `max_length` or `stride` does not fit the model.
     DataError
         If the model gives no example a finite loss.
+    MismatchError
+        If `partial` is of another model, pool or settings.
     """
     tokenizer = language_model.tokenizer
     context = _context(language_model, max_length)
@@ -252,14 +254,25 @@ class _Partial:
 
 
 def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """Sum of losses and reason by example, if the file is there and belongs to the same model, pool and settings."""
+    """Sum of losses and reason by example, if the file is there.
+
+    Raises
+    ------
+    MismatchError
+        If it belongs to another model, pool or settings.
+    """
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:  # the line that an interruption cut short
             break
-    return {id_: (nll, reason) for id_, nll, reason in rows[1:]} if rows[:1] == [metadata] else {}
+    if rows and rows[0] != metadata:
+        raise MismatchError(
+            f"{path} holds unfinished scores of another model, pool, settings or version; finish them with the command "
+            "that began them, or remove it"
+        )
+    return {id_: (nll, reason) for id_, nll, reason in rows[1:]}
 
 
 def _context(language_model: LanguageModel, max_length: int | None) -> int:
