@@ -60,11 +60,12 @@ from forgetcast.verification import Trial, Verification, verify
 from shared import conclude, target
 
 UPSTREAM, SELF_GENERATED, TASK_SIZE, TEST_SIZE, PROBES = 600, 300, 400, 64, 30
-STEPS, PILOT_STEPS = 64, 16
+STEPS, PILOT_STEPS, BATCH = 64, 16, 4
 BY_ATLAS, BY_PILOT, ONLINE, BY_TRUTH, OWN = "atlas-mean", "pilot", "online", "truth", "self-generated"
 ARMS = (
     *STRATEGIES,
-    *(f"{name} {source}" for source in (BY_ATLAS, BY_PILOT, ONLINE) for name in ("forecast", "top")),
+    *(f"top {source}" for source in (BY_ATLAS, BY_PILOT, ONLINE)),
+    f"forecast {BY_ATLAS}",
     f"top {BY_TRUTH}",
     f"random {OWN}",
     f"top {OWN}",
@@ -88,7 +89,7 @@ class Study:
     @property
     def recipe(self) -> Recipe:
         """How all tasks are tuned."""
-        return Recipe(steps=STEPS, batch_size=8, learning_rate=self.learning_rate, max_length=128)
+        return Recipe(steps=STEPS, batch_size=BATCH, learning_rate=self.learning_rate, max_length=128)
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -184,12 +185,12 @@ class Study:
         """Where the runs of a ratio are kept."""
         return self.work / f"runs-{len(self.known)}-{self.learning_rate:g}" / f"{ratio.numerator}-{ratio.denominator}"
 
-    def verify(self, tasks: list[str], ratio: Fraction, names: tuple[str, ...], seeds: int) -> Verification:
+    def verify(self, tasks: list[str], ratio: Fraction, names: tuple[str, ...], seeds: range) -> Verification:
         """Make the runs that are missing."""
         trials = [self.trial(task, ratio, names) for task in tasks]
         return verify(
             Workbench(self.base), trials, self.pool, self.atlas.before, self.recipe,
-            seeds=range(seeds), directory=self.directory(ratio),
+            seeds=seeds, directory=self.directory(ratio),
         )  # fmt: skip
 
 
@@ -217,8 +218,17 @@ def run(
         study.base, study.pool, tasks, study.work / f"lr-{study.learning_rate:g}.atlas", study.recipe, on_progress=told
     )
     leading = tuple(name for name in ("random", *LEADING) if name in names)
-    wanted = [(ratio, names, seeds) if ratio == ratios[0] else (ratio, leading, curve_seeds) for ratio in ratios]
-    jobs = [([task], *what) for what in wanted for task in new]
+    wanted = [
+        (ratio, names, range(seeds)) if ratio == ratios[0] else (ratio, leading, range(curve_seeds)) for ratio in ratios
+    ]
+    # One seed of all after the other, so that a run that is cut short has whole ones.
+    jobs = [
+        ([task], ratio, arms, range(seed, seed + 1))
+        for seed in range(max(seeds, curve_seeds))
+        for ratio, arms, asked in wanted
+        for task in new
+        if seed in asked
+    ]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as workers:
         # A fresh copy of the study: PyTorch would let all processes train the one model that this one has loaded.
         started_jobs = [workers.submit(_work, replace(study), *job) for job in jobs]
