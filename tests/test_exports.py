@@ -89,7 +89,8 @@ def test_drawn_examples_come_in_the_order_of_replay(tmp_path: Path, pool: Pool, 
 def test_a_mixture_is_even(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
     assert export_mixture(plan, pool, task, tmp_path / "mixed", 5) == 15
     mixed = load_from_disk(str(tmp_path / "mixed"))
-    assert mixed.column_names == ["id", "text", "prompt", "completion", "messages", "source", "replayed"]
+    # Texts and prompts, but no conversation: a column of nothing but None would mislead a trainer.
+    assert mixed.column_names == ["id", "text", "prompt", "completion", "source", "replayed"]
     old = [row["id"] for row in mixed if row["replayed"]]
     assert old == list(plan.order(5))
     assert [row["id"] for row in mixed if not row["replayed"]] == list(task.ids)

@@ -276,7 +276,7 @@ def test_an_exported_data_set_keeps_its_completions_when_trl_packs_it(tmp_path: 
     pool = Pool([Example(f"e{i}", prompt=f"Say {i}:", completion=f" yes {i}") for i in range(24)])
     plan = make_plan(pool, "random", 0.5)
     export_mixture(plan, pool, TASK, tmp_path / "data", count=6)
-    data = datasets.load_from_disk(tmp_path / "data").remove_columns(["text", "messages"])
+    data = datasets.load_from_disk(tmp_path / "data")
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=4, max_length=64)
     sft = sft_trainer(base, mixture, tmp_path, data=data, packing=True, max_length=64, dataset_kwargs=None)
     assert len(sft.train_dataset) < len(data) == 18

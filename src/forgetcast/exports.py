@@ -77,8 +77,8 @@ def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int |
 def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, count: int) -> int:
     """Save the new and the replayed examples, evenly interleaved, as a Hugging Face data set.
 
-    Its columns are id, text, prompt, completion, messages (role and content), source, and `replayed`. Read it with
-    `datasets.load_from_disk`.
+    Its columns are id, text, prompt, completion, messages (role and content), source, and `replayed`; those that no
+    example has are left out, because trainers go by the columns that are there. Read it with `datasets.load_from_disk`.
 
     Returns
     -------
@@ -101,7 +101,9 @@ def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Pa
     types = {name: Value("string") for name in FIELDS}
     features = Features({**types, "messages": [{"role": Value("string"), "content": Value("string")}]})
     features["replayed"] = Value("bool")
-    Dataset.from_dict(columns, features=features).save_to_disk(str(_new_directory(directory)))
+    used = [name for name, values in columns.items() if any(value is not None for value in values)]
+    data = Dataset.from_dict(columns, features=features).select_columns(used)
+    data.save_to_disk(str(_new_directory(directory)))
     return len(order)
 
 

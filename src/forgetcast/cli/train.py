@@ -239,7 +239,7 @@ def sequence_(
         typer.Option(help=f"Replay to compare, default top; may be repeated: {', '.join(usable_strategies())}."),
     ] = None,
     ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
-    orders: Annotated[int, typer.Option(help="Random orders of the tasks, the same for every arm.")] = 2,
+    orders: Annotated[int, typer.Option(help="Random orders of the tasks, for every arm; to show a difference takes about six.")] = 2,
     recipe: RecipeName = None,
     probes_: Annotated[int, typer.Option("--probes", help="Examples measured before each task but the first.")] = 30,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.5,
