@@ -148,7 +148,10 @@ def measure(name: str, way: str) -> dict[str, float]:
     pool = texts(MODELS[name], model.context)
     tokens = sum(len(model.tokenizer(e.text, truncation=True, max_length=model.context)["input_ids"]) for e in pool)
     one_by_one = partial(harness, most=1)
-    call = {"ours": ours, "loop": loop, "harness": harness, "harness-default": one_by_one, "packed": packed}[way]
+    ways: dict[str, Callable[[LanguageModel, Pool], float]] = {
+        "ours": ours, "loop": loop, "harness": harness, "harness-default": one_by_one, "packed": packed
+    }  # fmt: skip
+    call = ways[way]
     _ = model.weights_hash  # part of loading, and kept
     calls = [call] if way in ("ours", "loop") else [call, ours]
     for once in calls:

@@ -375,6 +375,9 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: Run) -> None:
     tuned = Workbench(tiny()).tune(TASK, Recipe.load(recipe), plan=loaded, pool=POOL, chooser=chooser)
     found = score(load(tmp_path / "tuned"), POOL).nll
     np.testing.assert_allclose(found, score(tuned.language_model, POOL).nll, rtol=1e-5)
+    # More than there is.
+    code, _, err = run(*words[:3], "--plan", plan("random", "--ratio", "4"), *words[5:], "-o", tmp_path / "many")
+    assert (code, "64 examples are to be replayed and the plan has 32" in err) == (0, True)
     # Most interfered.
     mir = plan("mir")
     words[4] = mir

@@ -20,6 +20,7 @@ def main() -> None:
     """Run the command line; errors raised on purpose become one line and exit code 2."""
     # Between PEFT and Transformers; nothing that a user of the command could act on.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+    warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False, soft_wrap=True)
     try:
         app()
     except ForgetcastError as error:

@@ -22,6 +22,7 @@ from forgetcast.cli.app import (
     TrustCode,
     alone,
     app,
+    err,
     fractions,
     is_first,
     print_all,
@@ -74,6 +75,7 @@ def train_(
     upstream = Pool.load(pool) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
+        _say_if_exhausted(replay, settings)
     opened, chooser = Atlas.open(atlas) if atlas is not None else None, None
     if online is not None or (replay is not None and replay.strategy == "mir"):
         if replay is None or opened is None:
@@ -108,6 +110,17 @@ def train_(
         "output": str(output),
     }
     show(facts, as_json, title="Fine-tuned")
+
+
+def _say_if_exhausted(plan: ReplayPlan, recipe: Recipe) -> None:
+    """Warn where a fine-tune replays more than the plan has, so that examples come again."""
+    usable, wanted = int((plan.weights > 0).sum()), round(recipe.steps * plan.ratio) * recipe.batch_size
+    if 0 < usable < wanted and is_first():
+        err.print(
+            f"warning: {wanted} examples are to be replayed and the plan has {usable}, so that some come again; "
+            f"a ratio of {usable / (recipe.steps * recipe.batch_size):.2g} or a larger pool avoids it",
+            soft_wrap=True,
+        )
 
 
 def _chooser(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Chooser:
@@ -239,7 +252,9 @@ def sequence_(
         typer.Option(help=f"Replay to compare, default top; may be repeated: {', '.join(usable_strategies())}."),
     ] = None,
     ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
-    orders: Annotated[int, typer.Option(help="Random orders of the tasks, for every arm; to show a difference takes about six.")] = 2,
+    orders: Annotated[
+        int, typer.Option(help="Random orders of the tasks, for every arm; to show a difference takes about six.")
+    ] = 2,
     recipe: RecipeName = None,
     probes_: Annotated[int, typer.Option("--probes", help="Examples measured before each task but the first.")] = 30,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.5,
