@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
-from forgetcast.advice import Advice
+from forgetcast.advice import METRICS, Advice
 from forgetcast.diff import Difference
 from forgetcast.evaluation import BenchRow
 from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
@@ -205,7 +205,7 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
 def advice_tables(advice: Advice) -> Iterator[RenderableType]:
     """Forgetting that is expected to be left by ratio and strategy, and what that allows to be said."""
     strategies = list(dict.fromkeys(strategy for strategy, _ in advice.left))
-    columns = [(strategy, metric) for strategy in strategies for metric in ("mean", "worst_tenth")]
+    columns = [(strategy, metric) for strategy in strategies for metric in METRICS]
     table = Table("ratio", *(f"{escape(strategy)}, {METRIC_NAMES[metric]}" for strategy, metric in columns))
     table.title = "Share of the forgetting that is left (90 % interval of a run)"
     for ratio in dict.fromkeys(ratio for _, ratio in advice.left):

@@ -71,13 +71,14 @@ def plan_(
     """
     if strategy not in STRATEGIES:
         raise ConfigError(f"unknown replay strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    if ratio is not None and target_retention is not None:
+        raise ConfigError("give --ratio or --target-retention, not both")
+    opened = Atlas.open(atlas)
     advice = None
     if advise or target_retention is not None:
         named = task.stem if task is not None else None
-        advice = advice_on(Atlas.open(atlas), strategy, target=target_retention, task=named)
+        advice = advice_on(opened, strategy, target=target_retention, task=named)
         if target_retention is not None:
-            if ratio is not None:
-                raise ConfigError("give --ratio or --target-retention, not both")
             ratio = _enough(advice)
     if output is None:
         if advice is None:
@@ -90,7 +91,6 @@ def plan_(
     by_gradient = "gradients" in needs
     if (model is not None) != by_gradient or (task is None if by_gradient else task is not None and advice is None):
         raise ConfigError("the strategy 'gradient', and only it, needs --model and --task; advice may have a --task")
-    opened = Atlas.open(atlas)
     pool = opened.pool
     given = TaskForecast.load(forecast) if forecast is not None else None
     fitted = None
