@@ -95,7 +95,8 @@ def test_training_is_that_of_one_process(folder: Path, run: Run) -> None:
 def test_what_is_not_shared_is_refused(folder: Path) -> None:
     done = launch("verify", folder / "model", folder / "task.jsonl", "--atlas", "a", "--plan", "p", "-o", folder / "v")
     assert done.returncode != 0
-    assert done.stderr.count("`verify` is one process's work") == 2
+    # Once or twice: the launcher ends the second process as soon as the first has failed.
+    assert "`verify` is one process's work" in done.stderr
 
 
 def test_layers_may_be_spread_over_devices(folder: Path, run: Run) -> None:
