@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class Study:
     work: Path
     known: tuple[str, ...]
     learning_rate: float
+    replayable: int | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -127,6 +129,8 @@ class Study:
         own = self.pool.ids[len(upstream) :]
         held_out = self.pool.subset(upstream).hold_out(0.5)
         usable = np.setdiff1d(self.pool.positions(upstream), self.pool.positions(held_out))
+        if self.replayable is not None:
+            usable = np.sort(np.random.default_rng(0).choice(usable, self.replayable, replace=False))
         truth = self.atlas.matrix([task]).values[0]
         plans: dict[str, ReplayPlan] = {}
         choosers: dict[str, Chooser] = {}
@@ -183,7 +187,8 @@ class Study:
 
     def directory(self, ratio: Fraction) -> Path:
         """Where the runs of a ratio are kept."""
-        return self.work / f"runs-{len(self.known)}-{self.learning_rate:g}" / f"{ratio.numerator}-{ratio.denominator}"
+        regime = f"{len(self.known)}-{self.learning_rate:g}" + (f"-{self.replayable}" if self.replayable else "")
+        return self.work / f"runs-{regime}" / f"{ratio.numerator}-{ratio.denominator}"
 
     def verify(self, tasks: list[str], ratio: Fraction, names: tuple[str, ...], seeds: range) -> Verification:
         """Make the runs that are missing."""
@@ -337,6 +342,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="1/8,1/64,1/32,1/16,1/4", help="replayed examples per new one")
     parser.add_argument("--strategies", help="some of them, with none, random and the ceiling always; default: all")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--replayable", type=int, help="upstream examples that may be replayed; default: 300")
     parser.add_argument("--work", type=Path, default=Path("benchmark-replay"), help="folder for what is finished")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
@@ -351,10 +357,12 @@ def main() -> None:
     new, known = [*NEW_TASKS, *reversed(KNOWN_TASKS)][: options.tasks], KNOWN_TASKS[: options.known]
     if both := set(new) & set(known):
         raise SystemExit(f"{len(both)} tasks would be known and new; there are {len(NEW_TASKS + KNOWN_TASKS)} in all")
-    study = Study(options.work, tuple(known), options.learning_rate)
+    study = Study(options.work, tuple(known), options.learning_rate, options.replayable)
     ratios = [Fraction(text) for text in options.ratios.split(",")]
     results = run(study, new, ratios, names, options.seeds, options.curve_seeds)
-    console, rows = Console(), [row for result in results for row in rows_of(result)]
+    # A log has no width, and a table that is cut there would lose its figures.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    rows = [row for result in results for row in rows_of(result)]
     table = Table("ratio", "strategy", "mean", "to random", "worst tenth", "to random", "new-task loss", "replayed")
     table.title = f"Forgetting of {results[0].judged} never-replayed examples, nats per token (95 % interval)"
     for r in rows:

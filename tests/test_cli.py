@@ -120,7 +120,7 @@ def test_the_whole_path(work: Path, run: Run) -> None:
     )  # fmt: skip
     assert code == 0
     plan = ReplayPlan.load(work / "plan.parquet")
-    assert (plan.strategy, plan.ratio) == ("forecast", 0.7)
+    assert (plan.strategy, plan.ratio) == ("top", 0.7)
     assert not set(plan.held_out_ids) & set(probed.ids)
     assert 0 < len(plan.held_out_ids) <= 6
 
@@ -138,7 +138,7 @@ def test_the_whole_path(work: Path, run: Run) -> None:
     )  # fmt: skip
     assert code == 0
     verification = json.loads(out)
-    assert set(verification["arms"]) == {"none", "random", "forecast"}
+    assert set(verification["arms"]) == {"none", "random", "top"}
     assert json.loads((work / "verification.json").read_text()) == verification
 
     code, out, _ = run(
@@ -274,6 +274,25 @@ def test_other_bad_input(work: Path, atlas: Path, run: Run, tmp_path: Path) -> N
     assert run("plan", atlas, "--strategy", "random", "-o", tmp_path / "plan.parquet")[0] == 0
     words = ("--plan", tmp_path / "plan.parquet", "--pool", tmp_path / "other.jsonl", "-o", tmp_path / "t")
     assert "another pool" in refused("train", work / "model", work / "rhyming.parquet", *words)
+    # More than there is to replay: refused before anything is loaded or trained, unless it may come again.
+    recipe = ("--recipe", work / "recipe.yaml")  # 3 steps of 2
+    pool = ("--pool", work / "pool.jsonl")
+    for repeat in ((), ("--repeat",)):
+        words = ("plan", atlas, "--strategy", "random", "--hold-out", 0.9, "--ratio", 2, *repeat)
+        assert run(*words, "-o", tmp_path / "plan.parquet")[0] == 0
+        words = ("--plan", tmp_path / "plan.parquet", *recipe, *pool, "-o", tmp_path / f"t{len(repeat)}", "--json")
+        if not repeat:
+            assert "12 examples are to be replayed, and the plan has 3" in refused(
+                "train", "no model", work / "rhyming.parquet", *words
+            )
+            words = ("--atlas", atlas, "--plan", tmp_path / "plan.parquet", *recipe, "-o", tmp_path / "v.json")
+            assert "the plan has 3" in refused("verify", work / "model", work / "rhyming.parquet", *words)
+            words = ("--atlas", atlas, "--hold-out", 0.9, "--ratios", "2,1", *recipe)
+            assert "the plan has 3" in refused("pilot", work / "model", work / "rhyming.parquet", *words)
+            assert not list(tmp_path.glob("v*"))
+        else:
+            code, out, _ = run("train", work / "model", work / "rhyming.parquet", *words)
+            assert (code, json.loads(out)["replayed"]) == (0, 12)
     (tmp_path / "bad.json").write_text("{")
     assert "is not JSON" in refused("report", atlas, "--verification", tmp_path / "bad.json", "-o", tmp_path / "r.html")
     assert not (tmp_path / "t").exists()

@@ -81,7 +81,7 @@ class TestContract:
         np.testing.assert_allclose(shifted.mean, plain.mean + shift, rtol=1e-3, atol=1e-3)
 
     @every_method
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(data=st.data())
     def test_nan_anywhere(self, method: type[Completion], data: st.DataObject) -> None:
         truth = planted(8, 20, 1, 0.1).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def test_weighted_examples(tmp_path: Path, pool: Pool, plan: ReplayPlan, suffix:
 
 
 def test_drawn_examples_come_in_the_order_of_replay(tmp_path: Path, pool: Pool, plan: ReplayPlan) -> None:
-    assert export_weighted(plan, pool, tmp_path / "replay.jsonl", 25) == 25
+    with pytest.raises(ConfigError, match="25 examples are to be replayed, and the plan has 17"):
+        export_weighted(plan, pool, tmp_path / "replay.jsonl", 25)
+    assert export_weighted(replace(plan, repeat=True), pool, tmp_path / "replay.jsonl", 25) == 25
     assert [row["id"] for row in lines(tmp_path / "replay.jsonl")] == list(plan.order(25))
     export_weighted(make_plan(pool, "random", 0.5), pool, tmp_path / "random.jsonl")
     assert "rank" not in lines(tmp_path / "random.jsonl")[0]

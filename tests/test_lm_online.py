@@ -180,7 +180,7 @@ def test_what_the_plan_leaves_out_is_not_chosen_in_training(atlas: Atlas, strate
 
 
 def test_an_exhausted_pool_is_replayed_evenly(atlas: Atlas) -> None:
-    plan = plan_for(atlas, ratio=2.0)  # 48 of 20
+    plan = replace(plan_for(atlas, ratio=2.0), repeat=True)  # 48 of 20
     tuned = Workbench(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, chooser=Online.of(atlas, plan, k=6))
     counts = [tuned.replayed.count(id_) for id_ in set(POOL.ids) - set(HELD_OUT)]
     assert (min(counts), max(counts), sum(counts)) == (2, 3, 48)
@@ -377,7 +377,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: Run) -> None:
     np.testing.assert_allclose(found, score(tuned.language_model, POOL).nll, rtol=1e-5)
     # More than there is.
     code, _, err = run(*words[:3], "--plan", plan("random", "--ratio", "4"), *words[5:], "-o", tmp_path / "many")
-    assert (code, "64 examples are to be replayed and the plan has 32" in err) == (0, True)
+    assert (code, "64 examples are to be replayed, and the plan has 32" in err) == (2, True)
     # Most interfered.
     mir = plan("mir")
     words[4] = mir

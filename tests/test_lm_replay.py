@@ -45,7 +45,7 @@ def test_the_examples_train_as_the_command_does(
     base, pool = tiny(), make_pool(24)
     base.model.save_pretrained(tmp_path / "model")
     base.tokenizer.save_pretrained(tmp_path / "model")
-    plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], seed=3)
+    plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
     TASK.save(tmp_path / "task.jsonl")
     pool.save(tmp_path / "pool.jsonl")
     plan.save(tmp_path / "plan.parquet")
@@ -113,7 +113,8 @@ def test_what_is_held_out_never_reaches_a_batch(
 ) -> None:
     base, pool = tiny(), make_pool(24)
     forecast = np.where(np.isin(np.arange(24), list(held)), 9.0, np.arange(24) / 24)  # what tempts a strategy most
-    plan = make_plan(pool, strategy, ratio, held_out=[pool.ids[i] for i in held], forecast=forecast, seed=seed)
+    held_out = [pool.ids[i] for i in held]
+    plan = make_plan(pool, strategy, ratio, held_out=held_out, forecast=forecast, repeat=True, seed=seed)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=2, max_length=96, plan=plan, pool=pool)
     seen: list[tuple[int, ...]] = []
 

@@ -92,7 +92,7 @@ def test_a_saved_model_scores_as_the_one_in_memory(tmp_path: Path, method: str) 
 
 def test_replay_comes_on_top_in_whole_batches_that_are_never_held_out() -> None:
     pool, base = make_pool(24), tiny()
-    plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], seed=3)
+    plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=8, batch_size=4, max_length=64, plan=plan, pool=pool)
     alone = ReplayMixture(TASK, base.tokenizer, steps=8, batch_size=4, max_length=64)
     assert len(mixture) == 48
@@ -138,7 +138,7 @@ def test_padding_is_more_of_the_task() -> None:
 def test_replay_keeps_what_it_replays() -> None:
     """Examples that are replayed are forgotten less than without replay; else the mixture is not trained on."""
     pool = make_pool(16)
-    plan = make_plan(pool, "random", 1.0)
+    plan = make_plan(pool, "random", 1.0, repeat=True)
     workbench = Workbench(tiny())
     without = score(workbench.tune(TASK, RECIPE).language_model, pool).nll.mean()
     with_replay = score(workbench.tune(TASK, RECIPE, plan=plan, pool=pool).language_model, pool).nll.mean()
@@ -151,6 +151,8 @@ def test_replay_that_cannot_be() -> None:
     sizes = {"steps": 8, "batch_size": 4, "max_length": 64}
     with pytest.raises(ConfigError, match=r"replays no batch; use at least 0\.125"):
         ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan, pool=pool)
+    with pytest.raises(ConfigError, match="28 examples are to be replayed, and the plan has 24"):
+        ReplayMixture(TASK, base.tokenizer, **sizes, plan=make_plan(pool, "random", 0.9), pool=pool)
     with pytest.raises(ConfigError, match="needs the pool"):
         ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan)
     with pytest.raises(MismatchError, match="another pool"):

@@ -82,6 +82,22 @@ def test_drawing_is_without_replacement_until_all_are_used(pool: Pool) -> None:
     assert replace(plan, seed=6).order(20) != drawn[:20]
 
 
+@pytest.mark.parametrize("strategy", ["random", "top", "stratified"])
+def test_a_plan_repeats_only_if_it_may(pool: Pool, tmp_path: Path, strategy: str) -> None:
+    plan = make_plan(pool, strategy, 0.25, held_out=pool.ids[:4], forecast=np.arange(24.0))
+    assert plan.count(40, 2) == 20
+    with pytest.raises(ConfigError, match=r"22 examples are to be replayed, and the plan has 20: .* at most 0\.23 "):
+        plan.count(44, 2)
+    with pytest.raises(ConfigError, match="replays no batch"):
+        plan.count(1, 2)
+    free = replace(plan, repeat=True)
+    free.save(tmp_path / "plan.parquet")
+    assert ReplayPlan.load(tmp_path / "plan.parquet").count(400, 2) == 200
+    assert free.fingerprint == plan.fingerprint
+    assert make_plan(pool, "none", 0.0).count(44, 2) == 0
+    assert make_plan(pool, "padding", 2.0).count(44, 2) == 176  # pads with new examples, of which there are enough
+
+
 def test_a_plan_survives_its_file(tmp_path: Path, pool: Pool) -> None:
     plan = make_plan(pool, "forecast", 0.125, held_out=pool.ids[3:9], forecast=np.arange(24.0), seed=7)
     plan.save(tmp_path / "plan.parquet")

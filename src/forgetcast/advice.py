@@ -24,8 +24,8 @@ STRENGTH = (np.log(0.6), 0.8)
 """Mean and standard deviation beforehand of the logarithm of the strength: at the reference ratio exp(-strength) of the
 forgetting is left, 55 % at the mean, and between 6 % and 88 % in 19 of 20 cases."""
 
-BEND = (np.log(30.0), 1.75)
-"""The same of log B: between 1 (nearly a straight line) and 900 (a share of 1 % does nearly all that can be done)."""
+BEND = (np.log(300.0), 2.0)
+"""The same of log B: from 6 (nearly a straight line) to 15,000; at 300, a share of 1 % does half of what 11 % does."""
 
 EFFICIENCY = 0.35
 """Standard deviation beforehand of the logarithm of a strategy's efficiency: within a factor of 2 in 19 of 20 cases."""
@@ -33,7 +33,7 @@ EFFICIENCY = 0.35
 NOISE = np.geomspace(0.01, 0.4, 8)
 """Standard deviations of one run's share of forgetting left that are averaged over; NOISE_BEFORE is log-normal."""
 
-NOISE_BEFORE = (np.log(0.06), 0.8)
+NOISE_BEFORE = (np.log(0.03), 0.8)
 
 SPREAD = np.geomspace(0.05, 0.8, 5)
 """Standard deviations of log strength between tasks that are averaged over; SPREAD_BEFORE is log-normal."""

@@ -404,6 +404,11 @@ class Atlas:
         rows = pads.dataset(self.path / "pool.parquet").to_table(filter=pc.field("id").isin(pa.array(ids, pa.string())))
         return Pool(read_example(row) for row in rows.to_pylist()).subset(ids)
 
+    def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
+        """Ids to keep aside, as `Pool.hold_out`; none that the base model could not score: it cannot be judged on."""
+        unscored = (self.pool.ids[i] for i in np.flatnonzero(np.isnan(self.nll_before)).tolist())
+        return self.pool.hold_out(share, seed=seed, exclude=[*exclude, *unscored])
+
     def matrix(self, tasks: Iterable[str] | None = None, *, measure: Measure = "loss") -> ForgettingMatrix:
         """Read rows into memory: all of them, or those of `tasks`.
 

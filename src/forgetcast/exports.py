@@ -28,13 +28,14 @@ def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
     MismatchError
         If the plan is of another pool.
     ConfigError
-        If there would be none, or the plan chooses during training.
+        If there would be none, or more than the plan may, or the plan chooses during training.
     """
     plan.check_pool(pool)
     if plan.strategy == "mir":
         raise ConfigError("the strategy 'mir' chooses during training, which only forgetcast's callback can")
     if count < 1:
         raise ConfigError(f"with the ratio {plan.ratio:g}, no example would be replayed; ask for at least one")
+    plan.check_count(count)
     return [pool[i] for i in pool.positions(plan.order(count)).tolist()]
 
 

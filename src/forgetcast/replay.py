@@ -48,6 +48,8 @@ class ReplayPlan:
         Share of the replayed examples that follow the rank; the others, in turn with them, are drawn by weight.
     strata : sequence of str, length N, optional
         Label of each example; whatever number is replayed has each label in its share of what may be.
+    repeat : bool
+        Whether a fine-tune may replay examples again once all were: see `count`.
 
     Raises
     ------
@@ -65,6 +67,7 @@ class ReplayPlan:
     rank: np.ndarray | None = None
     ranked_share: float = 1.0
     strata: Sequence[str] | None = None
+    repeat: bool = False
 
     def __post_init__(self) -> None:
         """Bring the arrays to their types and check them."""
@@ -125,6 +128,28 @@ class ReplayPlan:
         """Raise MismatchError if the plan was made for a pool with another fingerprint."""
         check_fingerprint("the replay plan", self.pool_fingerprint, pool)
 
+    def count(self, steps: int, batch_size: int) -> int:
+        """Examples that are replayed beside so many batches of new ones.
+
+        Raises
+        ------
+        ConfigError
+            If there would be none, or more than the plan has and it is not to repeat any.
+        """
+        wanted = replay_steps(steps, self.ratio) * batch_size if self.ratio else 0
+        self.check_count(wanted)
+        return wanted
+
+    def check_count(self, wanted: int) -> None:
+        """Raise ConfigError if so many examples are more than the plan has and it is not to repeat any."""
+        usable = int((self.weights > 0).sum())
+        if wanted > usable > 0 and not self.repeat:
+            raise ConfigError(
+                f"{wanted} examples are to be replayed, and the plan has {usable}: take a ratio of at most "
+                f"{self.ratio * usable / wanted:.2g} or a larger pool, or let examples come again (--repeat where the "
+                "plan is made)"
+            )
+
     def order(self, count: int, *, besides: Iterable[str] = ()) -> tuple[str, ...]:
         """Ids to replay, in order: by rank or drawn by weight, without replacement until all are used, then anew.
 
@@ -167,6 +192,8 @@ class ReplayPlan:
         if self.rank is not None:
             columns["rank"] = pa.array(self.rank, pa.int64(), mask=self.rank < 0)
             metadata["ranked_share"] = self.ranked_share
+        if self.repeat:
+            metadata["repeat"] = True
         if self.strata is not None:
             columns["stratum"] = pa.array(self.strata, pa.string())
         write_table(pa.table(columns), Path(path), metadata)
@@ -188,6 +215,7 @@ class ReplayPlan:
                 rank=table.column("rank").fill_null(-1).to_numpy() if "rank" in names else None,
                 ranked_share=metadata.get("ranked_share", 1.0),
                 strata=table.column("stratum").to_pylist() if "stratum" in names else None,
+                repeat=metadata.get("repeat", False),
             )
         except KeyError as error:
             raise DataError(f"{path} is not a replay plan: its metadata lacks {error}") from None
@@ -208,6 +236,7 @@ def make_plan(
     gradients: Any = None,
     loadings: Any = None,
     temperature: float | None = None,
+    repeat: bool = False,
     seed: int = 0,
 ) -> ReplayPlan:
     """Make a replay plan.
@@ -236,6 +265,8 @@ def make_plan(
     temperature : float, optional
         In the unit of what the softmax is of. Default: the one at which the effective sample size is EFFECTIVE_SHARE of
         the usable examples.
+    repeat : bool
+        Whether a fine-tune that is to replay more than there is may replay examples again.
     seed : int
 
     Raises
@@ -273,6 +304,7 @@ def make_plan(
         rank=rank,
         ranked_share=selection.ranked_share,
         strata=pool.sources if strategy == "stratified" else None,
+        repeat=repeat,
     )
 
 

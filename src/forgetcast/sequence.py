@@ -59,6 +59,8 @@ class SequenceSettings:
         Examples measured before every task but the first, to forecast the others.
     hold_out : float
         Share of the pool that is never replayed, and is judged on after every task.
+    repeat : bool
+        Whether one task may replay an example more than once.
     seed : int
         Of the orders and of the hold-out.
 
@@ -73,6 +75,7 @@ class SequenceSettings:
     orders: int = 2
     probes: int = 30
     hold_out: float = 0.5
+    repeat: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -199,11 +202,10 @@ class _Course:
     @cached_property
     def judged(self) -> Pool:
         """Upstream examples that are never replayed."""
-        pool, before = self.atlas.pool, self.atlas.nll_before
-        unscored = [id_ for id_, nll in zip(pool.ids, before, strict=True) if np.isnan(nll)]
-        held_out = pool.hold_out(self.settings.hold_out, seed=self.settings.seed, exclude=unscored)
+        share, pool = self.settings.hold_out, self.atlas.pool
+        held_out = self.atlas.hold_out(share, seed=self.settings.seed)
         if not held_out:
-            raise ConfigError(f"holding out {self.settings.hold_out:g} of {len(pool)} examples leaves none to judge on")
+            raise ConfigError(f"holding out {share:g} of {len(pool)} examples leaves none to judge on")
         return pool.subset(held_out)
 
     @cached_property
@@ -226,9 +228,8 @@ class _Course:
     def check(self) -> None:
         """Make the first plan of every arm, so that what cannot be planned is an error before anything is trained."""
         check_base(self.atlas, self.workbench.base)
-        replay_steps(self.recipe.steps, self.settings.ratio)
         for arm in self.settings.arms:
-            self.plan(_Chain(0, arm, ()), None, ())
+            self.plan(_Chain(0, arm, ()), None, ()).count(self.recipe.steps, self.recipe.batch_size)
 
     def file(self, chain: _Chain, stage: int, kind: str) -> Path:
         """Where a stage's scores (.parquet) or the weights after it (.safetensors) are."""
@@ -326,6 +327,7 @@ class _Course:
             forecast=self._forecast(weights, replayed) if "forecast" in needs else None,
             losses=self.atlas.nll_before,
             loadings=self.loadings if "loadings" in needs else None,
+            repeat=self.settings.repeat,
             seed=chain.order,
         )
 

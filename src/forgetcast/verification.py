@@ -301,12 +301,20 @@ def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
     held_out, ratio = plans[0].held_out_ids, max(plan.ratio for plan in plans)
     arms = {"none": make_plan(pool, "none", 0.0, held_out=held_out)}
     if ratio:
-        arms["random"] = make_plan(pool, "random", ratio, held_out=held_out)
+        repeat = any(plan.repeat for plan in plans)
+        arms["random"] = make_plan(pool, "random", ratio, held_out=held_out, repeat=repeat)
     return arms | {name: plan for name, plan in by_name.items() if name not in arms}
 
 
 def pilot_trial(
-    atlas: Atlas, name: str, examples: Pool, *, strategies: Sequence[str], ratios: Sequence[float], hold_out: float
+    atlas: Atlas,
+    name: str,
+    examples: Pool,
+    *,
+    strategies: Sequence[str],
+    ratios: Sequence[float],
+    hold_out: float,
+    repeat: bool = False,
 ) -> Trial:
     """No replay, and random replay and each strategy at each ratio, by what the atlas knows before a new task.
 
@@ -322,6 +330,8 @@ def pilot_trial(
     ratios : sequence of float
     hold_out : float
         Share of the pool that is judged on and never replayed.
+    repeat : bool
+        As in `make_plan`.
 
     Raises
     ------
@@ -337,12 +347,13 @@ def pilot_trial(
     if any("forecast" in STRATEGIES[strategy].needs for strategy in wanted):
         model = Bayesian().fit(atlas.matrix())
         known |= {"forecast": model.predict([], []).mean, "loadings": correlation_loadings(model)}
-    unscored = [id_ for id_, nll in zip(pool.ids, atlas.nll_before, strict=True) if np.isnan(nll)]
-    held_out = pool.hold_out(hold_out, exclude=unscored)
+    held_out = atlas.hold_out(hold_out)
     plans = {"none": make_plan(pool, "none", 0.0, held_out=held_out)}
     for strategy in wanted:
         for ratio in ratios:
-            plans[f"{strategy} {ratio:.4g}"] = make_plan(pool, strategy, ratio, held_out=held_out, **known)
+            plans[f"{strategy} {ratio:.4g}"] = make_plan(
+                pool, strategy, ratio, held_out=held_out, repeat=repeat, **known
+            )
     train, test = train_and_test(examples, TEST_SHARE)
     return Trial(name, train, test, plans)
 
@@ -379,6 +390,8 @@ def verify(
     ------
     MismatchError
         If a plan is of another pool, or a run in `directory` was made with other settings.
+    ConfigError
+        If the plans of a trial hold out other examples, or one cannot be replayed by this recipe: `ReplayPlan.count`.
     """
     seeds = tuple(seeds)
     judged = {trial.name: _judged(trial, pool) for trial in trials}
@@ -389,8 +402,8 @@ def verify(
     answers = {"answers": {"max_new_tokens": before.metadata.get("max_new_tokens", 32)}} if asked else {}
 
     def units(trial: Trial, arm: str) -> int:
-        steps = recipe.steps + round(recipe.steps * trial.plans[arm].ratio)
-        return steps * recipe.batch_size * TRAINING_UNITS + (1 + asked) * len(judged[trial.name]) + len(trial.test)
+        trained = recipe.steps * recipe.batch_size + trial.plans[arm].count(recipe.steps, recipe.batch_size)
+        return trained * TRAINING_UNITS + (1 + asked) * len(judged[trial.name]) + len(trial.test)
 
     missing = [(t, arm, seed) for t, arm, seed in todo if not files[t.name, arm, seed].exists()]
     meter = Meter(sum(units(trial, arm) for trial, arm, _ in missing), on_progress)

@@ -51,6 +51,7 @@ OnlineAt = Annotated[
     typer.Option(help="Forecast anew from probes of the model in training after these shares of the steps: 0.25,0.5."),
 ]
 NumberOfProbes = Annotated[int, typer.Option("--probes", min=1, help="How many, with --online.")]
+Repeat = Annotated[bool, typer.Option("--repeat", help="Let a long fine-tune replay examples again once all were.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 
 

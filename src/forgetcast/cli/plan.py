@@ -12,7 +12,7 @@ import typer
 from forgetcast import completion
 from forgetcast.advice import MOST, Advice, advice_on
 from forgetcast.atlas import Atlas
-from forgetcast.cli.app import AsJson, AtlasPath, app, print_all, print_json, show
+from forgetcast.cli.app import AsJson, AtlasPath, Repeat, app, print_all, print_json, show
 from forgetcast.collect import check_base
 from forgetcast.coverage import correlation_loadings
 from forgetcast.errors import ConfigError
@@ -30,7 +30,7 @@ _STRATEGY_HELP = "What to replay. " + " ".join(f"**{name}**: {kind.text}." for n
 def plan_(
     atlas: AtlasPath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")] = None,
-    strategy: Annotated[str, typer.Option(help=_STRATEGY_HELP)] = "forecast",
+    strategy: Annotated[str, typer.Option(help=_STRATEGY_HELP)] = "top",
     ratio: Annotated[float | None, typer.Option(help="Replayed examples per new one; default: 0.125.")] = None,
     target_retention: Annotated[
         float | None,
@@ -58,6 +58,7 @@ def plan_(
         float | None,
         typer.Option(help="Of the softmax, in nats (ranked: in standard deviations); default: spread over a quarter."),
     ] = None,
+    repeat: Repeat = False,
     seed: Annotated[int, typer.Option(help="Of the hold-out and of the order.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -102,13 +103,11 @@ def plan_(
         mean = given.mean[_order(given.ids, pool)]
     elif fitted is not None:
         mean = fitted.predict([], []).mean
-    unscored = [id_ for id_, nll in zip(pool.ids, opened.nll_before, strict=True) if np.isnan(nll)]
-    excluded = {*(given.probes if given is not None else ()), *unscored}
     plan = make_plan(
         pool,
         strategy,
         0.0 if strategy == "none" else 0.125 if ratio is None else ratio,
-        held_out=pool.hold_out(hold_out, seed=seed, exclude=excluded),
+        held_out=opened.hold_out(hold_out, seed=seed, exclude=given.probes if given is not None else ()),
         among=_of_sources(pool, source) if source else None,
         forecast=mean,
         truth=_measured(opened, Scores.load(truth)) if truth is not None else None,
@@ -116,6 +115,7 @@ def plan_(
         gradients=_gradients(opened, model, task) if model is not None and task is not None else None,
         loadings=correlation_loadings(fitted) if fitted is not None and "loadings" in needs else None,
         temperature=temperature,
+        repeat=repeat,
         seed=seed,
     )
     plan.save(output)

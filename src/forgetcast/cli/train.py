@@ -19,10 +19,10 @@ from forgetcast.cli.app import (
     NumberOfProbes,
     OnlineAt,
     RecipeName,
+    Repeat,
     TrustCode,
     alone,
     app,
-    err,
     fractions,
     is_first,
     print_all,
@@ -75,7 +75,7 @@ def train_(
     upstream = Pool.load(pool) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
-        _say_if_exhausted(replay, settings)
+        replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
     opened, chooser = Atlas.open(atlas) if atlas is not None else None, None
     if online is not None or (replay is not None and replay.strategy == "mir"):
         if replay is None or opened is None:
@@ -110,17 +110,6 @@ def train_(
         "output": str(output),
     }
     show(facts, as_json, title="Fine-tuned")
-
-
-def _say_if_exhausted(plan: ReplayPlan, recipe: Recipe) -> None:
-    """Warn where a fine-tune replays more than the plan has, so that examples come again."""
-    usable, wanted = int((plan.weights > 0).sum()), round(recipe.steps * plan.ratio) * recipe.batch_size
-    if 0 < usable < wanted and is_first():
-        err.print(
-            f"warning: {wanted} examples are to be replayed and the plan has {usable}, so that some come again; "
-            f"a ratio of {usable / (recipe.steps * recipe.batch_size):.2g} or a larger pool avoids it",
-            soft_wrap=True,
-        )
 
 
 def _chooser(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Chooser:
@@ -204,6 +193,7 @@ def pilot_(
     recipe: RecipeName = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes of each kind.")] = 1,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
+    repeat: Repeat = False,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -219,7 +209,9 @@ def pilot_(
     settings = recipe_of(recipe, opened)
     if steps is not None:
         settings = settings.model_copy(update={"steps": steps})
-    trial = pilot_trial(opened, task.stem, examples, strategies=strategy or (), ratios=shares, hold_out=hold_out)
+    trial = pilot_trial(
+        opened, task.stem, examples, strategies=strategy or (), ratios=shares, hold_out=hold_out, repeat=repeat
+    )
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     check_base(opened, base)
     with progress() as report:
@@ -258,6 +250,7 @@ def sequence_(
     recipe: RecipeName = None,
     probes_: Annotated[int, typer.Option("--probes", help="Examples measured before each task but the first.")] = 30,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.5,
+    repeat: Repeat = False,
     test_share: Annotated[float, typer.Option(help="Share of each task that only its loss is judged on.")] = 0.1,
     device: Device = None,
     trust_remote_code: TrustCode = False,
@@ -273,7 +266,7 @@ def sequence_(
     from forgetcast.lm import Workbench, load
 
     alone("sequence")
-    settings = SequenceSettings(tuple(strategy or ("top",)), ratio, orders, probes_, hold_out)
+    settings = SequenceSettings(tuple(strategy or ("top",)), ratio, orders, probes_, hold_out, repeat)
     opened = Atlas.open(atlas)
     shared = recipe_of(recipe, opened)
     found = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)

@@ -117,7 +117,7 @@ def run_demo(
         rows = {method: model.predict(chosen, truth[chosen]) for method, model in models.items()}
         accuracies[name] = {method: accuracy(row, truth, judged) for method, row in rows.items()}
         forecasts.append(_keep(directory, rows["forecast"], pool, name))
-        plan = make_plan(pool, "forecast", settings.ratio, held_out=held_out, forecast=rows["forecast"].mean)
+        plan = make_plan(pool, "top", settings.ratio, held_out=held_out, forecast=rows["forecast"].mean)
         plan.save(directory / "plans" / f"{name}.parquet")
         trials.append(Trial(name, tasks[name], tests[name], arms([plan], pool)))
 

@@ -130,6 +130,7 @@ class Online:
             forecast=self.forecast(language_model, replayed).mean,
             loadings=correlation_loadings(self.model) if "loadings" in needs else None,
             temperature=self.temperature,
+            repeat=old.repeat,
             seed=old.seed,
         )
         return plan.order(len(mixture.replayed) - len(replayed), besides=replayed)

@@ -19,7 +19,7 @@ from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.online import Chooser
 from forgetcast.lm.text import Encoded, encode, pad, pad_id
 from forgetcast.pool import Pool
-from forgetcast.replay import ReplayPlan, replay_steps
+from forgetcast.replay import ReplayPlan
 
 
 class ReplayMixture(Dataset[Encoded]):
@@ -59,7 +59,7 @@ class ReplayMixture(Dataset[Encoded]):
     Raises
     ------
     ConfigError
-        If the ratio is so small that no batch would be replayed.
+        If the ratio is so small that no batch would be replayed, or so large that the plan has too few examples.
     DataError
         If an example has no token to train on, or is a conversation that the tokenizer cannot write.
     """
@@ -82,7 +82,7 @@ class ReplayMixture(Dataset[Encoded]):
             if pool is None:
                 raise ConfigError("a replay plan needs the pool that it was made for")
             plan.check_pool(pool)
-            count = replay_steps(steps, plan.ratio)
+            count = plan.count(steps, batch_size) // batch_size
         padding = plan is not None and plan.strategy == "padding"
         replayed = plan.order(count * batch_size, besides=besides) if plan and count and not padding else ()
         self.steps, self.batch_size, self.plan = steps + count, batch_size, plan
