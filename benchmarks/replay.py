@@ -1,7 +1,7 @@
 """Replay strategies side by side on the demo model: what is forgotten of examples that were never replayed.
 
     python benchmarks/replay.py --quick              # 2 tasks, 1 seed, 6 strategies: a few minutes
-    python benchmarks/replay.py --json result.json   # 12 tasks; 3 seeds at ratio 1/8, one along the ratios: 100 minutes
+    python benchmarks/replay.py --json result.json   # 12 tasks; 3 seeds at ratio 1/8, one along the ratios: 90 minutes
     python benchmarks/replay.py --known 7 --ratios 1/8 --seeds 1 --strategies top         # another regime
 
 An atlas of reasoning-gym tasks is collected first. Each new task is then fine-tuned without replay and with every
@@ -66,7 +66,6 @@ BY_ATLAS, BY_PILOT, ONLINE, BY_TRUTH, OWN = "atlas-mean", "pilot", "online", "tr
 ARMS = (
     *STRATEGIES,
     *(f"top {source}" for source in (BY_ATLAS, BY_PILOT, ONLINE)),
-    f"forecast {BY_ATLAS}",
     f"top {BY_TRUTH}",
     f"random {OWN}",
     f"top {OWN}",

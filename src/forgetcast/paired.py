@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,115 @@ def holm(p_values: Any) -> np.ndarray:
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
     return corrected
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against another on one metric, paired by task and seed; negative is better for every metric.
+
+    Attributes
+    ----------
+    arm, baseline, metric : str
+    difference : PairedDifference
+        Over all pairs, as if they were independent.
+    bootstrap_lower, bootstrap_upper : float
+        95 % interval of the mean by drawing tasks again, then seeds within each; only seeds where there is one task.
+    wilcoxon_p : float
+        By Wilcoxon's signed ranks of the tasks' means; of the seeds where there is one task.
+    corrected_p, corrected_wilcoxon_p : float
+        `difference.p_value` and `wilcoxon_p` after Holm's correction for all arms that are compared with this baseline
+        on this metric.
+    tasks : int
+    """
+
+    arm: str
+    baseline: str
+    metric: str
+    difference: PairedDifference
+    bootstrap_lower: float
+    bootstrap_upper: float
+    wilcoxon_p: float
+    corrected_p: float
+    corrected_wilcoxon_p: float
+    tasks: int
+
+    @property
+    def better(self) -> bool:
+        """Whether both intervals are below zero."""
+        return max(self.difference.upper, self.bootstrap_upper) < 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether both intervals are above zero."""
+        return min(self.difference.lower, self.bootstrap_lower) > 0
+
+    def verdict(self) -> str:
+        """Say in a sentence what the intervals allow to be said."""
+        if self.better:
+            return f"{self.arm} replay is better than {self.baseline}"
+        if self.worse:
+            return f"{self.arm} replay is worse than {self.baseline}"
+        return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures on one level, and the verdict."""
+        others = {name: value for name, value in asdict(self).items() if name != "difference"}
+        return {"verdict": self.verdict()} | asdict(self.difference) | others
+
+
+class Compared(ABC):
+    """Base of results whose arms are compared, pair by pair."""
+
+    @property
+    @abstractmethod
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, in the order they were run."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """What the arms are compared on; lower is better for each."""
+
+    @abstractmethod
+    def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
+        """Arm minus baseline of every pair, in groups of pairs that are not independent of each other."""
+
+    def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
+        """Compare two arms; None if fewer than two pairs were run."""
+        groups = self._differences(arm, baseline, metric)
+        pairs = np.concatenate([*groups, np.empty(0)])
+        if len(pairs) < 2:
+            return None
+        family = dict.fromkeys([arm, *self._rivals(baseline)])
+        found = [self._differences(name, baseline, metric) for name in family]
+        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
+        lower, upper = bootstrap_interval(groups)
+        return Comparison(
+            arm=arm,
+            baseline=baseline,
+            metric=metric,
+            difference=paired_difference(pairs, np.zeros(len(pairs))),
+            bootstrap_lower=lower,
+            bootstrap_upper=upper,
+            wilcoxon_p=_p_values(groups)[1],
+            corrected_p=float(holm(tests[:, 0])[0]),
+            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
+            tasks=len(groups),
+        )
+
+    def _rivals(self, baseline: str) -> tuple[str, ...]:
+        """Arms that are compared with a baseline: all others, but not what is without replay."""
+        return tuple(arm for arm in self.arms if arm not in ("none", baseline))
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
+        wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
+        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
+        return tuple(comparison for comparison in found if comparison is not None)
+
+
+def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Of Student's t over all pairs, and of Wilcoxon's ranks over what is independent."""
+    pairs = np.concatenate(groups)
+    independent = pairs if len(groups) == 1 else [group.mean() for group in groups]
+    return paired_difference(pairs, np.zeros(len(pairs))).p_value, wilcoxon_p(independent)

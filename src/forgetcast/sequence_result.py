@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from forgetcast.errors import DataError
-from forgetcast.verification import Compared
+from forgetcast.paired import Compared
 
 METRIC_NAMES = {
     "mean": "mean forgetting",

@@ -15,10 +15,11 @@ from rich.table import Column, Table
 from forgetcast.advice import METRICS, Advice
 from forgetcast.diff import Difference
 from forgetcast.evaluation import BenchRow
+from forgetcast.paired import Comparison
 from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
 from forgetcast.sequence_result import SequenceResult
 from forgetcast.structure import Structure
-from forgetcast.verification import METRIC_NAMES, Comparison, Verification
+from forgetcast.verification import METRIC_NAMES, Verification
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
