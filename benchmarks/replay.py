@@ -262,6 +262,14 @@ def rows_of(result: Verification) -> list[dict[str, Any]]:
     return rows
 
 
+def curve(results: list[Verification], arm: str, metric: str) -> np.ndarray:
+    """Mean of a metric at each ratio of each task, shape (ratios, tasks), over the seeds that all ratios have."""
+    common = set.intersection(*({(r.task, r.seed) for r in v.runs} for v in results))
+    tasks = sorted({task for task, _ in common})
+    value = [{(r.task, r.seed): getattr(r, metric) for r in v.runs if r.arm == arm} for v in results]
+    return np.array([[np.mean([v[key] for key in common if key[0] == task]) for task in tasks] for v in value])
+
+
 def saved(results: list[Verification], arm: str, metric: str, ratio: float) -> tuple[float, float, float]:
     """Share of replayed examples that a strategy saves for the retention that random replay has at a ratio.
 
@@ -273,25 +281,42 @@ def saved(results: list[Verification], arm: str, metric: str, ratio: float) -> t
     -------
     saved, lower, upper : float
     """
-    common = set.intersection(*({(r.task, r.seed) for r in v.runs} for v in results))
-    tasks = sorted({task for task, _ in common})
     at = np.log([v.ratio for v in results])
-
-    def table(name: str) -> np.ndarray:  # (ratios, tasks)
-        value = [{(r.task, r.seed): getattr(r, metric) for r in v.runs if r.arm == name} for v in results]
-        return np.array([[np.mean([v[key] for key in common if key[0] == task]) for task in tasks] for v in value])
-
-    mine, random = table(arm), table("random")
+    mine, random = curve(results, arm, metric), curve(results, "random", metric)
     order, here = np.argsort(at), int(np.argmin(np.abs(at - np.log(ratio))))
 
     def once(which: np.ndarray) -> float:
-        curve = np.minimum.accumulate(mine[:, which].mean(axis=1)[order])  # noise may let it rise
-        needed = np.interp(-random[here, which].mean(), -curve, at[order])
+        falling = np.minimum.accumulate(mine[:, which].mean(axis=1)[order])  # noise may let it rise
+        needed = np.interp(-random[here, which].mean(), -falling, at[order])
         return float(1 - np.exp(needed) / ratio)
 
-    rng = np.random.default_rng(0)
-    drawn = [once(rng.integers(len(tasks), size=len(tasks))) for _ in range(2000)]
-    return once(np.arange(len(tasks))), *np.quantile(drawn, (0.025, 0.975)).tolist()
+    rng, tasks = np.random.default_rng(0), mine.shape[1]
+    drawn = [once(rng.integers(tasks, size=(tasks,))) for _ in range(2000)]
+    return once(np.arange(tasks)), *np.quantile(drawn, (0.025, 0.975)).tolist()
+
+
+def draw(results: list[Verification], names: tuple[str, ...], path: Path) -> None:
+    """Plot the share of the forgetting without replay that is left, against the ratio."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "forgetcast"})  # text as text, the same file every time
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    ordered = sorted(results, key=lambda result: result.ratio)
+    ratios = [result.ratio for result in ordered]
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, metric in zip(panels, METRICS, strict=True):
+        seeds = set.intersection(*({run.seed for run in result.runs} for result in results))
+        none = np.mean([getattr(r, metric) for v in results for r in v.runs if r.arm == "none" and r.seed in seeds])
+        for arm in (name for name in ("random", *LEADING) if name in names):
+            left = curve(ordered, arm, metric).mean(axis=1) / none
+            panel.plot(ratios, left, marker="o", markersize=3, label=arm, color="gray" if arm == "random" else None)
+        panel.set(title=metric.replace("_", " "), xlabel="replayed examples per new one", xscale="log")
+        panel.set_xticks(ratios, [str(Fraction(ratio)) for ratio in ratios])
+        panel.minorticks_off()
+    panels[0].set(ylabel="share of the forgetting left")
+    panels[1].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def advice_rows(results: list[Verification]) -> list[dict[str, Any]]:
@@ -344,6 +369,7 @@ def main() -> None:
     parser.add_argument("--replayable", type=int, help="upstream examples that may be replayed; default: 300")
     parser.add_argument("--work", type=Path, default=Path("benchmark-replay"), help="folder for what is finished")
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--plot", type=Path, help="figure to draw along the ratios, such as docs/replay.svg")
     options = parser.parse_args()
     names = ARMS
     if options.quick:
@@ -387,6 +413,8 @@ def main() -> None:
                 ]
                 table.add_row(arm, f"{result.ratio:.4g}", *cells)
         console.print(table)
+        if options.plot:
+            draw(results, names, options.plot)
     told = []
     if {0.0, *PILOT_RATIOS} < {run.ratio for result in results for run in result.runs}:
         told = advice_rows(results)
