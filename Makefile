@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## run the main job on the demo model (about 7 minutes), into demo-output/
+demo: $(VENV)/.demo  ## run the main job on the demo model (5 to 8 minutes), into demo-output/
 	$(BIN)/forgetcast demo -o demo-output
 
 test: $(VENV)/.dev  ## run the tests
