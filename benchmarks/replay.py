@@ -1,7 +1,7 @@
 """Replay strategies side by side on the demo model: what is forgotten of examples that were never replayed.
 
     python benchmarks/replay.py --quick              # 2 tasks, 1 seed, 6 strategies: a few minutes
-    python benchmarks/replay.py --json result.json   # 12 tasks; 3 seeds at ratio 1/8, one along the ratios: 90 minutes
+    python benchmarks/replay.py --json result.json   # 12 tasks; 3 seeds at ratio 1/8, one along them: 95 minutes
     python benchmarks/replay.py --known 7 --ratios 1/8 --seeds 1 --strategies top         # another regime
 
 An atlas of reasoning-gym tasks is collected first. Each new task is then fine-tuned without replay and with every
@@ -23,7 +23,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ LEADING = ("top", "coverage-herding", "top truth")
 CEILING = "top truth"
 METRICS = ("mean", "worst_tenth")
 PILOT_RATIOS = (1 / 32, 1 / 8)
+questions = cache(demo_task)  # some tasks take long to make up, and are asked for again at every ratio and seed
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,13 @@ class Study:
                 choosers[arm] = Online(self.model, self.pool, self.atlas.nll_before, chosen)
             elif strategy == "mir":
                 choosers[arm] = MostInterfered(self.pool, self.atlas.nll_before)
-        return Trial(task, demo_task(task, TASK_SIZE), demo_task(task, TEST_SIZE, seed=1), plans, choosers)
+        return Trial(task, questions(task, TASK_SIZE), questions(task, TEST_SIZE, seed=1), plans, choosers)
 
     def _gradients(self, task: str) -> np.ndarray:
         """Gradient product of each example, computed once."""
         file = self.work / f"{task}.gradient.npy"
         if not file.exists():
-            np.save(file, gradient_products(self.base, demo_task(task, TASK_SIZE), self.pool))
+            np.save(file, gradient_products(self.base, questions(task, TASK_SIZE), self.pool))
         return np.asarray(np.load(file))
 
     def _pilot(self, task: str, chosen: np.ndarray) -> np.ndarray:
@@ -176,7 +177,7 @@ class Study:
         if not file.exists() or Scores.load(file).ids != asked.ids:
             workbench = Workbench(self.base)
             tuned = workbench.tune(
-                demo_task(task, TASK_SIZE), self.recipe.model_copy(update={"steps": PILOT_STEPS})
+                questions(task, TASK_SIZE), self.recipe.model_copy(update={"steps": PILOT_STEPS})
             ).language_model
             score(tuned, asked).save(file)
             workbench.restore()
@@ -210,7 +211,7 @@ def run(
     """Collect the atlas, and verify the strategies at each ratio; whatever is there already is not repeated."""
     console, started = Console(stderr=True), time.monotonic()
     study.work.mkdir(parents=True, exist_ok=True)
-    tasks = {name: demo_task(name, TASK_SIZE) for name in (*study.known, *new)}
+    tasks = {name: questions(name, TASK_SIZE) for name in (*study.known, *new)}
     counted: list[str] = []
 
     def told(what: str, done: int, total: int) -> None:
