@@ -28,7 +28,7 @@ def forecast_of(atlas: Atlas, task: str, k: int = 5) -> TaskForecast:
 
 
 def verified() -> Verification:
-    gain = {"none": 0.0, "random": 0.2, "forecast": 0.3}
+    gain = {"none": 0.0, "random": 0.2, "top online": 0.3}
     return Verification(
         tuple(
             Run(task, arm, seed, 1 - gain[arm] + 0.01 * seed, 2 - gain[arm], 1.5, 8, 40, 2.0)
@@ -84,8 +84,10 @@ def test_the_figures_in_the_page_are_those_measured(tmp_path: Path, atlas: Atlas
     assert f"{np.sqrt(np.mean((truth - forecast.mean)[others] ** 2)):.3f}" in page.text
     inside = np.mean((forecast.lower <= truth)[others] & (truth <= forecast.upper)[others])
     assert f"{inside:.0%} of the truths are in the interval that should hold 90%" in page.text
-    assert "none 1.005, random 0.805, forecast 0.705" in page.text
-    assert "forecast replay is better than random" in page.text
+    assert "none 1.005, random 0.805, top online 0.705" in page.text
+    assert "top online replay is better than random" in page.text
+    explained = "“random”: draw all alike; “top online”: the highest forecasts first, made anew during training."
+    assert explained in " ".join(page.text.split())
     worst = forecast.ids[int(np.argmax(forecast.mean))]
     assert atlas.pool.subset([worst])[0].full_text.split("\n")[0] in page.text
     for number, source in zip(np.nanmean(values.reshape(8, 8, 3), axis=(0, 1)), ("s0", "s1", "s2"), strict=True):
@@ -129,7 +131,7 @@ def hostile_report(folder: Path) -> Path:
         atlas.add(f"t{i} {HOSTILE}", make_scores(pool, 3.0 + row), recipe={HOSTILE: HOSTILE})
     forecast = forecast_of(atlas, atlas.tasks[-1])
     arm = f"forecast {HOSTILE}"
-    runs = tuple(replace(run, arm=arm if run.arm == "forecast" else run.arm, task=HOSTILE) for run in verified().runs)
+    runs = tuple(replace(run, arm=arm if run.arm == "top online" else run.arm, task=HOSTILE) for run in verified().runs)
     write_report(
         folder / "report.html", atlas, forecasts=[forecast], verification=replace(verified(), runs=runs), title=HOSTILE
     )

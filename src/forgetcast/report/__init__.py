@@ -20,6 +20,7 @@ from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
 from forgetcast.sequence_result import SequenceResult
+from forgetcast.strategies import STRATEGIES
 from forgetcast.structure import Structure, analyze
 from forgetcast.verification import METRIC_NAMES, Verification
 
@@ -108,6 +109,7 @@ def write_report(
         verification=verification,
         comparisons=comparisons,
         metric_names={name: METRIC_NAMES[name] for name in verification.metrics} if verification is not None else {},
+        strategies=_strategies(verification) if verification is not None else {},
         runs_per_arm=len(verification.runs) // len(verification.arms) if verification is not None else 0,
         differences=figures.replay_differences(verification) if verification is not None and comparisons else "",
         sequence=sequence,
@@ -120,6 +122,16 @@ def write_report(
     )
     with atomic_path(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _strategies(verification: Verification) -> dict[str, str]:
+    """What each arm replays, where its name begins with that of a strategy."""
+    named = {arm: arm.partition(" ") for arm in verification.arms}
+    return {
+        arm: STRATEGIES[name].text + (", made anew during training" if more == "online" else "")
+        for arm, (name, _, more) in named.items()
+        if name in STRATEGIES
+    }
 
 
 def _template() -> jinja2.Template:
