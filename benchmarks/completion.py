@@ -33,7 +33,7 @@ from rich.table import Table
 from forgetcast import ForgettingMatrix, probes
 from forgetcast.completion import KNN, Additive, Bayesian, LogisticMF, MatrixFactorization
 from forgetcast.completion.logistic import BIAS_PRECISION, factor_logistic
-from shared import conclude, target
+from shared import conclude, figure_of, output, save_figure, target
 
 IN_DOMAIN = (6, 65, 18, 8, 60, 13, 37, 22, 30, 19, 64, 50, 25, 31, 32, 61, 16, 5, 53, 49)
 OUT_OF_DOMAIN = tuple(range(66, 76))
@@ -256,11 +256,7 @@ def _gradient_steps(values: np.ndarray, rank: int, precision: float, steps: int,
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot error against probes and time against size."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "forgetcast"})  # text as text, the same file every time
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = figure_of(11, 3.6)
     panels = figure.subplots(1, 3)
     for panel, domain in zip(panels, DOMAINS, strict=False):
         own = [r for r in rows if r["part"] == "curve" and r["domain"] == domain]
@@ -280,7 +276,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panels[2].loglog([r["examples"] for r in sizes], [r[key] for r in sizes], marker="o", markersize=3, label=label)
     panels[2].set(title="Time, 85 known tasks", xlabel="examples", ylabel="seconds")
     panels[2].legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def _fit(matrix: ForgettingMatrix) -> Bayesian:
@@ -342,7 +338,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="figure to draw, such as docs/completion.svg")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
-    console = Console()
+    console = output()
     folder = Path(os.environ.get("FORGETCAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     file = folder / "olmo-7b-dolma.json"
     if not file.is_file():

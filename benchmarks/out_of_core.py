@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 import zarr
-from rich.console import Console
 from rich.table import Table
 
 from forgetcast import Atlas, Example, Pool, Scores, probes
 from forgetcast.completion import Bayesian
-from shared import conclude, target
+from shared import conclude, output, target
 
 TASKS, RANK, PROBES = 100, 5, 30
 MEMORY_BOUND = 2.0
@@ -102,7 +101,7 @@ def main() -> None:
     if arguments.job == "measure":
         print(json.dumps(measure(arguments.path)))
         return
-    console, rows = Console(), []
+    console, rows = output(), []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for examples in (10**5, 10**6) if arguments.quick else (10**5, 10**6, 10**7):
             for kind in ("complete", "partly measured"):

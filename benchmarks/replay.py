@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -58,7 +57,7 @@ from forgetcast.lm import (
 from forgetcast.scores import Scores
 from forgetcast.strategies import STRATEGIES
 from forgetcast.verification import Trial, Verification, verify
-from shared import conclude, target
+from shared import conclude, figure_of, output, save_figure, target
 
 UPSTREAM, SELF_GENERATED, TASK_SIZE, TEST_SIZE, PROBES = 600, 300, 400, 64, 30
 STEPS, PILOT_STEPS, BATCH = 64, 16, 4
@@ -298,16 +297,12 @@ def saved(results: list[Verification], arm: str, metric: str, ratio: float) -> t
 
 def draw(results: list[Verification], names: tuple[str, ...], path: Path) -> None:
     """Plot the share of the forgetting without replay that is left, against the ratio."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "forgetcast"})  # text as text, the same file every time
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
     ordered = sorted(results, key=lambda result: result.ratio)
     ratios = [result.ratio for result in ordered]
+    seeds = set.intersection(*({run.seed for run in result.runs} for result in results))
+    figure = figure_of(9, 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, metric in zip(panels, METRICS, strict=True):
-        seeds = set.intersection(*({run.seed for run in result.runs} for result in results))
         none = np.mean([getattr(r, metric) for v in results for r in v.runs if r.arm == "none" and r.seed in seeds])
         for arm in (name for name in ("random", *LEADING) if name in names):
             left = curve(ordered, arm, metric).mean(axis=1) / none
@@ -317,7 +312,7 @@ def draw(results: list[Verification], names: tuple[str, ...], path: Path) -> Non
         panel.minorticks_off()
     panels[0].set(ylabel="share of the forgetting left")
     panels[1].legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def advice_rows(results: list[Verification]) -> list[dict[str, Any]]:
@@ -386,9 +381,7 @@ def main() -> None:
     study = Study(options.work, tuple(known), options.learning_rate, options.replayable)
     ratios = [Fraction(text) for text in options.ratios.split(",")]
     results = run(study, new, ratios, names, options.seeds, options.curve_seeds)
-    # A log has no width, and a table that is cut there would lose its figures.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    rows = [row for result in results for row in rows_of(result)]
+    console, rows = output(), [row for result in results for row in rows_of(result)]
     table = Table("ratio", "strategy", "mean", "to random", "worst tenth", "to random", "new-task loss", "replayed")
     table.title = f"Forgetting of {results[0].judged} never-replayed examples, nats per token (95 % interval)"
     for r in rows:

@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoTokenizer,
@@ -54,7 +53,7 @@ from forgetcast.collect import collect
 from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import embedding_rows
-from shared import conclude, target
+from shared import conclude, output, target
 
 DEMO = files("forgetcast.demo") / "model"
 ROUNDS = 3
@@ -254,7 +253,7 @@ def main() -> None:
         call = jobs[arguments.job[0]]
         print(json.dumps(call(*arguments.job[1:])))
         return
-    console, rows = Console(), list[dict[str, Any]]()
+    console, rows = output(), list[dict[str, Any]]()
     for name in ["demo"] if arguments.quick else MODELS:
         for label, way in WAYS.items():
             if way == "harness-default" and name != "demo":

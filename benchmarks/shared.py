@@ -1,17 +1,40 @@
-"""What every benchmark ends with: the table of targets, and a JSON file of all figures."""
+"""What the benchmarks share: where they print, how they draw, the table of targets, and a JSON file of all figures."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def output() -> Console:
+    """Where tables go; a log has no width, and a table that is cut there would lose its figures."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def figure_of(width: float, height: float) -> Figure:
+    """Make an empty figure, in inches, which `save_figure` writes."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "forgetcast"})  # text as text, the same file every time
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, without the date."""
+    figure.savefig(path, metadata={"Date": None})
 
 
 def target(name: str, value: float, bound: float, *, least: bool = False) -> dict[str, Any]:

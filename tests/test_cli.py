@@ -275,24 +275,20 @@ def test_other_bad_input(work: Path, atlas: Path, run: Run, tmp_path: Path) -> N
     words = ("--plan", tmp_path / "plan.parquet", "--pool", tmp_path / "other.jsonl", "-o", tmp_path / "t")
     assert "another pool" in refused("train", work / "model", work / "rhyming.parquet", *words)
     # More than there is to replay: refused before anything is loaded or trained, unless it may come again.
+    model, task, plan = work / "model", work / "rhyming.parquet", ("--plan", tmp_path / "plan.parquet")
     recipe = ("--recipe", work / "recipe.yaml")  # 3 steps of 2
-    pool = ("--pool", work / "pool.jsonl")
-    for repeat in ((), ("--repeat",)):
-        words = ("plan", atlas, "--strategy", "random", "--hold-out", 0.9, "--ratio", 2, *repeat)
-        assert run(*words, "-o", tmp_path / "plan.parquet")[0] == 0
-        words = ("--plan", tmp_path / "plan.parquet", *recipe, *pool, "-o", tmp_path / f"t{len(repeat)}", "--json")
-        if not repeat:
-            assert "12 examples are to be replayed, and the plan has 3" in refused(
-                "train", "no model", work / "rhyming.parquet", *words
-            )
-            words = ("--atlas", atlas, "--plan", tmp_path / "plan.parquet", *recipe, "-o", tmp_path / "v.json")
-            assert "the plan has 3" in refused("verify", work / "model", work / "rhyming.parquet", *words)
-            words = ("--atlas", atlas, "--hold-out", 0.9, "--ratios", "2,1", *recipe)
-            assert "the plan has 3" in refused("pilot", work / "model", work / "rhyming.parquet", *words)
-            assert not list(tmp_path.glob("v*"))
-        else:
-            code, out, _ = run("train", work / "model", work / "rhyming.parquet", *words)
-            assert (code, json.loads(out)["replayed"]) == (0, 12)
+    planning = ("plan", atlas, "--strategy", "random", "--hold-out", 0.9, "--ratio", 2, "-o", plan[1])
+    training = (task, *plan, *recipe, "--pool", work / "pool.jsonl", "-o", tmp_path / "kept", "--json")
+    assert run(*planning)[0] == 0
+    assert "12 examples are to be replayed, and the plan has 3" in refused("train", "no model", *training)
+    words = ("--atlas", atlas, *plan, *recipe, "-o", tmp_path / "v.json")
+    assert "the plan has 3" in refused("verify", model, task, *words)
+    words = ("--atlas", atlas, "--hold-out", 0.9, "--ratios", "2,1", *recipe)
+    assert "the plan has 3" in refused("pilot", model, task, *words)
+    assert not list(tmp_path.glob("v*"))
+    assert run(*planning, "--repeat")[0] == 0
+    code, out, _ = run("train", model, *training)
+    assert (code, json.loads(out)["replayed"]) == (0, 12)
     (tmp_path / "bad.json").write_text("{")
     assert "is not JSON" in refused("report", atlas, "--verification", tmp_path / "bad.json", "-o", tmp_path / "r.html")
     assert not (tmp_path / "t").exists()

@@ -421,6 +421,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path: Path
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (DataError, "at least two tasks, not 1", {"tasks": {"adding": TASKS["adding"]}}),
         (ConfigError, "replays no batch", {"settings": replace(SETTINGS, ratio=0.01)}),
+        (ConfigError, "examples are to be replayed, and the plan has", {"settings": replace(SETTINGS, ratio=50.0)}),
         (ConfigError, "leaves none to judge on", {"settings": replace(SETTINGS, hold_out=0.01)}),
         (ConfigError, "every example is held out", {"settings": replace(SETTINGS, hold_out=0.999)}),
         (DataError, "at least two measured tasks; the matrix has 0", {"atlas": empty}),

@@ -108,6 +108,11 @@ class ReplayPlan:
         return tuple(id_ for id_, held in zip(self.ids, self.held_out, strict=True) if held)
 
     @property
+    def usable(self) -> int:
+        """Number of examples that may be replayed."""
+        return int((self.weights > 0).sum())
+
+    @property
     def effective_size(self) -> float:
         """Effective number of examples that the weights spread over, (sum w)^2 / sum w^2."""
         squares = float((self.weights**2).sum())
@@ -142,12 +147,11 @@ class ReplayPlan:
 
     def check_count(self, wanted: int) -> None:
         """Raise ConfigError if so many examples are more than the plan has and it is not to repeat any."""
-        usable = int((self.weights > 0).sum())
-        if wanted > usable > 0 and not self.repeat:
+        if wanted > self.usable > 0 and not self.repeat:
             raise ConfigError(
-                f"{wanted} examples are to be replayed, and the plan has {usable}: take a ratio of at most "
-                f"{self.ratio * usable / wanted:.2g} or a larger pool, or let examples come again (--repeat where the "
-                "plan is made)"
+                f"{wanted} examples are to be replayed, and the plan has {self.usable}: take a ratio of at most "
+                f"{self.ratio * self.usable / wanted:.2g} or a larger pool, or let examples come again (--repeat where "
+                "the plan is made)"
             )
 
     def order(self, count: int, *, besides: Iterable[str] = ()) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def plan_(
         "strategy": strategy,
         "ratio": plan.ratio,
         "forecast": str(forecast) if given is not None else "the atlas's mean" if "forecast" in needs else None,
-        "usable": int((plan.weights > 0).sum()),
+        "usable": plan.usable,
         "effective_size": round(plan.effective_size, 1) if plan.rank is None or plan.ranked_share < 1 else None,
         "held_out": len(plan.held_out_ids),
         "output": str(output),
