@@ -16,7 +16,8 @@ from forgetcast.atlas import Atlas
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
 from forgetcast.pool import Pool, load_task
-from forgetcast.recipe import Recipe, read_settings
+from forgetcast.recipe import Recipe
+from forgetcast.settings import read_settings
 
 if TYPE_CHECKING:
     from forgetcast.lm import LanguageModel

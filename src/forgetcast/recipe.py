@@ -1,21 +1,19 @@
-"""Recipes: how to fine-tune, as a small file that is checked before anything is loaded."""
+"""Recipes: the settings of a fine-tune, read from a small file and checked before anything is loaded."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from forgetcast.errors import ConfigError
-
-Settings = TypeVar("Settings", bound=BaseModel)
+from forgetcast.settings import read_settings
 
 
 class Recipe(BaseModel):
-    """How to fine-tune. An unknown key is an error.
+    """Settings of a fine-tune. An unknown key is an error.
 
     Attributes
     ----------
@@ -25,18 +23,18 @@ class Recipe(BaseModel):
     learning_rate : float
         Peak of the schedule.
     batch_size : int
-        Examples an optimiser step.
+        Examples per optimiser step.
     micro_batch_size : int or None
-        Examples in a device's memory at once; divides batch_size. None: as many as there are for it.
+        Examples in a device's memory at once; divides batch_size. None: the device's share of the batch.
     max_length : int
-        Tokens an example is cut to; the model's context limits it too.
+        Examples are cut to this number of tokens, or to the model's context if that is shorter.
     seed : int
-        Of the order of the new examples and of LoRA's start.
+        Seed of the order of the new examples and of LoRA's initial weights.
     schedule : 'linear', 'cosine' or 'constant'
     warmup_steps : int
     weight_decay : float
     gradient_checkpointing : bool
-        Compute activations again in the backward pass: less memory, about a third more time, the same result.
+        Recompute activations in the backward pass: less memory, about a third more time, the same result.
     lora_rank, lora_alpha : int
     """
 
@@ -58,12 +56,12 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
-        """Read a YAML file, or a recipe that ships with the package, by its name.
+        """Read a YAML file, or a recipe shipped with the package by its name.
 
         Raises
         ------
         ConfigError
-            If there is none, or names the field that is wrong.
+            If there is none, or a field is invalid; the message names it.
         """
         shipped = files("forgetcast") / "recipes"
         names = sorted(file.name.removesuffix(".yaml") for file in shipped.iterdir())
@@ -72,24 +70,3 @@ class Recipe(BaseModel):
         if not Path(name).exists():
             raise ConfigError(f"there is no recipe {name}: give a YAML file, or one of {', '.join(names)}")
         return read_settings(Path(name), cls)
-
-
-def read_settings(path: Path, kind: type[Settings]) -> Settings:
-    """Read a YAML (or JSON) file into a pydantic model; an error is one line that names the file and the field."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return check_settings(content if content is not None else {}, kind, where=str(path), folder=path.parent)
-
-
-def check_settings(content: Any, kind: type[Settings], *, where: str, folder: Path | None = None) -> Settings:
-    """Validate settings, with paths relative to `folder`; an error is one line that names the place and the field."""
-    try:
-        return kind.model_validate(content, context=folder)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the content"
-        raise ConfigError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None

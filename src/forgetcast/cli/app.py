@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from forgetcast.atlas import Atlas
 from forgetcast.collect import OnProgress
 from forgetcast.errors import ConfigError
-from forgetcast.recipe import Recipe, check_settings
+from forgetcast.recipe import Recipe
+from forgetcast.settings import check_settings
 from forgetcast.tables import facts_table
 
 app = typer.Typer(
