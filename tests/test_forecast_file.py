@@ -16,7 +16,7 @@ def test_a_forecast_survives_its_file(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool)
     model = Bayesian().fit(atlas.matrix())
     row = model.predict([2, 5], [0.3, 0.4])
-    forecast = TaskForecast.of(row, pool, method="bayesian", task="new", level=0.8)
+    forecast = TaskForecast.from_forecast(row, pool, method="bayesian", task="new", level=0.8)
     forecast.save(tmp_path / "f.parquet")
     again = TaskForecast.load(tmp_path / "f.parquet")
     for name in ("mean", "std", "lower", "upper", "probed"):

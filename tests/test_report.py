@@ -24,7 +24,7 @@ def forecast_of(atlas: Atlas, task: str, k: int = 5) -> TaskForecast:
     model = Bayesian().fit(atlas.matrix(known))
     chosen = probes.choose(model, k)
     truth = atlas.matrix([task]).values[0]
-    return TaskForecast.of(model.predict(chosen, truth[chosen]), atlas.pool, method="bayesian", task=task)
+    return TaskForecast.from_forecast(model.predict(chosen, truth[chosen]), atlas.pool, method="bayesian", task=task)
 
 
 def verified() -> Verification:
@@ -105,7 +105,7 @@ def test_a_bare_atlas_makes_a_report_too(tmp_path: Path, atlas: Atlas) -> None:
 
 def test_a_forecast_without_the_truth(tmp_path: Path, atlas: Atlas) -> None:
     row = Bayesian().fit(atlas.matrix()).predict([], [])
-    forecast = TaskForecast.of(row, atlas.pool, method="bayesian")
+    forecast = TaskForecast.from_forecast(row, atlas.pool, method="bayesian")
     write_report(tmp_path / "report.html", atlas, forecasts=[forecast])
     page = Page(tmp_path / "report.html")
     assert f"Forecast for the new task: {row.mean.mean():.3f}" in page.text

@@ -1,23 +1,28 @@
-"""Files that are either the old ones or the new ones, never half of each."""
+"""Atomic writes, and reading of JSON, Parquet and saved data sets with errors that name the file."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgetcast.errors import DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_METADATA_KEY = b"forgetcast"
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, and put it in place of `path` when the block ends without an error.
+    """Yield a temporary path next to `path`, and rename it to `path` if the block ends without an error.
 
-    The data reaches the disk before the name does, so a crash leaves the old file or the new one.
+    The data is synced before the rename, so a crash leaves the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -34,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def umask() -> int:
-    """Permissions that new files of this process do not get."""
+    """Return the umask of this process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -47,7 +52,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, with an error that names the file."""
+    """Read JSON; raise DataError with the name of the file if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -57,7 +62,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_saved_dataset(path: Path) -> list[dict[str, Any]]:
-    """Rows of a directory that `datasets.Dataset.save_to_disk` wrote."""
+    """Return the rows of a directory written by `datasets.Dataset.save_to_disk`."""
     if not (path / "dataset_info.json").is_file():
         raise DataError(f"{path} is a directory, but not one that Dataset.save_to_disk wrote")
     try:
@@ -65,3 +70,37 @@ def read_saved_dataset(path: Path) -> list[dict[str, Any]]:
     except ImportError as error:
         raise MissingExtraError("lm", error) from error
     return list(load_from_disk(str(path)))
+
+
+def write_table(table: pa.Table, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a Parquet file atomically, with `metadata` as JSON in its schema."""
+    import pyarrow.parquet as pq
+
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(dict(metadata))}), temporary)
+
+
+def read_table(path: Path, columns: Iterable[str], *, kind: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a Parquet file written by `write_table`, and its metadata.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, lacks one of `columns`, or an id is not a string; `kind` names the kind of file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
+    ids = table.column("id").to_pylist()
+    if any(not isinstance(id_, str) for id_ in ids):
+        raise DataError(f"{path}: an id is missing or is not a string")
+    return table, json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))

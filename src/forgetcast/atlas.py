@@ -1,17 +1,17 @@
-"""The atlas: a forgetting matrix on disk, with its pool, its base scores and where every row came from.
+"""The atlas: a forgetting matrix on disk, with its pool, its base scores and the provenance of every row.
 
     NAME.atlas/
-      atlas.json       what the base model is, the pool's fingerprint, and the tasks in row order
+      atlas.json       the base model, the pool's fingerprint, and the tasks in row order
       pool.parquet     the upstream examples
       before.parquet   scores of the base model
       numbers.zarr/    forgetting: (task, example) float32, nats per token, NaN where not measured
       answers.zarr/    flipped: (task, example) float32, 1 where a right answer became wrong, 0 where it stayed right,
-                       NaN where it was not right before or not measured; only if the base model's answers are known
-      replays.json     fine-tunes with and without replay, which a ratio is advised from; only if there were any
+                       NaN where it was not right before or not measured; only if the base model has exact match
+      replays.json     outcomes of fine-tunes with and without replay, the basis of advised ratios; only if any
 
-A row is written first and named in atlas.json after that, in one atomic replacement. So a crash at any byte leaves
-an atlas that opens: a row that was not named yet is not seen and is written over; a named row whose new entries were
-cut short keeps the old ones. There is one writer at a time; a second one is refused.
+A row is written first and then named in atlas.json, by one atomic replacement. So a crash at any byte leaves an atlas
+that opens: a row that is not named is ignored and overwritten; a named row whose new entries were cut short keeps the
+old ones. There is one writer at a time; a second one is refused.
 """
 
 from __future__ import annotations
@@ -19,117 +19,33 @@ from __future__ import annotations
 import fcntl
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
-import zarr
 
 from forgetcast._files import read_json, umask, write_json
+from forgetcast.atlas_columns import BLOCK, StoredMatrix, read_column
 from forgetcast.errors import DataError, MismatchError
+from forgetcast.ids import ExampleIndex
 from forgetcast.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.pool import Pool, read_example
-from forgetcast.scores import Scores
+from forgetcast.scores import Baseline, Scores, flips, forgetting
 
 if TYPE_CHECKING:
     import xarray as xr
+    import zarr
 
 FORMAT = 1
 
 LOSSES, FLIPS = ("numbers.zarr", "forgetting"), ("answers.zarr", "flipped")
-"""Where the two measures of forgetting are: by the loss, and by exact match."""
+"""Group and array of the two measures of forgetting: by the loss, and by exact match."""
 
 Measure = Literal["loss", "exact_match"]
-
-BLOCK = 65_536
-"""Columns in one chunk of a row: 256 KiB, so that appending a row touches few files and a block of columns is cheap."""
-
-
-class Ids(Sequence[str]):
-    """Ids in a column of Arrow's: ten bytes each, where a Python string takes sixty."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    @overload
-    def __getitem__(self, item: int) -> str: ...
-    @overload
-    def __getitem__(self, item: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, item: int | slice) -> str | tuple[str, ...]:
-        found = self._column[item]
-        return tuple(found.to_pylist()) if isinstance(item, slice) else str(found.as_py())
-
-    def positions(self, ids: Iterable[str], *, where: str = "the request") -> np.ndarray:
-        """Positions of `ids`, shape (len(ids),); as `Pool.positions`, with its error."""
-        wanted = pa.array(ids, self._column.type)
-        found = pc.index_in(wanted, value_set=self._column)
-        if found.null_count:
-            unknown = wanted.filter(found.is_null())
-            raise MismatchError(
-                f"{where} has {len(unknown)} example(s) that the pool doesn't know, e.g. {unknown[0].as_py()!r}"
-            )
-        return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.intp)
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), BLOCK):
-            yield from self[start : start + BLOCK]
-
-    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.ChunkedArray:  # Arrow's protocol
-        return self._column if type is None else self._column.cast(type)
-
-
-class StoredMatrix:
-    """Rows of an atlas on disk; a slice of columns is read when it is asked for.
-
-    Attributes
-    ----------
-    atlas : Atlas
-    shape : (M, N)
-    size : int
-    dtype : numpy dtype
-    """
-
-    def __init__(self, atlas: Atlas, rows: list[int]) -> None:
-        self.atlas = atlas
-        self._array, self._rows = atlas._array("r"), rows
-        self.shape = (len(rows), self._array.shape[1])
-        self.size = self.shape[0] * self.shape[1]
-        self.dtype = np.dtype(np.float32)
-
-    def load(self) -> ForgettingMatrix:
-        """Read all of it into memory."""
-        return self.atlas.matrix([self.atlas.tasks[row] for row in self._rows])
-
-    def __getitem__(self, item: tuple[slice, slice | np.ndarray]) -> np.ndarray:
-        """Read all rows (the first part must be a full slice) at a slice of the columns, or at sorted ones: (M, n)."""
-        whole, columns = item
-        if whole != slice(None):
-            raise IndexError("a stored matrix is read by columns: values[:, columns]")
-        if isinstance(columns, slice):
-            first, last, _ = columns.indices(self.shape[1])
-            if self._rows == list(range(len(self._rows))):  # as they lie, which is read twice as fast
-                return np.asarray(self._array[: len(self._rows), first:last])
-            return np.stack([np.asarray(self._array[row, first:last]) for row in self._rows])
-        # Whole chunks: they have to be read anyhow, and picking from them on the disk is eight times slower.
-        ends = np.searchsorted(columns, np.arange(0, self.shape[1] + BLOCK, BLOCK))
-        parts = [
-            self[:, i * BLOCK : (i + 1) * BLOCK][:, columns[first:last] - i * BLOCK]
-            for i, (first, last) in enumerate(pairwise(ends))
-            if first < last
-        ]
-        return np.concatenate(parts, axis=1) if parts else np.empty((len(self._rows), 0), self.dtype)
 
 
 class Atlas:
@@ -141,12 +57,12 @@ class Atlas:
 
     @cached_property
     def pool(self) -> Pool:
-        """The upstream examples, read when they are first asked for.
+        """The upstream examples, read on first access.
 
         Raises
         ------
         MismatchError
-            If the pool file is not the one that was scored.
+            If the pool file is not the pool that was scored.
         """
         pool = Pool.load(self.path / "pool.parquet")
         check_fingerprint(f"the atlas {self.path}", self.pool_fingerprint, pool)
@@ -154,35 +70,41 @@ class Atlas:
 
     @cached_property
     def before(self) -> Scores:
-        """Scores of the base model on the pool, read when they are first asked for."""
+        """Scores of the base model on the pool, read on first access."""
         return Scores.load(self.path / "before.parquet")
 
     @cached_property
-    def examples(self) -> Ids:
+    def examples(self) -> ExampleIndex:
         """Ids of the examples, in column order; their texts stay on disk."""
-        return Ids(pq.read_table(self.path / "pool.parquet", columns=["id"])["id"])
+        return ExampleIndex.from_arrow(read_column(self.path / "pool.parquet", "id"))
 
     @cached_property
     def nll_before(self) -> np.ndarray:
         """Loss of the base model on each example, shape (N,), nats per token; NaN where it could not be scored."""
-        return pq.read_table(self.path / "before.parquet", columns=["nll"])["nll"].to_numpy()
+        return np.asarray(read_column(self.path / "before.parquet", "nll").to_numpy())
 
     @cached_property
     def has_answers(self) -> bool:
-        """Whether the base model's answers are known, so that forgetting by exact match can be measured."""
+        """Whether the base model has exact match, so that flips can be measured."""
         return (self.path / FLIPS[0]).is_dir()
 
     @cached_property
+    def baseline(self) -> Baseline:
+        """Losses and answers of the base model, as `before` but without the rest of the score file."""
+        right = read_column(self.path / "before.parquet", "exact_match").to_pylist() if self.has_answers else None
+        return Baseline(self.examples, self.nll_before, None if right is None else np.array(right, dtype=np.float64))
+
+    @property
     def right_before(self) -> np.ndarray:
         """Whether the base model answers each example right, shape (N,)."""
-        right = self.before.exact_match
+        right = self.baseline.exact_match
         return np.zeros(len(self.examples), dtype=bool) if right is None else np.asarray(right == 1)
 
     @classmethod
     def create(
         cls, path: str | Path, pool: Pool, before: Scores, *, model: str, recipe: Mapping[str, Any] | None = None
     ) -> Atlas:
-        """Make an atlas without tasks.
+        """Create an atlas without tasks.
 
         Parameters
         ----------
@@ -192,9 +114,9 @@ class Atlas:
         before : Scores
             Scores of the base model on exactly this pool.
         model : str
-            What the base model is called, or where it is.
+            Name or path of the base model.
         recipe : mapping, optional
-            The recipe that all tasks share, for provenance.
+            The recipe shared by all tasks, for provenance.
 
         Raises
         ------
@@ -203,6 +125,8 @@ class Atlas:
         MismatchError
             If `before` is of another pool.
         """
+        import zarr
+
         path = Path(path)
         if path.exists():
             raise DataError(f"{path} exists already; open it, or choose another name")
@@ -211,7 +135,7 @@ class Atlas:
         if before.ids != pool.ids:
             raise MismatchError("the scores before fine-tuning must cover the pool's examples, in its order")
         path.parent.mkdir(parents=True, exist_ok=True)
-        # All of it is made beside its place and renamed, so that a half-made atlas is never found under the name.
+        # Built next to its place and renamed, so that a partial atlas never has the name.
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             pool.save(temporary / "pool.parquet")
@@ -249,15 +173,17 @@ class Atlas:
 
     @classmethod
     def open(cls, path: str | Path) -> Atlas:
-        """Open an atlas. Its numbers, texts and base scores stay on disk until they are asked for.
+        """Open an atlas. Its numbers, texts and base scores stay on disk until they are accessed.
 
         Raises
         ------
         DataError
-            If there is none, a part of it is missing, or it was written by a newer version.
+            If there is none, a part of it is missing, or a newer version wrote it.
         MismatchError
-            If the pool or the base scores have another number of examples than the atlas.
+            If the pool or the base scores differ from the atlas in the number of examples.
         """
+        import pyarrow.parquet as pq
+
         path = Path(path)
         if not (path / "atlas.json").is_file():
             raise DataError(f"{path} is not an atlas: atlas.json is missing")
@@ -281,22 +207,22 @@ class Atlas:
 
     @property
     def model(self) -> str:
-        """What the base model is called, or where it is."""
+        """Name or path of the base model."""
         return str(self._index["model"])
 
     @property
     def model_hash(self) -> str | None:
-        """Hash of the base model's weights, if it is known."""
+        """Hash of the base model's weights, or None if unknown."""
         return self._index["model_hash"]
 
     @property
     def created(self) -> str:
-        """When the atlas was begun, in ISO 8601."""
+        """Time of creation, in ISO 8601."""
         return str(self._index["created"])
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The recipe that the tasks share."""
+        """The recipe shared by the tasks."""
         return dict(self._index["recipe"])
 
     @property
@@ -305,11 +231,11 @@ class Atlas:
         return tuple(task["name"] for task in self._index["tasks"])
 
     def provenance(self, task: str) -> dict[str, Any]:
-        """What is kept about a task: when it was added, its recipe, and the hash of the tuned model."""
+        """Return the provenance of a task: name, time of addition, recipe and hash of the tuned model."""
         return dict(self._index["tasks"][self._row(task)])
 
     def __repr__(self) -> str:
-        """Size and place."""
+        """Path and size."""
         return f"Atlas({self.path}, {len(self.tasks)} tasks x {len(self.examples)} examples)"
 
     def _row(self, task: str) -> int:
@@ -334,11 +260,11 @@ class Atlas:
         Parameters
         ----------
         task : str
-            A new name, or one whose row is to be filled further. Entries that are measured already are kept.
+            A new name, or one whose row is to be completed. Entries that are measured already are kept.
         after : Scores
-            Scores of the tuned model on the pool, or on a part of it.
+            Scores of the tuned model on the pool or a part of it.
         examples : iterable of str, optional
-            Ids to take from `after`; default all of them.
+            Ids to use of `after`; default all.
         recipe : mapping, optional
             How the model was tuned.
 
@@ -349,24 +275,23 @@ class Atlas:
         """
         if not task:
             raise DataError("a task needs a name")
-        ids = tuple(after.ids if examples is None else examples)
+        ids = after.ids if examples is None else tuple(dict.fromkeys(examples))
         columns = self.columns_of(after, ids)
-        losses = after.nll if examples is None else after.at(ids)
-        measured = {LOSSES: losses - self.nll_before[columns]}
+        if examples is not None:
+            after = after.subset(ids)
+        measured = {LOSSES: forgetting(self.baseline, after)}
         if self.has_answers and after.exact_match is not None:
-            positions = {id_: i for i, id_ in enumerate(after.ids)}
-            right = after.exact_match[[positions[id_] for id_ in ids]]
-            measured[FLIPS] = np.where(self.right_before[columns], 1 - right, np.nan)
+            measured[FLIPS] = flips(self.baseline, after)
         with self._writing():
             self._index = read_json(self.path / "atlas.json")
             new = task not in self.tasks
             row = len(self.tasks) if new else self._row(task)
-            for kind, forgetting in measured.items():
-                array = self._array("r+", kind)
-                there = not new and row < array.shape[0]
-                values = np.asarray(array[row]) if there else np.full(len(self.examples), np.nan, np.float32)
-                unmeasured = np.isnan(values[columns])
-                values[columns[unmeasured]] = forgetting[unmeasured].astype(np.float32)
+            for place, added in measured.items():
+                array = self._array("r+", place)
+                exists = not new and row < array.shape[0]
+                values = np.asarray(array[row]) if exists else np.full(len(self.examples), np.nan, np.float32)
+                missing = np.isnan(values[columns])
+                values[columns[missing]] = added[missing].astype(np.float32)
                 if array.shape[0] <= row:
                     array.resize((row + 1, len(self.examples)))
                 array[row] = values
@@ -378,7 +303,7 @@ class Atlas:
                 self._index = index
 
     def columns_of(self, scores: Scores, ids: Iterable[str] | None = None) -> np.ndarray:
-        """Columns of the scored examples, shape (k,), after checking that their texts are this pool's.
+        """Return the columns of the scored examples, shape (k,), after checking that their texts are this pool's.
 
         Raises
         ------
@@ -392,48 +317,43 @@ class Atlas:
         return columns
 
     def subset(self, ids: Iterable[str], *, where: str = "the request") -> Pool:
-        """Make a pool of the examples with these ids, in the order of `ids`; only their texts are read.
+        """Return a pool of the examples with these ids, in the order of `ids`; only their texts are read.
 
         Raises
         ------
         MismatchError
             If an id is unknown.
         """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.dataset as pads
+
         ids = list(ids)
         self.examples.positions(ids, where=where)
         rows = pads.dataset(self.path / "pool.parquet").to_table(filter=pc.field("id").isin(pa.array(ids, pa.string())))
         return Pool(read_example(row) for row in rows.to_pylist()).subset(ids)
 
     def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
-        """Ids to keep aside, as `Pool.hold_out`; none that the base model could not score: it cannot be judged on."""
+        """Choose ids as `Pool.hold_out` does, without those that the base model could not score."""
         unscored = (self.pool.ids[i] for i in np.flatnonzero(np.isnan(self.nll_before)).tolist())
         return self.pool.hold_out(share, seed=seed, exclude=[*exclude, *unscored])
 
     def matrix(self, tasks: Iterable[str] | None = None, *, measure: Measure = "loss") -> ForgettingMatrix:
-        """Read rows into memory: all of them, or those of `tasks`.
+        """Read all rows, or those of `tasks`, into memory.
 
         Parameters
         ----------
         tasks : iterable of str, optional
         measure : 'loss' or 'exact_match'
-            By exact match, forgetting is 1 where a right answer became wrong and 0 where it stayed right; only the
-            examples that the base model answers right are in it (Jin and Ren, 2025).
+            By exact match, forgetting is 1 where a right answer became wrong and 0 where it stayed right, over the
+            examples that the base model answers right (Jin and Ren, 2025).
 
         Raises
         ------
         DataError
             If exact match was not measured, or the base model answers nothing right.
         """
-        rows = self._rows(tasks)
-        if measure == "exact_match":
-            return self._flips(rows)
-        return ForgettingMatrix(
-            StoredMatrix(self, rows)[:, :] if rows else np.empty((0, len(self.examples))),
-            tasks=[self.tasks[row] for row in rows],
-            examples=self.examples[:],
-            sources=self._sources(),
-            pool_fingerprint=self.pool_fingerprint,
-        )
+        return self._flips(self._rows(tasks)) if measure == "exact_match" else self.stored(tasks).load()
 
     def _flips(self, rows: list[int]) -> ForgettingMatrix:
         if not self.has_answers:
@@ -443,7 +363,7 @@ class Atlas:
             raise DataError(f"the atlas {self.path}: the base model answers nothing right, so it can forget no answer")
         values, array = np.full((len(rows), len(columns)), np.nan, np.float32), self._array("r", FLIPS)
         for i, row in enumerate(rows):
-            if row < array.shape[0]:  # else no answers were measured for it, nor for any later task
+            if row < array.shape[0]:  # else no answers were measured for this task or a later one
                 values[i] = np.asarray(array[row])[columns]
         sources = self._sources()
         return ForgettingMatrix(
@@ -455,15 +375,23 @@ class Atlas:
         )
 
     def stored(self, tasks: Iterable[str] | None = None) -> StoredMatrix:
-        """Rows on disk, all of them or those of `tasks`, to be read a few columns at a time."""
-        return StoredMatrix(self, self._rows(tasks))
+        """Return all rows, or those of `tasks`, on disk, to be read by blocks of columns."""
+        rows = self._rows(tasks)
+        return StoredMatrix(
+            self._array("r"),
+            rows,
+            tasks=[self.tasks[row] for row in rows],
+            examples=self.examples,
+            sources=self._sources,
+            pool_fingerprint=self.pool_fingerprint,
+        )
 
     def dataset(self) -> xr.Dataset:
-        """View the atlas lazily as an xarray data set with `forgetting` and `before`, by task, example and source.
+        """Return a lazy xarray data set with `forgetting` and `before`, by task, example and source.
 
-        `flipped` is in it too, if exact match was measured for all tasks.
+        It has `flipped` too, if exact match was measured for all tasks.
         """
-        import xarray as xr  # half a second, which no other method needs
+        import xarray as xr
 
         dataset = xr.open_zarr(self.path / "numbers.zarr", consolidated=False)
         dataset = dataset.isel(task=slice(0, len(self.tasks)))
@@ -476,12 +404,12 @@ class Atlas:
 
     @property
     def replays(self) -> list[dict[str, Any]]:
-        """What `add_replays` has kept, oldest first."""
+        """Outcomes kept by `add_replays`, oldest first."""
         path = self.path / "replays.json"
-        found = read_json(path) if path.exists() else []
-        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        runs = read_json(path) if path.exists() else []
+        if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
             raise DataError(f"{path} is not a list of fine-tunes; remove it, and verify or pilot again")
-        return found
+        return runs
 
     def add_replays(self, runs: Iterable[Mapping[str, Any]]) -> None:
         """Keep the outcomes of fine-tunes with and without replay.
@@ -489,8 +417,8 @@ class Atlas:
         Parameters
         ----------
         runs : iterable of mapping
-            Fields of `verification.Run`. One that is there already, of the same task, setup, seed, strategy and ratio,
-            is replaced.
+            Fields of `verification.Run`. A run replaces an earlier one of the same task, setup, seed, strategy and
+            ratio.
         """
 
         def key(run: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -501,7 +429,7 @@ class Atlas:
             write_json(self.path / "replays.json", list(kept.values()))
 
     def is_complete(self, task: str) -> bool:
-        """Whether every example that the base model could score, or answers right, is measured for the task."""
+        """Return whether every example that the base model could score, or answers right, is measured for the task."""
         if task not in self.tasks:
             return False
         row = self._row(task)
@@ -510,19 +438,21 @@ class Atlas:
             return False
         if not self.has_answers:
             return True
-        flips = self._array("r", FLIPS)
-        return row < flips.shape[0] and not np.isnan(np.asarray(flips[row])[self.right_before]).any()
+        array = self._array("r", FLIPS)
+        return row < array.shape[0] and not np.isnan(np.asarray(array[row])[self.right_before]).any()
 
     def _sources(self) -> list[str]:
-        """Source of each example, without its text; '' where it has none."""
-        return pq.read_table(self.path / "pool.parquet", columns=["source"])["source"].fill_null("").to_pylist()
+        """Return the source of each example; '' where it has none."""
+        return read_column(self.path / "pool.parquet", "source").fill_null("").to_pylist()
 
-    def _array(self, mode: Any, kind: tuple[str, str] = LOSSES) -> zarr.Array[Any]:
-        return zarr.open_array(self.path / kind[0] / kind[1], mode=mode)
+    def _array(self, mode: Any, place: tuple[str, str] = LOSSES) -> zarr.Array[Any]:
+        import zarr
+
+        return zarr.open_array(self.path / place[0] / place[1], mode=mode)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Hold the atlas for one writer; the lock goes with the process, so a crash leaves none behind."""
+        """Lock the atlas for one writer; the lock ends with the process, so a crash leaves none."""
         with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What changed between two score files of the same examples: how much, how surely, where, and whether it may pass."""
+"""Difference of two score files of the same examples: its size, uncertainty and location, and gates on it."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import scipy  # its parts load when they are first used, which keeps starting fast
+import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.evaluation import worst_part
 from forgetcast.paired import wilcoxon_p
-from forgetcast.scores import Scores
+from forgetcast.scores import Scores, flips, forgetting
 
 RESAMPLES, BATCH_ENTRIES = 2_000, 10_000_000
-"""Of the bootstrap: how many, and how many entries are drawn at once."""
+"""Bootstrap resamples, and entries drawn at once."""
 
 WORST = 10
-"""Examples that are listed."""
+"""Number of examples listed as the most forgotten."""
 
 _COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
 @dataclass(frozen=True)
 class Change:
-    """Change of the loss over some examples, after minus before, nats per target token; positive is forgotten.
+    """Forgetting over some examples: loss after minus before, nats per target token.
 
     Attributes
     ----------
     examples : int
-        Scored on both sides.
+        Number of examples scored on both sides.
     mean, median : float
     lower, upper : float
-        95 % interval of the mean, by a paired bootstrap over the examples; equal to it where there is one example.
+        95 % interval of the mean, by a paired bootstrap over the examples; equal to the mean if there is one example.
     worst_tenth, worst_hundredth : float
-        Mean of the examples that got worst (at least one).
+        Mean of the most forgotten tenth or hundredth (at least one example).
     share_worse : float
-        Share of the examples whose loss rose.
+        Fraction of the examples whose loss rose.
     """
 
     examples: int
@@ -54,16 +54,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Flips:
-    """Answers that changed sides.
+    """Answers that changed from right to wrong or back.
 
     Attributes
     ----------
     examples : int
     right_before, right_after : float
-        Share of right answers.
+        Fraction of right answers.
     right_to_wrong, wrong_to_right : int
     mcnemar_p : float
-        Exact p-value of "both are equally likely" (McNemar 1947).
+        Exact p-value of "both changes are equally likely" (McNemar 1947).
     """
 
     examples: int
@@ -87,11 +87,11 @@ class Difference:
     flips : Flips or None
         None where a side has no exact match.
     unscored : int
-        Examples without a loss on a side; they are in `flips` only.
+        Number of examples without a loss on a side; they count in `flips` only.
     by_source : dict
-        Source to its `Change`, largest mean first; empty where sources are not known.
+        `Change` by source, largest mean first; empty if no sources were given.
     worst : tuple of dict
-        The examples that got worst: id, before, after, change.
+        The most forgotten examples: id, before, after, change.
     """
 
     loss: Change | None
@@ -101,12 +101,22 @@ class Difference:
     by_source: dict[str, Change]
     worst: tuple[dict[str, Any], ...]
 
+    def __repr__(self) -> str:
+        """Size, mean forgetting with its interval, and flips."""
+        parts = [f"{self.unscored} unscored"]
+        if (loss := self.loss) is not None:
+            parts.insert(0, f"mean {loss.mean:+.3f} ({loss.lower:+.3f} to {loss.upper:+.3f}) nats per token")
+            parts.insert(0, f"{loss.examples} examples")
+        if self.flips is not None:
+            parts.append(f"{self.flips.right_to_wrong} right to wrong, {self.flips.wrong_to_right} wrong to right")
+        return f"Difference({', '.join(parts)})"
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, ready for JSON."""
+        """Return plain numbers and strings for JSON."""
         return asdict(self)
 
     def figures(self) -> dict[str, float]:
-        """Every figure that a gate may name."""
+        """Return every figure that a gate may name."""
         figures: dict[str, float] = {}
         for part in (self.loss, self.flips):
             if part is not None:
@@ -128,7 +138,7 @@ def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None =
     Raises
     ------
     MismatchError
-        If the two are not of the same examples.
+        If the two are of different examples.
     """
     pools = {before.pool_fingerprint, after.pool_fingerprint} - {None}
     if len(pools) > 1:
@@ -136,29 +146,26 @@ def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None =
     if set(before.ids) != set(after.ids):
         odd = sorted(set(before.ids) ^ set(after.ids))
         raise MismatchError(f"{len(odd)} example(s) are in only one of the score files, e.g. {odd[0]!r}")
-    position = {id_: i for i, id_ in enumerate(after.ids)}
-    order = np.array([position[id_] for id_ in before.ids])
-    change = after.nll[order] - before.nll
+    after = after.subset(before.ids)
+    change = forgetting(before, after)
     scored = np.flatnonzero(~np.isnan(change))
     by_source = {}
     if sources is not None:
         labels = np.array(sources)
         parts = {name: scored[labels[scored] == name] for name in sorted(set(sources))}
-        by_source = {name: _change(change[own]) for name, own in parts.items() if len(own)}
+        by_source = {name: _change(change[rows]) for name, rows in parts.items() if len(rows)}
     worst = scored[np.argsort(-change[scored], kind="stable")[:WORST]]
     return Difference(
         loss=_change(change[scored]) if len(scored) else None,
         wilcoxon_p=wilcoxon_p(change[scored]) if len(scored) else None,
-        flips=None
-        if before.exact_match is None or after.exact_match is None
-        else _flips(before.exact_match, after.exact_match[order]),
+        flips=_flips(before, after),
         unscored=len(change) - len(scored),
         by_source=dict(sorted(by_source.items(), key=lambda item: -item[1].mean)),
         worst=tuple(
             {
                 "id": before.ids[i],
                 "before": float(before.nll[i]),
-                "after": float(after.nll[order[i]]),
+                "after": float(after.nll[i]),
                 "change": float(change[i]),
             }
             for i in worst.tolist()
@@ -190,16 +197,19 @@ def _change(change: np.ndarray) -> Change:
     )
 
 
-def _flips(before: np.ndarray, after: np.ndarray) -> Flips | None:
-    asked = ~np.isnan(before) & ~np.isnan(after)
-    if not asked.any():
+def _flips(before: Scores, after: Scores) -> Flips | None:
+    """Count the flips both ways; `before` and `after` have the same ids in the same order."""
+    if before.exact_match is None or after.exact_match is None:
         return None
-    before, after = before[asked] == 1, after[asked] == 1
-    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    right = np.stack([before.exact_match, after.exact_match])
+    right = right[:, ~np.isnan(right).any(axis=0)]
+    if not right.shape[1]:
+        return None
+    lost, won = int(np.nansum(flips(before, after))), int(np.nansum(flips(after, before)))
     return Flips(
-        examples=len(before),
-        right_before=float(before.mean()),
-        right_after=float(after.mean()),
+        examples=right.shape[1],
+        right_before=float(right[0].mean()),
+        right_after=float(right[1].mean()),
         right_to_wrong=lost,
         wrong_to_right=won,
         mcnemar_p=float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0,
@@ -208,7 +218,7 @@ def _flips(before: np.ndarray, after: np.ndarray) -> Flips | None:
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition under which a change must not pass, such as ``mean>0.05``."""
+    """A condition that fails a difference, such as ``mean>0.05``."""
 
     text: str
     figure: str
@@ -217,12 +227,12 @@ class Gate:
 
     @classmethod
     def parse(cls, text: str) -> Gate:
-        """Read a figure's name, one of > >= < <=, and a number.
+        """Parse a figure's name, one of > >= < <=, and a number.
 
         Raises
         ------
         ConfigError
-            If it is something else.
+            If the text is something else.
         """
         parts = re.fullmatch(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
         try:
@@ -232,15 +242,15 @@ class Gate:
         except ValueError:
             raise ConfigError(f"{text!r} is not a condition; write one as mean>0.05") from None
 
-    def fails(self, found: Difference) -> bool:
-        """Whether the condition is true, so that the change must not pass.
+    def fails(self, measured: Difference) -> bool:
+        """Return whether the condition holds, so that the difference must not pass.
 
         Raises
         ------
         DataError
-            If the figure is unknown, or these score files do not have it.
+            If the figure is unknown, or these score files lack it.
         """
-        figures = found.figures()
+        figures = measured.figures()
         if self.figure not in figures:
-            raise DataError(f"there is no figure {self.figure!r} here to judge by; there are {', '.join(figures)}")
+            raise DataError(f"there is no figure {self.figure!r} here; there are {', '.join(figures)}")
         return bool(_COMPARISONS[self.comparison](figures[self.figure], self.bound))

@@ -1,4 +1,4 @@
-"""The forecast of one task by example id, as it is kept in a file."""
+"""The forecast of one task by example id, and its file."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
+from forgetcast._files import read_table, write_table
 from forgetcast.atlas import Atlas
 from forgetcast.completion import Forecast
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
 from forgetcast.pool import Pool
-from forgetcast.scores import Scores, read_table, write_table
+from forgetcast.scores import Scores, forgetting
 
 _COLUMNS = ("mean", "std", "lower", "upper", "probed")
 
 
 @dataclass(frozen=True)
 class TaskForecast:
-    """Forecast forgetting of every example of a pool after one task.
+    """Forecast forgetting of every example of a pool for one task.
 
     Attributes
     ----------
     ids : sequence of str, length N
     mean, std, lower, upper : array, shape (N,)
-        Nats per token; lower and upper are the ends of the interval at `level`.
+        Nats per token; lower and upper bound the interval at `level`.
     probed : array of bool, shape (N,)
-        Where the forecast is a measurement.
+        Mask of the probes, where the forecast is the measurement.
     level : float
     misfit : float
         p-value of "the task is like those in the atlas".
@@ -52,10 +52,10 @@ class TaskForecast:
     task: str | None = None
 
     @classmethod
-    def of(
+    def from_forecast(
         cls, forecast: Forecast, pool: Pool | Atlas, *, method: str, task: str | None = None, level: float = 0.9
     ) -> TaskForecast:
-        """Name the examples of a completed row, which are those of a pool or of an atlas."""
+        """Make a task forecast from a completed row and the pool or atlas that it is of."""
         ids, fingerprint = (
             (pool.ids, pool.fingerprint) if isinstance(pool, Pool) else (pool.examples, pool.pool_fingerprint)
         )
@@ -64,6 +64,13 @@ class TaskForecast:
         probed[forecast.probes] = True
         misfit = float(forecast.misfit)
         return cls(ids, forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task)
+
+    def __repr__(self) -> str:
+        """Task, size, number of probes and mean forecast."""
+        return (
+            f"TaskForecast(task {self.task!r}, {len(self.ids)} examples, {int(self.probed.sum())} probes, "
+            f"mean {self.mean.mean():.2f})"
+        )
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -76,6 +83,8 @@ class TaskForecast:
 
     def save(self, path: str | Path) -> None:
         """Write a Parquet file with the columns id, mean, std, lower, upper and probed."""
+        import pyarrow as pa
+
         table = pa.table({"id": pa.array(self.ids, pa.string()), **{name: getattr(self, name) for name in _COLUMNS}})
         metadata = {
             "level": self.level,
@@ -108,12 +117,12 @@ class TaskForecast:
 
 
 def measured_probes(atlas: Atlas, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the probes that a score file holds, and how much each was forgotten, both of shape (k,).
+    """Return the columns of the probes in a score file, and their forgetting, both of shape (k,).
 
     Raises
     ------
     MismatchError
-        If an example is not in the atlas, has another text there, or the base model could not score it.
+        If an example is not in the atlas, differs in its text, or has no score of the base model.
     DataError
         If a probe has no score.
     """
@@ -121,8 +130,8 @@ def measured_probes(atlas: Atlas, scores: Scores) -> tuple[np.ndarray, np.ndarra
     for id_, value, reason in zip(scores.ids, scores.nll, scores.reasons, strict=True):
         if np.isnan(value):
             raise DataError(f"the probe {id_!r} has no score: {reason}")
-    forgetting = scores.nll - atlas.nll_before[columns]
-    if np.isnan(forgetting).any():
-        bad = scores.ids[int(np.argmax(np.isnan(forgetting)))]
+    measured = forgetting(atlas.baseline, scores)
+    if np.isnan(measured).any():
+        bad = scores.ids[int(np.argmax(np.isnan(measured)))]
         raise MismatchError(f"the base model has no score for the probe {bad!r}")
-    return columns, forgetting
+    return columns, measured

@@ -1,4 +1,4 @@
-"""Scores that other tools have measured."""
+"""Scores measured by other tools."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from forgetcast.errors import DataError
 from forgetcast.scores import Scores
 
 RIGHT = ("exact_match", "acc", "acc_norm", "em")
-"""Metrics of lm-evaluation-harness that are 1 for a right answer and 0 for a wrong one; the first one there counts."""
+"""Metrics of lm-evaluation-harness that are 1 for a right answer and 0 for a wrong one; the first available counts."""
 
 ROLLING = ("word_perplexity", "byte_perplexity")
 """Metrics of lm-evaluation-harness whose samples are pairs of a log-likelihood and a number of words or bytes."""
 
 
 def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
-    """Read what lm-evaluation-harness wrote with --log_samples: one JSONL file, or a folder of them.
+    """Read samples of lm-evaluation-harness (--log_samples): one JSONL file, or a folder of them.
 
     Returns
     -------
     Scores
-        Ids are "task/doc_id" (with the filter's name where a task has several). The loss is nats per word for rolling
-        log-likelihoods, that of the right choice for multiple choice, and NaN for generated answers.
+        Ids are "task/doc_id" (plus the filter's name where a task has several). The loss is nats per word for rolling
+        log-likelihoods, nats for the right choice of multiple choice, and NaN for generated answers.
     tuple of str
         The task of each example.
 
@@ -42,7 +42,7 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
     for file in files:
         # samples_TASK_DATE.jsonl, where the date has no underscore.
         task = file.stem.removeprefix("samples_").rpartition("_")[0] or file.stem
-        # Not splitlines, which also splits at signs that JSON allows within a string.
+        # Not splitlines, which also splits at characters that JSON allows within a string.
         for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue

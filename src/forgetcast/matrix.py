@@ -10,30 +10,31 @@ import numpy as np
 
 from forgetcast._files import read_json
 from forgetcast.errors import DataError, MismatchError
+from forgetcast.ids import ExampleIndex
 from forgetcast.pool import Pool
-from forgetcast.scores import Scores
+from forgetcast.scores import Scores, forgetting
 
 
 class ForgettingMatrix:
-    """How much worse each example is predicted after each fine-tune than before it.
+    """How much the loss of each example rises in each fine-tune.
 
     Parameters
     ----------
     values : array-like, shape (M, N)
-        Loss after minus loss before, one row a task. NaN where it was not measured. Kept as float32.
+        Loss after minus loss before, one row per task. NaN where not measured. Stored as float32.
     tasks : sequence of str, length M, optional
         Unique names; default "0", "1", ...
     examples : sequence of str, length N, optional
         Unique ids; default "0", "1", ...
     sources : sequence of str, length N, optional
-        Where each example is from; default '' for all.
+        Label of each example's origin; default '' for all.
     pool_fingerprint : str, optional
-        Fingerprint of the pool that the columns belong to.
+        Fingerprint of the pool of the columns.
 
     Raises
     ------
     DataError
-        If `values` is not a matrix of numbers, holds an infinity, or a name is missing or repeats.
+        If `values` is not a matrix of numbers or has an infinity, or a name is missing or occurs twice.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ForgettingMatrix:
         Raises
         ------
         DataError
-            If the file cannot be read or holds something else.
+            If the file cannot be read or is something else.
         """
         path = Path(path)
         if path.suffix == ".npy":
@@ -87,18 +88,19 @@ class ForgettingMatrix:
 
     @classmethod
     def from_scores(cls, before: Scores, after: dict[str, Scores], *, pool: Pool | None = None) -> ForgettingMatrix:
-        """Make the matrix from score files: one before, and one after each task.
+        """Make the matrix from the scores before, and those after each task.
 
         Raises
         ------
         MismatchError
-            If a score file is of another pool, or lacks an example.
+            If scores are of another pool, or lack an example.
         """
         for name, scores in after.items():
             if scores.pool_fingerprint != before.pool_fingerprint:
                 raise MismatchError(f"the scores after {name!r} are of another pool than the scores before")
         values = [
-            scores.at(before.ids, where=f"the scores after {name!r}") - before.nll for name, scores in after.items()
+            forgetting(before, scores.subset(before.ids, where=f"the scores after {name!r}"))
+            for name, scores in after.items()
         ]
         matrix = cls(
             np.reshape(values, (len(after), len(before))),
@@ -113,26 +115,26 @@ class ForgettingMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tasks and examples (M, N)."""
+        """Number of tasks and of examples (M, N)."""
         return self.values.shape[0], self.values.shape[1]
 
     @property
     def observed(self) -> np.ndarray:
-        """Where the matrix was measured, shape (M, N) of bool."""
+        """Mask of the measured entries, shape (M, N) of bool."""
         return ~np.isnan(self.values)
 
     def __repr__(self) -> str:
-        """Size and share measured."""
+        """Size and fraction measured."""
         return (
             f"ForgettingMatrix({self.shape[0]} tasks x {self.shape[1]} examples, {self.observed.mean():.0%} measured)"
         )
 
     def check_pool(self, pool: Pool) -> None:
-        """Raise MismatchError if the columns belong to a pool with another fingerprint."""
+        """Raise MismatchError if the columns are of a pool with another fingerprint."""
         check_fingerprint("the forgetting matrix", self.pool_fingerprint, pool)
 
     def select(self, tasks: Iterable[str] | None = None, examples: Iterable[str] | None = None) -> ForgettingMatrix:
-        """Rows and columns with these names, in the order given; None keeps all.
+        """Return the rows and columns with these names, in the given order; None keeps all.
 
         Raises
         ------
@@ -146,13 +148,13 @@ class ForgettingMatrix:
             tasks=[self.tasks[i] for i in rows],
             examples=[self.examples[j] for j in columns],
             sources=[self.sources[j] for j in columns],
-            # A part of the pool is another pool; only a choice of rows leaves the columns what they were.
+            # A part of the pool is another pool.
             pool_fingerprint=self.pool_fingerprint if examples is None else None,
         )
 
 
 def check_fingerprint(what: str, fingerprint: str | None, pool: Pool) -> None:
-    """Raise MismatchError if `fingerprint` is known and is not the pool's."""
+    """Raise MismatchError if `fingerprint` is given and is not the pool's."""
     if fingerprint is not None and fingerprint != pool.fingerprint:
         raise MismatchError(
             f"{what} belongs to another pool (fingerprint {fingerprint[:12]}, this one has {pool.fingerprint[:12]}); "
@@ -160,22 +162,22 @@ def check_fingerprint(what: str, fingerprint: str | None, pool: Pool) -> None:
         )
 
 
-def _names(names: Sequence[str] | None, count: int, kind: str) -> tuple[str, ...]:
+def _names(names: Sequence[str] | None, count: int, axis: str) -> tuple[str, ...]:
     if names is None:
         return tuple(str(i) for i in range(count))
     if len(names) != count:
-        raise DataError(f"the matrix has {count} {kind}s, but {len(names)} names are given")
+        raise DataError(f"the matrix has {count} {axis}s, but {len(names)} names are given")
     if len(set(names)) != count:
         repeated = next(name for name in names if list(names).count(name) > 1)
-        raise DataError(f"the {kind} {repeated!r} occurs twice")
+        raise DataError(f"the {axis} {repeated!r} occurs twice")
     return tuple(names)
 
 
-def _positions(names: Sequence[str], wanted: Iterable[str] | None, kind: str) -> list[int]:
+def _positions(names: Sequence[str], wanted: Iterable[str] | None, axis: str) -> list[int]:
     if wanted is None:
         return list(range(len(names)))
-    index = {name: i for i, name in enumerate(names)}
-    try:
-        return [index[name] for name in wanted]
-    except KeyError as error:
-        raise MismatchError(f"the matrix has no {kind} {error.args[0]!r}") from None
+    wanted = list(wanted)
+    positions: list[int] = ExampleIndex(names).find(wanted).tolist()
+    if -1 in positions:
+        raise MismatchError(f"the matrix has no {axis} {wanted[positions.index(-1)]!r}")
+    return positions

@@ -1,13 +1,14 @@
 """Examples: the upstream pool and the fine-tuning tasks, read from JSONL, Parquet or a saved Hugging Face data set.
 
 An example is one text, a prompt with its completion, or a conversation (`messages`). A pool's examples have ids,
-because a forgetting matrix, its probes and a replay plan refer to them; a task's examples may go without.
+because a forgetting matrix, its probes and a replay plan refer to them; ids are optional in a task.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,24 +17,23 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from forgetcast._files import atomic_path
-from forgetcast.errors import DataError, MismatchError
+from forgetcast._files import atomic_path, read_saved_dataset
+from forgetcast.errors import DataError
+from forgetcast.ids import ExampleIndex
 
 FIELDS = ("id", "text", "prompt", "completion", "messages", "source")
 
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation: each message has a role and a content, and what else the model's chat template knows."""
+"""A conversation: each message has a role, a content, and further fields that the model's chat template uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One text to score or to train on.
 
-    One of three: `text`, of which every token counts; `prompt` and `completion`, of which the completion does; or
-    `messages`, of which what the assistant says does, but for messages whose "weight" is 0.
+    It has one of: `text`, where every token counts; `prompt` and `completion`, where the completion counts; or
+    `messages`, where the assistant's messages count, except those whose "weight" is 0.
     """
 
     id: str
@@ -44,7 +44,7 @@ class Example:
     source: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what could not be scored."""
+        """Raise DataError if the example could not be scored."""
         in_parts = self.prompt is not None or self.completion is not None
         if (self.text is not None) + in_parts + (self.messages is not None) > 1:
             raise DataError(f"example {self.id!r} has two of text, prompt and completion, and messages; keep one")
@@ -62,18 +62,22 @@ class Example:
 
     @property
     def counted(self) -> tuple[bool, ...]:
-        """Whether each message counts; () without messages."""
+        """Whether each message counts; empty without messages."""
         return tuple(m["role"] == "assistant" and m.get("weight") != 0 for m in self.messages or ())
 
     @property
     def full_text(self) -> str:
-        """The text, the prompt and the completion in one, or the messages, each with its role."""
+        """The text, the concatenated prompt and completion, or the messages, each with its role."""
         if self.messages is not None:
             return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in self.messages)
         return self.text if self.text is not None else f"{self.prompt}{self.completion}"
 
+    def __repr__(self) -> str:
+        """Id, and the beginning and end of the text."""
+        return f"Example({self.id!r}, {reprlib.repr(self.full_text)})"
+
     def digest(self) -> bytes:
-        """Hash of the id and of what is scored; `source` is a label and does not count."""
+        """Return a hash of the id and the content; `source` is only a label and not included."""
         parts: list[Any] = [self.id, self.prompt, self.completion]
         if self.text is not None:
             parts = [self.id, "text", self.text]
@@ -89,12 +93,12 @@ class Pool(Sequence[Example]):
     ----------
     examples : iterable of Example
     where : str
-        What an error message calls the pool: usually its file.
+        What an error message calls the pool; usually its file.
 
     Raises
     ------
     DataError
-        If there is no example, or an id occurs twice.
+        If there are no examples, or an id occurs twice.
     """
 
     def __init__(self, examples: Iterable[Example], *, where: str = "the pool") -> None:
@@ -102,8 +106,8 @@ class Pool(Sequence[Example]):
         if not self._examples:
             raise DataError(f"{where} has no examples")
         self.ids = tuple(example.id for example in self._examples)
-        self._positions = {id_: i for i, id_ in enumerate(self.ids)}
-        if len(self._positions) < len(self.ids):
+        self._index = ExampleIndex(self.ids)
+        if len(set(self.ids)) < len(self.ids):
             id_, count = Counter(self.ids).most_common(1)[0]
             raise DataError(f"{where}: the id {id_!r} occurs {count} times; ids must be unique")
 
@@ -125,7 +129,7 @@ class Pool(Sequence[Example]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over the ids and texts of all examples, whatever their order (64 hexadecimal digits)."""
+        """Hash of the ids and texts of all examples, independent of their order (64 hexadecimal digits)."""
         return hashlib.sha256(b"".join(sorted(example.digest() for example in self))).hexdigest()
 
     @property
@@ -134,37 +138,31 @@ class Pool(Sequence[Example]):
         return tuple(example.source or "" for example in self)
 
     def positions(self, ids: Iterable[str], *, where: str = "the request") -> np.ndarray:
-        """Positions of `ids` in this pool, shape (len(ids),).
+        """Return the positions of `ids` in this pool, shape (len(ids),).
 
         Raises
         ------
         MismatchError
             If an id is not in the pool.
         """
-        ids = list(ids)
-        unknown = [id_ for id_ in ids if id_ not in self._positions]
-        if unknown:
-            raise MismatchError(
-                f"{where} has {len(unknown)} example(s) that the pool doesn't know, e.g. {unknown[0]!r}"
-            )
-        return np.array([self._positions[id_] for id_ in ids], dtype=np.intp)
+        return self._index.positions(ids, where=where)
 
     def subset(self, ids: Iterable[str], *, where: str = "the request") -> Pool:
-        """Make a pool of the examples with these ids, in the order of `ids`."""
+        """Return a pool of the examples with these ids, in the order of `ids`."""
         return Pool((self._examples[i] for i in self.positions(ids, where=where)), where=where)
 
     def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
-        """Ids to keep aside: never replayed, only judged on.
+        """Choose ids that are never replayed, only judged on.
 
-        Each example is ranked by a hash of the seed and its id, so the choice does not depend on the pool's order.
+        Examples are ranked by a hash of the seed and the id, so the choice does not depend on the pool's order.
 
         Parameters
         ----------
         share : float
-            Share of the pool, in [0, 1).
+            Fraction of the pool, in [0, 1).
         seed : int
         exclude : iterable of str
-            Ids never held out, such as the probes (whose loss is known before the judging).
+            Ids that are never held out, such as the probes, whose forgetting is already measured.
         """
         if not 0 <= share < 1:
             raise DataError(f"the held-out share must be in [0, 1), not {share}")
@@ -180,7 +178,7 @@ class Pool(Sequence[Example]):
         Raises
         ------
         DataError
-            If the file cannot be read, names the line or row of the first example that cannot be used.
+            If the file cannot be read or an example cannot be used; the message names its line or row.
         """
         return cls(_read(Path(path), need_ids=True), where=str(path))
 
@@ -188,8 +186,11 @@ class Pool(Sequence[Example]):
         """Write the pool as JSONL, or as Parquet if the name ends in `.parquet`."""
         with atomic_path(Path(path)) as temporary:
             if Path(path).suffix == ".parquet":
+                import pyarrow as pa
+                import pyarrow.parquet as pq
+
                 columns = {f: [getattr(e, f) for e in self] for f in FIELDS}
-                # As text, because messages need not have the same fields.
+                # As JSON, because messages may differ in their fields.
                 columns["messages"] = [m and json.dumps(m, ensure_ascii=False) for m in columns["messages"]]
                 pq.write_table(pa.table({f: pa.array(c, pa.string()) for f, c in columns.items()}), temporary)
             else:
@@ -201,17 +202,17 @@ class Pool(Sequence[Example]):
 
 
 def load_task(path: str | Path) -> Pool:
-    """Read a fine-tuning data set: a pool whose examples need no ids (they are numbered instead)."""
+    """Read a fine-tuning data set: a pool whose ids are optional; an example without one is numbered."""
     return Pool(_read(Path(path), need_ids=False), where=str(path))
 
 
 def train_and_test(task: Pool, share: float) -> tuple[Pool, Pool]:
-    """Split a task into what is trained on and, as this share of it, what only its loss is judged on.
+    """Split a task into training examples and a test fraction for the new-task loss.
 
     Raises
     ------
     DataError
-        If either would be empty.
+        If either part would be empty.
     """
     test = set(task.hold_out(share))
     if not 0 < len(test) < len(task):
@@ -229,14 +230,15 @@ def _read(path: Path, *, need_ids: bool) -> Iterator[Example]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a file, each with the words for its place ("line 3", "row 3"), counted from 1."""
+    """Yield the rows of a file, each with its place ("line 3", "row 3"), counted from 1."""
     if path.is_dir():
-        from forgetcast._files import read_saved_dataset
-
         rows = read_saved_dataset(path)
     elif not path.is_file():
         raise DataError(f"{path}: there is no such file")
     elif path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             rows = pq.read_table(path).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
@@ -268,7 +270,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_example(row: dict[str, Any], *, default_id: str | None = None) -> Example:
-    """Make an example of a row: of JSON, or of a table."""
+    """Make an example from a row of JSON or of a table."""
     id_ = row.get("id")
     if id_ is None:
         if default_id is None:
@@ -278,7 +280,7 @@ def read_example(row: dict[str, Any], *, default_id: str | None = None) -> Examp
         raise DataError(f"the id must be a string that is not empty, not {id_!r}")
     fields: dict[str, Any] = {name: row.get(name) for name in FIELDS[1:]}
     if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
-        # A conversation in two parts, as TRL knows it: only what the assistant says in the second one counts.
+        # TRL's conversational prompt and completion: only the assistant's messages of the completion count.
         prompt = [m | {"weight": 0} if isinstance(m, dict) else m for m in fields["prompt"]]
         fields |= {"prompt": None, "completion": None, "messages": prompt + fields["completion"]}
     elif isinstance(fields["messages"], str):  # as `save` writes Parquet
@@ -287,21 +289,21 @@ def read_example(row: dict[str, Any], *, default_id: str | None = None) -> Examp
         except ValueError:
             raise DataError("the field 'messages' is neither a list nor JSON") from None
     for name, value in fields.items():
-        kind = list if name == "messages" else str
-        if value is not None and not isinstance(value, kind):
-            needed = "a list" if kind is list else "a string"
+        expected = list if name == "messages" else str
+        if value is not None and not isinstance(value, expected):
+            needed = "a list" if expected is list else "a string"
             raise DataError(f"the field {name!r} must be {needed}, not a {type(value).__name__}")
     return Example(id=str(id_), **fields)
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
-    """Check a message; fields that are None are left out, as tables have them where only other rows have a value."""
+    """Check a message and drop its fields that are None, which tables fill in for other rows' fields."""
     if not isinstance(message, Mapping):
         raise DataError(f"{where}: a message must be an object with a role and a content, not {message!r}")
     kept = {str(name): value for name, value in message.items() if value is not None}
     if not isinstance(kept.get("role"), str):
         raise DataError(f"{where}: a message has no role")
-    # What calls a tool need not say anything.
+    # A message that calls a tool needs no content.
     if not isinstance(kept.get("content", "" if len(kept) > 1 else None), str):
         raise DataError(f"{where}: the content of a message must be a string, not {kept.get('content')!r}")
     if kept.get("weight", 1) not in (0, 1):

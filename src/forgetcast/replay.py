@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from forgetcast._files import read_table, write_table
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
 from forgetcast.pool import Pool
-from forgetcast.scores import read_table, write_table
 from forgetcast.strategies import EFFECTIVE_SHARE, STRATEGIES, by_stratum, in_turn, select, softmax_weights
 
 __all__ = ["EFFECTIVE_SHARE", "STRATEGIES", "ReplayPlan", "make_plan", "softmax_weights"]

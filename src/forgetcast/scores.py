@@ -1,25 +1,22 @@
-"""Scores: how well one model predicts each example of a pool, and how a later model's scores differ from them.
+"""Scores: the loss of one model on each example of a pool, and what a second model has forgotten.
 
-The unit is the mean negative log-likelihood in nats per target token; lower is better. An example that could not be
-scored is NaN, with the reason beside it.
+The loss is the mean negative log-likelihood in nats per target token; lower is better. An example that could not be
+scored is NaN, with a reason.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from forgetcast._files import atomic_path
+from forgetcast._files import read_table, write_table
 from forgetcast.errors import DataError, MismatchError
-
-_METADATA_KEY = b"forgetcast"
+from forgetcast.ids import ExampleIndex
 
 
 @dataclass(frozen=True)
@@ -34,13 +31,13 @@ class Scores:
     tokens : array of int, shape (N,)
         Number of target tokens; 0 where the example could not be scored.
     truncated : array of bool, shape (N,)
-        Whether the text was longer than the context and was cut.
+        Whether the text was cut to the context's length.
     reasons : sequence of str or None, length N
-        Why an example could not be scored; None where it was. Default: None for all.
+        Why an example could not be scored; None where it could. Default: None for all.
     metadata : mapping
-        Provenance that is saved with the numbers: 'model', 'model_hash', 'pool' (the pool's fingerprint), settings.
+        Provenance, saved with the numbers: 'model', 'model_hash', 'pool' (the pool's fingerprint), settings.
     exact_match : array of float, shape (N,), optional
-        1 where the model's answer was right, 0 where it was wrong, NaN where it was not asked for one.
+        1 where the model's answer is right, 0 where it is wrong, NaN where none was asked for.
     predictions : sequence of str or None, length N, optional
         The answers.
 
@@ -60,7 +57,7 @@ class Scores:
     predictions: Sequence[str | None] | None = None
 
     def __post_init__(self) -> None:
-        """Bring the arrays to their types and check them."""
+        """Convert the arrays to their dtypes and check them."""
         set_ = object.__setattr__
         set_(self, "ids", tuple(self.ids))
         set_(self, "nll", np.asarray(self.nll, dtype=np.float64))
@@ -92,27 +89,61 @@ class Scores:
         """Count the examples."""
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        """Size, mean loss and number of unscored examples."""
+        scored = self.nll[~np.isnan(self.nll)]
+        mean = f"mean {scored.mean():.2f} nats per token" if len(scored) else "no losses"
+        return f"Scores({len(self)} examples, {mean}, {len(self) - len(scored)} unscored)"
+
+    @cached_property
+    def index(self) -> ExampleIndex:
+        """Positions of the ids."""
+        return ExampleIndex(self.ids)
+
     @property
     def pool_fingerprint(self) -> str | None:
-        """Fingerprint of the pool that was scored, if it is known."""
+        """Fingerprint of the scored pool, or None if unknown."""
         return self.metadata.get("pool")
 
     def at(self, ids: Iterable[str], *, where: str = "the scores") -> np.ndarray:
-        """Losses of the examples with these ids, in their order, shape (len(ids),); NaN where there is none.
+        """Return the losses of the examples with these ids, in the order of `ids`, shape (len(ids),).
 
         Raises
         ------
         MismatchError
-            If an id was not scored at all.
+            If an id is not in the scores.
         """
-        positions = {id_: i for i, id_ in enumerate(self.ids)}
-        try:
-            return self.nll[[positions[id_] for id_ in ids]]
-        except KeyError as error:
-            raise MismatchError(f"{where}: example {error.args[0]!r} has no score") from None
+        return self.nll[self._positions(ids, where)]
+
+    def subset(self, ids: Iterable[str], *, where: str = "the scores") -> Scores:
+        """Return the scores of the examples with these ids, in the order of `ids`; raises as `at` does.
+
+        A proper part has no `pool_fingerprint`, because a part of a pool is another pool.
+        """
+        rows = self._positions(ids, where)
+        same = len(rows) == len(self)
+        return Scores(
+            ids=[self.ids[i] for i in rows.tolist()],
+            nll=self.nll[rows],
+            tokens=self.tokens[rows],
+            truncated=self.truncated[rows],
+            reasons=[self.reasons[i] for i in rows.tolist()],
+            metadata={key: value for key, value in self.metadata.items() if same or key != "pool"},
+            exact_match=None if self.exact_match is None else self.exact_match[rows],
+            predictions=None if self.predictions is None else [self.predictions[i] for i in rows.tolist()],
+        )
+
+    def _positions(self, ids: Iterable[str], where: str) -> np.ndarray:
+        ids = list(ids)
+        rows = self.index.find(ids)
+        if (rows < 0).any():
+            raise MismatchError(f"{where}: example {ids[int(np.argmax(rows < 0))]!r} has no score")
+        return rows
 
     def save(self, path: str | Path) -> None:
-        """Write a Parquet file: id, nll, tokens, truncated, reason; exact_match and prediction where there are any."""
+        """Write a Parquet file: id, nll, tokens, truncated, reason; exact_match and prediction if there are any."""
+        import pyarrow as pa
+
         columns = {
             "id": pa.array(self.ids, pa.string()),
             "nll": pa.array(self.nll, pa.float64()),
@@ -133,7 +164,7 @@ class Scores:
         Raises
         ------
         DataError
-            If the file is not a score file; the message names what is missing.
+            If the file is not a score file; the message names what is missing or invalid.
         """
         table, metadata = read_table(Path(path), ("id", "nll", "tokens", "truncated"), kind="score")
 
@@ -152,28 +183,50 @@ class Scores:
                 exact_match=None if right is None else np.array(right, dtype=np.float64),
                 metadata=metadata,
             )
-        except (DataError, pa.ArrowInvalid, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:  # among them DataError and Arrow's
             raise DataError(f"{path}: {error}") from None
 
 
-def write_table(table: pa.Table, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a Parquet file, atomically, with `metadata` as JSON in its schema."""
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(dict(metadata))}), temporary)
+@dataclass(frozen=True)
+class Baseline:
+    """Losses and answers of a base model that an atlas has on disk; `Scores` has the same attributes.
+
+    Attributes
+    ----------
+    index : ExampleIndex
+    nll : array, shape (N,)
+    exact_match : array, shape (N,), or None
+    """
+
+    index: ExampleIndex
+    nll: np.ndarray
+    exact_match: np.ndarray | None
 
 
-def read_table(path: Path, columns: Iterable[str], *, kind: str) -> tuple[pa.Table, dict[str, Any]]:
-    """Read a Parquet file of ours and its metadata; an error names what the file lacks."""
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
-    ids = table.column("id").to_pylist()
-    if any(not isinstance(id_, str) for id_ in ids):
-        raise DataError(f"{path}: an id is missing or is not a string")
-    return table, json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+def forgetting(before: Scores | Baseline, after: Scores) -> np.ndarray:
+    """Return loss after minus loss before, nats per token, shape (len(after),), in the order of `after.ids`.
+
+    Positive means forgotten; NaN where either is NaN.
+
+    Raises
+    ------
+    MismatchError
+        If `before` lacks an example of `after`.
+    """
+    return after.nll - before.nll[before.index.positions(after.ids, where="the score file")]
+
+
+def flips(before: Scores | Baseline, after: Scores) -> np.ndarray:
+    """Return 1 where a right answer became wrong and 0 where it stayed right, shape (len(after),), as `after.ids`.
+
+    NaN elsewhere: where the answer was not right before, or an exact match is missing.
+
+    Raises
+    ------
+    MismatchError
+        If `before` lacks an example of `after`.
+    """
+    if before.exact_match is None or after.exact_match is None:
+        return np.full(len(after), np.nan)
+    right = before.exact_match[before.index.positions(after.ids, where="the score file")] == 1
+    return np.where(right, 1 - after.exact_match, np.nan)

@@ -26,7 +26,7 @@ from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.evaluation import worst_tenth
 from forgetcast.pool import Pool
 from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan, replay_steps
-from forgetcast.scores import Scores
+from forgetcast.scores import Scores, forgetting
 from forgetcast.sequence_result import SequenceResult, Stage
 
 if TYPE_CHECKING:
@@ -351,14 +351,14 @@ class _Course:
 
     def stage(self, chain: _Chain, stage: int, scores: Scores) -> Stage:
         """Read the figures of a stage off its scores."""
-        forgetting = scores.nll - self.atlas.before.at(scores.ids)
+        change = forgetting(self.atlas.before, scores)
         return Stage(
             order=chain.order,
             arm=chain.arm,
             position=stage,
             task=chain.tasks[stage - 1],
-            mean=float(np.nanmean(forgetting)),
-            worst_tenth=worst_tenth(forgetting),
+            mean=float(np.nanmean(change)),
+            worst_tenth=worst_tenth(change),
             losses=scores.metadata["losses"],
             replayed=len(scores.metadata["replayed"]),
             steps=scores.metadata["steps"],

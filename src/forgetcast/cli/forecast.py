@@ -81,7 +81,9 @@ def forecast_(
     columns, forgetting = measured_probes(opened, Scores.load(scores))
     known = [name for name in opened.tasks if name != task]
     model = _method(method).fit(opened.stored(known))
-    forecast = TaskForecast.of(model.predict(columns, forgetting), opened, method=method, task=task, level=level)
+    forecast = TaskForecast.from_forecast(
+        model.predict(columns, forgetting), opened, method=method, task=task, level=level
+    )
     forecast.save(output)
     worst = np.argsort(-forecast.mean, kind="stable")[:10]
     facts = {

@@ -18,9 +18,10 @@ from forgetcast.coverage import correlation_loadings
 from forgetcast.errors import ConfigError
 from forgetcast.exports import FORMATS, TRAINERS, export_mixture, export_weighted
 from forgetcast.forecast import TaskForecast
+from forgetcast.ids import ExampleIndex
 from forgetcast.pool import Pool, load_task
 from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
-from forgetcast.scores import Scores
+from forgetcast.scores import Scores, forgetting
 from forgetcast.tables import advice_tables
 
 _STRATEGY_HELP = "What to replay. " + " ".join(f"**{name}**: {kind.text}." for name, kind in STRATEGIES.items())
@@ -100,7 +101,7 @@ def plan_(
     mean = None
     if given is not None:
         given.check_pool(pool)
-        mean = given.mean[_order(given.ids, pool)]
+        mean = given.mean[ExampleIndex(given.ids).positions(pool.ids)]
     elif fitted is not None:
         mean = fitted.predict([], []).mean
     plan = make_plan(
@@ -145,10 +146,9 @@ def _enough(advice: Advice) -> float:
 
 def _measured(atlas: Atlas, after: Scores) -> np.ndarray:
     """Forgetting of every example of an atlas by a tuned model's scores, shape (N,); NaN where it was not scored."""
-    forgetting = np.full(len(atlas.examples), np.nan)
-    columns = atlas.columns_of(after)
-    forgetting[columns] = after.nll - atlas.nll_before[columns]
-    return forgetting
+    measured = np.full(len(atlas.examples), np.nan)
+    measured[atlas.columns_of(after)] = forgetting(atlas.baseline, after)
+    return measured
 
 
 def _of_sources(pool: Pool, sources: Sequence[str]) -> list[str]:
@@ -171,11 +171,6 @@ def _gradients(atlas: Atlas, model: str, task: Path) -> np.ndarray:
         base, load_task(task), atlas.subset(atlas.examples[i] for i in scored.tolist())
     )
     return products
-
-
-def _order(ids: Any, pool: Pool) -> np.ndarray:
-    positions = {id_: i for i, id_ in enumerate(ids)}
-    return np.array([positions[id_] for id_ in pool.ids])
 
 
 @app.command(name="export")

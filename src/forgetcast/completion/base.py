@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from scipy import special
 
-from forgetcast.atlas import Atlas, StoredMatrix
+from forgetcast.atlas import Atlas
+from forgetcast.atlas_columns import StoredMatrix
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.matrix import ForgettingMatrix
 
@@ -137,7 +138,7 @@ class Completion(ABC):
             matrix = matrix.stored()
         if isinstance(matrix, StoredMatrix):
             if self._reads_blocks:
-                return self._learn(matrix, matrix.atlas.examples, None)
+                return self._learn(matrix, matrix.examples, None)
             matrix = matrix.load()
         if not isinstance(matrix, ForgettingMatrix):
             matrix = ForgettingMatrix(matrix)

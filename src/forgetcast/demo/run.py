@@ -185,7 +185,7 @@ def _data(directory: Path, settings: DemoSettings) -> tuple[Pool, dict[str, Pool
 
 
 def _keep(directory: Path, row: Forecast, pool: Pool, name: str) -> TaskForecast:
-    forecast = TaskForecast.of(row, pool, method="bayesian", task=name)
+    forecast = TaskForecast.from_forecast(row, pool, method="bayesian", task=name)
     forecast.save(directory / "forecasts" / f"{name}.parquet")
     return forecast
 
