@@ -209,3 +209,10 @@ def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool, an
     assert Atlas.open(atlas.path).is_complete("crashed")
     if answers:
         np.testing.assert_array_equal(Atlas.open(atlas.path).matrix(["crashed"], measure="exact_match").values, 1)
+
+
+def test_importing_the_atlas_loads_no_heavy_library() -> None:
+    heavy = ("zarr", "xarray", "pyarrow.dataset", "yaml", "pydantic")
+    code = f"import sys, forgetcast.atlas; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -58,7 +58,15 @@ class TestDifference:
             "id": f"e{worst}", "before": before.nll[worst], "after": after.nll[worst], "change": change[worst]
         }  # fmt: skip
 
-    def test_order_of_examples_is_nothing(self, pair: tuple[Scores, Scores]) -> None:
+    def test_short_representation(self) -> None:
+        right = np.array([1.0, 1.0, 0.0])
+        found = difference(scores(np.array([1.0, 1.0, np.nan]), right), scores(np.array([1.5, 1.5, 1.0]), 1 - right))
+        assert repr(found) == (
+            "Difference(2 examples, mean +0.500 (+0.500 to +0.500) nats per token, 1 unscored, "
+            "2 right to wrong, 1 wrong to right)"
+        )
+
+    def test_invariant_to_permutation_of_the_examples(self, pair: tuple[Scores, Scores]) -> None:
         before, after = pair
         order = np.random.default_rng(1).permutation(200)
         shuffled = Scores(
@@ -118,7 +126,7 @@ class TestGate:
         assert Gate.parse(text).fails(found) == fails
 
     @pytest.mark.parametrize("text", ["mean", "mean>", "mean=0.1", "mean>much", "> 3", "mean>0.1; worst>2"])
-    def test_what_is_no_condition(self, text: str) -> None:
+    def test_invalid_conditions_are_rejected(self, text: str) -> None:
         with pytest.raises(ConfigError, match="is not a condition"):
             Gate.parse(text)
 

@@ -18,6 +18,7 @@ def test_a_forecast_survives_its_file(tmp_path: Path, pool: Pool) -> None:
     row = model.predict([2, 5], [0.3, 0.4])
     forecast = TaskForecast.from_forecast(row, pool, method="bayesian", task="new", level=0.8)
     forecast.save(tmp_path / "f.parquet")
+    assert repr(forecast) == f"TaskForecast(task 'new', 24 examples, 2 probes, mean {forecast.mean.mean():.2f})"
     again = TaskForecast.load(tmp_path / "f.parquet")
     for name in ("mean", "std", "lower", "upper", "probed"):
         np.testing.assert_array_equal(getattr(again, name), getattr(forecast, name))

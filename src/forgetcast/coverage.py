@@ -1,7 +1,7 @@
-"""Coverage: choose examples that together stand for all that the forecast says will be lost.
+"""Coverage: choose examples that together represent everything forecast to be forgotten.
 
-Replaying an example protects those whose forgetting is like its own. How alike two are is the product of their rows of
-loadings, so nothing of size N x N is made: choosing among 10^5 examples takes their loadings and some thousand targets.
+Replaying an example protects those with similar forgetting. The similarity of two examples is the product of their rows
+of loadings, so no N x N array is made: choosing among 10^5 examples takes their loadings and some thousand targets.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 from forgetcast.completion.gaussian import LinearGaussian
 
 TARGETS = 2048
-"""Most examples that a choice is judged by; of more, these are a systematic sample in proportion to the demand."""
+"""Maximum number of examples that a choice is judged by; of more, a systematic sample in proportion to the demand."""
 
 DEPTH = 4096
-"""Examples that are chosen one by one; should more be replayed, the others follow by forecast."""
+"""Number of examples chosen greedily; the others follow by forecast."""
 
 HALVING_SHARE = 0.05
-"""Share of the examples that, replayed at random, is taken to halve the forgetting of a typical one."""
+"""Fraction of the examples that, replayed at random, is assumed to halve the forgetting of a typical one."""
 
 FIRST_BATCH = 16
 
 
 def correlation_loadings(model: LinearGaussian) -> np.ndarray:
-    """Loadings whose products are the correlations between examples that the model expects in a new task.
+    """Return loadings whose products are the correlations between examples that the model expects in a new task.
 
-    What moves all examples alike, the task's own mean, is taken out before: it would make everything similar.
+    The task's mean, which shifts all examples equally, is removed first: it would make all of them similar.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def correlation_loadings(model: LinearGaussian) -> np.ndarray:
     Returns
     -------
     array, shape (N, r)
-        No row is longer than one; the square of its length is the share of the example's variance that the factors
+        Rows have norm one at most; the squared norm is the fraction of the example's variance that the factors
         explain.
     """
     varying = np.ptp(model.loadings_, axis=0) > 0
@@ -47,26 +47,26 @@ def correlation_loadings(model: LinearGaussian) -> np.ndarray:
 
 
 class Objective(Protocol):
-    """A monotone submodular function of the chosen examples: what an example adds never grows as others are chosen."""
+    """A monotone submodular function of the chosen examples: an example's gain never grows as others are chosen."""
 
     def gains(self, rows: np.ndarray) -> np.ndarray:
-        """Say what choosing each of these next would add, shape (len(rows),)."""
+        """Return the gain of choosing each of these next, shape (len(rows),)."""
         ...
 
     def take(self, row: int) -> None:
-        """Choose an example."""
+        """Add an example to the chosen ones."""
         ...
 
 
 class _Similarity:
-    """Similarity of candidates to targets, which are all examples with a demand or a sample of them.
+    """Similarity of candidates to targets: all examples with a positive demand, or a sample of them.
 
     Parameters
     ----------
     loadings : array, shape (n, r)
-        The similarity of two examples is the product of their rows, and zero where that is negative.
+        The similarity of two examples is the product of their rows, clipped at zero.
     demand : array, shape (n,)
-        Not negative: how much each example counts.
+        Non-negative weight of each example.
     """
 
     def __init__(self, loadings: np.ndarray, demand: np.ndarray) -> None:
@@ -74,7 +74,7 @@ class _Similarity:
         self._loadings, self._targets = loadings, loadings[targets]
 
     def similarity(self, rows: np.ndarray) -> np.ndarray:
-        """Of these candidates to the targets, shape (len(rows), m)."""
+        """Return the similarity of these candidates to the targets, shape (len(rows), m)."""
         return np.maximum(self._loadings[rows] @ self._targets.T, 0.0)
 
 
@@ -100,11 +100,11 @@ class Facility(_Similarity):
 
 
 class Diminishing(_Similarity):
-    """Forgetting that replay takes away: sum over examples of demand times ``1 - 1 / (1 + dose)``.
+    """Forgetting removed by replay: sum over examples of demand times ``1 - 1 / (1 + dose)``.
 
     An example's dose is the sum of its similarities to the chosen ones, in units in which `HALVING_SHARE` of all
-    examples, drawn at random, gives one on average. A power law, unlike ``1 - exp(-dose)``, goes on telling examples
-    apart when much is replayed.
+    examples, drawn at random, gives one on average. A power law, unlike ``1 - exp(-dose)``, still distinguishes
+    examples when much is replayed.
     """
 
     def __init__(self, loadings: np.ndarray, demand: np.ndarray) -> None:
@@ -117,7 +117,7 @@ class Diminishing(_Similarity):
     def gains(self, rows: np.ndarray) -> np.ndarray:
         """As in `Objective`."""
         more = self.similarity(rows) / self.unit
-        # 1 / (1 + dose) - 1 / (1 + dose + more), without the difference of two nearly equal numbers
+        # 1 / (1 + dose) - 1 / (1 + dose + more), without cancellation
         return np.asarray((more / (1 + self._dose + more)) @ (self.demand / (1 + self._dose)))
 
     def take(self, row: int) -> None:
@@ -126,12 +126,12 @@ class Diminishing(_Similarity):
 
 
 def sample_targets(demand: np.ndarray, most: int = TARGETS) -> tuple[np.ndarray, np.ndarray]:
-    """Examples with a demand and their demand; of more than `most`, a systematic sample with the same total.
+    """Return the examples with a positive demand, or a systematic sample of `most` with the same total.
 
     Returns
     -------
     rows : array of int, shape (m,)
-        In a sample, one with much demand may occur several times.
+        In a sample, one with a high demand may occur several times.
     demand : array, shape (m,)
     """
     rows = np.flatnonzero(demand > 0)
@@ -143,24 +143,24 @@ def sample_targets(demand: np.ndarray, most: int = TARGETS) -> tuple[np.ndarray,
 
 
 def greedy(objective: Objective, n: int, count: int) -> np.ndarray:
-    """Choose one example after another, each time the one that adds most, shape (count,).
+    """Choose examples one by one, each time the one with the largest gain, shape (count,).
 
-    A gain that was computed when fewer were chosen bounds the present one from above, so only those that could still be
-    the largest are computed anew (Minoux 1978). Of equal ones, the first is chosen. The value is at least 1 - 1/e of
-    that of the best set of the same size (Nemhauser, Wolsey and Fisher 1978).
+    An earlier gain is an upper bound of the present one, so only those that could still be the largest are recomputed
+    (Minoux 1978). Ties go to the first. The value is at least 1 - 1/e of that of the best set of the same size
+    (Nemhauser, Wolsey and Fisher 1978).
     """
     blocks = (np.arange(start, min(start + TARGETS, n)) for start in range(0, n, TARGETS))
     bounds = np.concatenate([objective.gains(rows) for rows in blocks])
     chosen = np.empty(count, dtype=np.intp)
     for i in range(count):
-        if bounds.max() <= 0:  # nothing is left to gain
+        if bounds.max() <= 0:  # no gain remains
             chosen[i:] = np.flatnonzero(bounds > -np.inf)[: count - i]
             break
         exact = np.full(n, i == 0)
         batch = FIRST_BATCH
         while not exact[best := int(np.argmax(bounds))]:
             old = np.where(exact, -np.inf, bounds)
-            old[best] = np.inf  # of many equal bounds, the first has to be among those that are looked at
+            old[best] = np.inf  # of many equal bounds, the first has to be in the batch
             rows = np.argpartition(-old, batch)[:batch] if batch < n else np.arange(n)
             rows = rows[old[rows] > -np.inf]
             bounds[rows] = objective.gains(rows)
@@ -175,18 +175,17 @@ def greedy(objective: Objective, n: int, count: int) -> np.ndarray:
 def coverage(
     loadings: np.ndarray, forecast: np.ndarray, objective: type[Facility | Diminishing], depth: int = DEPTH
 ) -> np.ndarray:
-    """Order examples so that every prefix covers the forecast forgetting as well as a greedy choice can, shape (n,).
+    """Order examples so that every prefix is a greedy cover of the forecast forgetting, shape (n,).
 
     Parameters
     ----------
     loadings : array, shape (n, r)
-        As `correlation_loadings` gives them.
+        From `correlation_loadings`.
     forecast : array, shape (n,)
-        Expected forgetting, nats per token. What is above zero is the demand; of equally good examples the one with the
-        higher forecast comes first.
+        Expected forgetting, nats per token. Its positive part is the demand; ties go to the higher forecast.
     objective : Facility or Diminishing
     depth : int
-        How many are chosen; the others follow by forecast.
+        Number of examples chosen greedily; the others follow by forecast.
     """
     by_forecast = np.argsort(-forecast, kind="stable")
     demand = np.maximum(forecast[by_forecast], 0.0)
@@ -195,19 +194,19 @@ def coverage(
 
 
 def herding(loadings: np.ndarray, weights: np.ndarray, depth: int = DEPTH) -> np.ndarray:
-    """Order examples so that every prefix is as close as can be to a weighted distribution, shape (n,).
+    """Order examples so that every prefix approximates a weighted distribution, shape (n,).
 
-    Each next example makes the maximum mean discrepancy between the chosen ones and the weights smallest: what sampling
-    by these weights does on average, without its chance. The kernel is Gaussian in the loadings, as wide as their
-    median distance.
+    Each next example minimises the maximum mean discrepancy between the chosen ones and the weights: a deterministic
+    counterpart of sampling by these weights. The kernel is Gaussian in the loadings, and its width is their median
+    distance.
 
     Parameters
     ----------
     loadings : array, shape (n, r)
     weights : array, shape (n,)
-        Not negative, summing to one.
+        Non-negative, summing to one.
     depth : int
-        How many are chosen; the others follow by weight.
+        Number of examples chosen by the discrepancy; the others follow by weight.
 
     References
     ----------
@@ -230,13 +229,13 @@ def herding(loadings: np.ndarray, weights: np.ndarray, depth: int = DEPTH) -> np
 
 
 def gaussian(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
-    """Gaussian kernel of every row of `a` (p, r) with every row of `b` (q, r), shape (p, q)."""
+    """Return the Gaussian kernel of every row of `a` (p, r) with every row of `b` (q, r), shape (p, q)."""
     squared = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
     return np.asarray(np.exp(np.maximum(squared, 0.0) / (-2 * width**2)))
 
 
 def _median_distance(loadings: np.ndarray, most: int = 512) -> float:
-    """Median distance between examples, or between some of them; one where it is zero."""
+    """Return the median distance between at most `most` examples, evenly spaced; 1 where it is zero."""
     some = loadings[:: -(-len(loadings) // most)]
     upper = np.triu_indices(len(some), 1)
     distances = np.sqrt(((some[upper[0]] - some[upper[1]]) ** 2).sum(axis=1))

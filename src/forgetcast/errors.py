@@ -1,35 +1,35 @@
-"""Every error that forgetcast raises on purpose.
+"""The exceptions of forgetcast.
 
     ForgetcastError
-    ├── DataError           a file, a line, a field or an array that cannot be used
-    │   └── MismatchError   two things that do not belong together (another pool, another model, unknown ids)
-    ├── ConfigError         a setting or a recipe that cannot be used
+    ├── DataError           an invalid file, line, field or array
+    │   └── MismatchError   inputs that do not belong together (another pool, another model, unknown ids)
+    ├── ConfigError         an invalid setting or recipe
     └── MissingExtraError   an optional dependency that is not installed
 
-The command line prints the message of any of them as one line and exits with code 2.
+The command line prints their message as one line and exits with code 2.
 """
 
 from __future__ import annotations
 
 
 class ForgetcastError(Exception):
-    """Base of all errors raised by this package."""
+    """Base class of all exceptions of this package."""
 
 
 class DataError(ForgetcastError, ValueError):
-    """A file, a line, a field or an array that cannot be used as it is."""
+    """An invalid file, line, field or array."""
 
 
 class MismatchError(DataError):
-    """Two things that do not belong together: another pool, another base model, unknown ids."""
+    """Inputs that do not belong together: another pool, another base model, unknown ids."""
 
 
 class ConfigError(ForgetcastError, ValueError):
-    """A setting or a recipe that cannot be used."""
+    """An invalid setting or recipe."""
 
 
 class MissingExtraError(ForgetcastError, ImportError):
-    """An optional dependency is missing; the message is the line that installs it."""
+    """An optional dependency is missing; the message is the command that installs it."""
 
     def __init__(self, extra: str, cause: ImportError) -> None:
         super().__init__(f"{cause.name or cause} is not installed; run: pip install 'forgetcast[{extra}]'")

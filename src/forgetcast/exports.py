@@ -1,4 +1,4 @@
-"""Exports of a replay plan, for those who train with another tool: weighted examples, a mixture, configurations."""
+"""Exports of a replay plan for other training tools: weighted examples, a mixture, configurations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
 
 from forgetcast._files import atomic_path, write_json
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
@@ -21,14 +18,14 @@ from forgetcast.strategies import by_stratum
 
 
 def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
-    """Examples that the plan replays, in order.
+    """Return the first `count` examples that the plan replays, in order.
 
     Raises
     ------
     MismatchError
         If the plan is of another pool.
     ConfigError
-        If there would be none, or more than the plan may, or the plan chooses during training.
+        If `count` is below one or above what the plan may replay, or the plan selects during training.
     """
     plan.check_pool(pool)
     if plan.strategy == "mir":
@@ -40,17 +37,17 @@ def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
 
 
 def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int | None = None) -> int:
-    """Write upstream examples with their weights, and ranks if the plan has any, as Parquet or else JSONL.
+    """Write upstream examples with their weights, and ranks if the plan has any, as Parquet or JSONL.
 
     Parameters
     ----------
     plan : ReplayPlan
     pool : Pool
     path : path
-        Parquet if it ends in `.parquet`.
+        Parquet if it ends in `.parquet`, else JSONL.
     count : int, optional
-        Write so many in the order of their replay; default: every example that may be replayed once, in the pool's
-        order.
+        Number of examples to write, in the order of replay; default: every example that may be replayed, once, in
+        the pool's order.
 
     Returns
     -------
@@ -66,6 +63,9 @@ def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int |
     rows = [asdict(e) | {"weight": weights[e.id], "rank": ranks.get(e.id)} for e in chosen]
     with atomic_path(Path(path)) as temporary:
         if Path(path).suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
             for row in rows:
                 row["messages"] = row["messages"] and json.dumps(row["messages"], ensure_ascii=False)
             types = dict.fromkeys(FIELDS, pa.string()) | {"weight": pa.float64(), "rank": pa.int64()}
@@ -78,8 +78,8 @@ def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int |
 def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, count: int) -> int:
     """Save the new and the replayed examples, evenly interleaved, as a Hugging Face data set.
 
-    Its columns are id, text, prompt, completion, messages (role and content), source, and `replayed`; those that no
-    example has are left out, because trainers go by the columns that are there. Read it with `datasets.load_from_disk`.
+    Its columns are id, text, prompt, completion, messages (role and content), source, and `replayed`, without those
+    that are empty, because trainers choose by the columns that exist. Read it with `datasets.load_from_disk`.
 
     Returns
     -------
@@ -113,8 +113,8 @@ def export_axolotl(
 ) -> dict[str, Any]:
     """Write data files and `axolotl.yaml`; return the configuration.
 
-    Texts are of the type `completion`. Prompts and completions go in as they are, joined without a template, and only
-    the completion counts. Axolotl shuffles the merged data, so that the ratio holds on average.
+    Texts are of the type `completion`. Prompts and completions are joined without a template, and only the completion
+    counts. Axolotl shuffles the merged data, so that the ratio holds on average.
     """
     old = replayed(plan, pool, count)
     _without_conversations([*task, *old])
@@ -123,11 +123,11 @@ def export_axolotl(
     for name, examples in (("task", task), ("replay", old)):
         texts = [{"text": e.text} for e in examples if e.text is not None]
         pairs = [{"prompt": e.prompt, "completion": e.completion} for e in examples if e.text is None]
-        for kind, rows in (("texts", texts), ("prompts", pairs)):
+        for form, rows in (("texts", texts), ("prompts", pairs)):
             if rows:
-                file = folder / f"{name}-{kind}.jsonl"
+                file = folder / f"{name}-{form}.jsonl"
                 _write(file, _json_lines(rows))
-                datasets.append({"path": str(file), "ds_type": "json", **_AXOLOTL_TYPES[kind]})
+                datasets.append({"path": str(file), "ds_type": "json", **_AXOLOTL_TYPES[form]})
     settings = {
         "base_model": model,
         "datasets": datasets,
@@ -165,9 +165,9 @@ def export_llama_factory(
 ) -> dict[str, Any]:
     """Write data files, `dataset_info.json` and `llama-factory.yaml`; return the configuration.
 
-    A text goes in as the response to an empty prompt; the template adds nothing, not even an end of text. The replayed
-    examples are exactly as many as the ratio asks for, so the two data sets are concatenated (and shuffled in
-    training): interleaving by probabilities would drop or repeat some of them.
+    A text is the response to an empty prompt; the template adds nothing, not even an end of text. The number of
+    replayed examples is exact, so the two data sets are concatenated (and shuffled in training): interleaving by
+    probabilities would drop or repeat some of them.
     """
     old = replayed(plan, pool, count)
     _without_conversations([*task, *old])
@@ -205,11 +205,11 @@ TRAINERS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "llama-factory": export_llama_factory,
 }
 FORMATS = ("jsonl", "parquet", "datasets", *TRAINERS)
-"""What a plan can be exported as."""
+"""Formats of an export."""
 
 
 def _without_conversations(examples: Iterable[Example]) -> None:
-    """Raise ConfigError for what would need a chat template beside plain texts, and no trainer has two."""
+    """Raise ConfigError for a conversation, which needs a chat template: a trainer has one template for all."""
     for example in examples:
         if example.messages is not None:
             raise ConfigError(f"example {example.id!r} is a conversation; export those as jsonl, parquet or datasets")
@@ -234,4 +234,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
+    import yaml
+
     _write(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))

@@ -93,6 +93,6 @@ class ExampleIndex(Sequence[str]):
         unknown = np.flatnonzero(positions < 0)
         if len(unknown):
             raise MismatchError(
-                f"{where} has {len(unknown)} example(s) that the pool doesn't know, e.g. {ids[unknown[0]]!r}"
+                f"{where} has {len(unknown)} example(s) that the pool doesn't know, e.g. {str(ids[unknown[0]])!r}"
             )
         return positions
