@@ -10,6 +10,7 @@ from scipy import optimize, special
 
 from conftest import make_atlas, make_pool, make_scores, planted
 from forgetcast import Atlas, ConfigError, DataError, ForgettingMatrix
+from forgetcast.atlas_columns import StoredMatrix
 from forgetcast.completion import (
     KNN,
     METHODS,
@@ -100,11 +101,11 @@ class TestAtlasOnDisk:
             monkeypatch.setattr(f"forgetcast.{module}", 17)
         atlas = make_atlas(tmp_path / "a.atlas", make_pool(60), tasks=12)
         read: list[int] = []
-        whole = Atlas.matrix
-        monkeypatch.setattr(Atlas, "matrix", lambda self, tasks=None: (read.append(1), whole(self, tasks))[1])
+        whole = StoredMatrix.load
+        monkeypatch.setattr(StoredMatrix, "load", lambda self: (read.append(1), whole(self))[1])
         stored = METHODS[name]().fit(atlas).predict([3, 30], [0.5, 1.0])
         assert bool(read) == (name == "additive")
-        memory = METHODS[name]().fit(whole(atlas)).predict([3, 30], [0.5, 1.0])
+        memory = METHODS[name]().fit(atlas.matrix()).predict([3, 30], [0.5, 1.0])
         np.testing.assert_allclose(stored.mean, memory.mean, rtol=1e-6)
         np.testing.assert_allclose(stored.std, memory.std, rtol=1e-6)
         np.testing.assert_allclose(stored.interval(0.9), memory.interval(0.9), rtol=1e-6)
