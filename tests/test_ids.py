@@ -1,4 +1,4 @@
-"""One index for ids in memory and on disk: both forms answer alike."""
+"""One index for ids in memory and on disk: both forms give the same positions."""
 
 from __future__ import annotations
 

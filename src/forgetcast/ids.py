@@ -71,8 +71,8 @@ class ExampleIndex(Sequence[str]):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        found = pc.index_in(pa.array(ids, self._column.type), value_set=self._column)
-        return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.intp)
+        positions = pc.index_in(pa.array(ids, self._column.type), value_set=self._column)
+        return np.asarray(positions.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.intp)
 
     def positions(self, ids: Iterable[str], *, where: str = "the request") -> np.ndarray:
         """Return the position of each id, shape (len(ids),) of intp.
