@@ -229,9 +229,9 @@ def _forecast_finding(forecasts: Sequence[TaskForecast], averages: Sequence[Mapp
         )
     errors = ", ".join(f"{row['method']} {row['rmse']:.3f}" for row in averages)
     return (
-        f"From {forecasts[0].probed.sum()} measured examples, the others are forecast with a root mean squared "
-        f"error of {errors} nats per token; {averages[0]['coverage']:.0%} of the truths are in the interval that "
-        f"should hold {forecasts[0].level:.0%}."
+        f"From {forecasts[0].probed.sum()} probes, the other examples are forecast with a root mean squared error of "
+        f"{errors} nats per token; {averages[0]['coverage']:.0%} of the true values lie in the "
+        f"{forecasts[0].level:.0%} interval."
     )
 
 
@@ -255,17 +255,17 @@ def _forecast(
 
 
 def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, str]:
-    figure = figures.forecast_alone(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
+    figure = figures.forecast_only(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
     if not forecast.probed.any():
-        misfit = "Nothing was measured for this task yet: this is what the atlas expects of any task."
+        misfit = "No probe was measured for this task: this is the forecast for any new task."
     elif forecast.misfit < UNLIKE:
         misfit = (
-            f"The {int(forecast.probed.sum())} probes say that this task is unlike those in the atlas "
-            f"(p = {forecast.misfit:.3f}): trust the forecast less, and measure more of the examples."
+            f"The {int(forecast.probed.sum())} probes suggest that this task is unlike those in the atlas "
+            f"(p = {forecast.misfit:.3f}): trust the forecast less, and measure more examples."
         )
     else:
         misfit = (
-            f"Nothing in the {int(forecast.probed.sum())} probes says that this task is unlike those in the atlas "
+            f"The {int(forecast.probed.sum())} probes give no evidence that this task is unlike those in the atlas "
             f"(p = {forecast.misfit:.2f})."
         )
     return {"name": forecast.task or "the new task", "figure": figure, "misfit": misfit}
@@ -274,9 +274,9 @@ def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, 
 def _risks(
     atlas: Atlas, matrix: ForgettingMatrix, forecasts: Sequence[TaskForecast], truths: Sequence[np.ndarray | None]
 ) -> list[dict[str, Any]]:
-    """For each forecast its highest examples; without forecasts, those forgotten most so far."""
+    """Examples with the highest forecast of each task; without forecasts, those with the highest mean forgetting."""
     if not forecasts:
-        means = figures.mean_of_measured(matrix.values, axis=0)
+        means = figures.mean_of_observed(matrix.values, axis=0)
         worst = np.argsort(-np.nan_to_num(means, nan=-np.inf), kind="stable")[:AT_RISK]
         rows = [_example(atlas, atlas.pool.ids[i]) | {"truth": means[i]} for i in worst]
         return [{"name": "Mean over the atlas's tasks", "forecast": False, "truth": True, "rows": rows}]
@@ -344,10 +344,10 @@ def _replay(verification: Verification) -> dict[str, Any]:
 
 
 def _strategies(verification: Verification) -> dict[str, str]:
-    """What each arm replays, where its name begins with that of a strategy."""
+    """What each arm replays, if its name starts with that of a strategy."""
     named = {arm: arm.partition(" ") for arm in verification.arms}
     return {
-        arm: STRATEGIES[name].text + (", made anew during training" if more == "online" else "")
+        arm: STRATEGIES[name].text + (", updated during training" if more == "online" else "")
         for arm, (name, _, more) in named.items()
         if name in STRATEGIES
     }
@@ -359,11 +359,11 @@ def _sequence(sequence: SequenceResult) -> dict[str, Any]:
         "orders": len(sequence.orders(sequence.arms[0])),
         "metrics": SEQUENCE_METRIC_NAMES,
         "comparisons": sequence.comparisons(),
-        "on_the_way": figures.forgetting_on_the_way(sequence),
+        "by_position": figures.forgetting_by_position(sequence),
     }
 
 
-# Where all of it comes from
+# Provenance
 
 
 def _provenance(atlas: Atlas, matrix: ForgettingMatrix) -> dict[str, Any]:
@@ -371,10 +371,10 @@ def _provenance(atlas: Atlas, matrix: ForgettingMatrix) -> dict[str, Any]:
     facts = {
         "atlas": str(atlas.path),
         "base model": atlas.model,
-        "weights (SHA-256)": atlas.model_hash or "not known",
+        "weights (SHA-256)": atlas.model_hash or "unknown",
         "pool fingerprint": atlas.pool.fingerprint,
-        "recipe": recipe or "not kept",
-        "begun": atlas.created,
+        "recipe": recipe or "not recorded",
+        "created": atlas.created,
         "written with": f"forgetcast {forgetcast.__version__}",
     }
     tasks = []
