@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from forgetcast import Atlas, DataError, MismatchError, Pool, ReplayPlan, Scores, load_task
 from forgetcast.cli import out
@@ -115,11 +115,11 @@ def test_running_again_repeats_nothing(demo: tuple[Path, dict[str, Any]]) -> Non
     assert {file: file.stat().st_mtime_ns for file in kept} == times
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
     with pytest.raises(MismatchError, match="other settings"):
-        run_demo(folder, replace(SMALL, steps=5))
+        run_demo(folder, SMALL.model_copy(update={"steps": 5}))
 
 
 def test_progress_ends_at_its_total(tmp_path: Path) -> None:
-    settings = replace(SMALL, known=3, new=1, seeds=1, steps=2)
+    settings = SMALL.model_copy(update={"known": 3, "new": 1, "seeds": 1, "steps": 2})
     seen: list[tuple[int, int]] = []
     run_demo(tmp_path, settings, on_progress=lambda _, done, total: seen.append((done, total)))
     assert all(a[0] <= b[0] for a, b in pairwise(seen))
@@ -152,6 +152,12 @@ def test_sizes_of_the_demo() -> None:
     assert not set(KNOWN_TASKS) & set(NEW_TASKS)
     assert STANDARD.known + STANDARD.new == 16
     assert FULL.known + FULL.new == 40
+
+
+@pytest.mark.parametrize("wrong", [{"known": 1}, {"known": 37}, {"new": 0}, {"new": 5}, {"ratio": 0.0}, {"taskz": 3}])
+def test_settings_that_cannot_be_used(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        DemoSettings(**wrong)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from conftest import Run
 from forgetcast import DataError, Example, Pool, Scores
 from forgetcast.lm import LanguageModel, Recipe, Workbench, exact_match, score
-from forgetcast.lm.text import IGNORED, encode
+from forgetcast.lm.text import IGNORED_INDEX, encode
 from models import tiny
 
 TURN = "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
@@ -45,7 +45,7 @@ def counted(language_model: LanguageModel, messages: list[dict[str, Any]], conte
     assert len(found.ids) == len(found.labels)
     runs: list[list[int]] = [[]]
     for token, label in zip(found.ids, found.labels, strict=True):
-        if label != IGNORED:
+        if label != IGNORED_INDEX:
             assert label == token
             runs[-1].append(token)
         elif runs[-1]:
@@ -87,8 +87,8 @@ def test_a_template_that_ends_the_last_turn_in_another_way() -> None:
     ("template", "messages", "reason"),
     [
         (None, CHAT, "'c' is a conversation, but the tokenizer has no chat template"),
-        (PICKY, said("Hi.", "Hello.", first="assistant"), "the chat template refuses example 'c': begin with the user"),
-        (NUMBERED, CHAT, "writes earlier messages of 'c' differently"),
+        (PICKY, said("Hi.", "Hello.", first="assistant"), "the chat template rejects example 'c': begin with the user"),
+        (NUMBERED, CHAT, "changes earlier messages of 'c' once later ones follow"),
     ],
 )
 def test_what_cannot_be_written_is_not_scored_and_says_why(template: Any, messages: Any, reason: str) -> None:

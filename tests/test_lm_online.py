@@ -338,7 +338,7 @@ def test_texts_that_the_model_writes_itself() -> None:
         sample_texts(base, 500, max_new_tokens=4, temperature=1e-4)
     with pytest.raises(ConfigError, match="max_new_tokens must be between"):
         sample_texts(base, 2, max_new_tokens=96)
-    with pytest.raises(ConfigError, match="a temperature above 0"):
+    with pytest.raises(ConfigError, match="the temperature above 0"):
         sample_texts(base, 2, temperature=0.0)
 
 

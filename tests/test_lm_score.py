@@ -54,7 +54,7 @@ def plain_nll(language_model: LanguageModel, example: Example) -> float:
 def test_scores_are_those_of_a_plain_forward_pass_in_double_precision(
     family: str, bos: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "LOGITS", 4096 * 7)  # so that the tokens of a batch come in many chunks
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 4096 * 7)  # so that the tokens of a batch come in many chunks
     language_model, pool = tiny(family, bos=bos), make_pool(12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the output layer must be understood
@@ -187,7 +187,7 @@ def test_an_output_layer_that_is_not_understood_is_left_to_the_model(monkeypatch
     model = Odd(plain.model.config)
     model.load_state_dict(plain.model.state_dict())
     odd, pool = LanguageModel(model.eval(), plain.tokenizer, "odd"), make_pool(6)
-    with pytest.warns(UserWarning, match="Odd does more to its logits"):
+    with pytest.warns(UserWarning, match="Odd changes its logits in an unknown way"):
         found = score(odd, pool)
     np.testing.assert_allclose(found.nll, [plain_nll(odd, example) for example in pool], rtol=0, atol=1e-5)
     assert (np.abs(found.nll - score(plain, pool).nll) > 0.1).all()
@@ -365,6 +365,11 @@ def test_places_without_a_usable_model(llama: LanguageModel, tmp_path: Path) -> 
         load(tmp_path)
 
 
+def test_a_model_is_shown_in_one_line(llama: LanguageModel) -> None:
+    parameters = sum(tensor.numel() for tensor in llama.model.state_dict().values())
+    assert repr(llama) == f"LanguageModel('llama', {parameters:,} parameters, float32, cpu)"
+
+
 def test_a_tokenizer_of_another_model_is_refused(llama: LanguageModel) -> None:
     small = tiny()
     small.model.resize_token_embeddings(100)
@@ -382,7 +387,7 @@ def test_an_adapter_without_its_base(tmp_path: Path) -> None:
     base.tokenizer.save_pretrained(tmp_path / "adapter")
     assert load(tmp_path / "adapter").context == 96
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(DataError, match=r"adapter is an adapter, and its base model .*base is not here"):
+    with pytest.raises(DataError, match=r"adapter is an adapter, and its base model .*base does not exist"):
         load(tmp_path / "adapter")
 
 

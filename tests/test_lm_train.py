@@ -105,6 +105,7 @@ def test_replay_comes_on_top_in_whole_batches_that_are_never_held_out() -> None:
     tuned = Workbench(base).tune(TASK, RECIPE, plan=plan, pool=pool)
     assert tuned.replayed == mixture.replayed
     assert tuned.steps == 12
+    assert repr(tuned) == f"Tuned(steps=12, replayed=16, seconds={tuned.seconds:.1f})"
 
 
 @pytest.mark.parametrize(("new", "old"), [(8, 4), (40, 8), (5, 0), (3, 7), (1, 1), (100, 3)])

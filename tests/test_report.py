@@ -83,10 +83,10 @@ def test_the_figures_in_the_page_are_those_measured(tmp_path: Path, atlas: Atlas
     truth, others = values[7], ~forecast.probed
     assert f"{np.sqrt(np.mean((truth - forecast.mean)[others] ** 2)):.3f}" in page.text
     inside = np.mean((forecast.lower <= truth)[others] & (truth <= forecast.upper)[others])
-    assert f"{inside:.0%} of the truths are in the interval that should hold 90%" in page.text
+    assert f"{inside:.0%} of the true values lie in the 90% interval" in page.text
     assert "none 1.005, random 0.805, top online 0.705" in page.text
     assert "top online replay is better than random" in page.text
-    explained = "“random”: draw all alike; “top online”: the highest forecasts first, made anew during training."
+    explained = "“random”: draw all alike; “top online”: the highest forecasts first, updated during training."
     assert explained in " ".join(page.text.split())
     worst = forecast.ids[int(np.argmax(forecast.mean))]
     assert atlas.pool.subset([worst])[0].full_text.split("\n")[0] in page.text
@@ -109,14 +109,14 @@ def test_a_forecast_without_the_truth(tmp_path: Path, atlas: Atlas) -> None:
     write_report(tmp_path / "report.html", atlas, forecasts=[forecast])
     page = Page(tmp_path / "report.html")
     assert f"Forecast for the new task: {row.mean.mean():.3f}" in page.text
-    assert "Nothing was measured for this task yet" in page.text
+    assert "No probe was measured for this task" in page.text
     assert "against the truth" not in page.text
 
 
 def test_a_task_unlike_the_atlas_is_said_to_be(tmp_path: Path, atlas: Atlas) -> None:
     forecast = replace(forecast_of(atlas, "t7"), misfit=0.01)
     write_report(tmp_path / "report.html", atlas, forecasts=[forecast])
-    assert "unlike those in the atlas" in Page(tmp_path / "report.html").text
+    assert "suggest that this task is unlike those in the atlas" in Page(tmp_path / "report.html").text
 
 
 def hostile_report(folder: Path) -> Path:

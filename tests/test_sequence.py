@@ -504,7 +504,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
 
 def test_one_order_is_said_to_show_nothing() -> None:
     shown = list(sequence_tables(made(none=[0.5], random=[0.3])))
-    assert shown[-1] == "One order shows no difference between the arms: take at least two."
+    assert shown[-1] == "With one order, arms cannot be compared: use at least two."
 
 
 def test_strings_from_a_result_are_escaped_in_the_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the commands print for people: rich tables of a structure, a verification and the demo."""
+"""Tables and sentences that the commands print, with rich or as Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from forgetcast.verification import METRIC_NAMES, Verification
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
-    """One row a fact; those that are None are left out."""
+    """Return a table with a row per fact that is not None."""
     table = Table("", Column(overflow="fold"), title=title, show_header=False)
     for name, value in facts.items():
         if value is not None:
@@ -32,7 +32,7 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
 
 
 def structure_tables(structure: Structure) -> Iterator[RenderableType]:
-    """How much each fit explains, and what the components load on."""
+    """Yield how much each fit explains, and the components' loadings."""
     yield (
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
         f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
@@ -42,96 +42,96 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     fits.add_row("example means", f"{structure.column_r2:.3f}")
     fits.add_row("additive", f"{structure.additive_r2:.3f}")
     for rank, r2 in enumerate(structure.rank_r2, 1):
-        unseen = structure.held_out_r2[rank - 1 : rank]
-        fits.add_row(f"rank {rank}", f"{r2:.3f}", *(f"{value:.3f}" for value in unseen))
+        held_out = structure.held_out_r2[rank - 1 : rank]
+        fits.add_row(f"rank {rank}", f"{r2:.3f}", *(f"{value:.3f}" for value in held_out))
     yield fits
     components = structure.components
     loadings = Table("source", *(f"component {i}" for i in range(1, len(components) + 1)))
-    loadings.title = "Mean loading by source (1 is a typical example's)"
+    loadings.title = "Mean loading by source (1 is that of a typical example)"
     for source in components[0].by_source:
         loadings.add_row(escape(source) or "(none)", *(f"{c.by_source[source]:+.2f}" for c in components))
     loadings.add_section()
-    loadings.add_row("share of the fit", *(f"{c.share:.0%}" for c in components))
+    loadings.add_row("fraction of the fit", *(f"{c.share:.0%}" for c in components))
     loadings.add_row("variance between sources", *(f"{c.between_sources:.0%}" for c in components))
     yield loadings
 
 
-def _difference_rows(found: Difference) -> Iterator[tuple[str, str]]:
-    """Names and figures of what changed, for the screen and for Markdown."""
-    if (loss := found.loss) is not None:
-        yield "examples with a loss on both sides", f"{loss.examples}"
+def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each statistic, for the terminal and for Markdown."""
+    if (loss := result.loss) is not None:
+        yield "examples with both losses", f"{loss.examples}"
         yield "mean (95 % interval)", f"{loss.mean:+.4f} ({loss.lower:+.4f} to {loss.upper:+.4f})"
         yield "median", f"{loss.median:+.4f}"
         yield "worst tenth", f"{loss.worst_tenth:+.4f}"
         yield "worst hundredth", f"{loss.worst_hundredth:+.4f}"
         yield "examples that got worse", f"{loss.share_worse:.1%}"
-        yield "Wilcoxon's signed ranks", f"p = {found.wilcoxon_p:.2g}"
-    if found.unscored:
-        yield "examples without a loss on a side", f"{found.unscored}"
-    if (flips := found.flips) is not None:
+        yield "Wilcoxon signed-rank test", f"p = {result.wilcoxon_p:.2g}"
+    if result.unscored:
+        yield "examples without both losses", f"{result.unscored}"
+    if (flips := result.flips) is not None:
         yield "right answers", f"{flips.right_before:.1%} before, {flips.right_after:.1%} after"
         yield "right, now wrong", f"{flips.right_to_wrong}"
         yield "wrong, now right", f"{flips.wrong_to_right}"
-        yield "McNemar", f"p = {flips.mcnemar_p:.2g}"
+        yield "McNemar's test", f"p = {flips.mcnemar_p:.2g}"
 
 
-def _source_rows(found: Difference) -> Iterator[tuple[str, ...]]:
-    """Source, examples, mean, interval and worst tenth."""
-    for name, part in found.by_source.items():
+def _source_rows(result: Difference) -> Iterator[tuple[str, ...]]:
+    """Yield source, number of examples, mean, interval and worst tenth."""
+    for name, part in result.by_source.items():
         interval = f"{part.lower:+.4f} to {part.upper:+.4f}"
         yield name, f"{part.examples}", f"{part.mean:+.4f}", interval, f"{part.worst_tenth:+.4f}"
 
 
-def _worst_rows(found: Difference) -> Iterator[tuple[str, ...]]:
-    """Id, loss before and after, and change."""
-    for row in found.worst:
+def _worst_rows(result: Difference) -> Iterator[tuple[str, ...]]:
+    """Yield id, loss before and after, and change."""
+    for row in result.worst:
         yield row["id"], f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['change']:+.3f}"
 
 
-def difference_tables(found: Difference) -> Iterator[Table]:
-    """What changed, by source, and the examples that got worst."""
-    table = Table("figure", "after minus before", title="Change of the loss (nats per token; positive is forgotten)")
-    for name, figure in _difference_rows(found):
+def difference_tables(result: Difference) -> Iterator[Table]:
+    """Yield tables of the difference, its values by source, and the most forgotten examples."""
+    table = Table("statistic", "after minus before", title="Change of the loss (nats per token; positive is forgotten)")
+    for name, figure in _difference_rows(result):
         table.add_row(name, figure)
     yield table
-    if found.by_source:
+    if result.by_source:
         table = Table("source", "examples", "mean", "95 % interval", "worst tenth", title="By source")
-        for name, *figures in _source_rows(found):
+        for name, *figures in _source_rows(result):
             table.add_row(escape(name) or "(none)", *figures)
         yield table
-    if found.worst:
-        table = Table("example", "before", "after", "change", title="Got worst")
-        for name, *figures in _worst_rows(found):
+    if result.worst:
+        table = Table("example", "before", "after", "change", title="Most forgotten")
+        for name, *figures in _worst_rows(result):
             table.add_row(escape(name), *figures)
         yield table
 
 
-def difference_markdown(found: Difference, failed: Sequence[str]) -> str:
-    """The same as Markdown, with the conditions that failed."""
+def difference_markdown(result: Difference, failed: Sequence[str]) -> str:
+    """Return the difference as Markdown, with the failed conditions."""
 
     def row(name: str, *figures: str) -> str:
-        # Ids and sources are the user's text: nothing in them may end a cell or be read as markup.
+        # Ids and sources are user text, which must not end a cell or be read as markup.
         plain = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(name.split()))
         return f"| {' | '.join([plain or '(none)', *figures])} |"
 
     lines = ["### Forgetting", ""]
     lines += [f"**Failed:** `{text}`" for text in failed] + [""] * bool(failed)
-    lines += ["| figure | after minus before |", "|---|---|"]
-    lines += [f"| {name} | {figure} |" for name, figure in _difference_rows(found)]
-    if found.by_source:
+    lines += ["| statistic | after minus before |", "|---|---|"]
+    lines += [f"| {name} | {figure} |" for name, figure in _difference_rows(result)]
+    if result.by_source:
         lines += ["", "| source | examples | mean | 95 % interval | worst tenth |", "|---|---|---|---|---|"]
-        lines += [row(*cells) for cells in _source_rows(found)]
-    if found.worst:
-        lines += ["", "| got worst | before | after | change |", "|---|---|---|---|"]
-        lines += [row(*cells) for cells in _worst_rows(found)]
+        lines += [row(*cells) for cells in _source_rows(result)]
+    if result.worst:
+        lines += ["", "| most forgotten | before | after | change |", "|---|---|---|---|"]
+        lines += [row(*cells) for cells in _worst_rows(result)]
     return "\n".join(lines)
 
 
 def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
-    """One row a method, kind and number of probes."""
+    """Return a table with a row per method, number and selection of probes."""
     table = Table(Column("method", no_wrap=True), "probes", "RMSE", "ratio (95 %)", "corr.", "recall", "in 90%", "ms")
     table.box, table.pad_edge = SIMPLE, False
-    table.title = f"Forecast of unseen tasks, on examples that were never probed; ratio to {baseline}, random probes"
+    table.title = f"Forecast of left-out tasks, on examples that were not probed; ratio to {baseline}, random probes"
     binary = any(not np.isnan(row.f1) for row in rows)
     if binary:
         table.add_column("F1")
@@ -151,7 +151,7 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
 
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
-    """The arms, and what their differences allow to be said."""
+    """Yield a table of the arms, and their differences with verdicts."""
     table = Table("replay", *(METRIC_NAMES[metric] for metric in result.metrics), "replayed", "seconds")
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
@@ -164,7 +164,7 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
 def _comparison_tables(
     comparisons: Sequence[Comparison], names: Mapping[str, str], pairs: str
 ) -> Iterator[RenderableType]:
-    """Differences between arms, and a sentence for each that is no loss on a new task."""
+    """Yield the differences between arms, and a verdict for each but those in new-task loss."""
     if not comparisons:
         return
     gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "Wilcoxon, corrected")
@@ -172,9 +172,9 @@ def _comparison_tables(
     for c in comparisons:
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
-        again = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
+        bootstrap = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
         arms, corrected = f"{escape(c.arm)} - {c.baseline}", f"p = {c.corrected_wilcoxon_p:.2g}"
-        gaps.add_row(names[c.metric], arms, f"{gap.mean:+.3f}", interval, again, corrected)
+        gaps.add_row(names[c.metric], arms, f"{gap.mean:+.3f}", interval, bootstrap, corrected)
     yield gaps
     for c in comparisons:
         if c.metric != "new_task_loss":
@@ -182,7 +182,7 @@ def _comparison_tables(
 
 
 def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
-    """The arms at the end of their sequences, the way there, and what their differences allow to be said."""
+    """Yield tables of the arms after the last task and after each, and their differences with verdicts."""
     orders = max(len(result.orders(arm)) for arm in result.arms)
     table = Table("replay", *SEQUENCE_METRIC_NAMES.values(), "replayed", "seconds")
     table.title = (
@@ -193,22 +193,23 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
         figures = [f"{result.average(arm, metric):.3f}" for metric in result.metrics]
         table.add_row(escape(arm), *figures, *(f"{result.total(arm, name):.0f}" for name in ("replayed", "seconds")))
     yield table
-    way = Table("tasks learned", *map(escape, result.arms), title="Upstream forgetting on the way: mean (worst tenth)")
+    by_position = Table("tasks learned", *map(escape, result.arms))
+    by_position.title = "Upstream forgetting after each task: mean (worst tenth)"
     for position in range(1, result.length + 1):
         both = ([result.average(arm, metric, position) for metric in ("mean", "worst_tenth")] for arm in result.arms)
-        way.add_row(str(position), *(f"{mean:.3f} ({worst:.3f})" for mean, worst in both))
-    yield way
+        by_position.add_row(str(position), *(f"{mean:.3f} ({worst:.3f})" for mean, worst in both))
+    yield by_position
     yield from _comparison_tables(result.comparisons(), SEQUENCE_METRIC_NAMES, "orders of the tasks")
     if orders < 2:
-        yield "One order shows no difference between the arms: take at least two."
+        yield "With one order, arms cannot be compared: use at least two."
 
 
 def advice_tables(advice: Advice) -> Iterator[RenderableType]:
-    """Forgetting that is expected to be left by ratio and strategy, and what that allows to be said."""
+    """Yield a table of the expected remaining forgetting by ratio and strategy, and the advice."""
     strategies = list(dict.fromkeys(strategy for strategy, _ in advice.left))
     columns = [(strategy, metric) for strategy in strategies for metric in METRICS]
     table = Table("ratio", *(f"{escape(strategy)}, {METRIC_NAMES[metric]}" for strategy, metric in columns))
-    table.title = "Share of the forgetting that is left (90 % interval of a run)"
+    table.title = "Remaining forgetting as a fraction (90 % interval of a run)"
     for ratio in dict.fromkeys(ratio for _, ratio in advice.left):
         cells = (advice.left[strategy, ratio][metric] for strategy, metric in columns)
         table.add_row(f"1/{1 / ratio:.0f}", *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells))
@@ -218,7 +219,7 @@ def advice_tables(advice: Advice) -> Iterator[RenderableType]:
 
 
 def demo_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """The demo's summary.json in the order of its stages."""
+    """Yield the demo's summary.json in the order of its stages."""
     forgetting, structure, forecast = summary["forgetting"], summary["structure"], summary["forecast"]
     yield (
         f"{structure['tasks']} fine-tunes of the demo model, each scored on {structure['examples']} upstream examples; "

@@ -35,17 +35,17 @@ from forgetcast.tables import difference_markdown, difference_tables
 @app.command(name="score")
 def score_(
     model: ModelName,
-    pool: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a saved data set's directory.")],
+    pool: Annotated[Path, typer.Argument(help="JSONL or Parquet file, or directory of a saved data set.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Score file to write (Parquet).")],
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the context.")] = None,
     answers: Annotated[
-        bool, typer.Option("--exact-match", help="Let the model answer the prompts too; compare with the completions.")
+        bool, typer.Option("--exact-match", help="Also answer the prompts, and compare with the completions.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, with --exact-match.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens, with --exact-match.")] = 32,
     stride: Annotated[
-        int | None, typer.Option(help="Read longer texts in windows this many tokens apart; default: cut them.")
+        int | None, typer.Option(help="Score longer texts in windows this many tokens apart; default: truncate.")
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, padding included.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
     device: Device = None,
     trust_remote_code: TrustCode = False,
@@ -100,7 +100,7 @@ def score_(
         "output": str(output),
     }
     if answers and right_answers is None:
-        err.print("warning: no example has a prompt, so there was nothing to answer")
+        err.print("warning: no example has a prompt to answer")
     if unscored:
         err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
     show(facts, as_json, title="Scores")
@@ -108,38 +108,38 @@ def score_(
 
 @app.command(name="diff")
 def diff_(
-    before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (a file or folder).")],
-    after: Annotated[Path, typer.Argument(help="The same, of the changed model.")],
+    before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (file or folder).")],
+    after: Annotated[Path, typer.Argument(help="The same for the changed model.")],
     fail_if: Annotated[
-        list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; may be repeated.")
+        list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; repeatable.")
     ] = None,
-    pool: Annotated[Path | None, typer.Option(help="The scored pool, for figures by source.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="The scored pool, for results by source.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two models' scores of the same examples: how much was forgotten, how surely, and where.
+    """Compare two models' scores of the same examples: how much was forgotten, with what confidence, and where.
 
-    A condition names a figure: mean, median, lower or upper (ends of the mean's 95 % interval), worst_tenth,
+    A condition names a statistic: mean, median, lower or upper (ends of the mean's 95 % interval), worst_tenth,
     worst_hundredth, share_worse, wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right, mcnemar_p.
 
-    Exit code 0: no condition holds. 1: one does. 2: the comparison was not possible.
+    Exit code 0: no condition holds. 1: at least one does. 2: the comparison was not possible.
 
     Example: forgetcast diff before.parquet after.parquet --fail-if "lower>0.02" --fail-if "worst_tenth>0.5"
     """
     gates = [Gate.parse(text) for text in fail_if or ()]
-    (left, sources), (right, _) = _scores(before), _scores(after)
+    (scores_before, sources), (scores_after, _) = _scores(before), _scores(after)
     if pool is not None:
         examples = Pool.load(pool)
-        named = dict(zip(examples.ids, examples.sources, strict=True))
-        sources = tuple(named.get(id_, "") for id_ in left.ids)
-    found = difference(left, right, sources=sources)
-    failed = [gate.text for gate in gates if gate.fails(found)]
+        source_of = dict(zip(examples.ids, examples.sources, strict=True))
+        sources = tuple(source_of.get(id_, "") for id_ in scores_before.ids)
+    result = difference(scores_before, scores_after, sources=sources)
+    failed = [gate.text for gate in gates if gate.fails(result)]
     if as_json:
-        print_json(found.as_dict() | {"failed": failed})
+        print_json(result.as_dict() | {"failed": failed})
     elif markdown:
-        typer.echo(difference_markdown(found, failed))
+        typer.echo(difference_markdown(result, failed))
     else:
-        print_all(difference_tables(found))
+        print_all(difference_tables(result))
     for text in failed:
         err.print(f"failed: {text}", markup=False)
     if failed:
@@ -147,7 +147,7 @@ def diff_(
 
 
 def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
-    """A score file of ours, or another tool's, and the sources that it names."""
+    """Read a score file, ours or another tool's, with the sources that it names."""
     return (Scores.load(path), None) if path.suffix == ".parquet" else read_lm_eval(path)
 
 
@@ -157,7 +157,7 @@ def collect_(
     device: Device = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Fine-tune on every task, score the pool after each, and keep the forgetting in an atlas. Resumable.
+    """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
 
     Example: forgetcast collect config.yaml
     """
@@ -186,13 +186,13 @@ def generate_(
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", help="Pool file to write.")],
     count: Annotated[int, typer.Option("-n", help="Number of texts.")] = 1000,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     device: Device = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Let a model write a pool itself, to replay from where the data that it was trained on is not at hand.
+    """Sample a pool from a model, for replay when its training data is not available.
 
     Example: forgetcast generate ./my-model -n 1000 -o pool.jsonl
     """
@@ -212,6 +212,4 @@ def generate_(
             language_model, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_progress=count_
         )
     texts.save(output)
-    out.print(
-        f"{len(texts)} texts written to {output}; next: name it as the pool of a sweep, see collect", markup=False
-    )
+    out.print(f"{len(texts)} texts written to {output}; next: use it as the pool of a sweep, see collect", markup=False)

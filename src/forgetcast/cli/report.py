@@ -1,4 +1,4 @@
-"""Commands that show all of it: report, demo."""
+"""Commands that show the whole workflow: report, demo."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from forgetcast.verification import Verification
 def report_(
     atlas: AtlasPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
-    forecast: Annotated[list[Path] | None, typer.Option(help="Forecast file; may be given several times.")] = None,
-    verification: Annotated[Path | None, typer.Option(help="What `verify` wrote.")] = None,
-    sequence: Annotated[Path | None, typer.Option(help="What `sequence` wrote.")] = None,
+    forecast: Annotated[list[Path] | None, typer.Option(help="Forecast file; repeatable.")] = None,
+    verification: Annotated[Path | None, typer.Option(help="Output of `verify`.")] = None,
+    sequence: Annotated[Path | None, typer.Option(help="Output of `sequence`.")] = None,
 ) -> None:
-    """Write one HTML file that says what was measured, what is forecast, and whether replay helped.
+    """Write one HTML file with what was measured, what is forecast, and whether replay helped.
 
     Example: forgetcast report runs.atlas --forecast forecast.parquet -o report.html
     """
@@ -32,23 +32,19 @@ def report_(
 
     opened = Atlas.open(atlas)
     forecasts = [TaskForecast.load(path) for path in forecast or ()]
-    for given in forecasts:
-        given.check_pool(opened.pool)
     verified = Verification.from_dict(read_json(verification)) if verification is not None else None
-    in_sequence = SequenceResult.from_dict(read_json(sequence)) if sequence is not None else None
-    write_report(output, opened, forecasts=forecasts, verification=verified, sequence=in_sequence)
+    sequence_result = SequenceResult.from_dict(read_json(sequence)) if sequence is not None else None
+    write_report(output, opened, forecasts=forecasts, verification=verified, sequence=sequence_result)
     out.print(f"report written to {output}", markup=False)
 
 
 @app.command(name="demo")
 def demo_(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for everything it writes.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for all output.")] = Path("demo-output"),
     full: Annotated[bool, typer.Option("--full", help="40 tasks instead of 16.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the whole path on the demo model: collect, forecast, replay, verify, report. Resumable.
+    """Run the whole workflow on the demo model: collect, forecast, replay, verify, report. Resumable.
 
     Example: forgetcast demo -o demo-output
     """

@@ -1,1 +1,1 @@
-"""The demo: a small base model trained by this project, its upstream text, its tasks, and the whole path on them."""
+"""The demo: a small base model trained by this project, its upstream text and tasks, and the complete workflow."""

@@ -1,8 +1,8 @@
 """The demo's upstream text: what a Python installation says about itself.
 
-The demo model was trained on this text, and the demo's pool is drawn from it again on the user's own machine, so
-nothing of it has to be shipped. A *document* is one topic of the language reference, one doc string, or the code of
-one function; documents are read lazily, in an order that depends on their file's name alone.
+The demo model was trained on this text, and the demo's pool is drawn from it on the user's machine, so that none of it
+is shipped. A *document* is a topic of the language reference, a docstring, or the code of a function; documents are
+read lazily, in an order that depends only on their file's name.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from forgetcast.errors import DataError
 from forgetcast.pool import Example, Pool
 
 SHORTEST = 160
-"""Documents with fewer characters say too little to be worth an example."""
+"""Minimum number of characters of a document or example."""
 
 STANDARD_LIBRARY = "stdlib"
 
 HELD_OUT_SHARE = 0.05
-"""Share of the files that pre-training never sees."""
+"""Fraction of the files that are excluded from pre-training."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One piece of text: where it is from, and whether pre-training kept it aside."""
+    """A text, where it is from, and whether it was excluded from pre-training."""
 
     name: str
     text: str
@@ -41,7 +41,7 @@ class Document:
 
 
 def documents(source: str) -> Iterator[Document]:
-    """Documents of one source, in an order fixed by the names of the files they are in.
+    """Return the documents of a source, in an order fixed by the names of their files.
 
     Raises
     ------
@@ -54,16 +54,16 @@ def documents(source: str) -> Iterator[Document]:
 
 
 def demo_pool(n: int, *, seed: int = 0, longest: int = 360) -> Pool:
-    """Draw `n` upstream examples, the same number from every source, from text that pre-training did see.
+    """Draw `n` upstream examples, equally many from every source, from text that was used in pre-training.
 
     Parameters
     ----------
     n : int
-        Examples in all; a remainder goes to the first sources.
+        Number of examples; the first sources get the remainder.
     seed : int
-        Which part of each document is taken.
+        Determines which part of each document is taken.
     longest : int
-        Characters in an example at most; it is cut at the end of a line.
+        Maximum number of characters of an example, which ends at the end of a line.
     """
     rng = np.random.default_rng(seed)
     examples: list[Example] = []
@@ -74,7 +74,7 @@ def demo_pool(n: int, *, seed: int = 0, longest: int = 360) -> Pool:
 
 
 def _draw(source: str, wanted: int, rng: np.random.Generator, longest: int) -> Iterator[Example]:
-    # The language reference has few, long topics: several parts of each are needed to fill its share.
+    # The language reference has few, long topics, so that several parts of each are needed.
     per_document = 4 if source == "python-reference" else 1
     documents_of_file: Counter[str] = Counter()
     for document in documents(source):
@@ -93,7 +93,7 @@ def _draw(source: str, wanted: int, rng: np.random.Generator, longest: int) -> I
 
 
 def _parts(text: str, longest: int) -> Iterator[str]:
-    """Cut at line ends into parts of at most `longest` characters; parts under SHORTEST are dropped."""
+    """Split at line ends into parts of at most `longest` characters; drop parts shorter than SHORTEST."""
     part = ""
     for line in text.splitlines(keepends=True):
         if part and len(part) + len(line) > longest:
@@ -106,7 +106,7 @@ def _parts(text: str, longest: int) -> Iterator[str]:
 
 
 def _rank(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone: the same on every machine."""
+    """Hash a name to [0, 1): the same number on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
@@ -122,7 +122,7 @@ def _reference() -> Iterator[Document]:
 
 
 def _files(*packages: str) -> Iterator[tuple[str, Path]]:
-    """Source files of the packages, tests and generated tables left out, in an order fixed by their names."""
+    """Yield the source files of packages, without tests and generated tables, in an order fixed by their names."""
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "_vendor"}
     files: list[tuple[str, Path]] = []
     for package in packages:
@@ -131,7 +131,7 @@ def _files(*packages: str) -> Iterator[tuple[str, Path]]:
         else:
             spec = importlib.util.find_spec(package)
             if spec is None or spec.origin is None:
-                continue  # not installed here: _draw says so if the other packages have too little text
+                continue  # not installed: _draw raises if the other packages have too little text
             root = Path(spec.origin).parent
         for path in root.rglob("*.py"):
             name = path.relative_to(root)
@@ -141,18 +141,18 @@ def _files(*packages: str) -> Iterator[tuple[str, Path]]:
 
 
 def _definitions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef, str]]:
-    """Every function and class of a file that parses: its name, its node, the file's text."""
+    """Yield name, node and file text of every function and class of a file that parses."""
     try:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
-        return  # templates and deliberately broken files in the library are no text of ours to explain
+        return  # templates and deliberately broken files of the library
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield f"{node.name}:{node.lineno}", node, text
 
 
-def _doc_strings(*packages: str) -> Iterator[Document]:
+def _docstrings(*packages: str) -> Iterator[Document]:
     for name, path in _files(*packages):
         for definition, node, _ in _definitions(path):
             doc = ast.get_docstring(node)
@@ -164,12 +164,12 @@ def _code(*packages: str) -> Iterator[Document]:
     for name, path in _files(*packages):
         for definition, node, text in _definitions(path):
             if isinstance(node, ast.FunctionDef):
-                code = _without_doc_string(node, text)
+                code = _without_docstring(node, text)
                 if len(code) >= SHORTEST:
                     yield Document(f"{name}:{definition}", code, _is_held_out(name))
 
 
-def _without_doc_string(node: ast.FunctionDef, text: str) -> str:
+def _without_docstring(node: ast.FunctionDef, text: str) -> str:
     lines = text.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]
     if ast.get_docstring(node) is not None:
         first = node.body[0]
@@ -179,11 +179,11 @@ def _without_doc_string(node: ast.FunctionDef, text: str) -> str:
 
 SOURCES: dict[str, Callable[[], Iterator[Document]]] = {
     "python-reference": _reference,
-    "stdlib-docs": lambda: _doc_strings(STANDARD_LIBRARY),
-    "numpy-docs": lambda: _doc_strings("numpy"),
-    "scipy-docs": lambda: _doc_strings("scipy"),
-    "torch-docs": lambda: _doc_strings("torch"),
+    "stdlib-docs": lambda: _docstrings(STANDARD_LIBRARY),
+    "numpy-docs": lambda: _docstrings("numpy"),
+    "scipy-docs": lambda: _docstrings("scipy"),
+    "torch-docs": lambda: _docstrings("torch"),
     "stdlib-code": lambda: _code(STANDARD_LIBRARY),
     "library-code": lambda: _code("xarray", "zarr", "rich"),
 }
-"""Every source of the demo, by the name its examples carry."""
+"""The demo's sources, by name."""

@@ -1,15 +1,16 @@
-"""The demo: the whole path on the shipped base model, every stage measured on the user's own machine."""
+"""Run the demo: the complete workflow on the shipped base model, measured on the user's machine."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from forgetcast import probes
 from forgetcast._files import read_json, write_json
@@ -26,38 +27,39 @@ from forgetcast.structure import analyze
 from forgetcast.verification import Trial, arms, verify
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """Size of a demo.
+class DemoSettings(BaseModel):
+    """Size of a demo. An unknown key is an error.
 
     Attributes
     ----------
     known, new : int
-        Tasks in the atlas that the forecast learns from, and tasks that it has not seen.
+        Number of tasks that the forecast is fitted to, and of new tasks that it is judged on.
     examples : int
-        Upstream examples; half of them are held out.
+        Number of upstream examples; half of them are held out.
     task_size, test_size : int
-        Questions of a task that are trained on, and on which only the loss is judged.
+        Number of training questions of a task, and of questions for the new-task loss.
     steps, batch_size, learning_rate :
         The recipe: full fine-tuning.
     probes : int
     ratio : float
         Replayed examples per new one.
     seeds : int
-        Fine-tunes per task and replay arm.
+        Fine-tunes per task and arm.
     """
 
-    known: int = 12
-    new: int = 4
-    examples: int = 600
-    task_size: int = 400
-    test_size: int = 64
-    steps: int = 40
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    probes: int = 10
-    ratio: float = 0.2
-    seeds: int = 2
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    known: int = Field(default=12, ge=2, le=len(KNOWN_TASKS))
+    new: int = Field(default=4, ge=1, le=len(NEW_TASKS))
+    examples: int = Field(default=600, ge=2)
+    task_size: int = Field(default=400, ge=1)
+    test_size: int = Field(default=64, ge=1)
+    steps: int = Field(default=40, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    probes: int = Field(default=10, ge=1)
+    ratio: float = Field(default=0.2, gt=0)
+    seeds: int = Field(default=2, ge=1)
 
 
 STANDARD = DemoSettings()
@@ -68,7 +70,7 @@ HELD_OUT = 0.5
 def run_demo(
     directory: Path, settings: DemoSettings = STANDARD, *, on_progress: OnProgress | None = None
 ) -> dict[str, Any]:
-    """Run the demo, or go on with one that was interrupted.
+    """Run the demo, or resume an interrupted one.
 
     Writes into `directory`: pool.jsonl, tasks/, demo.atlas, probes.jsonl, forecasts/, plans/, runs/, summary.json and
     report.html.
@@ -98,25 +100,25 @@ def run_demo(
     with as_file(files("forgetcast.demo") / "model") as model_directory:
         base = replace(load(model_directory), name="the demo model")
     new = NEW_TASKS[: settings.new]
-    # The replay stage is counted in from the start, so that the time left is the whole demo's.
+    # The replay stage is counted from the start, so that the remaining time is that of the complete demo.
     meter = _TwoStages(on_progress, len(new) * settings.seeds * 3 * _units(settings))
     atlas = collect(base, pool, tasks, directory / "demo.atlas", recipe, on_progress=meter.first)
 
     held_out = pool.hold_out(HELD_OUT)
     judged = pool.positions(held_out)
-    known = atlas.matrix([name for name in atlas.tasks if name not in new])
+    past = atlas.matrix([name for name in atlas.tasks if name not in new])
     models: dict[str, LinearGaussian] = {"forecast": Bayesian(), "additive": Additive(), "column mean": Mean()}
     for model in models.values():
-        model.fit(known)
-    chosen = probes.choose(models["forecast"], settings.probes, np.setdiff1d(np.arange(len(pool)), judged))
-    pool.subset(pool.ids[i] for i in chosen).save(directory / "probes.jsonl")
+        model.fit(past)
+    probed = probes.choose(models["forecast"], settings.probes, np.setdiff1d(np.arange(len(pool)), judged))
+    pool.subset(pool.ids[i] for i in probed).save(directory / "probes.jsonl")
 
     forecasts, accuracies, trials = [], {}, []
     for name in new:
         truth = atlas.matrix([name]).values[0]
-        rows = {method: model.predict(chosen, truth[chosen]) for method, model in models.items()}
+        rows = {method: model.predict(probed, truth[probed]) for method, model in models.items()}
         accuracies[name] = {method: accuracy(row, truth, judged) for method, row in rows.items()}
-        forecasts.append(_keep(directory, rows["forecast"], pool, name))
+        forecasts.append(_save_forecast(directory, rows["forecast"], pool, name))
         plan = make_plan(pool, "top", settings.ratio, held_out=held_out, forecast=rows["forecast"].mean)
         plan.save(directory / "plans" / f"{name}.parquet")
         trials.append(Trial(name, tasks[name], tests[name], arms([plan], pool)))
@@ -133,7 +135,7 @@ def run_demo(
     )
     structure = analyze(atlas.matrix())
     summary = {
-        "settings": asdict(settings),
+        "settings": settings.model_dump(),
         "examples": {"pool": len(pool), "judged": len(judged), "by_source": _count(pool.sources)},
         "base_loss": float(np.mean(atlas.before.nll)),
         "forgetting": {
@@ -159,45 +161,46 @@ def run_demo(
 
 
 def _data(directory: Path, settings: DemoSettings) -> tuple[Pool, dict[str, Pool], dict[str, Pool]]:
-    """Pool, tasks and their test questions: made at the first run, read at the next, so that a resumed demo goes on
-    with the text it began with even if the installation has changed since.
+    """Return pool, tasks and their test questions, generated by the first run and read by later ones.
+
+    A resumed demo thus has the same text, even if the installation has changed.
     """
     recorded = directory / "settings.json"
     if recorded.exists():
-        if read_json(recorded) != asdict(settings):
+        if read_json(recorded) != settings.model_dump():
             raise MismatchError(f"{directory} holds a demo with other settings; remove it, or choose another directory")
     else:
-        write_json(recorded, asdict(settings))
+        write_json(recorded, settings.model_dump())
     if not (directory / "pool.jsonl").exists():
         demo_pool(settings.examples).save(directory / "pool.jsonl")
     tasks: dict[str, Pool] = {}
     tests: dict[str, Pool] = {}
     for name in (*KNOWN_TASKS[: settings.known], *NEW_TASKS[: settings.new]):
-        for kind, kept, size, seed in (
+        for folder, loaded, size, seed in (
             ("tasks", tasks, settings.task_size, 0),
             ("tests", tests, settings.test_size, 1),
         ):
-            file = directory / kind / f"{name}.jsonl"
+            file = directory / folder / f"{name}.jsonl"
             if not file.exists():
                 demo_task(name, size, seed=seed).save(file)
-            kept[name] = load_task(file)
+            loaded[name] = load_task(file)
     return Pool.load(directory / "pool.jsonl"), tasks, tests
 
 
-def _keep(directory: Path, row: Forecast, pool: Pool, name: str) -> TaskForecast:
+def _save_forecast(directory: Path, row: Forecast, pool: Pool, name: str) -> TaskForecast:
     forecast = TaskForecast.from_forecast(row, pool, method="bayesian", task=name)
     forecast.save(directory / "forecasts" / f"{name}.parquet")
     return forecast
 
 
 def _units(settings: DemoSettings) -> int:
-    """Work of one replay run, as `collect` counts it; the arm without replay has a little less."""
+    """Cost of a replay run in the units of `collect`; the arm without replay costs a little less."""
     steps = settings.steps + round(settings.steps * settings.ratio)
     return steps * settings.batch_size * 3 + settings.examples // 2 + settings.test_size
 
 
 class _TwoStages:
-    """Shows two stages as one progress."""
+    """Reports two stages as one."""
 
     def __init__(self, on_progress: OnProgress | None, later: int) -> None:
         self._on_progress, self._later, self._earlier = on_progress, later, 0

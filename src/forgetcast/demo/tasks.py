@@ -9,7 +9,7 @@ from forgetcast.errors import MissingExtraError
 from forgetcast.pool import Example, Pool
 
 NEW_TASKS = ("basic_arithmetic", "word_sequence_reversal", "family_relationships", "rotate_matrix")
-"""Tasks that the forecast has not seen: arithmetic, words, language, and tables of digits."""
+"""New tasks, which are forecast: arithmetic, words, language, and tables of digits."""
 
 KNOWN_TASKS = (
     "chain_sum",
@@ -24,7 +24,7 @@ KNOWN_TASKS = (
     "leg_counting",
     "number_filtering",
     "simple_geometry",
-    # The demo with 40 tasks goes on from here.
+    # From here only in the demo with 40 tasks.
     "fraction_simplification",
     "word_ladder",
     "calendar_arithmetic",
@@ -50,11 +50,11 @@ KNOWN_TASKS = (
     "complex_arithmetic",
     "number_sequence",
 )
-"""Tasks that make the atlas, in an order of which every beginning is a mixture."""
+"""Tasks of the atlas, in an order of which every prefix is diverse."""
 
 
 def demo_task(name: str, size: int, *, seed: int = 0) -> Pool:
-    """Generate `size` questions with their answers; the same seed gives the same ones.
+    """Generate `size` questions with answers, reproducibly by seed.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def demo_task(name: str, size: int, *, seed: int = 0) -> Pool:
         import reasoning_gym
     except ImportError as error:
         raise MissingExtraError("demo", error) from error
-    with redirect_stdout(io.StringIO()):  # some of its tasks print dots
+    with redirect_stdout(io.StringIO()):  # some tasks print dots
         entries = list(reasoning_gym.create_dataset(name, size=size, seed=seed))
     return Pool(
         [

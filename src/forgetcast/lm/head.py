@@ -1,4 +1,4 @@
-"""Losses from hidden states, a few tokens at a time, so that the logits of all tokens never exist at once."""
+"""Losses from hidden states, in chunks, so that the logits of all tokens are never in memory at once."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-LOGITS = 2**24
-"""Most logits that are computed at once: 64 MiB in float32, whatever the vocabulary."""
+from forgetcast.lm.text import IGNORED_INDEX
+
+CHUNK_LOGITS = 2**24
+"""Limit on the logits computed at once: 64 MiB in float32, whatever the vocabulary."""
 
 TOLERANCE = 1e-3
-"""Largest difference from the whole model's losses, relative to their size; that of float32 is near 1e-6."""
+"""Largest relative difference from the losses of the model's own forward pass; in float32 it is near 1e-6."""
 
 
 class Head:
-    """Negative log-likelihoods of a causal language model, by its decoder and its output layer apart.
+    """Compute token losses of a causal language model, running decoder and output layer separately.
 
-    The logits are the output layer's, soft-capped or scaled as the configuration says (Gemma, Cohere, Granite). Whether
-    that is all the model does is checked on a few tokens against its own forward pass; if it is not, that one is used
-    throughout, with a warning.
+    The logits are those of the output layer, soft-capped or scaled as configured (Gemma, Cohere, Granite). They are
+    compared with the model's own forward pass on a few tokens. If they differ, that pass is used throughout, with a
+    warning.
 
     Parameters
     ----------
     model : PreTrainedModel
-        In evaluation mode; an adapter of PEFT's may be on it.
+        In evaluation mode; may have a PEFT adapter.
     sample : tensor of int, shape (1, L)
-        Tokens to check it on, L >= 2.
+        Tokens for the comparison, L >= 2.
+
+    Attributes
+    ----------
+    chunked : bool
+        Whether decoder and output layer run separately; otherwise all logits of a batch are in memory at once.
     """
 
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
@@ -43,41 +50,42 @@ class Head:
         self.chunked = self._decoder is not None and self._output is not None
         if self.chunked and not self._agrees(sample):
             warnings.warn(
-                f"{type(inner).__name__} does more to its logits than forgetcast knows; its own forward pass is used, "
-                "which takes more memory",
+                f"{type(inner).__name__} changes its logits in an unknown way; its own forward pass is used, which "
+                "takes more memory",
                 stacklevel=2,
             )
             self.chunked = False
 
     def nll(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss of each token that counts, shape (B, L), nats; 0 elsewhere.
+        """Return the loss of each target token, in nats, as a tensor of shape (B, L) that is 0 elsewhere.
 
         Parameters
         ----------
         ids, mask : tensor of int, shape (B, L)
         labels : tensor of int, shape (B, L)
-            The token where it counts, else -100. The first place never does.
+            The token's id if it is a target, else IGNORED_INDEX. The first token of a row is never a target.
         """
         device = self._model.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        counts = labels[:, 1:] != -100  # what each place but the last predicts
-        found = torch.zeros(labels.shape, dtype=torch.float64)
+        is_target = labels[:, 1:] != IGNORED_INDEX  # shifted: position t predicts token t + 1
+        targets = labels[:, 1:][is_target]
+        losses = torch.zeros(labels.shape, dtype=torch.float64)
         if not self.chunked:
             logits = self._model(**inputs).logits
-            found[:, 1:][counts] = _losses(logits[:, :-1][counts.to(logits.device)], labels[:, 1:][counts])
-            return found
+            losses[:, 1:][is_target] = _losses(logits[:, :-1][is_target.to(logits.device)], targets)
+            return losses
         hidden = self._decoder(**inputs).last_hidden_state
-        hidden = hidden[:, :-1][counts.to(hidden.device)]
-        targets = labels[:, 1:][counts]
-        at_once = max(LOGITS // self._output.weight.shape[0], 1)
+        hidden = hidden[:, :-1][is_target.to(hidden.device)]
+        chunk = max(CHUNK_LOGITS // self._output.weight.shape[0], 1)
         parts = [
-            _losses(self._logits(hidden[start : start + at_once]), targets[start : start + at_once])
-            for start in range(0, len(targets), at_once)
+            _losses(self._logits(hidden[start : start + chunk]), targets[start : start + chunk])
+            for start in range(0, len(targets), chunk)
         ]
-        found[:, 1:][counts] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
-        return found
+        losses[:, 1:][is_target] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+        return losses
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (T, V) of hidden states (T, D)."""
         logits = self._output(hidden)
         if self._scale != 1.0:
             logits = logits * self._scale
@@ -86,19 +94,20 @@ class Head:
         return logits
 
     def _agrees(self, sample: torch.Tensor) -> bool:
+        """Whether the losses are those of the model's own forward pass."""
         labels = sample.clone()
-        labels[:, 0] = -100
+        labels[:, 0] = IGNORED_INDEX
         mask = torch.ones_like(sample)
         chunked = self.nll(sample, mask, labels)
         self.chunked = False
         whole = self.nll(sample, mask, labels)
         self.chunked = True
         if not torch.isfinite(whole).all():
-            return True  # not a matter of the head; the scores will say so
+            return True  # not caused by the head; scoring reports it
         tolerance = max(TOLERANCE, 10 * torch.finfo(self._model.dtype).eps)
         return bool(torch.allclose(chunked, whole, rtol=tolerance, atol=tolerance))
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Of logits (T, V) and tokens (T,), on the CPU in double precision."""
+    """Losses (T,) of logits (T, V) and tokens (T,), on the CPU in double precision."""
     return cross_entropy(logits.float(), targets.to(logits.device), reduction="none").double().cpu()

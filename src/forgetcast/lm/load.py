@@ -1,4 +1,4 @@
-"""A language model with its tokenizer, from a directory, a hub id, or objects that are loaded already."""
+"""A language model with its tokenizer, from a directory, a hub id, or loaded objects."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from forgetcast.errors import DataError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DEFAULT_CONTEXT = 2048
-"""For models without a limit of their own, such as those with no positions at all."""
+"""For models without a limit, such as those without positions."""
 
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A causal language model and the tokenizer that belongs to it.
+    """A causal language model and its tokenizer.
 
     Raises
     ------
@@ -39,11 +39,18 @@ class LanguageModel:
     name: str = "a loaded model"
 
     def __post_init__(self) -> None:
-        """Check that the two belong together."""
+        """Check that the model has an embedding for every token."""
         rows = embedding_rows(self.model)
-        # Models pad their vocabulary, so fewer tokens than rows is usual; more cannot be looked up.
+        # Models pad their vocabulary, so fewer tokens than rows are usual; more cannot be looked up.
         if len(self.tokenizer) > rows:
             raise DataError(f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model only {rows}")
+
+    def __repr__(self) -> str:
+        parameters, dtype = (
+            sum(p.numel() for p in self.model.parameters()),
+            str(self.model.dtype).removeprefix("torch."),
+        )
+        return f"LanguageModel({self.name!r}, {parameters:,} parameters, {dtype}, {self.model.device})"
 
     @property
     def context(self) -> int:
@@ -63,20 +70,20 @@ class LanguageModel:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Size of the vocabulary that the model has embeddings for, padding rows included."""
+    """Return the number of token embeddings, padding rows included."""
     weight: Any = model.get_input_embeddings().weight
     return int(weight.shape[0])
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep Transformers from drawing progress of its own beside ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Disable the progress bars of Transformers, which would mix with ours."""
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
@@ -92,20 +99,19 @@ def load(
     Parameters
     ----------
     model : str or path
-        A Hugging Face model directory (a PEFT adapter's directory too), or a hub id.
+        A directory of a Hugging Face model or PEFT adapter, or a hub id.
     device : str, optional
-        Default: the first GPU if there is one (of several processes, each its own), else the CPU. 'auto' spreads the
-        layers of a model that is too large for one GPU over all of them, and the CPU.
+        Default: the first GPU (the process's GPU if there are several processes), else the CPU. 'auto' distributes the
+        layers of a model that is too large for one GPU over all GPUs and the CPU.
     dtype : str, optional
-        Such as 'float32' or 'bfloat16'. Default float32, which fine-tuning needs and scores are exact in.
+        Such as 'float32' or 'bfloat16'. Default: float32, which fine-tuning needs and which makes scores exact.
     trust_remote_code : bool
-        Whether code that comes with the model may run. Off unless asked for.
+        Whether code that ships with the model may run.
 
     Raises
     ------
     DataError
-        If there is no model or no tokenizer at that place, or an adapter's base model or
-        some of the weights are missing.
+        If the model, its tokenizer, some of its weights or an adapter's base model are missing.
     """
     name = str(model)
     directory = Path(model)
@@ -135,7 +141,7 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if missing := sorted(notes["missing_keys"]):
-        # Transformers only warns, and goes on with random numbers in their place.
+        # Transformers only warns, and initialises them at random.
         raise DataError(f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing")
     if device == "auto":
         if any(parameter.is_meta for parameter in loaded.parameters()):
@@ -145,12 +151,12 @@ def load(
 
 
 def _check_adapter(directory: Path) -> None:
-    """Raise DataError if an adapter's base model should be in a directory that is not there."""
+    """Raise DataError if an adapter's base model should be in a directory that does not exist."""
     if not (directory / "adapter_config.json").is_file() or (directory / "config.json").is_file():
         return
     base = str(read_json(directory / "adapter_config.json").get("base_model_name_or_path"))
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
         raise DataError(
-            f"{directory} is an adapter, and its base model {base} is not here; put it there, or name the place in "
-            "base_model_name_or_path of adapter_config.json"
+            f"{directory} is an adapter, and its base model {base} does not exist; put it there, or correct "
+            "base_model_name_or_path in adapter_config.json"
         )

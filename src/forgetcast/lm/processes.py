@@ -1,4 +1,4 @@
-"""Several devices: one process for each, as `accelerate launch` and torchrun start them, or this process alone."""
+"""Work shared by several processes, one per device, started by `accelerate launch` or torchrun."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 def count() -> int:
-    """How many processes share the work."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def index() -> int:
-    """Which of them this is, from 0."""
+    """Return the rank of this process, from 0."""
     return int(_join().process_index) if count() > 1 else 0
 
 
 def from_first(value: T) -> T:
-    """What the first process has; every process must call this."""
+    """Return the first process's value; every process must call this."""
     if count() == 1:
         return value
     _join()
@@ -32,7 +32,7 @@ def from_first(value: T) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """What the processes have, in their order; every process must call this."""
+    """Return the values of all processes, by rank; every process must call this."""
     if count() == 1:
         return [value]
     _join()
@@ -40,5 +40,5 @@ def from_all(value: T) -> list[T]:
 
 
 def _join() -> PartialState:
-    """Meet the other processes, if that was not done yet; without this hint, Accelerate on a CPU stays alone."""
+    """Join the process group once; without `cpu=True`, Accelerate on a CPU stays a single process."""
     return PartialState(cpu=not torch.accelerator.is_available())

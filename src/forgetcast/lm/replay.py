@@ -23,35 +23,35 @@ from forgetcast.replay import ReplayPlan
 
 
 class ReplayMixture(Dataset[Encoded]):
-    """Everything a fine-tune sees, in order; read it without shuffling.
+    """All training examples of a fine-tune, in order; read it without shuffling.
 
-    Replay comes on top of the task's examples, in whole batches: a batch is all new or all old, so the share of the
-    loss that replay gets does not depend on how long its texts are.
+    Replay is added to the task's examples in whole batches: each batch is all new or all upstream, so that replay's
+    share of the loss does not depend on the length of its texts.
 
     Parameters
     ----------
     task : Pool
-        New examples; their order is drawn anew in every pass.
+        New examples, shuffled again in every pass.
     tokenizer : PreTrainedTokenizerBase
     steps : int
-        Batches of new examples.
+        Number of batches of new examples.
     batch_size : int
-        Examples that one optimiser step sees, over all devices and accumulation steps.
+        Examples per optimiser step, over all devices and accumulation steps.
     max_length : int
         Longest input, in tokens.
     seed : int
-        Of the order of the new examples.
+        Seed of the order of the new examples.
     plan : ReplayPlan, optional
-        One of the strategy 'padding' brings in more new examples instead of old ones.
+        With the strategy 'padding', more new examples are added instead of upstream ones.
     pool : Pool, optional
-        Needed with a plan; must be the one that the plan was made for.
+        Required with a plan; the pool that the plan was made for.
     besides : iterable of str
-        Ids that were replayed already, in earlier fine-tunes: as in `ReplayPlan.order`.
+        Ids that earlier fine-tunes replayed, as in `ReplayPlan.order`.
 
     Attributes
     ----------
     steps : int
-        Optimiser steps to train for, those on replayed batches included.
+        Optimiser steps, including those on replayed batches.
     batch_size : int
     plan : ReplayPlan or None
     tokenizer : PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class ReplayMixture(Dataset[Encoded]):
     ConfigError
         If the ratio is so small that no batch would be replayed, or so large that the plan has too few examples.
     DataError
-        If an example has no token to train on, or is a conversation that the tokenizer cannot write.
+        If an example has no target token, or is a conversation that the tokenizer cannot render.
     """
 
     def __init__(

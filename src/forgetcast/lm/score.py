@@ -1,11 +1,11 @@
-"""Score a pool: mean negative log-likelihood per target token of every example, in batches that waste no padding."""
+"""Score a pool: mean negative log-likelihood per target token of every example, in batches with little padding."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,23 @@ import torch
 import forgetcast
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
-from forgetcast.lm.head import LOGITS as CHUNK_LOGITS
-from forgetcast.lm.head import Head
+from forgetcast.lm.head import CHUNK_LOGITS, Head
 from forgetcast.lm.load import LanguageModel, embedding_rows
 from forgetcast.lm.text import Encoded, encode, pad, pad_id, windows
 from forgetcast.pool import Example, Pool
 from forgetcast.scores import Scores
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
-"""Default size of a batch: on a CPU, larger ones only leave its cache."""
+"""Default batch size: on a CPU, larger batches only fall out of the cache."""
 
 BATCH_OVERHEAD = 1 / 32
-"""What a batch costs beside its tokens, as a share of a full one: 64 tokens on a CPU (measured: 30 to 50)."""
+"""Fixed cost of a batch, as a fraction of a full one: 64 tokens on a CPU (measured: 30 to 50)."""
 
 WHOLE_LOGITS = 4 * CHUNK_LOGITS
-"""Most logits at once where the model's own forward pass has to make them."""
+"""Limit on the logits of a batch when the model's own forward pass computes them."""
 
 SAMPLE = 16
-"""Tokens that the output layer is checked on."""
+"""Number of tokens that the output layer is checked on."""
 
 
 @torch.inference_mode()
@@ -48,7 +47,7 @@ def score(
 ) -> Scores:
     """Score every example of a pool.
 
-    Where `accelerate launch` started several processes, each scores its share, and all return the whole.
+    Processes started by `accelerate launch` share the work, and all return the same scores.
 
     Parameters
     ----------
@@ -57,21 +56,20 @@ def score(
     max_length : int, optional
         Longest input, in tokens; default and upper limit: the model's context.
     stride : int, optional
-        What is done with longer texts. None: they are cut. Otherwise they are read in windows of `max_length` tokens,
-        each begun this many tokens after the last one, and every token is scored once, in the first window it is in.
+        None: longer texts are truncated. Otherwise they are read in windows of `max_length` tokens that start this many
+        tokens apart, and every token is scored once, in the first window that contains it.
     batch_tokens : int, optional
-        Tokens in a batch, padding included; at least one example goes into each. Default: what suits the device.
+        Tokens in a batch, padding included; a batch has at least one example. The default depends on the device.
     partial : path, optional
-        File that finished examples are written to as they come. A run that finds it there goes on from it. It is
-        removed at the end.
+        File to which finished examples are appended. If it exists, the run resumes from it. It is removed at the end.
     on_progress : callable, optional
-        Called with the number of examples that a batch has finished.
+        Called with the number of examples finished since the last call.
 
     Returns
     -------
     Scores
-        In the pool's order. An example that cannot be scored is NaN, with the reason: no token to predict, a loss that
-        is not finite, or no memory even for it alone.
+        In the pool's order. An example that cannot be scored is NaN, with the reason: no target token, a loss that is
+        not finite, or not enough memory even for it alone.
 
     Raises
     ------
@@ -80,21 +78,12 @@ def score(
     DataError
         If the model gives no example a finite loss.
     MismatchError
-        If `partial` is of another model, pool or settings.
+        If `partial` belongs to another model, pool or settings.
     """
-    tokenizer = language_model.tokenizer
     context = _context(language_model, max_length)
     if stride is not None and not 1 <= stride < context:
         raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
-    encoded, reasons = [], []
-    for example in pool:
-        try:
-            found = encode(example, tokenizer, context if stride is None else None)
-            reasons.append("" if found.targets else "no token to predict: the text is a single token")
-        except DataError as error:  # a conversation that the tokenizer cannot write
-            found = Encoded([], [], False)
-            reasons.append(str(error))
-        encoded.append(found)
+    encoded, reasons = _encode(pool, language_model, context if stride is None else None)
     pieces = [
         (i, piece)
         for i, example in enumerate(encoded)
@@ -109,59 +98,110 @@ def score(
         "dtype": str(language_model.model.dtype).removeprefix("torch."),
         "version": forgetcast.__version__,
     }
-    kept = _Partial(partial, metadata)
-    sums = np.zeros(len(pool))
-    left = np.bincount([i for i, _ in pieces], minlength=len(pool))
-    for i in np.flatnonzero(left).tolist():
-        if (done := kept.found.get(pool.ids[i])) is not None:
-            sums[i], reasons[i], left[i] = *done, 0
-    # Several processes take turns, longest example first, so that each has as much to do.
-    turns = sorted(np.flatnonzero(left).tolist(), key=lambda i: -len(encoded[i].ids))
-    mine = set(turns[processes.index() :: processes.count()])
+    progress = on_progress or (lambda _: None)
+    checkpoint = _Partial(partial, metadata)
+    totals = _Totals(reasons, [i for i, _ in pieces])
+    totals.resume(pool.ids, checkpoint.finished)
+    if checkpoint.finished:
+        progress(len(checkpoint.finished))
+    mine, others = _share(totals.unfinished, encoded)
     todo = [(i, piece) for i, piece in pieces if i in mine]
-    if on_progress is not None and kept.found:
-        on_progress(len(kept.found))
-    for batch, summed in _measure(language_model, [piece for _, piece in todo], batch_tokens):
-        finished = []
-        for at, nll in zip(batch, summed, strict=True):
-            i = todo[at][0]
-            sums[i] += np.nan if nll is None else nll
-            left[i] -= 1
-            if not np.isfinite(sums[i]):
-                reasons[i] = reasons[i] or ("out of memory" if nll is None else f"the model's loss is {sums[i]}")
-            if not left[i]:
-                finished.append(i)
-        kept.write([(pool.ids[i], float(sums[i]), reasons[i]) for i in finished])
-        if on_progress is not None:
-            on_progress(len(finished))
-    for others in processes.from_all([(i, sums[i], reasons[i]) for i in mine]):
-        for i, nll, reason in others:
-            sums[i], reasons[i] = nll, reason
-    if on_progress is not None and len(mine) < len(turns):
-        on_progress(len(turns) - len(mine))
+    for batch, nlls in _measure(language_model, [piece for _, piece in todo], batch_tokens):
+        finished = [todo[at][0] for at, nll in zip(batch, nlls, strict=True) if totals.add(todo[at][0], nll)]
+        checkpoint.write([(pool.ids[i], *totals.of(i)) for i in finished])
+        progress(len(finished))
+    totals.gather(mine)
+    if others:
+        progress(others)
+    scores = _to_scores(pool, encoded, totals, metadata)
+    checkpoint.remove()
+    return scores
+
+
+def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -> tuple[list[Encoded], list[str]]:
+    """Tokens of every example, and why it cannot be scored; an empty reason if it can."""
+    encoded, reasons = [], []
+    for example in pool:
+        try:
+            tokens = encode(example, language_model.tokenizer, max_length)
+            reasons.append("" if tokens.targets else "no token to predict: the text is a single token")
+        except DataError as error:  # a conversation that the tokenizer cannot render
+            tokens = Encoded([], [], False)
+            reasons.append(str(error))
+        encoded.append(tokens)
+    return encoded, reasons
+
+
+class _Totals:
+    """Summed loss of every example, which is finished when all of its pieces are added."""
+
+    def __init__(self, reasons: list[str], owners: Sequence[int]) -> None:
+        self.sums, self.reasons = np.zeros(len(reasons)), reasons
+        self._remaining = np.bincount(owners, minlength=len(reasons))
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Examples with pieces to be measured."""
+        return np.flatnonzero(self._remaining).tolist()
+
+    def of(self, i: int) -> tuple[float, str]:
+        """Sum and reason of an example."""
+        return float(self.sums[i]), self.reasons[i]
+
+    def resume(self, ids: Sequence[str], finished: Mapping[str, tuple[float, str]]) -> None:
+        """Take over the examples that an interrupted run has finished."""
+        for i in self.unfinished:
+            if ids[i] in finished:
+                self.sums[i], self.reasons[i] = finished[ids[i]]
+                self._remaining[i] = 0
+
+    def add(self, i: int, nll: float | None) -> bool:
+        """Add a piece's loss, None if it ran out of memory; return whether the example is finished."""
+        self.sums[i] += np.nan if nll is None else nll
+        self._remaining[i] -= 1
+        if not np.isfinite(self.sums[i]):
+            reason = "out of memory" if nll is None else f"the model's loss is {self.sums[i]}"
+            self.reasons[i] = self.reasons[i] or reason
+        return not self._remaining[i]
+
+    def gather(self, mine: Iterable[int]) -> None:
+        """Exchange finished examples with the other processes."""
+        for rows in processes.from_all([(i, *self.of(i)) for i in mine]):
+            for i, total, reason in rows:
+                self.sums[i], self.reasons[i] = total, reason
+
+
+def _share(unfinished: Sequence[int], encoded: Sequence[Encoded]) -> tuple[set[int], int]:
+    """Examples that this process measures, and the number that the others do."""
+    # Dealt out longest first, so that all processes get a similar number of tokens.
+    longest_first = sorted(unfinished, key=lambda i: -len(encoded[i].ids))
+    mine = set(longest_first[processes.index() :: processes.count()])
+    return mine, len(unfinished) - len(mine)
+
+
+def _to_scores(pool: Pool, encoded: Sequence[Encoded], totals: _Totals, metadata: dict[str, Any]) -> Scores:
+    """Mean loss of every example; NaN where there is a reason."""
     tokens = np.array([example.targets for example in encoded])
-    unscored = np.array([bool(reason) for reason in reasons])
+    unscored = np.array([bool(reason) for reason in totals.reasons])
     if unscored.all():
         bad = int(np.argmax(tokens > 0))
-        raise DataError(f"{language_model.name} scores no example; of {pool.ids[bad]!r}: {reasons[bad]}")
-    scores = Scores(
+        raise DataError(f"{metadata['model']} scores no example; of {pool.ids[bad]!r}: {totals.reasons[bad]}")
+    return Scores(
         ids=pool.ids,
-        nll=np.where(unscored, np.nan, sums / np.maximum(tokens, 1)),
+        nll=np.where(unscored, np.nan, totals.sums / np.maximum(tokens, 1)),
         tokens=np.where(unscored, 0, tokens),
         truncated=np.array([example.truncated for example in encoded]),
-        reasons=[reason or None for reason in reasons],
+        reasons=[reason or None for reason in totals.reasons],
         metadata=metadata,
     )
-    kept.remove()
-    return scores
 
 
 @torch.inference_mode()
 def losses(language_model: LanguageModel, examples: Iterable[Example], max_length: int | None = None) -> np.ndarray:
-    """Loss of every example, shape (n,), nats per target token: as `score`, for a model in training.
+    """Return the loss of every example, shape (n,), in nats per target token: a light `score` for a model in training.
 
-    Long texts are cut. Nothing is hashed or kept, so that it costs the forward passes alone. Several processes each
-    measure all.
+    Long texts are truncated. Nothing is hashed or saved, so that only the forward passes take time. Every process
+    scores all examples.
 
     Parameters
     ----------
@@ -178,21 +218,21 @@ def losses(language_model: LanguageModel, examples: Iterable[Example], max_lengt
     context = _context(language_model, max_length)
     examples = list(examples)
     encoded = [encode(example, language_model.tokenizer, context) for example in examples]
-    found = np.full(len(examples), np.nan)
+    nll = np.full(len(examples), np.nan)
     rows = [i for i, example in enumerate(encoded) if example.targets]
     for batch, sums in _measure(language_model, [encoded[i] for i in rows], None):
-        for at, nll in zip(batch, sums, strict=True):
-            found[rows[at]] = np.nan if nll is None else nll / encoded[rows[at]].targets
-    if not np.isfinite(found).all():
-        bad = examples[int(np.argmin(np.isfinite(found)))]
+        for at, total in zip(batch, sums, strict=True):
+            nll[rows[at]] = np.nan if total is None else total / encoded[rows[at]].targets
+    if not np.isfinite(nll).all():
+        bad = examples[int(np.argmin(np.isfinite(nll)))]
         raise DataError(f"the model in training has no finite loss for the example {bad.id!r}")
-    return found
+    return nll
 
 
 def _measure(
     language_model: LanguageModel, pieces: Sequence[Encoded], batch_tokens: int | None
 ) -> Iterator[tuple[list[int], list[float | None]]]:
-    """Positions of the pieces in a batch and their summed losses, batch after batch; None where memory is too small."""
+    """Yield, for each batch, the positions of its pieces and their summed losses; None where memory runs out."""
     if not pieces:
         return
     model = language_model.model
@@ -211,36 +251,36 @@ def _measure(
 
 
 class _Partial:
-    """Finished examples in a file of JSON lines, of which the first says what they belong to."""
+    """Finished examples in a file of JSON lines; the first line is the metadata of the run."""
 
     def __init__(self, path: Path | None, metadata: dict[str, Any]) -> None:
         self._path = path
-        self.found: dict[str, tuple[float, str]] = {}
+        self.finished: dict[str, tuple[float, str]] = {}
         if path is None:
             return
-        number = processes.index()
-        if number == 0:
-            # What all processes of an earlier run had finished, however many there were.
+        rank = processes.index()
+        if rank == 0:
+            # An interrupted run may have had another number of processes, each with a file.
             others = [file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdigit()]
             for file in (path, *others):
-                self.found |= _finished(file, metadata)
-            self._begin(metadata)
+                self.finished |= _finished(file, metadata)
+            self._rewrite(metadata)
             for file in others:
                 file.unlink()
-        self.found = processes.from_first(self.found)
-        if number > 0:
-            self._path = path.with_name(f"{path.name}.{number}")
-            self._begin(metadata)
+        self.finished = processes.from_first(self.finished)
+        if rank > 0:
+            self._path = path.with_name(f"{path.name}.{rank}")
+            self._rewrite(metadata)
 
-    def _begin(self, metadata: dict[str, Any]) -> None:
-        """Write the file anew, so that nothing comes after a line that was cut."""
+    def _rewrite(self, metadata: dict[str, Any]) -> None:
+        """Rewrite the file, so that nothing follows a truncated line."""
         assert self._path is not None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in [metadata, *([k, *v] for k, v in self.found.items())])
+            file.writelines(json.dumps(row) + "\n" for row in [metadata, *([k, *v] for k, v in self.finished.items())])
 
     def write(self, rows: Sequence[tuple[str, float, str]]) -> None:
-        """Add finished examples: id, sum of losses, and why it could not be scored, if so."""
+        """Append finished examples: id, sum of losses, and the reason if it cannot be scored."""
         if self._path is not None and rows:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -248,13 +288,13 @@ class _Partial:
                 os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Delete the file: all is done."""
+        """Delete the file."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
 
 def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """Sum of losses and reason by example, if the file is there.
+    """Read the sum of losses and the reason of each example; nothing if there is no file.
 
     Raises
     ------
@@ -265,7 +305,7 @@ def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, st
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
-        except ValueError:  # the line that an interruption cut short
+        except ValueError:  # the line that an interruption truncated
             break
     if rows and rows[0] != metadata:
         raise MismatchError(
@@ -284,15 +324,15 @@ def _context(language_model: LanguageModel, max_length: int | None) -> int:
 
 
 def _batches(pieces: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions of the pieces, longest first, in the batches of at most `batch_tokens` that cost the least together.
+    """Yield the positions of the pieces, longest first, in batches of at most `batch_tokens` with the least total cost.
 
-    A batch costs its tokens, padding included, and as much as a few tokens for itself: without that, each length would
-    get batches of its own, too small to be fast.
+    A batch costs its tokens, padding included, plus a fixed overhead: without that, each length would get separate
+    batches, too small to be fast.
     """
     lengths = np.array([len(piece.ids) for piece in pieces])
     order = np.argsort(-lengths, kind="stable")
     lengths, n = lengths[order], len(order)
-    # From the last piece to the first: the least cost from each on, and where its batch ends.
+    # Dynamic programming from the last piece to the first: least cost from each on, and the end of its batch.
     cost, stop = np.zeros(n + 1), np.zeros(n, dtype=np.intp)
     for i in reversed(range(n)):
         most = max(batch_tokens // int(lengths[i]), 1)
@@ -307,7 +347,7 @@ def _batches(pieces: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]
 
 
 def _sums(head: Head, pieces: Sequence[Encoded], padding: int) -> list[float | None]:
-    """Summed loss of each piece; a batch too large for the memory is halved, and a piece that does not fit is None."""
+    """Summed loss of each piece; a batch that runs out of memory is halved, and a piece that does not fit is None."""
     try:
         return head.nll(*pad(pieces, padding)).sum(dim=1).tolist()
     except (torch.OutOfMemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""From examples to tokens: which of them the model is asked to predict, and what is cut when there are too many."""
+"""Tokenise examples: which tokens are targets, and how inputs longer than the context are truncated."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from forgetcast.errors import DataError
 from forgetcast.pool import Example
 
-IGNORED = -100
-"""Label of a token that does not count, as in PyTorch's and the Trainer's losses."""
+IGNORED_INDEX = -100
+"""Label of a token that is not a target, as in PyTorch's and the Trainer's losses."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Encoded:
     ----------
     ids : list of int
     labels : list of int
-        The token where it counts, else IGNORED. The first never counts: it has nothing before it to be predicted from.
+        The token's id if it is a target, else IGNORED_INDEX. The first token is never a target: nothing precedes it.
     truncated : bool
         Whether the example was longer than the context.
     """
@@ -35,45 +35,45 @@ class Encoded:
 
     @property
     def targets(self) -> int:
-        """Number of tokens that count."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        """Number of target tokens."""
+        return len(self.labels) - self.labels.count(IGNORED_INDEX)
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, context: int | None, *, end: bool = False) -> Encoded:
     """Tokenise an example.
 
-    A text is cut at its end. Of anything else, what comes before the first token that counts is cut at its start first
-    (a leading special token stays), and the rest, at its end, only if it fills the context by itself. What counts and
-    what does not are tokenised apart, so that the tokens that count do not depend on how a prompt ends.
+    A text is truncated at its end. Otherwise the tokens before the first target are truncated first, at their start (a
+    leading special token stays); the rest is truncated, at its end, only if it exceeds the context without them. Prompt
+    and targets are tokenised separately, so that the targets do not depend on how a prompt ends.
 
     Parameters
     ----------
     example : Example
     tokenizer : PreTrainedTokenizerBase
     context : int or None
-        Longest input, in tokens; at least 2. None: nothing is cut.
+        Longest input, in tokens; at least 2. None: no truncation.
     end : bool
-        Whether the end-of-sequence token is added as a last target, as training does and scoring does not. A
+        Whether to append the end-of-sequence token as a last target, as for training but not for scoring. A
         conversation ends as its template ends it.
 
     Raises
     ------
     DataError
-        If the example is a conversation, and the tokenizer has no chat template, or one that refuses it.
+        If the example is a conversation and the tokenizer has no chat template, or one that rejects it.
     """
     tail = [int(tokenizer.eos_token_id)] if end and tokenizer.eos_token_id is not None else []
     if example.text is not None:
         ids = _tokens(tokenizer, example.text) + tail
-        return Encoded(ids[:context], [IGNORED, *ids[1:context]], context is not None and len(ids) > context)
+        return Encoded(ids[:context], [IGNORED_INDEX, *ids[1:context]], context is not None and len(ids) > context)
     if example.messages is not None:
-        # The template writes the special tokens itself.
-        parts = [(_tokens(tokenizer, t, add_special_tokens=False), c) for t, c in _turns(example, tokenizer)]
+        # The template adds the special tokens itself.
+        parts = [(_tokens(tokenizer, t, add_special_tokens=False), target) for t, target in _turns(example, tokenizer)]
     else:
         completion = _tokens(tokenizer, example.completion or "", add_special_tokens=False)
         parts = [(_tokens(tokenizer, example.prompt or ""), False), (completion + tail, True)]
     ids = [token for tokens, _ in parts for token in tokens]
-    labels = [token if counts else IGNORED for tokens, counts in parts for token in tokens]
-    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+    labels = [token if target else IGNORED_INDEX for tokens, target in parts for token in tokens]
+    first = next((i for i, label in enumerate(labels) if label != IGNORED_INDEX), len(labels))
     truncated = context is not None and len(ids) > context
     if context is not None and truncated:
         rest = slice(first, first + context - (first > 0))
@@ -81,14 +81,14 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, context: int | 
         leading = 1 if first and ids[0] in tokenizer.all_special_ids and room > 1 else 0
         kept = max(first - (room - leading), leading)
         ids = ids[:leading] + ids[kept:first] + ids[rest]
-        labels = [IGNORED] * (len(ids) - len(labels[rest])) + labels[rest]
-    return Encoded(ids, [IGNORED, *labels[1:]], truncated)
+        labels = [IGNORED_INDEX] * (len(ids) - len(labels[rest])) + labels[rest]
+    return Encoded(ids, [IGNORED_INDEX, *labels[1:]], truncated)
 
 
 def question(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str] | None:
-    """Tokens of what the model is to answer, and the expected answer: the completion, or what the assistant says last.
+    """Return the prompt's tokens and the expected answer: the completion, or the assistant's last message.
 
-    None if the example is a text, or a conversation that does not end with words of the assistant's that count.
+    None if the example is a text, or a conversation that does not end with a target message of the assistant.
     """
     if example.completion is not None:
         return _tokens(tokenizer, example.prompt or ""), example.completion.strip()
@@ -99,36 +99,36 @@ def question(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 
 def _turns(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
-    """A conversation as its template writes it, in parts, with whether they count.
+    """Split a rendered conversation into parts, each with whether it is a target.
 
-    A turn counts from where the template asks for it to where it ends it.
+    A target reaches from the end of the generation prompt to the end of the turn.
     """
     messages = example.messages or ()
-    whole, done = _render(example, tokenizer, len(messages)), 0
-    for i in (i for i, counts in enumerate(example.counted) if counts):
-        # Some templates ask for an answer with more than they write before one that is there.
+    rendered, done = _render(example, tokenizer, len(messages)), 0
+    for i in (i for i, target in enumerate(example.counted) if target):
+        # Some templates have a generation prompt longer than what they write before an existing answer.
         asked = _render(example, tokenizer, i, answering=True) if i else ""
-        before = asked if whole.startswith(asked) else _render(example, tokenizer, i)
+        before = asked if rendered.startswith(asked) else _render(example, tokenizer, i)
         after = _render(example, tokenizer, i + 1)
-        start, stop = len(before), len(after.rstrip())  # no model is asked for the line break that ends a turn
-        if not whole.startswith(after):
-            # Some end the last turn in another way. Then the words count, and not what ends them.
+        start, stop = len(before), len(after.rstrip())  # the line break after a turn is not a target
+        if not rendered.startswith(after):
+            # Some end the last turn differently: then the target is the words without the end of the turn.
             words = str(messages[i].get("content") or "").strip()
-            stop = whole.find(words, start) + len(words) if words in whole[start:] else start
-        if not done <= start < stop or not whole.startswith(before):
+            stop = rendered.find(words, start) + len(words) if words in rendered[start:] else start
+        if not done <= start < stop or not rendered.startswith(before):
             raise DataError(
-                f"the tokenizer's chat template writes earlier messages of {example.id!r} differently once later ones "
-                "follow; make an example of each answer, with the messages before it"
+                f"the tokenizer's chat template changes earlier messages of {example.id!r} once later ones follow; "
+                "make each answer an example, with the messages before it"
             )
-        yield whole[done:start], False
-        yield whole[start:stop], True
+        yield rendered[done:start], False
+        yield rendered[start:stop], True
         done = stop
-    if done < len(whole):
-        yield whole[done:], False
+    if done < len(rendered):
+        yield rendered[done:], False
 
 
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, count: int, *, answering: bool = False) -> str:
-    """Write the first messages with the tokenizer's chat template, and ask for an answer if one is to come."""
+    """Render the first `count` messages with the chat template, with a generation prompt if `answering`."""
     if not tokenizer.chat_template:
         raise DataError(
             f"example {example.id!r} is a conversation, but the tokenizer has no chat template; "
@@ -138,39 +138,37 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, count: int, *,
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering))
     except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template refuses example {example.id!r}: {' '.join(str(error).split())}") from None
+        raise DataError(f"the chat template rejects example {example.id!r}: {' '.join(str(error).split())}") from None
 
 
 def windows(encoded: Encoded, context: int, stride: int) -> Iterator[Encoded]:
-    """Cut tokens into windows of `context`, each `stride` after the last; every target is one of exactly one window's.
+    """Cut tokens into windows of `context` tokens, `stride` apart; each target is a target of exactly one window.
 
-    Windows without a target are left out. `stride` is less than `context`, so that a target has something before it,
-    unless one window holds all.
+    Windows without a target are dropped. `stride` is less than `context`, unless one window holds all, so that every
+    target has a token before it.
     """
-    end = 1  # of what was a window's already
+    end = 1  # of the tokens that earlier windows cover
     for start in range(0, max(len(encoded.ids), 1), stride):
         stop = min(start + context, len(encoded.ids))
-        labels = [IGNORED] * (end - start) + encoded.labels[end:stop]
-        if labels.count(IGNORED) < len(labels):
+        labels = [IGNORED_INDEX] * (end - start) + encoded.labels[end:stop]
+        if labels.count(IGNORED_INDEX) < len(labels):
             yield Encoded(encoded.ids[start:stop], labels, False)
         end = max(end, stop)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
-    # Not verbose: else it warns that the text is longer than the context, which is cut to it right after.
+    # Not verbose: else it warns that the text is longer than the context, to which it is truncated right after.
     return list(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
 def pad(
     batch: Sequence[Encoded], pad_id: int, *, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids, attention mask and labels of a batch, each of shape (B, L), padded on the right, or on the `left`;
-    labels are IGNORED where a token does not count.
-    """
+    """Return input ids, attention mask and labels of a batch, each of shape (B, L), padded right or `left`."""
     longest = max(len(encoded.ids) for encoded in batch)
     ids = torch.full((len(batch), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORED, dtype=torch.long)
+    labels = torch.full((len(batch), longest), IGNORED_INDEX, dtype=torch.long)
     for row, encoded in enumerate(batch):
         start = longest - len(encoded.ids) if left else 0
         stop = start + len(encoded.ids)
@@ -181,7 +179,7 @@ def pad(
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Token to pad with: any will do, because padded places are masked and never count."""
+    """Return a token to pad with: any will do, because padding is masked and never a target."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)

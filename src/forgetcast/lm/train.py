@@ -1,4 +1,4 @@
-"""Fine-tuning on the Hugging Face Trainer: one base model in memory, tuned again and again from the same weights."""
+"""Fine-tune with the Hugging Face Trainer: one base model in memory, tuned repeatedly from the same weights."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from forgetcast.recipe import Recipe
 from forgetcast.replay import ReplayPlan
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
-"""What an interruption costs at most. A checkpoint is three times as large as the weights that are trained."""
+"""Upper limit on lost work. A checkpoint is three times as large as the trained weights."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A fine-tuned model and what it cost.
+    """A fine-tuned model and its cost.
 
     Attributes
     ----------
     language_model : LanguageModel
-        Valid until its workbench tunes again.
+        Valid until the next fine-tune of the same base model.
     steps : int
-        Optimiser steps, those on replayed batches included.
+        Optimiser steps, including those on replayed batches.
     replayed : tuple of str
-        Ids of the upstream examples that were replayed, in order.
+        Ids of the replayed upstream examples, in order.
     seconds : float
         Wall time of the training.
     """
@@ -55,20 +55,23 @@ class Tuned:
     replayed: tuple[str, ...]
     seconds: float
 
+    def __repr__(self) -> str:
+        return f"Tuned(steps={self.steps}, replayed={len(self.replayed)}, seconds={self.seconds:.1f})"
+
     def save(self, directory: str | Path) -> None:
-        """Write the model (LoRA: the adapter) and the tokenizer in the Hugging Face format."""
+        """Write the model (LoRA: the adapter) and the tokenizer in Hugging Face format."""
         with without_bars():
             self.language_model.model.save_pretrained(directory)
         self.language_model.tokenizer.save_pretrained(directory)
 
 
 class Workbench:
-    """Keeps the base model's weights, so that a sweep reads them once.
+    """Fine-tunes a base model repeatedly, with its weights kept in memory.
 
     Parameters
     ----------
     base : LanguageModel
-        Is changed by `tune` and put back by `restore`.
+        Changed by `tune` and reset by `restore`.
 
     Attributes
     ----------
@@ -83,7 +86,7 @@ class Workbench:
         self._adapted: PeftModel | None = None
 
     def restore(self, weights: Mapping[str, torch.Tensor] | None = None) -> LanguageModel:
-        """Give the base model with the weights it had at first, or with others that `weights` gave."""
+        """Return the base model with its original weights, or with those that `weights` returned."""
         if self._adapted is not None:
             self._adapted.unload()
             self._adapted = None
@@ -91,15 +94,15 @@ class Workbench:
         self.base.model.requires_grad_(True)
         if weights is None:
             return self.base
-        # Not the base model's own object, which remembers the hash of the base weights.
+        # A new object, because the base model's caches the hash of the base weights.
         return LanguageModel(self.base.model, self.base.tokenizer, f"{self.base.name}, fine-tuned")
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Copy the weights as they are now, by the base model's names; a LoRA adapter is added to what it adapts."""
+        """Return a copy of the current weights, by the base model's names, with a LoRA adapter merged into them."""
         state = self.base.model.state_dict()
         if self._adapted is None:
             return {name: tensor.detach().clone() for name, tensor in state.items()}
-        found = {
+        merged = {
             name.replace(".base_layer.", "."): tensor.detach().clone()
             for name, tensor in state.items()
             if ".lora_" not in name
@@ -109,8 +112,8 @@ class Workbench:
         }
         for name, layer in layers.items():
             for adapter in layer.active_adapters:
-                found[f"{name}.weight"] += layer.get_delta_weight(adapter).detach()
-        return found
+                merged[f"{name}.weight"] += layer.get_delta_weight(adapter).detach()
+        return merged
 
     def tune(
         self,
@@ -132,24 +135,24 @@ class Workbench:
         task : Pool
         recipe : Recipe
         plan, pool : optional
-            What to replay, and the pool that it is taken from.
+            What to replay, and its pool.
         chooser : Chooser, optional
-            What decides during training which examples of the plan come next.
+            Selects during training which examples of the plan come next.
         checkpoints : path, optional
-            Directory for the state of the training, saved every few minutes. A run that finds it there, of the same
-            model, task, plan and recipe, goes on from it and ends as it would have without the interruption.
+            Directory for the training state, saved every few minutes. A run of the same model, task, plan and recipe
+            resumes from it, with the same result as without the interruption.
         on_step : callable, optional
-            Called with the steps done and the steps in all.
+            Called with the number of finished steps and their total.
         start : mapping of str to Tensor, optional
-            Weights to start from, as `weights` gave them after an earlier fine-tune; default: the base model's.
+            Initial weights, from `weights` after an earlier fine-tune; default: the base model's.
         besides : sequence of str
-            Ids that earlier fine-tunes replayed: they come again only once all others were replayed as often, unless a
-            chooser says otherwise.
+            Ids that earlier fine-tunes replayed: they are replayed again only after all others were replayed equally
+            often, unless a selector decides otherwise.
 
         Raises
         ------
         ConfigError
-            If the batches cannot be divided as the recipe says, or the plan does not go with the chooser.
+            If the recipe's batch sizes do not divide, or the plan is incompatible with the selector.
         MismatchError
             If `checkpoints` holds another run.
         DataError
@@ -200,7 +203,7 @@ class Workbench:
                 callbacks=[ReplayCallback(mixture, chooser), _Progress(on_step, saves=checkpoints is not None)],
             )
             trainer.remove_callback(_printer())
-            # The Trainer ends with a garbage collection; there is no need to look through all modules in it.
+            # The Trainer ends with a garbage collection, which need not search all modules.
             gc.freeze()
             try:
                 loss = trainer.train(resume_from_checkpoint=latest).training_loss
@@ -221,7 +224,7 @@ def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read what `save_weights` wrote, into the CPU's memory.
+    """Read weights that `save_weights` wrote, into CPU memory.
 
     Raises
     ------
@@ -231,12 +234,12 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it: what it was for is done again") from None
+        raise DataError(f"{path} cannot be read ({error}); remove it and the stage will be re-run") from None
 
 
 @contextmanager
 def _checkpoints(directory: Path | None, run: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """Directory for checkpoints, and the last whole one in it; without a directory, a temporary one."""
+    """Yield the directory for checkpoints (by default a temporary one) and its last complete checkpoint."""
     if directory is None:
         with tempfile.TemporaryDirectory() as scratch:
             yield scratch, None
@@ -248,33 +251,33 @@ def _checkpoints(directory: Path | None, run: dict[str, Any]) -> Iterator[tuple[
             )
     else:
         write_json(directory / "run.json", run)
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    while found and not _is_whole(found[-1]):
-        shutil.rmtree(found.pop(), ignore_errors=True)  # another process may be at it too
-    yield str(directory), str(found[-1]) if found else None
+    kept = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while kept and not _is_complete(kept[-1]):
+        shutil.rmtree(kept.pop(), ignore_errors=True)  # another process may be removing it too
+    yield str(directory), str(kept[-1]) if kept else None
 
 
 @contextmanager
 def _recomputing(model: Any, recipe: Recipe) -> Iterator[None]:
-    """Gradient checkpointing, if the recipe asks for it."""
+    """Enable gradient checkpointing if the recipe asks for it."""
     if not recipe.gradient_checkpointing:
         yield
         return
-    # Newer versions of Transformers call it activation checkpointing, and warn of the name that it had before.
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    # Newer versions of Transformers call it activation checkpointing and warn about the old name.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     try:
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"gradient_checkpointing: {error}") from None
     try:
         yield
     finally:
-        getattr(model, f"{kind}_checkpointing_disable")()
+        getattr(model, f"{name}_checkpointing_disable")()
         model.disable_input_require_grads()
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes this file last."""
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written completely: the Trainer writes this file last."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -301,15 +304,15 @@ def _arguments(
         dataloader_pin_memory=on_gpu,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        save_strategy="no",  # by the clock instead, see _Progress
+        save_strategy="no",  # at fixed time intervals instead, see _Progress
         save_total_limit=1,
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # its default hides a loss that is not finite, which must be an error here
+        logging_nan_inf_filter=False,  # the default hides a loss that is not finite, which is an error here
         report_to="none",
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
-        # Else the Trainer gives every GPU a batch of its own, and a step sees more examples than the recipe says.
+        # Otherwise the Trainer gives every GPU a batch, and a step has more examples than the recipe says.
         arguments._n_gpu = 1
     return arguments
 
@@ -321,18 +324,18 @@ def _printer() -> type[TrainerCallback]:
 
 
 class _Progress(TrainerCallback):
-    """Hand the Trainer's steps to a function, and ask for a checkpoint now and then."""
+    """Report the Trainer's steps, and request a checkpoint at intervals."""
 
     def __init__(self, on_step: Callable[[int, int], None] | None, *, saves: bool) -> None:
         self._on_step, self._saves, self._saved = on_step, saves, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Is called by the Trainer, with arguments of these names."""
+        """Trainer hook."""
         if self._on_step is not None:
             self._on_step(state.global_step, state.max_steps)
         if self._saves and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Is called by the Trainer after a checkpoint, with arguments of these names."""
+        """Trainer hook."""
         self._saved = time.monotonic()

@@ -1,6 +1,6 @@
-"""The report's plots, as pieces of HTML that need plotly.js once in the page.
+"""The report's plots, as HTML fragments for a page that includes plotly.js.
 
-Every string from data goes through `labels` before it reaches plotly, which reads labels as a small subset of HTML.
+Every string from data goes through `labels` before it reaches plotly, which renders a small subset of HTML in labels.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from forgetcast.structure import Structure
 from forgetcast.verification import METRIC_NAMES, METRICS, Verification
 
 MOST_COLUMNS = 2_000
-"""A picture is at most this wide; beyond it, neighbouring examples of one source are averaged."""
+"""Limit on the columns of a plot; beyond it, neighbouring examples of one source are averaged."""
 
 BLUE, ORANGE, GREY = "#2f6690", "#d1603d", "#8a8f98"
 LONGEST_LABEL = 40
 
 
 def labels(texts: Sequence[str]) -> list[str]:
-    """Make labels of strings from data: escaped, cut in the middle where they are long, and still all different."""
+    """Return labels for strings from data: escaped, shortened in the middle if long, and all different."""
     half = LONGEST_LABEL // 2
     short = [text if len(text) <= LONGEST_LABEL else f"{text[:half]}…{text[-half:]}" for text in texts]
-    again = {text for text, count in Counter(short).items() if count > 1}
-    return [html.escape(f"{text} ({i})" if text in again else text) for i, text in enumerate(short, 1)]
+    repeated = {text for text, count in Counter(short).items() if count > 1}
+    return [html.escape(f"{text} ({i})" if text in repeated else text) for i, text in enumerate(short, 1)]
 
 
 def forgetting_by_task(means: Mapping[str, float], new: Sequence[str]) -> str:
-    """Bars of the mean forgetting of each task, most forgetting first; `new` ones in another colour."""
+    """Plot the mean forgetting of each task, highest first; `new` tasks in another colour."""
     names = sorted(means, key=lambda name: -means[name])
-    called = dict(zip(names, labels(names), strict=True))
+    label_of = dict(zip(names, labels(names), strict=True))
     figure = go.Figure()
     for legend, colour, shown in (
         ("in the atlas", BLUE, [name for name in names if name not in new]),
@@ -47,26 +47,26 @@ def forgetting_by_task(means: Mapping[str, float], new: Sequence[str]) -> str:
         if shown:
             figure.add_bar(
                 x=[means[name] for name in shown],
-                y=[called[name] for name in shown],
+                y=[label_of[name] for name in shown],
                 orientation="h",
                 name=legend,
                 marker_color=colour,
                 hovertemplate="%{y}: %{x:.3f}<extra></extra>",
             )
     figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=list(called.values()), autorange="reversed"
+        type="category", categoryorder="array", categoryarray=list(label_of.values()), autorange="reversed"
     )
     figure.update_xaxes(title="mean forgetting (nats per token)", zeroline=True)
-    return _html(figure, height=90 + 22 * len(names), legend=bool(new), what="Mean forgetting by task")
+    return _html(figure, height=90 + 22 * len(names), legend=bool(new), label="Mean forgetting by task")
 
 
 def heatmap(matrix: ForgettingMatrix) -> str:
-    """Draw the matrix: tasks by mean forgetting, examples by source and within it by mean forgetting."""
+    """Plot the matrix: tasks by mean forgetting, examples by source and within it by mean forgetting."""
     values = matrix.values
-    column_means = mean_of_measured(values, 0)
+    column_means = mean_of_observed(values, 0)
     source_of = np.array(matrix.sources)
     order = np.lexsort((-np.nan_to_num(column_means, nan=-np.inf), source_of))
-    rows = np.argsort(-np.nan_to_num(mean_of_measured(values, 1), nan=-np.inf), kind="stable")
+    rows = np.argsort(-np.nan_to_num(mean_of_observed(values, 1), nan=-np.inf), kind="stable")
     step = -(-len(order) // MOST_COLUMNS)
     blocks: list[np.ndarray] = []
     edges = [0]
@@ -75,7 +75,7 @@ def heatmap(matrix: ForgettingMatrix) -> str:
         members = order[source_of[order] == source]
         blocks += [members[i : i + step] for i in range(0, len(members), step)]
         edges.append(len(blocks))
-    shown = np.column_stack([mean_of_measured(values[np.ix_(rows, block)], 1) for block in blocks])
+    shown = np.column_stack([mean_of_observed(values[np.ix_(rows, block)], 1) for block in blocks])
     measured = np.abs(shown[~np.isnan(shown)])
     limit = float(np.quantile(measured, 0.99)) if measured.size else 1.0
     first = labels([matrix.examples[int(block[0])] for block in blocks])
@@ -101,11 +101,11 @@ def heatmap(matrix: ForgettingMatrix) -> str:
     middles = [names[(start + end) // 2] for start, end in pairwise(edges)]
     figure.update_xaxes(type="category", tickvals=middles, ticktext=_source_labels(sources), tickangle=-30)
     figure.update_yaxes(type="category", autorange="reversed")
-    return _html(figure, height=150 + max(18 * len(rows), 120), what="The forgetting matrix", grid=False)
+    return _html(figure, height=150 + max(18 * len(rows), 120), label="The forgetting matrix", grid=False)
 
 
 def spectrum(structure: Structure) -> str:
-    """R^2 of each rank, beside what task means, example means and their sum explain."""
+    """Plot R^2 by rank, with that of task means, example means and their sum."""
     ranks = list(range(1, len(structure.rank_r2) + 1))
     figure = go.Figure(
         go.Scatter(
@@ -126,7 +126,7 @@ def spectrum(structure: Structure) -> str:
             name="held-out entries",
             hovertemplate="rank %{x}, held out: %{y:.3f}<extra></extra>",
         )
-    # A name above its line or below it, so that two lines that are close keep their names apart.
+    # The lowest line has its name below it if the next line is close, so that the names do not overlap.
     lines = sorted(
         ((structure.row_r2, "task means"), (structure.column_r2, "example means"), (structure.additive_r2, "their sum"))
     )
@@ -137,12 +137,12 @@ def spectrum(structure: Structure) -> str:
         )
     figure.update_xaxes(title="rank", dtick=1)
     lowest = max(min(0.0, lines[0][0], *structure.held_out_r2), -0.5)
-    figure.update_yaxes(title="share explained (R²)", range=[lowest - 0.08, 1.04])
-    return _html(figure, height=340, legend=True, what="How much of the forgetting each rank explains")
+    figure.update_yaxes(title="fraction explained (R²)", range=[lowest - 0.08, 1.04])
+    return _html(figure, height=340, legend=True, label="How much of the forgetting each rank explains")
 
 
 def loadings(structure: Structure) -> str:
-    """Mean loading of each component on each source."""
+    """Plot the mean loading of each component on each source."""
     sources = list(structure.components[0].by_source)
     values = np.array([[c.by_source[source] for source in sources] for c in structure.components])
     figure = go.Figure()
@@ -158,11 +158,11 @@ def loadings(structure: Structure) -> str:
     figure.update_yaxes(type="category", autorange="reversed")
     figure.update_xaxes(title="mean loading (1 = a typical example's)", zeroline=True)
     height = max(340, 90 + 15 * len(sources) * len(values))
-    return _html(figure, height=height, legend=True, what="What the components load on")
+    return _html(figure, height=height, legend=True, label="What the components load on")
 
 
 def forecast_and_truth(forecast: TaskForecast, truth: np.ndarray) -> str:
-    """Measured forgetting against its forecast, an interval for each example, and the line of a perfect forecast."""
+    """Plot forecast against measured forgetting, with an interval per example and the line of a perfect forecast."""
     others = ~forecast.probed & ~np.isnan(truth)
     figure = go.Figure()
     ends = _range(forecast.mean, truth)
@@ -198,11 +198,11 @@ def forecast_and_truth(forecast: TaskForecast, truth: np.ndarray) -> str:
     )
     figure.update_xaxes(title="measured (nats per token)", range=ends)
     figure.update_yaxes(title="forecast (nats per token)")
-    return _html(figure, height=380, legend=True, what=f"Forecast and measurement for {forecast.task}")
+    return _html(figure, height=380, legend=True, label=f"Forecast and measurement for {forecast.task}")
 
 
-def forecast_alone(forecast: TaskForecast) -> str:
-    """Forecasts in descending order with their intervals, where nothing else was measured yet."""
+def forecast_only(forecast: TaskForecast) -> str:
+    """Plot forecasts in descending order with their intervals, for a task without measurements."""
     order = np.argsort(-forecast.mean, kind="stable")
     order = order[:: -(-len(order) // MOST_COLUMNS)]
     rank = np.arange(len(order))
@@ -229,11 +229,11 @@ def forecast_alone(forecast: TaskForecast) -> str:
     )
     figure.update_xaxes(title="examples, most at risk first")
     figure.update_yaxes(title="forecast (nats per token)", zeroline=True)
-    return _html(figure, height=340, legend=True, what="Forecast of every example")
+    return _html(figure, height=340, legend=True, label="Forecast of every example")
 
 
 def replay_differences(verification: Verification) -> str:
-    """Paired differences between the arms with their intervals; None of them is drawn without an interval."""
+    """Plot the paired differences between the arms with their intervals."""
     figure = go.Figure()
     names = list(dict.fromkeys(f"{c.arm} − {c.baseline}" for c in verification.comparisons()))
     for metric, colour, offset in zip(METRICS, (BLUE, ORANGE, GREY), (-0.2, 0.0, 0.2), strict=True):
@@ -255,26 +255,26 @@ def replay_differences(verification: Verification) -> str:
     figure.add_vline(x=0, line_width=1, line_color="#333")
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels(names), autorange="reversed")
     figure.update_xaxes(title="difference (nats per token; below zero is better)")
-    return _html(figure, height=320, legend=True, what="Differences between the replay strategies")
+    return _html(figure, height=320, legend=True, label="Differences between the replay strategies")
 
 
-def forgetting_on_the_way(sequence: SequenceResult) -> str:
-    """Upstream forgetting against the number of tasks learned, a line for each arm; bars span the orders."""
+def forgetting_by_position(sequence: SequenceResult) -> str:
+    """Plot upstream forgetting against the number of tasks learned, a line per arm; bars span the orders."""
     figure = go.Figure()
     positions = list(range(1, sequence.length + 1))
     for i, (arm, name) in enumerate(zip(sequence.arms, labels(sequence.arms), strict=True)):
-        of_orders = np.array(
+        by_order = np.array(
             [[sequence.value(arm, order, "mean", p) for p in positions] for order in sequence.orders(arm)]
         )
-        mean = of_orders.mean(axis=0)
+        mean = by_order.mean(axis=0)
         figure.add_scatter(
             x=positions,
             y=mean,
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": of_orders.max(axis=0) - mean,
-                "arrayminus": mean - of_orders.min(axis=0),
+                "array": by_order.max(axis=0) - mean,
+                "arrayminus": mean - by_order.min(axis=0),
                 "thickness": 1,
                 "width": 3,
             },
@@ -285,11 +285,11 @@ def forgetting_on_the_way(sequence: SequenceResult) -> str:
         )
     figure.update_xaxes(title="tasks learned", dtick=1)
     figure.update_yaxes(title="upstream forgetting (nats per token)", zeroline=True)
-    return _html(figure, height=340, legend=True, what="Upstream forgetting after each task of a sequence")
+    return _html(figure, height=340, legend=True, label="Upstream forgetting after each task of a sequence")
 
 
-def _ids(forecast: TaskForecast, chosen: np.ndarray) -> list[str]:
-    return labels([id_ for id_, wanted in zip(forecast.ids, chosen, strict=True) if wanted])
+def _ids(forecast: TaskForecast, mask: np.ndarray) -> list[str]:
+    return labels([id_ for id_, selected in zip(forecast.ids, mask, strict=True) if selected])
 
 
 def _source_labels(sources: Sequence[str]) -> list[str]:
@@ -302,19 +302,19 @@ def _range(*values: np.ndarray) -> list[float]:
     return [low - margin, high + margin]
 
 
-def mean_of_measured(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of what is measured; NaN, without a warning, where nothing is."""
-    seen = ~np.isnan(values)
-    counts = seen.sum(axis=axis)
-    sums = np.where(seen, values, 0.0).sum(axis=axis)
+def mean_of_observed(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mean of the observed entries; NaN, without a warning, where there are none."""
+    observed = ~np.isnan(values)
+    counts = observed.sum(axis=axis)
+    sums = np.where(observed, values, 0.0).sum(axis=axis)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _html(figure: go.Figure, *, height: int, what: str, legend: bool = False, grid: bool = True) -> str:
+def _html(figure: go.Figure, *, height: int, label: str, legend: bool = False, grid: bool = True) -> str:
     figure.update_layout(
         height=height,
         template="plotly_white",
-        plot_bgcolor="white" if grid else "#e4e5e8",  # behind a matrix: the colour of what was not measured
+        plot_bgcolor="white" if grid else "#e4e5e8",  # background of a heatmap: the colour of missing entries
         paper_bgcolor="white",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#222"},
         margin={"l": 10, "r": 10, "t": 34 if legend else 12, "b": 10},
@@ -325,4 +325,4 @@ def _html(figure: go.Figure, *, height: int, what: str, legend: bool = False, gr
     figure.update_yaxes(automargin=True, showgrid=grid)
     config: dict[str, Any] = {"displaylogo": False, "responsive": True, "displayModeBar": False}
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
-    return f'<figure role="img" aria-label="{html.escape(what)}">{drawn}</figure>'
+    return f'<figure role="img" aria-label="{html.escape(label)}">{drawn}</figure>'

@@ -1,0 +1,392 @@
+"""The report's page: what each section shows, and the findings at its top."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import plotly.offline
+
+import forgetcast
+from forgetcast._files import atomic_path
+from forgetcast.atlas import Atlas
+from forgetcast.completion.base import UNLIKE
+from forgetcast.errors import DataError
+from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
+from forgetcast.forecast import TaskForecast
+from forgetcast.matrix import ForgettingMatrix
+from forgetcast.paired import Comparison
+from forgetcast.report import figures
+from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
+from forgetcast.sequence_result import SequenceResult
+from forgetcast.strategies import STRATEGIES
+from forgetcast.structure import Structure, analyze
+from forgetcast.verification import METRIC_NAMES, Verification
+
+AT_RISK = 10
+"""Number of examples listed with their text, per forecast."""
+
+LONGEST_TEXT = 2_000
+"""Characters shown of an example."""
+
+REGULARITY = ((0.9, "very regular"), (0.6, "regular"), (0.3, "partly regular"))
+"""Lower limit of the R² of the highest rank shown, and the word for it."""
+
+
+def write_report(
+    path: str | Path,
+    atlas: Atlas,
+    *,
+    forecasts: Sequence[TaskForecast] = (),
+    accuracies: Mapping[str, Mapping[str, Accuracy]] | None = None,
+    verification: Verification | None = None,
+    sequence: SequenceResult | None = None,
+    title: str = "What fine-tuning makes the model forget",
+) -> None:
+    """Write the report as one HTML file.
+
+    Parameters
+    ----------
+    path : path
+    atlas : Atlas
+        With at least one task.
+    forecasts : sequence of TaskForecast
+        Compared with the row of the forecast's task where the atlas has it.
+    accuracies : mapping of task to mapping of method to Accuracy, optional
+        Errors of several methods. Default: those of the forecasts whose tasks the atlas has measured.
+    verification : Verification, optional
+    sequence : SequenceResult, optional
+    title : str
+
+    Raises
+    ------
+    DataError
+        If the atlas has no measurements.
+    MismatchError
+        If a forecast belongs to another pool.
+    """
+    matrix = atlas.matrix()
+    if not matrix.observed.any():
+        raise DataError(f"{atlas.path} has no measurements to report")
+    for forecast in forecasts:
+        forecast.check_pool(atlas.pool)
+    truths = [_truth(matrix, forecast) for forecast in forecasts]
+    if accuracies is None:
+        accuracies = _accuracies(forecasts, truths)
+    averages = _averages(accuracies)
+    structure = _analyze(matrix)
+    means = {
+        name: mean for name, row in zip(matrix.tasks, matrix.values, strict=True) if (mean := _mean(row)) is not None
+    }
+    findings = (
+        _measured_finding(matrix, means),
+        _structure_finding(structure) if structure is not None else None,
+        _forecast_finding(forecasts, averages) if forecasts else None,
+        _replay_finding(verification) if verification is not None else None,
+        _sequence_finding(sequence) if sequence is not None else None,
+    )
+    page = _template().render(
+        title=title,
+        plotlyjs=plotly.offline.get_plotlyjs(),
+        atlas=atlas,
+        findings=[finding for finding in findings if finding is not None],
+        measured=_measured(atlas, matrix, means, forecasts),
+        matrix=_matrix(matrix),
+        structure=_structure(structure) if structure is not None else None,
+        forecast=_forecast(forecasts, truths, accuracies, averages) if forecasts else None,
+        risks=_risks(atlas, matrix, forecasts, truths),
+        replay=_replay(verification) if verification is not None else None,
+        sequence=_sequence(sequence) if sequence is not None else None,
+        provenance=_provenance(atlas, matrix),
+    )
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(files("forgetcast.report").joinpath("template.html").read_text(encoding="utf-8"))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Mean of the observed entries; None if there are none."""
+    return float(np.nanmean(values.astype(np.float64))) if (~np.isnan(values)).any() else None
+
+
+# What was measured
+
+
+def _measured_finding(matrix: ForgettingMatrix, means: Mapping[str, float]) -> str:
+    most, least = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
+    return (
+        f"On average a fine-tune costs {np.mean(list(means.values())):.3f} nats per token on the upstream examples: "
+        f"the most after {most} ({means[most]:.3f}), the least after {least} ({means[least]:.3f}). "
+        f"The worst tenth of all measurements averages {worst_tenth(matrix.values[matrix.observed]):.3f}."
+    )
+
+
+def _measured(
+    atlas: Atlas, matrix: ForgettingMatrix, means: Mapping[str, float], forecasts: Sequence[TaskForecast]
+) -> dict[str, Any]:
+    new = [forecast.task for forecast in forecasts if forecast.task is not None and forecast.task in means]
+    labels = np.array(matrix.sources)
+    sources = []
+    for source in sorted(set(matrix.sources)):
+        values, before = matrix.values[:, labels == source], atlas.nll_before[labels == source]
+        forgetting = _mean(values)
+        sources.append(
+            {
+                "name": source or "(no source)",
+                "examples": len(before),
+                "before": _mean(before),
+                "forgetting": forgetting,
+                "worst": worst_tenth(values) if forgetting is not None else None,
+            }
+        )
+    return {"by_task": figures.forgetting_by_task(means, new), "sources": sources}
+
+
+# The matrix and its structure
+
+
+def _matrix(matrix: ForgettingMatrix) -> dict[str, Any]:
+    examples = matrix.shape[1]
+    averaged = -(-examples // figures.MOST_COLUMNS) if examples > figures.MOST_COLUMNS else 0
+    return {"heatmap": figures.heatmap(matrix), "averaged": averaged}
+
+
+def _analyze(matrix: ForgettingMatrix) -> Structure | None:
+    """Structure of the matrix; None if it has too few entries for one."""
+    try:
+        return analyze(matrix) if len(matrix.tasks) > 1 else None
+    except DataError:
+        return None
+
+
+def _structure_finding(structure: Structure) -> str:
+    r2 = structure.rank_r2[:3]
+    regular = next((word for limit, word in REGULARITY if r2[-1] >= limit), "irregular")
+    return (
+        f"Which examples are forgotten after which task is {regular}: matrices of rank "
+        f"{' / '.join(str(i + 1) for i in range(len(r2)))} explain {' / '.join(f'{value:.2f}' for value in r2)} of the "
+        f"variation (R²; task mean plus example mean: {structure.additive_r2:.2f})."
+    )
+
+
+def _structure(structure: Structure) -> dict[str, Any]:
+    return {
+        "spectrum": figures.spectrum(structure),
+        "loadings": figures.loadings(structure),
+        "components": structure.components,
+    }
+
+
+# The forecast and the examples at risk
+
+
+def _truth(matrix: ForgettingMatrix, forecast: TaskForecast) -> np.ndarray | None:
+    """Measured row of the forecast's task in the forecast's order, if it has more entries than the probes."""
+    if forecast.task is None or forecast.task not in matrix.tasks:
+        return None
+    row = matrix.select([forecast.task], forecast.ids).values[0].astype(np.float64)
+    return row if (~np.isnan(row[~forecast.probed])).sum() >= 2 else None
+
+
+def _accuracies(
+    forecasts: Sequence[TaskForecast], truths: Sequence[np.ndarray | None]
+) -> dict[str, dict[str, Accuracy]]:
+    """Errors by task and method on the examples that are not probes."""
+    errors: dict[str, dict[str, Accuracy]] = {}
+    for forecast, truth in zip(forecasts, truths, strict=True):
+        if truth is not None:
+            others = ~forecast.probed
+            parts = (forecast.mean, forecast.lower, forecast.upper, truth)
+            errors.setdefault(str(forecast.task), {})[forecast.method] = judge(*(part[others] for part in parts))
+    return errors
+
+
+def _averages(accuracies: Mapping[str, Mapping[str, Accuracy]]) -> list[dict[str, Any]]:
+    """One row per method: its errors averaged over the tasks that it forecast."""
+    rows = []
+    for method in dict.fromkeys(method for by_method in accuracies.values() for method in by_method):
+        errors = [by_method[method] for by_method in accuracies.values() if method in by_method]
+        name = next(iter(accuracies)) if len(accuracies) == 1 else f"mean of {len(errors)}"
+        rows.append({"task": name, "method": method} | asdict(average(errors)))
+    return rows
+
+
+def _forecast_finding(forecasts: Sequence[TaskForecast], averages: Sequence[Mapping[str, Any]]) -> str:
+    if not averages:
+        worst = max(forecasts, key=lambda forecast: float(forecast.mean.mean()))
+        return (
+            f"Forecast for {worst.task or 'the new task'}: {worst.mean.mean():.3f} nats per token on average, "
+            f"{worst_tenth(worst.mean):.3f} on the worst tenth."
+        )
+    errors = ", ".join(f"{row['method']} {row['rmse']:.3f}" for row in averages)
+    return (
+        f"From {forecasts[0].probed.sum()} probes, the other examples are forecast with a root mean squared error of "
+        f"{errors} nats per token; {averages[0]['coverage']:.0%} of the true values lie in the "
+        f"{forecasts[0].level:.0%} interval."
+    )
+
+
+def _forecast(
+    forecasts: Sequence[TaskForecast],
+    truths: Sequence[np.ndarray | None],
+    accuracies: Mapping[str, Mapping[str, Accuracy]],
+    averages: list[dict[str, Any]],
+) -> dict[str, Any]:
+    by_task = [
+        {"task": task, "method": method} | asdict(errors)
+        for task, by_method in accuracies.items()
+        for method, errors in by_method.items()
+    ]
+    return {
+        "level": forecasts[0].level,
+        "any_truth": any(truth is not None for truth in truths),
+        "errors": averages + (by_task if len(accuracies) > 1 else []),
+        "tasks": [_forecast_of(forecast, truth) for forecast, truth in zip(forecasts, truths, strict=True)],
+    }
+
+
+def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, str]:
+    figure = figures.forecast_only(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
+    if not forecast.probed.any():
+        misfit = "No probe was measured for this task: this is the forecast for any new task."
+    elif forecast.misfit < UNLIKE:
+        misfit = (
+            f"The {int(forecast.probed.sum())} probes suggest that this task is unlike those in the atlas "
+            f"(p = {forecast.misfit:.3f}): trust the forecast less, and measure more examples."
+        )
+    else:
+        misfit = (
+            f"The {int(forecast.probed.sum())} probes give no evidence that this task is unlike those in the atlas "
+            f"(p = {forecast.misfit:.2f})."
+        )
+    return {"name": forecast.task or "the new task", "figure": figure, "misfit": misfit}
+
+
+def _risks(
+    atlas: Atlas, matrix: ForgettingMatrix, forecasts: Sequence[TaskForecast], truths: Sequence[np.ndarray | None]
+) -> list[dict[str, Any]]:
+    """Examples with the highest forecast of each task; without forecasts, those with the highest mean forgetting."""
+    if not forecasts:
+        means = figures.mean_of_observed(matrix.values, axis=0)
+        worst = np.argsort(-np.nan_to_num(means, nan=-np.inf), kind="stable")[:AT_RISK]
+        rows = [_example(atlas, atlas.pool.ids[i]) | {"truth": means[i]} for i in worst]
+        return [{"name": "Mean over the atlas's tasks", "forecast": False, "truth": True, "rows": rows}]
+    groups = []
+    for forecast, truth in zip(forecasts, truths, strict=True):
+        worst = np.argsort(-forecast.mean, kind="stable")[:AT_RISK]
+        rows = [
+            _example(atlas, forecast.ids[i])
+            | {name: getattr(forecast, name)[i] for name in ("mean", "lower", "upper", "probed")}
+            | {"truth": truth[i] if truth is not None else None}
+            for i in worst
+        ]
+        name = forecast.task or "the new task"
+        groups.append({"name": name, "forecast": True, "truth": truth is not None, "rows": rows})
+    return groups
+
+
+def _example(atlas: Atlas, id_: str) -> dict[str, Any]:
+    example = atlas.pool[int(atlas.pool.positions([id_])[0])]
+    text = example.full_text
+    shown = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+    return {"id": id_, "source": example.source or "", "text": shown}
+
+
+# Replay, in one fine-tune and in a sequence of them
+
+
+def _replay_finding(verification: Verification) -> str:
+    arms = [arm for arm in verification.arms if arm not in ("none", "random")]
+    against_random = [verification.compare(arm, "random", metric) for arm in arms for metric in ("mean", "worst_tenth")]
+    return (
+        f"Held-out forgetting by replay strategy: {_means(verification, 'mean')} nats per token."
+        f"{_verdicts(against_random, METRIC_NAMES)}"
+    )
+
+
+def _sequence_finding(sequence: SequenceResult) -> str:
+    arms = [arm for arm in sequence.arms if arm not in ("none", "random")]
+    against_random = [sequence.compare(arm, "random", "mean") for arm in arms]
+    return (
+        f"After {sequence.length} tasks one after another, held-out forgetting by replay strategy is "
+        f"{_means(sequence, 'mean')} nats per token, and that of the earlier tasks {_means(sequence, 'earlier_tasks')}."
+        f"{_verdicts(against_random, SEQUENCE_METRIC_NAMES)}"
+    )
+
+
+def _means(result: Verification | SequenceResult, metric: str) -> str:
+    return ", ".join(f"{arm} {result.average(arm, metric):.3f}" for arm in result.arms)
+
+
+def _verdicts(comparisons: Iterable[Comparison | None], names: Mapping[str, str]) -> str:
+    return "".join(f" On the {names[c.metric]}, {c.verdict()}." for c in comparisons if c is not None)
+
+
+def _replay(verification: Verification) -> dict[str, Any]:
+    comparisons = verification.comparisons()
+    return {
+        "result": verification,
+        "strategies": _strategies(verification),
+        "runs_per_arm": len(verification.runs) // len(verification.arms),
+        "metrics": {name: METRIC_NAMES[name] for name in verification.metrics},
+        "comparisons": comparisons,
+        "differences": figures.replay_differences(verification) if comparisons else "",
+    }
+
+
+def _strategies(verification: Verification) -> dict[str, str]:
+    """What each arm replays, if its name starts with that of a strategy."""
+    named = {arm: arm.partition(" ") for arm in verification.arms}
+    return {
+        arm: STRATEGIES[name].text + (", updated during training" if more == "online" else "")
+        for arm, (name, _, more) in named.items()
+        if name in STRATEGIES
+    }
+
+
+def _sequence(sequence: SequenceResult) -> dict[str, Any]:
+    return {
+        "result": sequence,
+        "orders": len(sequence.orders(sequence.arms[0])),
+        "metrics": SEQUENCE_METRIC_NAMES,
+        "comparisons": sequence.comparisons(),
+        "by_position": figures.forgetting_by_position(sequence),
+    }
+
+
+# Provenance
+
+
+def _provenance(atlas: Atlas, matrix: ForgettingMatrix) -> dict[str, Any]:
+    recipe = ", ".join(f"{name} {value}" for name, value in atlas.recipe.items() if value is not None)
+    facts = {
+        "atlas": str(atlas.path),
+        "base model": atlas.model,
+        "weights (SHA-256)": atlas.model_hash or "unknown",
+        "pool fingerprint": atlas.pool.fingerprint,
+        "recipe": recipe or "not recorded",
+        "created": atlas.created,
+        "written with": f"forgetcast {forgetcast.__version__}",
+    }
+    tasks = []
+    for name, values in zip(matrix.tasks, matrix.values, strict=True):
+        kept = atlas.provenance(name)
+        tasks.append(
+            {
+                "name": name,
+                "added": kept["added"],
+                "measured": float((~np.isnan(values)).mean()),
+                "mean": _mean(values),
+                "model_hash": (kept["model_hash"] or "")[:12],
+            }
+        )
+    return {"facts": facts, "tasks": tasks}
