@@ -37,7 +37,7 @@ from rich.table import Table
 
 from forgetcast import Atlas, Pool, ReplayPlan, make_plan, probes
 from forgetcast.advice import ReplayLaw
-from forgetcast.collect import collect
+from forgetcast.collect import collect, prepare_atlas
 from forgetcast.completion import Bayesian
 from forgetcast.coverage import correlation_loadings
 from forgetcast.demo.corpus import demo_pool
@@ -55,7 +55,8 @@ from forgetcast.lm import (
     score,
 )
 from forgetcast.scores import Scores
-from forgetcast.strategies import STRATEGIES
+from forgetcast.signals import Signals
+from forgetcast.strategies import STRATEGIES, get_strategy
 from forgetcast.verification import Trial, Verification, verify
 from shared import conclude, figure_of, output, save_figure, target
 
@@ -134,11 +135,12 @@ class Study:
         plans: dict[str, ReplayPlan] = {}
         choosers: dict[str, Chooser] = {}
         for arm in names:
-            strategy, _, source = arm.partition(" ")
+            name, _, source = arm.partition(" ")
+            strategy = get_strategy(name)
             among = self.pool.positions(own) if source == OWN else usable
             chosen = probes.choose(self.model, PROBES, among)
             known: dict[str, Any] = {"losses": self.atlas.nll_before, "loadings": self.loadings, "truth": truth}
-            if strategy == "gradient":
+            if "gradients" in strategy.needs:
                 known["gradients"] = self._gradients(task)
             if source in (BY_ATLAS, ONLINE):
                 known["forecast"] = self.model.predict([], []).mean
@@ -151,14 +153,14 @@ class Study:
             plans[arm] = make_plan(
                 self.pool,
                 strategy,
-                0.0 if strategy == "none" else float(ratio),
+                Signals(self.pool.ids, **known),
+                ratio=0.0 if strategy.phase == "never" else float(ratio),
                 held_out=held_out,
                 among=[self.pool.ids[i] for i in among.tolist()],
-                **known,
             )
             if source == ONLINE:
                 choosers[arm] = Online(self.model, self.pool, self.atlas.nll_before, chosen)
-            elif strategy == "mir":
+            elif strategy.phase == "in-training":
                 choosers[arm] = MostInterfered(self.pool, self.atlas.nll_before)
         return Trial(task, questions(task, TASK_SIZE), questions(task, TEST_SIZE, seed=1), plans, choosers)
 
@@ -193,9 +195,8 @@ class Study:
         """Make the runs that are missing."""
         trials = [self.trial(task, ratio, names) for task in tasks]
         return verify(
-            Workbench(self.base), trials, self.pool, self.atlas.before, self.recipe,
-            seeds=seeds, directory=self.directory(ratio),
-        )  # fmt: skip
+            Workbench(self.base), self.atlas, self.recipe, trials, seeds=seeds, directory=self.directory(ratio)
+        )
 
 
 def _work(study: Study, *what: Any) -> None:
@@ -218,9 +219,9 @@ def run(
             counted.append(what.partition(":")[0])
             console.print(f"{time.monotonic() - started:6.0f} s  atlas {done / total:4.0%}  {what}")
 
-    collect(
-        study.base, study.pool, tasks, study.work / f"lr-{study.learning_rate:g}.atlas", study.recipe, on_progress=told
-    )
+    path = study.work / f"lr-{study.learning_rate:g}.atlas"
+    atlas = prepare_atlas(path, study.base, study.pool, study.recipe, on_progress=told)
+    collect(Workbench(study.base), atlas, study.recipe, tasks, on_progress=told)
     leading = tuple(name for name in ("random", *LEADING) if name in names)
     wanted = [
         (ratio, names, range(seeds)) if ratio == ratios[0] else (ratio, leading, range(curve_seeds)) for ratio in ratios

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
+from pydantic import TypeAdapter, ValidationError
 
 from forgetcast.atlas import Atlas
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.verification import METRIC_NAMES, Run
+from forgetcast.outcome import LAW_METRICS, METRICS, Run
+from forgetcast.results import Result, plain
 
 REFERENCE = 1 / 8
 """Replayed examples per new one at which the law's strength is defined."""
@@ -48,8 +50,6 @@ MOST = 1.0
 
 SHOWN = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Ratios that advice is given for."""
-
-METRICS = ("mean", "worst_tenth")
 
 
 class Expected(NamedTuple):
@@ -110,7 +110,7 @@ class ReplayLaw:
         seed : int
             Of the draws.
         """
-        if metric not in METRICS:
+        if metric not in LAW_METRICS:
             raise ConfigError(f"a replay law is of the metric 'mean' or 'worst_tenth', not {metric!r}")
         data = _Data.of(list(runs), metric)
         rng = np.random.default_rng(seed)
@@ -212,7 +212,7 @@ class ReplayLaw:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Result):
     """What the runs that an atlas has kept tell of ratios and strategies.
 
     Attributes
@@ -281,7 +281,7 @@ class Advice:
         return found
 
     def _compared(self, strategy: str, metric: str, worth: Expected) -> str:
-        on = f"On the {METRIC_NAMES[metric]}, {strategy} replay"
+        on = f"On the {METRICS[metric]}, {strategy} replay"
         needs = f"{1 / worth.mean:.2f} times as many examples as random (90 % interval {1 / worth.upper:.2f} to "
         needs += f"{1 / worth.lower:.2f})"
         if worth.lower > 1:
@@ -291,24 +291,14 @@ class Advice:
         return f"{on} is not shown to need fewer than random: {needs}."
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, ready for JSON; an infinite end of an interval is None."""
-
-        def plain(expected: Expected | None) -> dict[str, float | None] | None:
-            if expected is None:
-                return None
-            return {name: value if np.isfinite(value) else None for name, value in expected._asdict().items()}
-
+        """Return the figures and the sentences, ready for JSON; an infinite end of an interval is None."""
         named = ("strategy", "task", "target", "runs", "tasks", "largest")
         return {
             **{name: getattr(self, name) for name in named},
             "left": [
-                {"strategy": strategy, "ratio": ratio} | {metric: plain(value) for metric, value in found.items()}
-                for (strategy, ratio), found in self.left.items()
+                {"strategy": strategy, "ratio": ratio} | plain(found) for (strategy, ratio), found in self.left.items()
             ],
-            "efficiency": {
-                strategy: {metric: plain(value) for metric, value in found.items()}
-                for strategy, found in self.efficiency.items()
-            },
+            "efficiency": plain(self.efficiency),
             "needed": plain(self.needed),
             "at_most": plain(self.most),
             "sentences": self.sentences(),
@@ -334,10 +324,12 @@ def advice_on(atlas: Atlas, strategy: str, *, target: float | None = None, task:
         If the runs in the atlas are not what `verify` and `pilot` keep there.
     """
     try:
-        runs = [Run(**row) for row in atlas.replays]
-    except TypeError as error:
-        raise DataError(f"{atlas.path / 'replays.json'}: {error}") from None
-    laws = {metric: ReplayLaw.fit(runs, metric) for metric in METRICS}
+        runs = TypeAdapter(list[Run]).validate_python(atlas.replays)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise DataError(f"{atlas.path / 'replays.json'}: {place}{first['msg']}") from None
+    laws = {metric: ReplayLaw.fit(runs, metric) for metric in LAW_METRICS}
     mean = laws["mean"]
     own = task if task in mean.tasks else None
     strategies = dict.fromkeys([*mean.strategies, strategy])

@@ -417,7 +417,7 @@ class Atlas:
         Parameters
         ----------
         runs : iterable of mapping
-            Fields of `verification.Run`. A run replaces an earlier one of the same task, setup, seed, strategy and
+            Fields of `outcome.Run`. A run replaces an earlier one of the same task, setup, seed, strategy and
             ratio.
         """
 

@@ -1,12 +1,11 @@
 """Collect an atlas: fine-tune the base model on every task in turn, score the pool after each, add a row.
 
-A task whose row is complete is passed over, so an interrupted sweep goes on where it stopped.
+Complete rows are skipped, so an interrupted sweep continues where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +16,22 @@ from forgetcast.errors import DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
 from forgetcast.pool import Pool, load_task
 from forgetcast.recipe import Recipe
+from forgetcast.runs import (
+    AtlasRows,
+    FineTune,
+    Meter,
+    OnProgress,
+    check_base,
+    check_recipe,
+    score_with_progress,
+    units,
+)
 from forgetcast.settings import read_settings
 
 if TYPE_CHECKING:
-    from forgetcast.lm import LanguageModel
+    from forgetcast.lm import LanguageModel, Workbench
     from forgetcast.lm.generate import Metric
-    from forgetcast.scores import Scores
 
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, the units of work done, and the units in all.
-
-A unit is one example's forward pass; training on an example counts as three."""
-
-TRAINING_UNITS = 3
 _TASK_FILES = {".jsonl", ".json", ".ndjson", ".parquet"}
 
 
@@ -44,11 +46,11 @@ class CollectConfig(BaseModel):
     tasks : Path or list of Path
         A folder of JSONL or Parquet files, one task each, or the files.
     atlas : Path
-        Is made, or grows if it is there.
+        Created if it does not exist, extended if it does.
     recipe : Recipe
         Its fields, a file with them, or the name of one that ships with the package.
     exact_match : bool
-        Whether the models answer the pool's prompts too.
+        Whether the models also answer the pool's prompts.
     max_new_tokens : int
         Longest answer.
     """
@@ -123,11 +125,10 @@ def load_tasks(where: Path | Sequence[Path]) -> dict[str, Pool]:
     return tasks
 
 
-def collect(
+def prepare_atlas(
+    path: str | Path,
     base: LanguageModel,
     pool: Pool,
-    tasks: dict[str, Pool],
-    atlas: str | Path,
     recipe: Recipe,
     *,
     exact_match: bool = False,
@@ -135,20 +136,18 @@ def collect(
     metric: Metric | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
-    """Measure what every task makes the base model forget.
+    """Open an atlas and check that it fits, or create it by scoring the base model.
 
     Parameters
     ----------
+    path : path
     base : LanguageModel
     pool : Pool
         Upstream examples.
-    tasks : dict of str to Pool
-        Fine-tuning data by task name.
-    atlas : path
-        Is made, or grows if it is there.
     recipe : Recipe
+        Of every row.
     exact_match : bool
-        Whether the models answer the pool's prompts too, so that right answers that become wrong are counted.
+        Whether the models also answer the pool's prompts, so that flips are counted.
     max_new_tokens : int
         Longest answer.
     metric : callable, optional
@@ -158,90 +157,76 @@ def collect(
     Raises
     ------
     MismatchError
-        If the atlas is there and is of another model, pool or recipe, or was measured in another way.
+        If the atlas is of another model, pool or recipe, or was measured in another way.
     """
-    from forgetcast.lm import Workbench
+    if Path(path).exists():
+        atlas = Atlas.open(path)
+        check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
+        check_base(atlas, base)
+        check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
+        _check_answers(atlas, max_new_tokens if exact_match else None)
+        return atlas
+    answers = _answers(max_new_tokens, metric) if exact_match else None
+    meter = Meter(len(pool) * (2 if exact_match else 1), on_progress)
+    before = score_with_progress(base, pool, meter, "base model", answers)
+    return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
 
-    workbench = Workbench(base)
-    answers = {"max_new_tokens": max_new_tokens, **({} if metric is None else {"metric": metric})}
-    asked = answers if exact_match else None
-    opened = Atlas.open(atlas) if Path(atlas).exists() else None
-    if opened is not None:
-        _check_same(opened, base, pool, recipe)
-        _check_answers(opened, max_new_tokens if exact_match else None)
-    todo = [name for name in tasks if opened is None or not opened.is_complete(name)]
-    per_pool = len(pool) * (2 if exact_match else 1)
-    per_task = recipe.steps * recipe.batch_size * TRAINING_UNITS + per_pool
-    meter = Meter(len(todo) * per_task + (per_pool if opened is None else 0), on_progress)
-    if opened is None:
-        before = measure(base, pool, meter, "base model", asked)
-        opened = Atlas.create(atlas, pool, before, model=base.name, recipe=recipe.model_dump())
-    units = recipe.batch_size * TRAINING_UNITS
+
+def collect(
+    tuner: Workbench,
+    atlas: Atlas,
+    recipe: Recipe,
+    tasks: Mapping[str, Pool],
+    *,
+    metric: Metric | None = None,
+    on_progress: OnProgress | None = None,
+) -> Atlas:
+    """Measure what every task makes the base model forget.
+
+    Parameters
+    ----------
+    tuner : Workbench
+        With the base model.
+    atlas : Atlas
+        Gets one row per task. If it has the base model's answers, the tuned models answer too.
+    recipe : Recipe
+    tasks : mapping of str to Pool
+        Fine-tuning data by task name.
+    metric : callable, optional
+        As in `prepare_atlas`.
+    on_progress : callable, optional
+
+    Raises
+    ------
+    MismatchError
+        If the atlas is of another base model or recipe.
+    """
+    check_base(atlas, tuner.base)
+    check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
+    rows, settings = AtlasRows(atlas), {"recipe": recipe.model_dump()}
+    answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
+    todo = [name for name in tasks if not rows.has(name, settings)]
+    meter = Meter(collection_units(len(todo), atlas.pool, recipe, answered=atlas.has_answers), on_progress)
     for name in todo:
-        tuned = workbench.tune(
-            tasks[name], recipe, on_step=lambda *_, name=name: meter.advance(f"{name}: fine-tuning", units)
-        )
-        opened.add(name, measure(tuned.language_model, pool, meter, name, asked), recipe=recipe.model_dump())
-    workbench.restore()
-    return opened
+        job = FineTune(name, tasks[name], recipe, atlas.pool, answers=answers)
+        rows.ensure(name, settings, lambda job=job: job.run(tuner, settings, meter))  # type: ignore[misc]
+    tuner.restore()
+    return atlas
 
 
-class Meter:
-    """Adds up units of work for a progress display."""
-
-    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
-        self.total, self.done, self._on_progress = total, 0, on_progress
-
-    def advance(self, what: str, units: int) -> None:
-        """Count `units` more as done."""
-        self.done += units
-        if self._on_progress is not None:
-            self._on_progress(what, self.done, self.total)
+def collection_units(tasks: int, pool: Pool, recipe: Recipe, *, answered: bool = False) -> int:
+    """Count the work of `tasks` rows."""
+    return tasks * units(recipe, len(pool) * (1 + answered))
 
 
-def measure(
-    language_model: LanguageModel, pool: Pool, meter: Meter, name: str, answers: Mapping[str, Any] | None = None
-) -> Scores:
-    """Score a pool with progress, and answer its prompts, if there are arguments for `exact_match`."""
-    from forgetcast.lm import exact_match, score
-
-    scores = score(language_model, pool, on_progress=lambda count: meter.advance(f"{name}: scoring", count))
-    if answers is None:
-        return scores
-    left = len(pool)
-
-    def answered(count: int) -> None:
-        nonlocal left
-        left -= count
-        meter.advance(f"{name}: answering", count)
-
-    right, predictions = exact_match(language_model, pool, on_progress=answered, **answers)
-    meter.advance(f"{name}: answering", left)  # what is no question
-    metadata = {**scores.metadata, "max_new_tokens": answers["max_new_tokens"]}
-    return replace(scores, exact_match=right, predictions=predictions, metadata=metadata)
-
-
-def _check_same(atlas: Atlas, base: LanguageModel, pool: Pool, recipe: Recipe) -> None:
-    check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
-    check_base(atlas, base)
-    # What an older version did not know had its default.
-    earlier = {name: field.default for name, field in Recipe.model_fields.items()} | atlas.recipe
-    if changed := [name for name, value in recipe.model_dump().items() if atlas.recipe and earlier[name] != value]:
-        raise MismatchError(
-            f"the atlas {atlas.path} was collected with another recipe ({', '.join(changed)} differ); "
-            "rows of one atlas must be comparable: use its recipe, or collect into a new atlas"
-        )
+def _answers(max_new_tokens: int, metric: Metric | None) -> dict[str, Any]:
+    """Arguments of `lm.exact_match`."""
+    return {"max_new_tokens": max_new_tokens, **({} if metric is None else {"metric": metric})}
 
 
 def _check_answers(atlas: Atlas, max_new_tokens: int | None) -> None:
-    """Raise MismatchError if the atlas has answers and none are asked for, or the other way round, or longer ones."""
-    known = atlas.before.metadata.get("max_new_tokens") if atlas.has_answers else None
-    if atlas.has_answers != (max_new_tokens is not None) or known not in (None, max_new_tokens):
-        has = f"exact_match: true and max_new_tokens: {known}" if atlas.has_answers else "exact_match: false"
+    """Raise MismatchError if the atlas has answers and none are wanted, or vice versa, or of another length."""
+    stored = atlas.before.metadata.get("max_new_tokens") if atlas.has_answers else None
+    if atlas.has_answers != (max_new_tokens is not None) or stored not in (None, max_new_tokens):
+        has = f"exact_match: true and max_new_tokens: {stored}" if atlas.has_answers else "exact_match: false"
         raise MismatchError(f"the atlas {atlas.path} was collected with {has}; keep to that, or begin a new one")
-
-
-def check_base(atlas: Atlas, base: LanguageModel) -> None:
-    """Raise MismatchError if the atlas was measured on other weights than `base` has."""
-    if atlas.model_hash is not None and atlas.model_hash != base.weights_hash:
-        raise MismatchError(f"the atlas {atlas.path} was measured on another base model ({atlas.model})")

@@ -14,7 +14,7 @@ from forgetcast._files import atomic_path, write_json
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
 from forgetcast.pool import FIELDS, Example, Pool
 from forgetcast.replay import ReplayPlan
-from forgetcast.strategies import by_stratum
+from forgetcast.strategies import stratified_order
 
 
 def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
@@ -28,8 +28,10 @@ def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
         If `count` is below one or above what the plan may replay, or the plan selects during training.
     """
     plan.check_pool(pool)
-    if plan.strategy == "mir":
-        raise ConfigError("the strategy 'mir' chooses during training, which only forgetcast's callback can")
+    if plan.phase == "in-training":
+        raise ConfigError(
+            f"the strategy {plan.strategy!r} selects during training, which only forgetcast's callback can"
+        )
     if count < 1:
         raise ConfigError(f"with the ratio {plan.ratio:g}, no example would be replayed; ask for at least one")
     plan.check_count(count)
@@ -93,7 +95,7 @@ def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Pa
     old = replayed(plan, pool, count)
     examples = [*task, *old]
     labels = ["new"] * len(task) + ["old"] * len(old)
-    order = by_stratum(np.arange(len(examples)), labels).tolist()
+    order = stratified_order(np.arange(len(examples)), labels).tolist()
     columns: dict[str, list[Any]] = {name: [getattr(examples[i], name) for i in order] for name in FIELDS}
     columns["replayed"] = [labels[i] == "old" for i in order]
     for example, messages in zip((examples[i] for i in order), columns["messages"], strict=True):

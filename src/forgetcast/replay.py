@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,39 +16,49 @@ from forgetcast._files import read_table, write_table
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.matrix import check_fingerprint
 from forgetcast.pool import Pool
-from forgetcast.strategies import EFFECTIVE_SHARE, STRATEGIES, by_stratum, in_turn, select, softmax_weights
+from forgetcast.signals import Signals
+from forgetcast.strategies import Phase, Strategy, get_strategy, interleave, stratified_order
 
-__all__ = ["EFFECTIVE_SHARE", "STRATEGIES", "ReplayPlan", "make_plan", "softmax_weights"]
+RATIO = 1 / 8
+"""Default of replayed examples per new one."""
+
+HOLD_OUT = 0.2
+"""Default fraction of the pool that is never replayed."""
 
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """Sampling weights over a pool, or an order.
+    """Which examples of a pool to replay: sampling weights, or an order.
 
     Parameters
     ----------
     ids : sequence of str, length N
         The whole pool.
     weights : array, shape (N,)
-        Probability of being the first example drawn; sums to one. All zero where nothing is to be replayed. Equal where
-        the rank alone says what comes first.
+        Probability of being the first example sampled; sums to one. All zero if nothing is replayed. Equal if the rank
+        alone sets the order.
     held_out : array of bool, shape (N,)
         Examples that are never replayed, so that they can be judged on.
     ratio : float
         Replayed examples per new-task example, e.g. 1/32.
     strategy : str
+        Name of the strategy.
     seed : int
-        Of the order in which examples are drawn.
+        Of the order in which examples are sampled.
     pool_fingerprint : str
     rank : array of int, shape (N,), optional
         Place of each example in the order of replay, from 0; -1 where it is never replayed. None where the order is
-        drawn by weight.
+        sampled by weight.
     ranked_share : float
-        Share of the replayed examples that follow the rank; the others, in turn with them, are drawn by weight.
+        Fraction of the replayed examples that follows the rank; it alternates with samples by weight.
     strata : sequence of str, length N, optional
-        Label of each example; whatever number is replayed has each label in its share of what may be.
+        Label of each example; every prefix of the order has each label in proportion.
     repeat : bool
-        Whether a fine-tune may replay examples again once all were: see `count`.
+        Whether a fine-tune may reuse examples once all have been replayed: see `count`.
+    phase : Phase
+        When the strategy acts.
+    summary : str
+        What the strategy does, in one line.
 
     Raises
     ------
@@ -68,6 +77,8 @@ class ReplayPlan:
     ranked_share: float = 1.0
     strata: Sequence[str] | None = None
     repeat: bool = False
+    phase: Phase = "planned"
+    summary: str = ""
 
     def __post_init__(self) -> None:
         """Bring the arrays to their types and check them."""
@@ -76,23 +87,30 @@ class ReplayPlan:
         object.__setattr__(self, "held_out", np.asarray(self.held_out, dtype=bool))
         if not len(self.ids) == len(self.weights) == len(self.held_out):
             raise DataError("a replay plan needs one weight and one held-out mark for every id")
-        _check_ratio(self.ratio, self.strategy)
+        _check_ratio(self.ratio, self.strategy, self.phase)
         for id_, weight, held in zip(self.ids, self.weights, self.held_out, strict=True):
             if not np.isfinite(weight) or weight < 0:
                 raise DataError(f"the replay weight of {id_!r} is {weight}; it must be finite and not negative")
             if held and weight > 0:
                 raise DataError(f"{id_!r} is held out, but has a replay weight")
-        if self.strategy == "padding" and self.weights.any():
+        if self.phase == "padding" and self.weights.any():
             raise DataError("a plan that pads with new examples has no replay weights")
-        if self.ratio > 0 and self.strategy != "padding" and not self.weights.any():
-            raise DataError("the plan is to replay, but no example has a weight above zero")
+        if self.ratio > 0 and self.phase != "padding" and not self.weights.any():
+            raise DataError("ratio > 0, but no example has a weight above zero")
         if self.rank is not None:
             object.__setattr__(self, "rank", np.asarray(self.rank, dtype=np.int64))
             self._check_rank(self.rank)
         if self.strata is not None:
             object.__setattr__(self, "strata", tuple(self.strata))
             if len(self.strata) != len(self.ids) or self.rank is not None:
-                raise DataError("strata need a label for every id, and no rank beside them")
+                raise DataError("strata need a label for every id, and exclude a rank")
+
+    def __repr__(self) -> str:
+        """Return strategy, ratio and size."""
+        return (
+            f"ReplayPlan({self.strategy!r}, ratio {self.ratio:.4g}, {self.usable} of {len(self.ids)} examples usable, "
+            f"{int(self.held_out.sum())} held out)"
+        )
 
     def _check_rank(self, rank: np.ndarray) -> None:
         if rank.shape != self.weights.shape or ((rank >= 0) != (self.weights > 0)).any():
@@ -134,19 +152,19 @@ class ReplayPlan:
         check_fingerprint("the replay plan", self.pool_fingerprint, pool)
 
     def count(self, steps: int, batch_size: int) -> int:
-        """Examples that are replayed beside so many batches of new ones.
+        """Count the replayed examples for `steps` new batches.
 
         Raises
         ------
         ConfigError
-            If there would be none, or more than the plan has and it is not to repeat any.
+            If there would be none, or more than the plan has although it may not repeat any.
         """
         wanted = replay_steps(steps, self.ratio) * batch_size if self.ratio else 0
         self.check_count(wanted)
         return wanted
 
     def check_count(self, wanted: int) -> None:
-        """Raise ConfigError if so many examples are more than the plan has and it is not to repeat any."""
+        """Raise ConfigError if `wanted` exceeds what the plan has although it may not repeat any."""
         if wanted > self.usable > 0 and not self.repeat:
             raise ConfigError(
                 f"{wanted} examples are to be replayed, and the plan has {self.usable}: take a ratio of at most "
@@ -154,16 +172,16 @@ class ReplayPlan:
                 "the plan is made)"
             )
 
-    def order(self, count: int, *, besides: Iterable[str] = ()) -> tuple[str, ...]:
-        """Ids to replay, in order: by rank or drawn by weight, without replacement until all are used, then anew.
+    def order(self, count: int, *, already_replayed: Iterable[str] = ()) -> tuple[str, ...]:
+        """Return the ids to replay, in order: by rank or sampled by weight, without replacement until all are used.
 
-        The same plan always gives the same order, and a longer one starts with the shorter. What was replayed already,
-        `besides`, comes again only once all others were replayed as often.
+        The same plan always gives the same order, and a longer one starts with the shorter. Ids in `already_replayed`
+        come again only once all others were replayed as often.
         """
         usable = np.flatnonzero(self.weights)
         if count and not len(usable):
             raise ConfigError("this plan replays nothing")
-        already = Counter(besides)
+        already = Counter(already_replayed)
         times = np.array([already[self.ids[i]] for i in usable.tolist()]) if already else np.zeros(len(usable), int)
         rng = np.random.default_rng(self.seed)
         drawn: list[int] = []
@@ -178,12 +196,12 @@ class ReplayPlan:
         return tuple(self.ids[i] for i in drawn[:count])
 
     def _arranged(self, drawn: np.ndarray) -> np.ndarray:
-        """Order of one pass over all that may be replayed, given the same drawn by weight."""
+        """Order one pass over all usable examples, given one that was sampled by weight."""
         if self.strata is not None:
-            return by_stratum(drawn, self.strata)
+            return stratified_order(drawn, self.strata)
         if self.rank is None:
             return drawn
-        return in_turn(drawn[np.argsort(self.rank[drawn])], drawn, self.ranked_share)
+        return interleave(drawn[np.argsort(self.rank[drawn])], drawn, self.ranked_share)
 
     def save(self, path: str | Path) -> None:
         """Write a Parquet file with the columns id, weight and held_out; rank or stratum where there is one."""
@@ -193,6 +211,7 @@ class ReplayPlan:
             "held_out": pa.array(self.held_out, pa.bool_()),
         }
         metadata = {"ratio": self.ratio, "strategy": self.strategy, "seed": self.seed, "pool": self.pool_fingerprint}
+        metadata |= {"phase": self.phase, "summary": self.summary}
         if self.rank is not None:
             columns["rank"] = pa.array(self.rank, pa.int64(), mask=self.rank < 0)
             metadata["ranked_share"] = self.ranked_share
@@ -208,6 +227,8 @@ class ReplayPlan:
         table, metadata = read_table(Path(path), ("id", "weight", "held_out"), kind="replay plan")
         names = table.column_names
         try:
+            # Files of earlier versions have no phase; their strategies are among those that ship.
+            made_by = None if "phase" in metadata else get_strategy(metadata["strategy"])
             return cls(
                 ids=table.column("id").to_pylist(),
                 weights=table.column("weight").to_numpy(),
@@ -220,6 +241,8 @@ class ReplayPlan:
                 ranked_share=metadata.get("ranked_share", 1.0),
                 strata=table.column("stratum").to_pylist() if "stratum" in names else None,
                 repeat=metadata.get("repeat", False),
+                phase=metadata["phase"] if made_by is None else made_by.phase,
+                summary=metadata.get("summary", "") if made_by is None else made_by.summary,
             )
         except KeyError as error:
             raise DataError(f"{path} is not a replay plan: its metadata lacks {error}") from None
@@ -229,48 +252,33 @@ class ReplayPlan:
 
 def make_plan(
     pool: Pool,
-    strategy: str,
-    ratio: float,
+    strategy: str | Strategy,
+    signals: Signals | None = None,
     *,
+    ratio: float,
     held_out: Sequence[str] = (),
     among: Sequence[str] | None = None,
-    forecast: Any = None,
-    truth: Any = None,
-    losses: Any = None,
-    gradients: Any = None,
-    loadings: Any = None,
-    temperature: float | None = None,
     repeat: bool = False,
     seed: int = 0,
 ) -> ReplayPlan:
-    """Make a replay plan.
+    """Apply a strategy to a pool.
 
     Parameters
     ----------
     pool : Pool
-    strategy : str
-        One of `STRATEGIES`, which say what they do and which of the following they need.
+    strategy : str or Strategy
+        A name, or an object where it has settings.
+    signals : Signals, optional
+        What is known of the pool's examples; only the strategy's `needs` are used. Values of held-out examples are
+        never read.
     ratio : float
         Replayed examples per new-task example; 0 for 'none'.
     held_out : sequence of str
-        Ids that are never replayed. What is said of them below is not looked at.
+        Ids that are never replayed.
     among : sequence of str, optional
         Ids that may be replayed, unless they are held out; default: all.
-    forecast : array-like, shape (N,), optional
-        Expected forgetting in the pool's order, nats per token.
-    truth : array-like, shape (N,), optional
-        Measured forgetting, nats per token; NaN where it was not measured, which is never replayed.
-    losses : array-like, shape (N,), optional
-        Of the base model, nats per token; NaN where it has none, which is never replayed.
-    gradients : array-like, shape (N,), optional
-        How much a step along the task's gradient raises each loss: `lm.gradient_products`; NaN is never replayed.
-    loadings : array-like, shape (N, r), optional
-        Rows whose products say how alike the forgetting of two examples is: `coverage.correlation_loadings`.
-    temperature : float, optional
-        In the unit of what the softmax is of. Default: the one at which the effective sample size is EFFECTIVE_SHARE of
-        the usable examples.
     repeat : bool
-        Whether a fine-tune that is to replay more than there is may replay examples again.
+        Whether a fine-tune may reuse examples once all have been replayed.
     seed : int
 
     Raises
@@ -278,9 +286,10 @@ def make_plan(
     ConfigError
         If the strategy is unknown, its ratio makes no sense, or nothing is left to replay.
     DataError
-        If something that the strategy needs is missing, has another shape, or is not finite.
+        If a signal that the strategy needs is missing, has another shape, or is not finite.
     """
-    _check_ratio(ratio, strategy)
+    rule = get_strategy(strategy) if isinstance(strategy, str) else strategy
+    _check_ratio(ratio, rule.name, rule.phase)
     held = np.zeros(len(pool), dtype=bool)
     held[pool.positions(held_out, where="the held-out list")] = True
     usable = np.flatnonzero(~held)
@@ -288,49 +297,42 @@ def make_plan(
         usable = np.intersect1d(usable, pool.positions(among, where="the list of what may be replayed"))
     if not len(usable):
         raise ConfigError("every example is held out: nothing is left to replay")
-    given = {"forecast": forecast, "truth": truth, "losses": losses, "gradients": gradients, "loadings": loadings}
-    known = {name: _known(name, given[name], strategy, pool, usable) for name in STRATEGIES[strategy].needs}
-    selection = select(strategy, len(usable), known, temperature)
+    signals = Signals(pool.ids) if signals is None else signals
+    if missing := rule.needs - signals.names:
+        raise DataError(f"the strategy {rule.name!r} needs {min(missing)}, a value for each example of the pool")
+    if len(signals) != len(pool) or tuple(signals.ids) != pool.ids:
+        raise MismatchError(f"the signals are of {len(signals)} other examples than the pool's {len(pool)}")
+    restricted, rows = signals.restrict(usable, rule.needs)
+    if not len(rows):
+        raise DataError(f"the strategy {rule.name!r} has no signal to use: no usable example was measured")
+    selection = rule.select(restricted)
     weights = np.zeros(len(pool))
-    weights[usable] = selection.weights
+    weights[rows] = selection.weights
     rank = None
     if selection.order is not None:
+        order = rows[selection.order]
+        order = order[weights[order] > 0]  # a low temperature leaves some without any weight
         rank = np.full(len(pool), -1)
-        rank[usable[selection.order]] = np.arange(len(selection.order))
+        rank[order] = np.arange(len(order))
     return ReplayPlan(
         pool.ids,
         weights,
         held,
         ratio,
-        strategy,
+        rule.name,
         seed,
         pool.fingerprint,
         rank=rank,
         ranked_share=selection.ranked_share,
-        strata=pool.sources if strategy == "stratified" else None,
+        strata=pool.sources if selection.by_source else None,
         repeat=repeat,
+        phase=rule.phase,
+        summary=rule.summary,
     )
 
 
-def _known(name: str, values: Any, strategy: str, pool: Pool, usable: np.ndarray) -> np.ndarray:
-    """What is known of the usable examples, checked."""
-    if values is None:
-        raise DataError(f"the strategy {strategy!r} needs {name}, a value for each example; the pool has {len(pool)}")
-    array = np.asarray(values, dtype=np.float64)
-    if array.shape[:1] != (len(pool),) or array.ndim != (2 if name == "loadings" else 1):
-        raise MismatchError(f"the {name} has shape {array.shape}; the pool has {len(pool)} examples")
-    array = array[usable]
-    bad = ~np.isfinite(array)
-    if name in ("truth", "losses", "gradients"):
-        bad &= ~np.isnan(array)
-    if bad.any():
-        worst = pool.ids[usable[int(np.argmax(bad.reshape(len(usable), -1).any(axis=1)))]]
-        raise DataError(f"the {name} of {worst!r} is not a finite number")
-    return array
-
-
 def replay_steps(steps: int, ratio: float) -> int:
-    """Batches to replay beside so many batches of new examples.
+    """Count the batches to replay for `steps` batches of new examples.
 
     Raises
     ------
@@ -342,10 +344,8 @@ def replay_steps(steps: int, ratio: float) -> int:
     return count
 
 
-def _check_ratio(ratio: float, strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"unknown replay strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+def _check_ratio(ratio: float, strategy: str, phase: Phase) -> None:
     if not np.isfinite(ratio) or ratio < 0:
         raise ConfigError(f"the replay ratio must be finite and not negative, not {ratio}")
-    if (strategy == "none") != (ratio == 0):
-        raise ConfigError(f"the strategy {strategy!r} does not go with the ratio {ratio}: 'none', and only it, has 0")
+    if (phase == "never") != (ratio == 0):
+        raise ConfigError(f"the strategy {strategy!r} is incompatible with the ratio {ratio}: only 'none' has 0")

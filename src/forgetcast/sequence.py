@@ -1,8 +1,8 @@
-"""Tasks one after another: each fine-tune starts where the last one ended, and what is lost on the way is measured.
+"""Fine-tune on tasks one after another, each from the last one's weights, and measure the forgetting on the way.
 
 The tasks come in several random orders, each without replay, with random replay and with replay by forecast. Before
-every task the forecast is made anew, from probes of the model as it is then. Every finished stage is one score file,
-and the weights it ended with are kept until the next one is there, so an interrupted sequence goes on where it stopped.
+every task the forecast is made again, from probes of the current model. Every finished stage is one score file, and its
+final weights are kept until the next stage is finished, so an interrupted sequence continues where it stopped.
 """
 
 from __future__ import annotations
@@ -10,47 +10,43 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from forgetcast import probes
 from forgetcast.atlas import Atlas
-from forgetcast.collect import TRAINING_UNITS, Meter, OnProgress, check_base, measure
 from forgetcast.completion import Bayesian
 from forgetcast.coverage import correlation_loadings
-from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.evaluation import worst_tenth
 from forgetcast.pool import Pool
-from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan, replay_steps
+from forgetcast.replay import RATIO, ReplayPlan, make_plan, replay_steps
+from forgetcast.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
 from forgetcast.scores import Scores, forgetting
 from forgetcast.sequence_result import SequenceResult, Stage
+from forgetcast.signals import Signals
+from forgetcast.strategies import NoReplay, Random, Strategy, check_available, get_strategy
 
 if TYPE_CHECKING:
     from forgetcast.lm import Workbench
     from forgetcast.recipe import Recipe
 
-UNUSABLE = {
-    "none": "it is one of the arms anyhow",
-    "padding": "it replays no upstream example",
-    "truth": "it needs the forgetting of the whole pool, measured before every task",
-    "gradient": "it needs the gradients of the whole pool, taken anew before every task",
-    "mir": "it chooses during training, while a sequence plans before every task",
-}
-"""Strategies that are not for a sequence, and why."""
+AVAILABLE = frozenset({"losses", "forecast", "loadings"})
+"""Signals that are known before every task of a sequence."""
 
 
-@dataclass(frozen=True)
-class SequenceSettings:
-    """What a sequence does beside its tasks and recipe.
+class SequenceSettings(BaseModel):
+    """Settings of a sequence besides its tasks and recipe. An unknown key is an error.
 
     Attributes
     ----------
     strategies : tuple of str
-        Arms beside no replay and random replay.
+        Arms in addition to no replay and random replay.
     ratio : float
         Replayed examples per new one.
     orders : int
@@ -58,55 +54,42 @@ class SequenceSettings:
     probes : int
         Examples measured before every task but the first, to forecast the others.
     hold_out : float
-        Share of the pool that is never replayed, and is judged on after every task.
+        Fraction of the pool that is never replayed, and is judged on after every task. Half, more than a plan holds
+        out by default: over several tasks the arms replay most of the rest, so only these examples tell them apart.
     repeat : bool
         Whether one task may replay an example more than once.
     seed : int
         Of the orders and of the hold-out.
-
-    Raises
-    ------
-    ConfigError
-        If one of them cannot be used.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     strategies: tuple[str, ...] = ("top",)
-    ratio: float = 0.125
-    orders: int = 2
-    probes: int = 30
-    hold_out: float = 0.5
+    ratio: float = Field(default=RATIO, gt=0, allow_inf_nan=False)
+    orders: int = Field(default=2, ge=1)
+    probes: int = Field(default=30, ge=1)
+    hold_out: float = Field(default=0.5, gt=0, lt=1)
     repeat: bool = False
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        """Check all that can be checked without data."""
-        for name in self.strategies:
-            if name not in STRATEGIES:
-                raise ConfigError(f"unknown replay strategy {name!r}; choose one of {', '.join(usable_strategies())}")
-            if name not in usable_strategies():
-                why = UNUSABLE.get(name, f"it needs {', '.join(STRATEGIES[name].needs)}")
-                raise ConfigError(f"the strategy {name!r} is not for a sequence: {why}")
-        if not (math.isfinite(self.ratio) and self.ratio > 0):
-            raise ConfigError(f"the replay ratio must be finite and above 0, not {self.ratio}")
-        if self.orders < 1 or self.probes < 1:
-            raise ConfigError(f"at least 1 order and 1 probe are needed, not {self.orders} and {self.probes}")
-        if not 0 < self.hold_out < 1:
-            raise ConfigError(f"the share to hold out must be above 0 and below 1, not {self.hold_out}")
+    @cached_property
+    def arms(self) -> dict[str, Strategy]:
+        """No replay, random replay, and each strategy once, by name.
 
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """No replay, random replay, and each strategy once."""
-        return tuple(dict.fromkeys(("none", "random", *self.strategies)))
-
-
-def usable_strategies() -> tuple[str, ...]:
-    """Strategies that can plan before every task of a sequence."""
-    known = {"forecast", "losses", "loadings"}
-    return tuple(name for name, kind in STRATEGIES.items() if name not in UNUSABLE and known.issuperset(kind.needs))
+        Raises
+        ------
+        ConfigError
+            If a strategy is unknown, or cannot be used before every task.
+        """
+        baselines: dict[str, Strategy] = {NoReplay.name: NoReplay(), Random.name: Random()}
+        added = {strategy.name: strategy for strategy in map(get_strategy, self.strategies)}
+        for strategy in added.values():
+            check_available(strategy, AVAILABLE, "in a sequence")
+        return baselines | added
 
 
 def task_orders(tasks: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, ...]]:
-    """Random orders of at least two tasks, none of them twice until all that there are have come.
+    """Draw random orders of at least two tasks; none repeats until all possible orders were drawn.
 
     More orders from the same seed begin with the fewer.
 
@@ -118,19 +101,19 @@ def task_orders(tasks: Sequence[str], count: int, seed: int = 0) -> list[tuple[s
     if len(tasks) < 2:
         raise DataError(f"a sequence needs at least two tasks, not {len(tasks)}")
     rng = np.random.default_rng(seed)
-    found: list[tuple[str, ...]] = []
-    while len(found) < count:
+    orders: list[tuple[str, ...]] = []
+    while len(orders) < count:
         drawn = tuple(tasks[i] for i in rng.permutation(len(tasks)).tolist())
-        if found.count(drawn) <= len(found) // math.factorial(len(tasks)):
-            found.append(drawn)
-    return found
+        if orders.count(drawn) <= len(orders) // math.factorial(len(tasks)):
+            orders.append(drawn)
+    return orders
 
 
 def learn_in_sequence(
-    workbench: Workbench,
-    tasks: Mapping[str, tuple[Pool, Pool]],
+    tuner: Workbench,
     atlas: Atlas,
     recipe: Recipe,
+    tasks: Mapping[str, tuple[Pool, Pool]],
     settings: SequenceSettings,
     *,
     directory: str | Path,
@@ -140,18 +123,18 @@ def learn_in_sequence(
 
     Parameters
     ----------
-    workbench : Workbench
+    tuner : Workbench
         With the base model that the atlas was measured on.
-    tasks : mapping of str to pair of Pool
-        By name, what is trained on and what only the loss is judged on.
     atlas : Atlas
-        What the forecasts learn from; its pool is replayed from and judged on.
+        What the forecasts learn from; its pool is replayed and judged on.
     recipe : Recipe
         Of every fine-tune; its seed is replaced by the number of the order, which also seeds the replay.
+    tasks : mapping of str to pair of Pool
+        Training and test examples by task name.
     settings : SequenceSettings
     directory : path
-        Where the score file of every stage is kept, and the weights of the sequence that is being run. Stages that are
-        there already are not repeated.
+        Where the score file of every stage is kept, and the weights of the running sequence. Finished stages are not
+        repeated.
     on_progress : callable, optional
 
     Raises
@@ -164,20 +147,20 @@ def learn_in_sequence(
         If the atlas is of another base model, or a stage in `directory` was made with other settings.
     """
     orders = task_orders(list(tasks), settings.orders, settings.seed)
-    course = _Course(workbench, tasks, atlas, recipe, settings, Path(directory))
-    course.check()
+    runner = _Course(tuner, tasks, atlas, recipe, settings, ScoreFiles(directory))
+    runner.check()
     chains = [_Chain(order, arm, names) for order, names in enumerate(orders) for arm in settings.arms]
-    finished = [course.finished(chain) for chain in chains]
-    todo = [course.units(c, i) for c, done in zip(chains, finished, strict=True) for i in range(len(done), len(tasks))]
-    meter = Meter(sum(todo), on_progress)
-    stages = [
-        course.stage(chain, i, scores)
-        for chain, done in zip(chains, finished, strict=True)
-        for i, scores in enumerate(course.go_on(chain, done, meter), 1)
+    finished = [runner.finished(chain) for chain in chains]
+    todo = [
+        runner.units(c, i) for c, done in zip(chains, finished, strict=True) for i in range(done + 1, len(tasks) + 1)
     ]
+    meter = Meter(sum(todo), on_progress)
+    for chain, done in zip(chains, finished, strict=True):
+        runner.resume(chain, done, meter)
     if todo:
-        workbench.restore()
-    return SequenceResult(tuple(stages), len(course.judged), settings.ratio)
+        tuner.restore()
+    stages = [runner.outcome(chain, stage) for chain in chains for stage in range(1, len(tasks) + 1)]
+    return SequenceResult(tuple(stages), len(runner.judged), settings.ratio)
 
 
 class _Chain(NamedTuple):
@@ -190,14 +173,14 @@ class _Chain(NamedTuple):
 
 @dataclass(frozen=True)
 class _Course:
-    """What all chains share; a stage is counted from 1, and `weights` are None where they are the base model's."""
+    """What all chains share. Stages count from 1; `weights` None are the base model's."""
 
-    workbench: Workbench
+    tuner: Workbench
     tasks: Mapping[str, tuple[Pool, Pool]]
     atlas: Atlas
     recipe: Recipe
     settings: SequenceSettings
-    directory: Path
+    runs: ScoreFiles
 
     @cached_property
     def judged(self) -> Pool:
@@ -210,132 +193,134 @@ class _Course:
 
     @cached_property
     def model(self) -> Bayesian:
-        """What forecasts."""
+        """The completion method."""
         return Bayesian().fit(self.atlas)
 
     @cached_property
     def loadings(self) -> np.ndarray:
-        """How alike the forgetting of two examples is, shape (N, r)."""
+        """Correlation loadings, shape (N, r)."""
         return correlation_loadings(self.model)
 
     @cached_property
-    def measured(self) -> str:
-        """Hash of the numbers that the strategies go by."""
+    def atlas_hash(self) -> str:
+        """Hash of the numbers that the signals are computed from."""
         digest = hashlib.sha256(self.atlas.nll_before.tobytes())
         digest.update(self.atlas.matrix().values.tobytes())
         return digest.hexdigest()
 
+    def ratio(self, arm: str) -> float:
+        """Replayed examples per new one."""
+        return self.settings.ratio if self.settings.arms[arm].replays else 0.0
+
     def check(self) -> None:
-        """Make the first plan of every arm, so that what cannot be planned is an error before anything is trained."""
-        check_base(self.atlas, self.workbench.base)
+        """Make the first plan of every arm, so that what cannot be planned is an error before any training."""
+        check_base(self.atlas, self.tuner.base)
         for arm in self.settings.arms:
             self.plan(_Chain(0, arm, ()), None, ()).count(self.recipe.steps, self.recipe.batch_size)
 
-    def file(self, chain: _Chain, stage: int, kind: str) -> Path:
-        """Where a stage's scores (.parquet) or the weights after it (.safetensors) are."""
-        return self.directory / f"{chain.arm}.{chain.order}.{stage}{kind}"
+    def name(self, chain: _Chain, stage: int) -> str:
+        """Name of a stage's score file."""
+        return f"{chain.arm}.{chain.order}.{stage}"
 
-    def facts(self, chain: _Chain, stage: int) -> dict[str, Any]:
-        """Everything that a stage's outcome depends on; a stored stage with other settings is not this stage."""
-        needs, asked = STRATEGIES[chain.arm].needs, self.settings
+    def weights_file(self, chain: _Chain, stage: int) -> Path:
+        """Where the weights after a stage are kept."""
+        return self.runs.directory / f"{self.name(chain, stage)}.safetensors"
+
+    def stage_settings(self, chain: _Chain, stage: int) -> dict[str, Any]:
+        """Everything that the stage's outcome depends on."""
+        needs = self.settings.arms[chain.arm].needs
         learned = [[name, *(part.fingerprint for part in self.tasks[name])] for name in chain.tasks[:stage]]
         return {
-            "base": self.workbench.base_hash,
+            "base": self.tuner.base_hash,
             "tasks": learned,
             "pool": self.atlas.pool_fingerprint,
             "judged": self.judged.fingerprint,
             "recipe": self.recipe.model_dump() | {"seed": chain.order},
             "arm": chain.arm,
-            "ratio": 0.0 if chain.arm == "none" else asked.ratio,
-            "atlas": self.measured if needs else None,
-            "probes": asked.probes if "forecast" in needs else None,
+            "ratio": self.ratio(chain.arm),
+            "atlas": self.atlas_hash if needs else None,
+            "probes": self.settings.probes if "forecast" in needs else None,
         }
 
-    def units(self, chain: _Chain, before: int) -> int:
-        """Work of the stage that comes after so many."""
-        steps = self.recipe.steps
-        steps += 0 if chain.arm == "none" else replay_steps(steps, self.settings.ratio)
-        scored = sum(len(self.tasks[name][1]) for name in chain.tasks[: before + 1])
-        return steps * self.recipe.batch_size * TRAINING_UNITS + len(self.judged) + scored
+    def units(self, chain: _Chain, stage: int) -> int:
+        """Work of a stage."""
+        ratio, steps = self.ratio(chain.arm), self.recipe.steps
+        replayed = replay_steps(steps, ratio) * self.recipe.batch_size if ratio else 0
+        tested = sum(len(self.tasks[name][1]) for name in chain.tasks[:stage])
+        return units(self.recipe, len(self.judged) + tested, replayed)
 
-    def finished(self, chain: _Chain) -> list[Scores]:
-        """Scores of the stages that need not be repeated."""
-        done: list[Scores] = []
-        while len(done) < len(chain.tasks) and (file := self.file(chain, len(done) + 1, ".parquet")).exists():
-            scores = Scores.load(file)
-            if scores.metadata.get("settings") != self.facts(chain, len(done) + 1):
-                raise MismatchError(f"{file} is of a sequence with other settings; remove it, or use another directory")
-            done.append(scores)
-        # Without the weights that it ended with, a stage is of no use to the next one.
-        while 0 < len(done) < len(chain.tasks) and not self.file(chain, len(done), ".safetensors").exists():
-            done.pop()
+    def finished(self, chain: _Chain) -> int:
+        """Count the stages that need not be repeated."""
+        done = 0
+        while done < len(chain.tasks) and self.runs.has(
+            self.name(chain, done + 1), self.stage_settings(chain, done + 1)
+        ):
+            done += 1
+        # Without its final weights, a stage cannot be continued from.
+        while 0 < done < len(chain.tasks) and not self.weights_file(chain, done).exists():
+            done -= 1
         return done
 
-    def go_on(self, chain: _Chain, finished: Sequence[Scores], meter: Meter) -> list[Scores]:
-        """Run the stages that are missing; scores of all."""
+    def resume(self, chain: _Chain, done: int, meter: Meter) -> None:
+        """Run the stages after the first `done`."""
         from forgetcast.lm.train import load_weights, save_weights
 
-        done, last = list(finished), len(chain.tasks)
-        weights = load_weights(self.file(chain, len(done), ".safetensors")) if 0 < len(done) < last else None
-        for stage in range(len(done) + 1, last + 1):
-            replayed = [id_ for scores in done for id_ in scores.metadata["replayed"]]
+        last = len(chain.tasks)
+        weights = load_weights(self.weights_file(chain, done)) if 0 < done < last else None
+        replayed = [id_ for i in range(1, done + 1) for id_ in self.runs.load(self.name(chain, i)).metadata["replayed"]]
+        for stage in range(done + 1, last + 1):
             scores = self._learn(chain, stage, weights, replayed, meter)
             if stage < last:
-                weights = self.workbench.weights()
-                save_weights(weights, self.file(chain, stage, ".safetensors"))
+                weights = self.tuner.weights()
+                save_weights(weights, self.weights_file(chain, stage))
             # The weights first: a crash in between costs this stage, but not those before it.
-            scores.save(self.file(chain, stage, ".parquet"))
-            self._remove_weights(chain, but=stage)
-            done.append(scores)
+            self.runs.save(self.name(chain, stage), scores)
+            self._remove_weights(chain, keep=stage)
+            replayed.extend(scores.metadata["replayed"])
         self._remove_weights(chain)
-        return done
 
     def _learn(
         self, chain: _Chain, stage: int, weights: Mapping[str, Any] | None, replayed: Sequence[str], meter: Meter
     ) -> Scores:
-        """Fine-tune on a stage's task and judge: scores of the upstream examples, with the other figures beside."""
+        """Fine-tune on a stage's task, and judge."""
         name = chain.tasks[stage - 1]
-        what = f"{name} ({stage} of {len(chain.tasks)}), {chain.arm} replay, order {chain.order}"
-        tuned = self.workbench.tune(
-            self.tasks[name][0],
-            self.recipe.model_copy(update={"seed": chain.order}),
+        job = FineTune(
+            name=f"{name} ({stage} of {len(chain.tasks)}), {chain.arm} replay, order {chain.order}",
+            task=self.tasks[name][0],
+            recipe=self.recipe.model_copy(update={"seed": chain.order}),
+            judged=self.judged,
+            tests={task: self.tasks[task][1] for task in chain.tasks[:stage]},
             plan=self.plan(chain, weights, replayed),
             pool=self.atlas.pool,
             start=weights,
-            besides=replayed,
-            on_step=lambda *_: meter.advance(f"{what}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),
+            already_replayed=tuple(replayed),
         )
-        after = measure(tuned.language_model, self.judged, meter, what)
-        tests = {task: measure(tuned.language_model, self.tasks[task][1], meter, what) for task in chain.tasks[:stage]}
-        facts = {
-            "settings": self.facts(chain, stage),
-            "losses": {task: float(np.nanmean(scores.nll)) for task, scores in tests.items()},
-            "replayed": list(tuned.replayed),
-            "steps": tuned.steps,
-            "seconds": tuned.seconds,
-        }
-        return replace(after, metadata={**after.metadata, **facts})
+        return job.run(self.tuner, self.stage_settings(chain, stage), meter)
 
     def plan(self, chain: _Chain, weights: Mapping[str, Any] | None, replayed: Sequence[str]) -> ReplayPlan:
-        """Plan what the next stage replays, by what is known of the model as it is."""
-        needs = STRATEGIES[chain.arm].needs
+        """Plan what the next stage replays, from what is known of the current model."""
+        strategy = self.settings.arms[chain.arm]
+        signals = Signals(
+            self.atlas.pool.ids,
+            losses=self.atlas.nll_before,
+            forecast=self._forecast(weights, replayed) if "forecast" in strategy.needs else None,
+            loadings=self.loadings if "loadings" in strategy.needs else None,
+        )
         return make_plan(
             self.atlas.pool,
-            chain.arm,
-            0.0 if chain.arm == "none" else self.settings.ratio,
+            strategy,
+            signals,
+            ratio=self.ratio(chain.arm),
             held_out=self.judged.ids,
-            forecast=self._forecast(weights, replayed) if "forecast" in needs else None,
-            losses=self.atlas.nll_before,
-            loadings=self.loadings if "loadings" in needs else None,
             repeat=self.settings.repeat,
             seed=chain.order,
         )
 
     def _forecast(self, weights: Mapping[str, Any] | None, replayed: Sequence[str]) -> np.ndarray:
-        """Expected forgetting of every example since the base model, shape (N,), nats per token.
+        """Forecast the forgetting of every example since the base model, shape (N,), nats per token.
 
-        The probes are chosen anew among those that may be replayed and were not: what was replayed says nothing of the
-        others any more. Where there is none, and before the first task, it is what the atlas expects of any task.
+        The probes are chosen again among the examples that were not replayed: a replayed one no longer represents the
+        others. Without any, and before the first task, the forecast is what the atlas expects of any task.
         """
         pool, before, kept = self.atlas.pool, self.atlas.nll_before, {*replayed, *self.judged.ids}
         usable = [i for i, id_ in enumerate(pool.ids) if id_ not in kept and not np.isnan(before[i])]
@@ -344,14 +329,15 @@ class _Course:
         from forgetcast.lm.score import losses
 
         chosen = probes.choose(self.model, min(self.settings.probes, len(usable)), usable)
-        # By the stored weights and not an adapter beside them, so that a resumed sequence measures the same.
-        tuned, longest = self.workbench.restore(weights), self.atlas.before.metadata.get("max_length")
+        # The merged weights, not an adapter on top of them, so that a resumed sequence measures the same.
+        tuned, longest = self.tuner.restore(weights), self.atlas.before.metadata.get("max_length")
         measured = losses(tuned, (pool[i] for i in chosen.tolist()), longest)
         return self.model.predict(chosen, measured - before[chosen]).mean
 
-    def stage(self, chain: _Chain, stage: int, scores: Scores) -> Stage:
-        """Read the figures of a stage off its scores."""
-        change = forgetting(self.atlas.before, scores)
+    def outcome(self, chain: _Chain, stage: int) -> Stage:
+        """Compute the figures of a finished stage."""
+        scores = self.runs.load(self.name(chain, stage))
+        change = forgetting(self.atlas.baseline, scores)
         return Stage(
             order=chain.order,
             arm=chain.arm,
@@ -365,9 +351,9 @@ class _Course:
             seconds=scores.metadata["seconds"],
         )
 
-    def _remove_weights(self, chain: _Chain, but: int | None = None) -> None:
-        """Delete a chain's weights but those after a stage; also what a killed process had half written."""
+    def _remove_weights(self, chain: _Chain, keep: int | None = None) -> None:
+        """Delete a chain's weights except those after stage `keep`, and what a killed process wrote halfway."""
         pattern = f"{chain.arm}.{chain.order}.*.safetensors"
-        for file in (*self.directory.glob(pattern), *self.directory.glob(f".{pattern}")):
-            if but is None or file != self.file(chain, but, ".safetensors"):
+        for file in (*self.runs.directory.glob(pattern), *self.runs.directory.glob(f".{pattern}")):
+            if keep is None or file != self.weights_file(chain, keep):
                 file.unlink()

@@ -1,26 +1,21 @@
-"""What was measured as tasks were learned one after another, and how the arms compare at the end."""
+"""What was measured while tasks were learned one after another, and how the arms compare at the end."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from forgetcast.errors import DataError
 from forgetcast.paired import Compared
+from forgetcast.results import Result, plain
 
-METRIC_NAMES = {
-    "mean": "mean forgetting",
-    "worst_tenth": "worst tenth",
-    "earlier_tasks": "earlier tasks",
-    "new_task_loss": "new-task loss",
-}
-"""What is compared at the end of a sequence, and what people call it; lower is better for each."""
+SEQUENCE_METRICS = ("mean", "worst_tenth", "earlier_tasks", "new_task_loss")
+"""Those of `METRICS` that are compared at the end of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,8 @@ class Stage:
     seconds: float
 
 
-@dataclass(frozen=True)
-class SequenceResult(Compared):
+@dataclass(frozen=True, repr=False)
+class SequenceResult(Result, Compared):
     """Stages of all arms and orders.
 
     Attributes
@@ -78,9 +73,15 @@ class SequenceResult(Compared):
         If the stages of an arm and order are not those of a whole sequence.
     """
 
+    kind: ClassVar[str] = "sequence"
+
     stages: tuple[Stage, ...]
     judged: int
     ratio: float
+
+    def __repr__(self) -> str:
+        """Return the arms and the length."""
+        return f"SequenceResult({self.length} tasks, arms {', '.join(self.arms)}, {self.judged} examples judged)"
 
     def __post_init__(self) -> None:
         """Check that every sequence is whole."""
@@ -109,8 +110,8 @@ class SequenceResult(Compared):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Keys of `METRIC_NAMES`."""
-        return tuple(METRIC_NAMES)
+        """Names of the metrics."""
+        return SEQUENCE_METRICS
 
     @property
     def length(self) -> int:
@@ -122,7 +123,7 @@ class SequenceResult(Compared):
         return tuple(sorted(order for name, order in self._chains if name == arm))
 
     def value(self, arm: str, order: int, metric: str, position: int | None = None) -> float:
-        """Figure of one sequence after so many tasks; default: at its end.
+        """Compute a metric of one sequence after `position` tasks; default: at its end.
 
         Parameters
         ----------
@@ -149,7 +150,7 @@ class SequenceResult(Compared):
         return float(np.mean([self.value(arm, order, metric, position) for order in self.orders(arm)]))
 
     def total(self, arm: str, field: str) -> float:
-        """What a sequence of an arm adds up to, mean over orders; of 'replayed', 'steps' or 'seconds'."""
+        """Sum 'replayed', 'steps' or 'seconds' over a sequence; mean over the arm's orders."""
         return sum(getattr(stage, field) for stage in self.stages if stage.arm == arm) / len(self.orders(arm))
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
@@ -157,39 +158,18 @@ class SequenceResult(Compared):
         return [np.array([self.value(arm, o, metric) - self.value(baseline, o, metric) for o in both])] if both else []
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, ready for JSON; what does not exist is None."""
+        """Return the stages, each arm's averages and the comparisons, ready for JSON."""
 
-        def figures(arm: str, position: int) -> dict[str, float | None]:
-            found = {name: self.average(arm, name, position) for name in self.metrics}
-            return {name: None if math.isnan(value) else value for name, value in found.items()}
+        def averages(arm: str, position: int) -> dict[str, float | None]:
+            return {name: plain(self.average(arm, name, position)) for name in self.metrics}
 
-        return {
-            "judged": self.judged,
-            "ratio": self.ratio,
+        derived = {
             "arms": {
-                arm: figures(arm, self.length)
+                arm: averages(arm, self.length)
                 | {name: self.total(arm, name) for name in ("replayed", "steps", "seconds")}
-                | {"after_each_task": [figures(arm, position) for position in range(1, self.length + 1)]}
+                | {"after_each_task": [averages(arm, position) for position in range(1, self.length + 1)]}
                 for arm in self.arms
             },
             "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
-            "stages": [asdict(stage) for stage in self.stages],
         }
-
-    @classmethod
-    def from_dict(cls, content: Any) -> SequenceResult:
-        """Read what `as_dict` wrote.
-
-        Raises
-        ------
-        DataError
-            If a field is missing or has another type, or a sequence is not whole.
-        """
-        try:
-            return TypeAdapter(cls).validate_python({name: content[name] for name in ("stages", "judged", "ratio")})
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = "".join(f"{part}: " for part in first["loc"])
-            raise DataError(f"this is not a sequence: {place}{first['msg'].removeprefix('Value error, ')}") from None
-        except (KeyError, TypeError) as error:
-            raise DataError(f"this is not a sequence: {error}") from None
+        return super().as_dict() | derived

@@ -12,14 +12,14 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
-from forgetcast.advice import METRICS, Advice
+from forgetcast.advice import Advice
 from forgetcast.diff import Difference
 from forgetcast.evaluation import BenchRow
+from forgetcast.outcome import LAW_METRICS, METRICS
 from forgetcast.paired import Comparison
-from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
 from forgetcast.sequence_result import SequenceResult
 from forgetcast.structure import Structure
-from forgetcast.verification import METRIC_NAMES, Verification
+from forgetcast.verification import Verification
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
@@ -152,18 +152,16 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
     """Yield a table of the arms, and their differences with verdicts."""
-    table = Table("replay", *(METRIC_NAMES[metric] for metric in result.metrics), "replayed", "seconds")
+    table = Table("replay", *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
         figures = (f"{result.average(arm, metric):.3f}" for metric in result.metrics)
         table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
     yield table
-    yield from _comparison_tables(result.comparisons(), METRIC_NAMES, "pairs of runs (same task and seed)")
+    yield from _comparison_tables(result.comparisons(), "pairs of runs (same task and seed)")
 
 
-def _comparison_tables(
-    comparisons: Sequence[Comparison], names: Mapping[str, str], pairs: str
-) -> Iterator[RenderableType]:
+def _comparison_tables(comparisons: Sequence[Comparison], pairs: str) -> Iterator[RenderableType]:
     """Yield the differences between arms, and a verdict for each but those in new-task loss."""
     if not comparisons:
         return
@@ -174,17 +172,17 @@ def _comparison_tables(
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
         bootstrap = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
         arms, corrected = f"{escape(c.arm)} - {c.baseline}", f"p = {c.corrected_wilcoxon_p:.2g}"
-        gaps.add_row(names[c.metric], arms, f"{gap.mean:+.3f}", interval, bootstrap, corrected)
+        gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, bootstrap, corrected)
     yield gaps
     for c in comparisons:
         if c.metric != "new_task_loss":
-            yield f"On the {names[c.metric]}, {escape(c.verdict())}."
+            yield f"On the {METRICS[c.metric]}, {escape(c.verdict())}."
 
 
 def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
     """Yield tables of the arms after the last task and after each, and their differences with verdicts."""
     orders = max(len(result.orders(arm)) for arm in result.arms)
-    table = Table("replay", *SEQUENCE_METRIC_NAMES.values(), "replayed", "seconds")
+    table = Table("replay", *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
     table.title = (
         f"After {result.length} tasks one after another, mean over {orders} order{'s' if orders > 1 else ''} (nats per "
         f"token; upstream: {result.judged} examples that were never replayed)"
@@ -199,7 +197,7 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
         both = ([result.average(arm, metric, position) for metric in ("mean", "worst_tenth")] for arm in result.arms)
         by_position.add_row(str(position), *(f"{mean:.3f} ({worst:.3f})" for mean, worst in both))
     yield by_position
-    yield from _comparison_tables(result.comparisons(), SEQUENCE_METRIC_NAMES, "orders of the tasks")
+    yield from _comparison_tables(result.comparisons(), "orders of the tasks")
     if orders < 2:
         yield "With one order, arms cannot be compared: use at least two."
 
@@ -207,8 +205,8 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
 def advice_tables(advice: Advice) -> Iterator[RenderableType]:
     """Yield a table of the expected remaining forgetting by ratio and strategy, and the advice."""
     strategies = list(dict.fromkeys(strategy for strategy, _ in advice.left))
-    columns = [(strategy, metric) for strategy in strategies for metric in METRICS]
-    table = Table("ratio", *(f"{escape(strategy)}, {METRIC_NAMES[metric]}" for strategy, metric in columns))
+    columns = [(strategy, metric) for strategy in strategies for metric in LAW_METRICS]
+    table = Table("ratio", *(f"{escape(strategy)}, {METRICS[metric]}" for strategy, metric in columns))
     table.title = "Remaining forgetting as a fraction (90 % interval of a run)"
     for ratio in dict.fromkeys(ratio for _, ratio in advice.left):
         cells = (advice.left[strategy, ratio][metric] for strategy, metric in columns)

@@ -1,6 +1,6 @@
-"""Verify a replay plan: fine-tune with and without it, several seeds, and judge on examples that were never replayed.
+"""Verify a replay plan: fine-tune with and without it, with several seeds, and judge on examples never replayed.
 
-Every finished run is one score file, so an interrupted verification goes on where it stopped.
+Every finished run is one score file, so an interrupted verification continues where it stopped.
 """
 
 from __future__ import annotations
@@ -8,90 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict
 
 from forgetcast.atlas import Atlas
-from forgetcast.collect import TRAINING_UNITS, Meter, OnProgress, measure
-from forgetcast.completion import Bayesian
-from forgetcast.coverage import correlation_loadings
-from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.errors import ConfigError
 from forgetcast.evaluation import worst_part, worst_tenth
+from forgetcast.outcome import METRICS, Run
 from forgetcast.paired import Compared
 from forgetcast.pool import Pool, train_and_test
-from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
-from forgetcast.scores import Scores
+from forgetcast.replay import ReplayPlan, make_plan
+from forgetcast.results import Result
+from forgetcast.runs import TEST_SHARE, FineTune, Meter, OnProgress, ScoreFiles, check_base, units
+from forgetcast.scores import Scores, flips, forgetting
+from forgetcast.signals import Signals
+from forgetcast.strategies import NoReplay, Random, Strategy, check_available
 
 if TYPE_CHECKING:
     from forgetcast.lm import Chooser, Workbench
     from forgetcast.recipe import Recipe
 
-METRIC_NAMES = {
-    "mean": "mean forgetting",
-    "worst_tenth": "worst tenth",
-    "new_task_loss": "new-task loss",
-    "worst_hundredth": "worst hundredth",
-    "right_to_wrong": "right, now wrong",
-}
-"""Fields of `Run` that are compared, and what people call them; lower is better for each."""
 
-TEST_SHARE = 0.1
-"""Share of a task's examples that only its loss is judged on, where nothing else is asked for."""
-
-METRICS = ("mean", "worst_tenth", "new_task_loss")
-"""Those that every run has; `Verification.metrics` are those that its runs have."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One fine-tune, judged.
-
-    Attributes
-    ----------
-    task, arm : str
-    seed : int
-    mean, worst_tenth : float
-        Forgetting of the judged upstream examples, nats per token: all of them, and the most forgotten tenth.
-    new_task_loss : float
-        Mean loss on examples of the task that were not trained on, nats per target token.
-    replayed, steps : int
-    seconds : float
-        Wall time of the training.
-    worst_hundredth : float or None
-        As `worst_tenth`; None in files of earlier versions.
-    right_to_wrong : int or None
-        Judged examples that the base model answered right and the tuned one wrong; None where exact match was not
-        measured of both.
-    strategy : str or None
-        That of the replay plan, with "online" behind it where the plan was made anew during training; as the following,
-        None in files of earlier versions.
-    ratio : float or None
-        Replayed examples per new one.
-    setup : str or None
-        Hash of all that the runs of a comparison share: base model, data, judged examples, recipe but for its seed.
-    """
-
-    task: str
-    arm: str
-    seed: int
-    mean: float
-    worst_tenth: float
-    new_task_loss: float
-    replayed: int
-    steps: int
-    seconds: float
-    worst_hundredth: float | None = None
-    right_to_wrong: int | None = None
-    strategy: str | None = None
-    ratio: float | None = None
-    setup: str | None = None
-
-
-@dataclass(frozen=True)
-class Verification(Compared):
+@dataclass(frozen=True, repr=False)
+class Verification(Result, Compared):
     """Runs of all arms.
 
     Attributes
@@ -101,11 +44,21 @@ class Verification(Compared):
         Upstream examples that each run was judged on.
     ratio : float
         Replayed examples per new one.
+    summaries : mapping of str to str
+        What each arm replays; empty in files of earlier versions.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
+    kind: ClassVar[str] = "verification"
 
     runs: tuple[Run, ...]
     judged: int
     ratio: float
+    summaries: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the arms and the number of runs."""
+        return f"Verification({len(self.runs)} runs, arms {', '.join(self.arms)}, {self.judged} examples judged)"
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -118,8 +71,8 @@ class Verification(Compared):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Fields of `Run` that every run has."""
-        return tuple(name for name in METRIC_NAMES if all(getattr(run, name) is not None for run in self.runs))
+        """Metrics that every run has."""
+        return tuple(name for name in METRICS if all(getattr(run, name, None) is not None for run in self.runs))
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Of each task with pairs, those of its seeds."""
@@ -131,49 +84,33 @@ class Verification(Compared):
         return [np.array(group) for group in groups.values()]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, ready for JSON."""
-        return {
-            "judged": self.judged,
-            "ratio": self.ratio,
+        """Return the runs, each arm's averages and the comparisons, ready for JSON."""
+        derived = {
             "arms": {
                 arm: {name: self.average(arm, name) for name in (*self.metrics, "replayed", "steps", "seconds")}
                 for arm in self.arms
             },
             "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
-            "runs": [asdict(run) for run in self.runs],
         }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Verification:
-        """Read what `as_dict` wrote.
-
-        Raises
-        ------
-        DataError
-            If a field is missing.
-        """
-        try:
-            return cls(tuple(Run(**run) for run in content["runs"]), content["judged"], content["ratio"])
-        except (KeyError, TypeError) as error:
-            raise DataError(f"this is not a verification: {error}") from None
+        return super().as_dict() | derived
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A task to verify on: its name, what is trained on, what its loss is judged on, and a plan for each arm.
+    """A task to compare replay on: its training and test examples, and a plan for each arm.
 
-    Arms that have a chooser decide during training which examples of their plan come next.
+    Arms with a selector decide during training which examples of their plan come next.
     """
 
     name: str
     train: Pool
     test: Pool
     plans: Mapping[str, ReplayPlan]
-    choosers: Mapping[str, Chooser] = field(default_factory=dict)
+    selectors: Mapping[str, Chooser] = field(default_factory=dict)
 
 
 def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
-    """Arms to compare plans in: no replay, random replay at the same ratio, and each plan, by its strategy.
+    """Return the arms to compare plans in: no replay, random replay at the same ratio, and each plan by its strategy.
 
     Raises
     ------
@@ -186,11 +123,11 @@ def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
     if len(by_name) < len(plans):
         raise ConfigError("two of the plans have the same strategy; verify them one after the other")
     held_out, ratio = plans[0].held_out_ids, max(plan.ratio for plan in plans)
-    arms = {"none": make_plan(pool, "none", 0.0, held_out=held_out)}
+    baselines = {NoReplay.name: make_plan(pool, NoReplay(), ratio=0.0, held_out=held_out)}
     if ratio:
         repeat = any(plan.repeat for plan in plans)
-        arms["random"] = make_plan(pool, "random", ratio, held_out=held_out, repeat=repeat)
-    return arms | {name: plan for name, plan in by_name.items() if name not in arms}
+        baselines[Random.name] = make_plan(pool, Random(), ratio=ratio, held_out=held_out, repeat=repeat)
+    return baselines | {name: plan for name, plan in by_name.items() if name not in baselines}
 
 
 def pilot_trial(
@@ -198,12 +135,12 @@ def pilot_trial(
     name: str,
     examples: Pool,
     *,
-    strategies: Sequence[str],
+    strategies: Sequence[Strategy] = (),
     ratios: Sequence[float],
     hold_out: float,
     repeat: bool = False,
 ) -> Trial:
-    """No replay, and random replay and each strategy at each ratio, by what the atlas knows before a new task.
+    """Set up a comparison from the atlas alone: no replay, and random replay and each strategy at each ratio.
 
     Parameters
     ----------
@@ -211,46 +148,40 @@ def pilot_trial(
     name : str
         Of the task.
     examples : Pool
-        Fine-tuning data, of which a tenth is kept for its loss.
-    strategies : sequence of str
-        Beside 'random'.
+        Fine-tuning data, of which TEST_SHARE is held out for the new-task loss.
+    strategies : sequence of Strategy
+        In addition to random replay.
     ratios : sequence of float
     hold_out : float
-        Share of the pool that is judged on and never replayed.
+        Fraction of the pool that is judged on and never replayed.
     repeat : bool
         As in `make_plan`.
 
     Raises
     ------
     ConfigError
-        If a strategy has to know more than the atlas, or is no way to replay.
+        If a strategy needs more than the atlas, or does not replay.
     """
-    pool, known = atlas.pool, dict[str, Any](losses=atlas.nll_before)
-    wanted = tuple(dict.fromkeys(["random", *strategies]))
+    wanted = list({strategy.name: strategy for strategy in (Random(), *strategies)}.values())
     for strategy in wanted:
-        kind = STRATEGIES.get(strategy)
-        if strategy in ("none", "padding", "mir") or kind is None or {"truth", "gradients"}.intersection(kind.needs):
-            raise ConfigError(f"the strategy {strategy!r} cannot be piloted: it does not go by the atlas alone")
-    if any("forecast" in STRATEGIES[strategy].needs for strategy in wanted):
-        model = Bayesian().fit(atlas.matrix())
-        known |= {"forecast": model.predict([], []).mean, "loadings": correlation_loadings(model)}
+        check_available(strategy, {"losses", "forecast", "loadings"}, "in a pilot")
+    signals = Signals.from_atlas(atlas, needs={need for strategy in wanted for need in strategy.needs})
     held_out = atlas.hold_out(hold_out)
-    plans = {"none": make_plan(pool, "none", 0.0, held_out=held_out)}
+    plans = {NoReplay.name: make_plan(atlas.pool, NoReplay(), ratio=0.0, held_out=held_out)}
     for strategy in wanted:
         for ratio in ratios:
-            plans[f"{strategy} {ratio:.4g}"] = make_plan(
-                pool, strategy, ratio, held_out=held_out, repeat=repeat, **known
+            plans[f"{strategy.name} {ratio:.4g}"] = make_plan(
+                atlas.pool, strategy, signals, ratio=ratio, held_out=held_out, repeat=repeat
             )
     train, test = train_and_test(examples, TEST_SHARE)
     return Trial(name, train, test, plans)
 
 
 def verify(
-    workbench: Workbench,
-    trials: Sequence[Trial],
-    pool: Pool,
-    before: Scores,
+    tuner: Workbench,
+    atlas: Atlas,
     recipe: Recipe,
+    trials: Sequence[Trial],
     *,
     seeds: Iterable[int] = (0, 1),
     directory: str | Path,
@@ -260,52 +191,50 @@ def verify(
 
     Parameters
     ----------
-    workbench : Workbench
+    tuner : Workbench
         With the base model.
-    trials : sequence of Trial
-        The plans of a trial must hold out the same examples.
-    pool : Pool
-    before : Scores
-        Of the base model on the pool. With its answers, the tuned models answer too, and flips are counted.
+    atlas : Atlas
+        With the pool and the base scores. If it has the base model's answers, the tuned models answer too, and flips
+        are counted.
     recipe : Recipe
         Its seed is replaced by each of `seeds`, which also sets the order of replay.
+    trials : sequence of Trial
+        The plans of a trial must hold out the same examples.
+    seeds : iterable of int
     directory : path
-        Where the score file of every run is kept. Runs that are there already are not repeated.
+        Where the score file of every run is kept. Finished runs are not repeated.
     on_progress : callable, optional
 
     Raises
     ------
     MismatchError
-        If a plan is of another pool, or a run in `directory` was made with other settings.
+        If the atlas is of another base model, a plan of another pool, or a run in `directory` has other settings.
     ConfigError
         If the plans of a trial hold out other examples, or one cannot be replayed by this recipe: `ReplayPlan.count`.
     """
-    seeds = tuple(seeds)
-    judged = {trial.name: _judged(trial, pool) for trial in trials}
-    todo = [(trial, arm, seed) for trial in trials for seed in seeds for arm in trial.plans]
-    files = {(t.name, arm, seed): Path(directory) / f"{t.name}.{arm}.{seed}.parquet" for t, arm, seed in todo}
-
-    asked = before.exact_match is not None
-    answers = {"answers": {"max_new_tokens": before.metadata.get("max_new_tokens", 32)}} if asked else {}
-
-    def units(trial: Trial, arm: str) -> int:
-        trained = recipe.steps * recipe.batch_size + trial.plans[arm].count(recipe.steps, recipe.batch_size)
-        return trained * TRAINING_UNITS + (1 + asked) * len(judged[trial.name]) + len(trial.test)
-
-    missing = [(t, arm, seed) for t, arm, seed in todo if not files[t.name, arm, seed].exists()]
-    meter = Meter(sum(units(trial, arm) for trial, arm, _ in missing), on_progress)
-    runs = []
-    for trial, arm, seed in todo:
-        file = files[trial.name, arm, seed]
-        seeded = recipe.model_copy(update={"seed": seed})
-        settings = _settings(workbench, trial, arm, seeded, judged[trial.name]) | answers
-        if not file.exists():
-            _run(workbench, trial, arm, seed, recipe, pool, judged[trial.name], meter, settings).save(file)
-        runs.append(_read(file, trial, arm, seed, before, settings))
+    check_base(atlas, tuner.base)
+    seeds, before, runs = tuple(seeds), atlas.before, ScoreFiles(directory)
+    answers = {"max_new_tokens": before.metadata.get("max_new_tokens", 32)} if before.exact_match is not None else None
+    jobs = [
+        _Job(trial, arm, recipe.model_copy(update={"seed": seed}), _judged(trial, atlas.pool), answers)
+        for trial in trials
+        for seed in seeds
+        for arm in trial.plans
+    ]
+    work = {job.name: job.units for job in jobs}  # a plan that cannot be replayed is an error before any training
+    missing = [job for job in jobs if not runs.has(job.name, job.settings(tuner))]
+    meter = Meter(sum(work[job.name] for job in missing), on_progress)
+    for job in jobs:
+        settings = job.settings(tuner)
+        runs.ensure(job.name, settings, lambda job=job: job.run(tuner, atlas.pool, meter))  # type: ignore[misc]
     if missing:
-        workbench.restore()
-    ratio = max(plan.ratio for trial in trials for plan in trial.plans.values())
-    return Verification(tuple(runs), min(len(j) for j in judged.values()), ratio)
+        tuner.restore()
+    return Verification(
+        tuple(job.outcome(before, runs.load(job.name)) for job in jobs),
+        judged=min(len(job.judged) for job in jobs),
+        ratio=max(plan.ratio for trial in trials for plan in trial.plans.values()),
+        summaries={arm: _summary(trial, arm) for trial in trials for arm in trial.plans},
+    )
 
 
 def _judged(trial: Trial, pool: Pool) -> Pool:
@@ -317,86 +246,100 @@ def _judged(trial: Trial, pool: Pool) -> Pool:
     return pool.subset(ids)
 
 
-def _settings(workbench: Workbench, trial: Trial, arm: str, recipe: Recipe, judged: Pool) -> dict[str, Any]:
-    """Everything that a run's outcome depends on; a stored run with other settings is not this run."""
+def _summary(trial: Trial, arm: str) -> str:
     plan = trial.plans[arm]
-    online = {"chooser": trial.choosers[arm].settings()} if arm in trial.choosers else {}
-    return {
-        "base": workbench.base_hash,
-        "train": trial.train.fingerprint,
-        "test": trial.test.fingerprint,
-        "judged": judged.fingerprint,
-        "recipe": recipe.model_dump(),
-        "ratio": plan.ratio,
-        "weights": plan.fingerprint,
-    } | online
+    revised = arm in trial.selectors and plan.phase == "planned"
+    return plan.summary + (", revised during training" if revised else "")
 
 
-def _run(
-    workbench: Workbench,
-    trial: Trial,
-    arm: str,
-    seed: int,
-    recipe: Recipe,
-    pool: Pool,
-    judged: Pool,
-    meter: Meter,
-    settings: dict[str, Any],
-) -> Scores:
-    name = f"{trial.name}, {arm} replay, seed {seed}"
-    tuned = workbench.tune(
-        trial.train,
-        recipe.model_copy(update={"seed": seed}),
-        plan=replace(trial.plans[arm], seed=seed),
-        pool=pool,
-        chooser=trial.choosers.get(arm),
-        on_step=lambda *_: meter.advance(f"{name}: fine-tuning", recipe.batch_size * TRAINING_UNITS),
-    )
-    after = measure(tuned.language_model, judged, meter, name, settings.get("answers"))
-    test = measure(tuned.language_model, trial.test, meter, name)
-    facts = {
-        "settings": settings,
-        "new_task_loss": float(np.nanmean(test.nll)),
-        "replayed": len(tuned.replayed),
-        "steps": tuned.steps,
-        "seconds": tuned.seconds,
-    }
-    return replace(after, metadata={**after.metadata, **facts})
+@dataclass(frozen=True)
+class _Job:
+    """One run of a trial: an arm, with the seed that the recipe has."""
 
+    trial: Trial
+    arm: str
+    recipe: Recipe
+    judged: Pool
+    answers: Mapping[str, Any] | None
 
-def _read(file: Path, trial: Trial, arm: str, seed: int, before: Scores, settings: dict[str, Any]) -> Run:
-    scores = Scores.load(file)
-    facts = scores.metadata
-    if facts.get("settings") != settings:
-        raise MismatchError(f"{file} is of a run with other settings; remove it, or use another directory")
-    forgetting = scores.nll - before.at(scores.ids)
-    plan = trial.plans[arm]
-    recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
-    shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
-    return Run(
-        task=trial.name,
-        arm=arm,
-        seed=seed,
-        mean=float(np.nanmean(forgetting)),
-        worst_tenth=worst_tenth(forgetting),
-        new_task_loss=facts["new_task_loss"],
-        replayed=facts["replayed"],
-        steps=facts["steps"],
-        seconds=facts["seconds"],
-        worst_hundredth=worst_part(forgetting, 100),
-        right_to_wrong=_right_to_wrong(before, scores),
-        strategy=plan.strategy if "chooser" not in settings or plan.strategy == "mir" else f"{plan.strategy} online",
-        ratio=plan.ratio,
-        setup=hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16],
-    )
+    @property
+    def name(self) -> str:
+        """Name of the run's file."""
+        return f"{self.trial.name}.{self.arm}.{self.recipe.seed}"
+
+    @property
+    def plan(self) -> ReplayPlan:
+        return self.trial.plans[self.arm]
+
+    @property
+    def units(self) -> int:
+        """Work of the run."""
+        replayed = self.plan.count(self.recipe.steps, self.recipe.batch_size)
+        scored = (1 + (self.answers is not None)) * len(self.judged) + len(self.trial.test)
+        return units(self.recipe, scored, replayed)
+
+    def settings(self, tuner: Workbench) -> dict[str, Any]:
+        """Everything that the outcome depends on."""
+        selector = self.trial.selectors.get(self.arm)
+        return {
+            "base": tuner.base_hash,
+            "train": self.trial.train.fingerprint,
+            "test": self.trial.test.fingerprint,
+            "judged": self.judged.fingerprint,
+            "recipe": self.recipe.model_dump(),
+            "ratio": self.plan.ratio,
+            "weights": self.plan.fingerprint,
+            "selector": None if selector is None else selector.settings(),
+            "answers": None if self.answers is None else dict(self.answers),
+        }
+
+    def run(self, tuner: Workbench, pool: Pool, meter: Meter) -> Scores:
+        """Make the run."""
+        job = FineTune(
+            name=f"{self.trial.name}, {self.arm} replay, seed {self.recipe.seed}",
+            task=self.trial.train,
+            recipe=self.recipe,
+            judged=self.judged,
+            tests={self.trial.name: self.trial.test},
+            plan=replace(self.plan, seed=self.recipe.seed),
+            pool=pool,
+            selector=self.trial.selectors.get(self.arm),
+            answers=self.answers,
+        )
+        return job.run(tuner, self.settings(tuner), meter)
+
+    def outcome(self, before: Scores, scores: Scores) -> Run:
+        """Compute the figures of the finished run."""
+        facts, settings = scores.metadata, scores.metadata["settings"]
+        change = forgetting(before, scores)
+        recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
+        shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
+        revised = settings["selector"] is not None and self.plan.phase == "planned"
+        return Run(
+            task=self.trial.name,
+            arm=self.arm,
+            seed=self.recipe.seed,
+            mean=float(np.nanmean(change)),
+            worst_tenth=worst_tenth(change),
+            new_task_loss=facts["losses"][self.trial.name],
+            replayed=len(facts["replayed"]),
+            steps=facts["steps"],
+            seconds=facts["seconds"],
+            worst_hundredth=worst_part(change, 100),
+            right_to_wrong=_right_to_wrong(before, scores),
+            strategy=f"{self.plan.strategy} online" if revised else self.plan.strategy,
+            ratio=self.plan.ratio,
+            setup=hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16],
+        )
 
 
 def _right_to_wrong(before: Scores, after: Scores) -> int | None:
-    """Examples of `after` that were answered right before and wrong after; None where one was not asked."""
-    if before.exact_match is None or after.exact_match is None:
+    """Count the examples of `after` that were answered right before and wrong after; None if none was asked twice."""
+    before = before.subset(after.ids)
+    if (
+        before.exact_match is None
+        or after.exact_match is None
+        or np.isnan(before.exact_match + after.exact_match).all()
+    ):
         return None
-    right = dict(zip(before.ids, before.exact_match, strict=True))
-    asked = np.array([right[id_] for id_ in after.ids]), after.exact_match
-    if np.isnan(asked[0] + asked[1]).all():
-        return None
-    return int(((asked[0] == 1) & (asked[1] == 0)).sum())
+    return int((flips(before, after) == 1).sum())

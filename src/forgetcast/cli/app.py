@@ -17,9 +17,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forgetcast.atlas import Atlas
-from forgetcast.collect import OnProgress
 from forgetcast.errors import ConfigError
 from forgetcast.recipe import Recipe
+from forgetcast.runs import OnProgress
 from forgetcast.settings import check_settings
 from forgetcast.tables import facts_table
 

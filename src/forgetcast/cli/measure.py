@@ -24,10 +24,11 @@ from forgetcast.cli.app import (
     progress,
     show,
 )
-from forgetcast.collect import CollectConfig, collect
+from forgetcast.collect import CollectConfig, collect, collection_units, prepare_atlas
 from forgetcast.diff import Gate, difference
 from forgetcast.importers import read_lm_eval
 from forgetcast.pool import Pool
+from forgetcast.runs import Stages
 from forgetcast.scores import Scores
 from forgetcast.tables import difference_markdown, difference_tables
 
@@ -161,23 +162,24 @@ def collect_(
 
     Example: forgetcast collect config.yaml
     """
-    from forgetcast.lm import load
+    from forgetcast.lm import Workbench, load
 
     alone("collect")
     settings = CollectConfig.load(config)
     pool, tasks = Pool.load(settings.pool), settings.load_tasks()
     base = load(settings.model, device=device, trust_remote_code=trust_remote_code)
     with progress() as report:
-        atlas = collect(
+        stages, answered = Stages(report), settings.exact_match
+        atlas = prepare_atlas(
+            settings.atlas,
             base,
             pool,
-            tasks,
-            settings.atlas,
             settings.recipe,
-            exact_match=settings.exact_match,
+            exact_match=answered,
             max_new_tokens=settings.max_new_tokens,
-            on_progress=report,
+            on_progress=stages.stage(later=collection_units(len(tasks), pool, settings.recipe, answered=answered)),
         )
+        collect(Workbench(base), atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
 
 

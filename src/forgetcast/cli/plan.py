@@ -9,22 +9,24 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from forgetcast import completion
 from forgetcast.advice import MOST, Advice, advice_on
 from forgetcast.atlas import Atlas
 from forgetcast.cli.app import AsJson, AtlasPath, Repeat, app, print_all, print_json, show
-from forgetcast.collect import check_base
-from forgetcast.coverage import correlation_loadings
 from forgetcast.errors import ConfigError
 from forgetcast.exports import FORMATS, TRAINERS, export_mixture, export_weighted
 from forgetcast.forecast import TaskForecast
 from forgetcast.ids import ExampleIndex
 from forgetcast.pool import Pool, load_task
-from forgetcast.replay import STRATEGIES, ReplayPlan, make_plan
+from forgetcast.replay import HOLD_OUT, RATIO, ReplayPlan, make_plan
+from forgetcast.runs import check_base
 from forgetcast.scores import Scores, forgetting
+from forgetcast.signals import Signals
+from forgetcast.strategies import STRATEGIES, get_strategy
 from forgetcast.tables import advice_tables
 
-_STRATEGY_HELP = "What to replay. " + " ".join(f"**{name}**: {kind.text}." for name, kind in STRATEGIES.items())
+_STRATEGY_HELP = "What to replay; FILE.py:NAME for a strategy of your own. " + " ".join(
+    f"**{name}**: {strategy.summary}." for name, strategy in STRATEGIES.items()
+)
 
 
 @app.command(name="plan")
@@ -32,14 +34,12 @@ def plan_(
     atlas: AtlasPath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")] = None,
     strategy: Annotated[str, typer.Option(help=_STRATEGY_HELP)] = "top",
-    ratio: Annotated[float | None, typer.Option(help="Replayed examples per new one; default: 0.125.")] = None,
+    ratio: Annotated[float | None, typer.Option(help=f"Replayed examples per new one; default: {RATIO:g}.")] = None,
     target_retention: Annotated[
         float | None,
         typer.Option(help="Take the ratio that is expected to avoid this share of the forgetting without replay."),
     ] = None,
-    advise: Annotated[
-        bool, typer.Option("--advise", help="Say first what the runs in the atlas tell of ratios and strategies.")
-    ] = False,
+    advise: Annotated[bool, typer.Option("--advise", help="Print advice from past runs first.")] = False,
     forecast: Annotated[Path | None, typer.Option(help="Forecast file; default: the atlas's own mean.")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="For the strategy truth: the tuned model's score file of the pool.")
@@ -54,10 +54,12 @@ def plan_(
     source: Annotated[
         list[str] | None, typer.Option(help="Replay only examples of this source; may be repeated.")
     ] = None,
-    hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
+    hold_out: Annotated[float, typer.Option(help="Fraction of the pool never replayed, to judge on.")] = HOLD_OUT,
     temperature: Annotated[
         float | None,
-        typer.Option(help="Of the softmax, in nats (ranked: in standard deviations); default: spread over a quarter."),
+        typer.Option(
+            help="Of the softmax, in nats (ranked: in standard deviations); default: effective sample size of 25 %."
+        ),
     ] = None,
     repeat: Repeat = False,
     seed: Annotated[int, typer.Option(help="Of the hold-out and of the order.")] = 0,
@@ -71,15 +73,14 @@ def plan_(
 
     Example: forgetcast plan runs.atlas --advise --target-retention 0.5 --strategy top -o plan.parquet
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"unknown replay strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    rule = get_strategy(strategy, temperature=temperature)
     if ratio is not None and target_retention is not None:
         raise ConfigError("give --ratio or --target-retention, not both")
     opened = Atlas.open(atlas)
     advice = None
     if advise or target_retention is not None:
         named = task.stem if task is not None else None
-        advice = advice_on(opened, strategy, target=target_retention, task=named)
+        advice = advice_on(opened, rule.name, target=target_retention, task=named)
         if target_retention is not None:
             ratio = _enough(advice)
     if output is None:
@@ -87,41 +88,35 @@ def plan_(
             raise ConfigError("give -o, the plan to write, or --advise")
         print_json(advice.as_dict()) if as_json else print_all(advice_tables(advice))
         return
-    needs = STRATEGIES[strategy].needs
+    needs = rule.needs
     if (truth is not None) != ("truth" in needs):
         raise ConfigError("the strategy 'truth', and only it, needs --truth: a tuned model's score file of the pool")
     by_gradient = "gradients" in needs
     if (model is not None) != by_gradient or (task is None if by_gradient else task is not None and advice is None):
         raise ConfigError("the strategy 'gradient', and only it, needs --model and --task; advice may have a --task")
-    pool = opened.pool
     given = TaskForecast.load(forecast) if forecast is not None else None
-    fitted = None
-    if "loadings" in needs or ("forecast" in needs and given is None):
-        fitted = completion.Bayesian().fit(opened.matrix())
-    mean = None
     if given is not None:
-        given.check_pool(pool)
-        mean = given.mean[ExampleIndex(given.ids).positions(pool.ids)]
-    elif fitted is not None:
-        mean = fitted.predict([], []).mean
-    plan = make_plan(
-        pool,
-        strategy,
-        0.0 if strategy == "none" else 0.125 if ratio is None else ratio,
-        held_out=opened.hold_out(hold_out, seed=seed, exclude=given.probes if given is not None else ()),
-        among=_of_sources(pool, source) if source else None,
-        forecast=mean,
+        given.check_pool(opened.pool)
+    signals = Signals.from_atlas(
+        opened,
+        needs=needs,
+        forecast=None if given is None else given.mean[ExampleIndex(given.ids).positions(opened.pool.ids)],
         truth=_measured(opened, Scores.load(truth)) if truth is not None else None,
-        losses=opened.nll_before,
         gradients=_gradients(opened, model, task) if model is not None and task is not None else None,
-        loadings=correlation_loadings(fitted) if fitted is not None and "loadings" in needs else None,
-        temperature=temperature,
+    )
+    plan = make_plan(
+        opened.pool,
+        rule,
+        signals,
+        ratio=(RATIO if ratio is None else ratio) if rule.phase != "never" else 0.0,
+        held_out=opened.hold_out(hold_out, seed=seed, exclude=given.probes if given is not None else ()),
+        among=_of_sources(opened.pool, source) if source else None,
         repeat=repeat,
         seed=seed,
     )
     plan.save(output)
     facts = {
-        "strategy": strategy,
+        "strategy": rule.name,
         "ratio": plan.ratio,
         "forecast": str(forecast) if given is not None else "the atlas's mean" if "forecast" in needs else None,
         "usable": plan.usable,

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from forgetcast._files import read_json
 from forgetcast.atlas import Atlas
 from forgetcast.cli.app import AsJson, AtlasPath, alone, app, out, print_all, print_json, progress
 from forgetcast.forecast import TaskForecast
@@ -32,8 +31,8 @@ def report_(
 
     opened = Atlas.open(atlas)
     forecasts = [TaskForecast.load(path) for path in forecast or ()]
-    verified = Verification.from_dict(read_json(verification)) if verification is not None else None
-    sequence_result = SequenceResult.from_dict(read_json(sequence)) if sequence is not None else None
+    verified = Verification.load(verification) if verification is not None else None
+    sequence_result = SequenceResult.load(sequence) if sequence is not None else None
     write_report(output, opened, forecasts=forecasts, verification=verified, sequence=sequence_result)
     out.print(f"report written to {output}", markup=False)
 

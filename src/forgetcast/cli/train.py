@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forgetcast._files import write_json
 from forgetcast.advice import advice_on
 from forgetcast.atlas import Atlas
 from forgetcast.cli.app import (
@@ -31,12 +30,15 @@ from forgetcast.cli.app import (
     recipe_of,
     show,
 )
-from forgetcast.collect import check_base, load_tasks
+from forgetcast.collect import load_tasks
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.pool import Pool, load_task, train_and_test
 from forgetcast.recipe import Recipe
-from forgetcast.replay import STRATEGIES, ReplayPlan
-from forgetcast.sequence import SequenceSettings, learn_in_sequence, task_orders, usable_strategies
+from forgetcast.replay import HOLD_OUT, RATIO, ReplayPlan
+from forgetcast.runs import TEST_SHARE, check_base
+from forgetcast.sequence import AVAILABLE, SequenceSettings, learn_in_sequence, task_orders
+from forgetcast.settings import check_settings
+from forgetcast.strategies import Random, available_strategies, get_strategy
 from forgetcast.tables import advice_tables, sequence_tables, verification_tables
 from forgetcast.verification import Trial, arms, pilot_trial, verify
 
@@ -52,7 +54,7 @@ def train_(
     recipe: RecipeName = None,
     plan: Annotated[Path | None, typer.Option(help="Replay plan; default: no replay.")] = None,
     pool: Annotated[Path | None, typer.Option(help="The pool that the plan was made for.")] = None,
-    atlas: Annotated[Path | None, typer.Option(help="For --online and plans of the strategy mir.")] = None,
+    atlas: Annotated[Path | None, typer.Option(help="For --online and plans that select during training.")] = None,
     online: OnlineAt = None,
     probes_: NumberOfProbes = 30,
     device: Device = None,
@@ -77,9 +79,9 @@ def train_(
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
     opened, chooser = Atlas.open(atlas) if atlas is not None else None, None
-    if online is not None or (replay is not None and replay.strategy == "mir"):
+    if online is not None or (replay is not None and replay.phase == "in-training"):
         if replay is None or opened is None:
-            raise ConfigError("--online and plans of the strategy 'mir' need --plan, --pool and --atlas")
+            raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
         chooser = _chooser(opened, replay, online, probes_)
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     if opened is not None:
@@ -118,7 +120,7 @@ def _chooser(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Choo
 
     if online is None:
         return MostInterfered(atlas.pool, atlas.nll_before, max_length=atlas.before.metadata.get("max_length"))
-    return Online.of(atlas, plan, k=k, at=fractions(online, "--online"))
+    return Online.from_atlas(atlas, plan, k=k, at=fractions(online, "--online"))
 
 
 @app.command(name="verify")
@@ -130,7 +132,7 @@ def verify_(
     output: Annotated[Path, typer.Option("-o", "--output", help="Verification to write (JSON).")],
     recipe: RecipeName = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes per arm.")] = 2,
-    test_share: Annotated[float, typer.Option(help="Share of the task that only its loss is judged on.")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="Share of the task that only its loss is judged on.")] = TEST_SHARE,
     online: OnlineAt = None,
     probes_: NumberOfProbes = 30,
     device: Device = None,
@@ -152,27 +154,26 @@ def verify_(
     shared = recipe_of(recipe, opened)
     train, test = train_and_test(examples, test_share)
     plans = arms(replays, opened.pool)
-    choosers = {name: _chooser(opened, p, None, probes_) for name, p in plans.items() if p.strategy == "mir"}
+    choosers = {name: _chooser(opened, p, None, probes_) for name, p in plans.items() if p.phase == "in-training"}
     if online is not None:
-        again = {f"{p.strategy} online": p for p in replays if "forecast" in STRATEGIES[p.strategy].needs}
+        again = {f"{p.strategy} online": p for p in replays if "forecast" in get_strategy(p.strategy).needs}
         if not again:
-            raise ConfigError("--online needs a plan of a strategy that goes by a forecast")
+            raise ConfigError("--online needs a plan of a strategy that uses a forecast")
         plans, choosers = plans | again, choosers | {n: _chooser(opened, p, online, probes_) for n, p in again.items()}
-    trial = Trial(name=task.stem, train=train, test=test, plans=plans, choosers=choosers)
+    trial = Trial(name=task.stem, train=train, test=test, plans=plans, selectors=choosers)
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     check_base(opened, base)
     with progress() as report:
         result = verify(
             Workbench(base),
-            [trial],
-            opened.pool,
-            opened.before,
+            opened,
             shared,
+            [trial],
             seeds=range(seeds),
             directory=output.with_suffix(".runs"),
             on_progress=report,
         )
-    write_json(output, result.as_dict())
+    result.save(output)
     opened.add_replays(asdict(run) for run in result.runs)
     if as_json:
         print_json(result.as_dict())
@@ -192,7 +193,7 @@ def pilot_(
     steps: Annotated[int | None, typer.Option(min=1, help="Default: those of the recipe.")] = None,
     recipe: RecipeName = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunes of each kind.")] = 1,
-    hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.2,
+    hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = HOLD_OUT,
     repeat: Repeat = False,
     device: Device = None,
     trust_remote_code: TrustCode = False,
@@ -209,24 +210,22 @@ def pilot_(
     settings = recipe_of(recipe, opened)
     if steps is not None:
         settings = settings.model_copy(update={"steps": steps})
-    trial = pilot_trial(
-        opened, task.stem, examples, strategies=strategy or (), ratios=shares, hold_out=hold_out, repeat=repeat
-    )
+    others = [get_strategy(name) for name in strategy or ()]
+    trial = pilot_trial(opened, task.stem, examples, strategies=others, ratios=shares, hold_out=hold_out, repeat=repeat)
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     check_base(opened, base)
     with progress() as report:
         result = verify(
             Workbench(base),
-            [trial],
-            opened.pool,
-            opened.before,
+            opened,
             settings,
+            [trial],
             seeds=range(seeds),
             directory=opened.path.with_name(f"{opened.path.name}.pilots"),
             on_progress=report,
         )
     opened.add_replays(asdict(run) for run in result.runs)
-    advice = advice_on(opened, strategy[0] if strategy else "random", task=task.stem)
+    advice = advice_on(opened, others[0].name if others else Random.name, task=task.stem)
     if as_json:
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
     else:
@@ -241,9 +240,11 @@ def sequence_(
     output: Annotated[Path, typer.Option("-o", "--output", help="Result to write (JSON).")],
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help=f"Replay to compare, default top; may be repeated: {', '.join(usable_strategies())}."),
+        typer.Option(
+            help=f"Replay to compare, default top; may be repeated: {', '.join(available_strategies(AVAILABLE))}."
+        ),
     ] = None,
-    ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = 0.125,
+    ratio: Annotated[float, typer.Option(help="Replayed examples per new one.")] = RATIO,
     orders: Annotated[
         int, typer.Option(help="Random orders of the tasks, for every arm; to show a difference takes about six.")
     ] = 2,
@@ -251,7 +252,7 @@ def sequence_(
     probes_: Annotated[int, typer.Option("--probes", help="Examples measured before each task but the first.")] = 30,
     hold_out: Annotated[float, typer.Option(help="Share of the pool never replayed, to judge on.")] = 0.5,
     repeat: Repeat = False,
-    test_share: Annotated[float, typer.Option(help="Share of each task that only its loss is judged on.")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="Share of each task that only its loss is judged on.")] = TEST_SHARE,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -266,7 +267,19 @@ def sequence_(
     from forgetcast.lm import Workbench, load
 
     alone("sequence")
-    settings = SequenceSettings(tuple(strategy or ("top",)), ratio, orders, probes_, hold_out, repeat)
+    settings = check_settings(
+        {
+            "strategies": tuple(strategy or ("top",)),
+            "ratio": ratio,
+            "orders": orders,
+            "probes": probes_,
+            "hold_out": hold_out,
+            "repeat": repeat,
+        },
+        SequenceSettings,
+        where="sequence",
+    )
+    settings.arms  # noqa: B018  # an unknown strategy is an error before the model is loaded
     opened = Atlas.open(atlas)
     shared = recipe_of(recipe, opened)
     found = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)
@@ -275,9 +288,9 @@ def sequence_(
     workbench = Workbench(load(model, device=device, trust_remote_code=trust_remote_code))
     with progress() as report:
         result = learn_in_sequence(
-            workbench, parts, opened, shared, settings, directory=output.with_suffix(".runs"), on_progress=report
+            workbench, opened, shared, parts, settings, directory=output.with_suffix(".runs"), on_progress=report
         )
-    write_json(output, result.as_dict())
+    result.save(output)
     if as_json:
         print_json(result.as_dict())
     else:

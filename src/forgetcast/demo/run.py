@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from forgetcast import probes
 from forgetcast._files import read_json, write_json
-from forgetcast.collect import OnProgress, collect
+from forgetcast.collect import collect, collection_units, prepare_atlas
 from forgetcast.completion import Additive, Bayesian, Forecast, LinearGaussian, Mean
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
@@ -22,7 +22,10 @@ from forgetcast.errors import MismatchError
 from forgetcast.evaluation import Accuracy, accuracy, average
 from forgetcast.forecast import TaskForecast
 from forgetcast.pool import Pool, load_task
+from forgetcast.recipe import Recipe
 from forgetcast.replay import make_plan
+from forgetcast.runs import OnProgress, Stages, units
+from forgetcast.signals import Signals
 from forgetcast.structure import analyze
 from forgetcast.verification import Trial, arms, verify
 
@@ -85,7 +88,7 @@ def run_demo(
     MismatchError
         If `directory` holds a demo with other settings.
     """
-    from forgetcast.lm import Recipe, Workbench, load
+    from forgetcast.lm import Workbench, load
     from forgetcast.report import write_report
 
     started = time.monotonic()
@@ -100,9 +103,17 @@ def run_demo(
     with as_file(files("forgetcast.demo") / "model") as model_directory:
         base = replace(load(model_directory), name="the demo model")
     new = NEW_TASKS[: settings.new]
-    # The replay stage is counted from the start, so that the remaining time is that of the complete demo.
-    meter = _TwoStages(on_progress, len(new) * settings.seeds * 3 * _units(settings))
-    atlas = collect(base, pool, tasks, directory / "demo.atlas", recipe, on_progress=meter.first)
+    tuner = Workbench(base)
+    # The later stages are counted from the start, so that the remaining time is that of the complete demo.
+    stages, replay_units = Stages(on_progress), len(new) * settings.seeds * 3 * _replay_units(settings, recipe)
+    atlas = prepare_atlas(
+        directory / "demo.atlas",
+        base,
+        pool,
+        recipe,
+        on_progress=stages.stage(later=collection_units(len(tasks), pool, recipe) + replay_units),
+    )
+    collect(tuner, atlas, recipe, tasks, on_progress=stages.stage(later=replay_units))
 
     held_out = pool.hold_out(HELD_OUT)
     judged = pool.positions(held_out)
@@ -119,19 +130,19 @@ def run_demo(
         rows = {method: model.predict(probed, truth[probed]) for method, model in models.items()}
         accuracies[name] = {method: accuracy(row, truth, judged) for method, row in rows.items()}
         forecasts.append(_save_forecast(directory, rows["forecast"], pool, name))
-        plan = make_plan(pool, "top", settings.ratio, held_out=held_out, forecast=rows["forecast"].mean)
+        signals = Signals(pool.ids, forecast=rows["forecast"].mean)
+        plan = make_plan(pool, "top", signals, ratio=settings.ratio, held_out=held_out)
         plan.save(directory / "plans" / f"{name}.parquet")
         trials.append(Trial(name, tasks[name], tests[name], arms([plan], pool)))
 
     verification = verify(
-        Workbench(base),
-        trials,
-        pool,
-        atlas.before,
+        tuner,
+        atlas,
         recipe,
+        trials,
         seeds=range(settings.seeds),
         directory=directory / "runs",
-        on_progress=meter.second,
+        on_progress=stages.stage(later=0),
     )
     structure = analyze(atlas.matrix())
     summary = {
@@ -193,26 +204,10 @@ def _save_forecast(directory: Path, row: Forecast, pool: Pool, name: str) -> Tas
     return forecast
 
 
-def _units(settings: DemoSettings) -> int:
-    """Cost of a replay run in the units of `collect`; the arm without replay costs a little less."""
-    steps = settings.steps + round(settings.steps * settings.ratio)
-    return steps * settings.batch_size * 3 + settings.examples // 2 + settings.test_size
-
-
-class _TwoStages:
-    """Reports two stages as one."""
-
-    def __init__(self, on_progress: OnProgress | None, later: int) -> None:
-        self._on_progress, self._later, self._earlier = on_progress, later, 0
-
-    def first(self, what: str, done: int, total: int) -> None:
-        self._earlier = total
-        if self._on_progress is not None:
-            self._on_progress(what, done, total + self._later)
-
-    def second(self, what: str, done: int, total: int) -> None:
-        if self._on_progress is not None:
-            self._on_progress(what, self._earlier + done, self._earlier + total)
+def _replay_units(settings: DemoSettings, recipe: Recipe) -> int:
+    """Count the work of one replay run; the arm without replay has a little less."""
+    replayed = round(settings.steps * settings.ratio) * settings.batch_size
+    return units(recipe, settings.examples // 2 + settings.test_size, replayed)
 
 
 def _count(sources: tuple[str, ...]) -> dict[str, int]:

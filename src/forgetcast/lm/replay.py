@@ -42,10 +42,10 @@ class ReplayMixture(Dataset[Encoded]):
     seed : int
         Seed of the order of the new examples.
     plan : ReplayPlan, optional
-        With the strategy 'padding', more new examples are added instead of upstream ones.
+        In the phase 'padding', more new examples are added instead of upstream ones.
     pool : Pool, optional
         Required with a plan; the pool that the plan was made for.
-    besides : iterable of str
+    already_replayed : iterable of str
         Ids that earlier fine-tunes replayed, as in `ReplayPlan.order`.
 
     Attributes
@@ -75,7 +75,7 @@ class ReplayMixture(Dataset[Encoded]):
         seed: int = 0,
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
-        besides: Iterable[str] = (),
+        already_replayed: Iterable[str] = (),
     ) -> None:
         count = 0
         if plan is not None and plan.ratio > 0:
@@ -83,8 +83,10 @@ class ReplayMixture(Dataset[Encoded]):
                 raise ConfigError("a replay plan needs the pool that it was made for")
             plan.check_pool(pool)
             count = plan.count(steps, batch_size) // batch_size
-        padding = plan is not None and plan.strategy == "padding"
-        replayed = plan.order(count * batch_size, besides=besides) if plan and count and not padding else ()
+        padding = plan is not None and plan.phase == "padding"
+        replayed = (
+            plan.order(count * batch_size, already_replayed=already_replayed) if plan and count and not padding else ()
+        )
         self.steps, self.batch_size, self.plan = steps + count, batch_size, plan
         self.tokenizer, self._max_length, self._task, self._pool = tokenizer, max_length, task, pool
         self._padding = pad_id(tokenizer)
@@ -204,7 +206,7 @@ class ReplayCallback(TrainerCallback, ExportableState):
     ----------
     mixture : ReplayMixture
     chooser : Chooser, optional
-        Such as `Online`; needed where the plan's strategy is 'mir'.
+        Such as `Online`; needed where the plan's phase is 'in-training'.
 
     Raises
     ------
@@ -216,8 +218,10 @@ class ReplayCallback(TrainerCallback, ExportableState):
         self._mixture, self._chooser = mixture, chooser
         if chooser is not None:
             chooser.check(mixture)
-        elif mixture.plan is not None and mixture.plan.strategy == "mir":
-            raise ConfigError("the strategy 'mir' chooses during training: give MostInterfered as the chooser")
+        elif mixture.plan is not None and mixture.plan.phase == "in-training":
+            raise ConfigError(
+                f"the strategy {mixture.plan.strategy!r} selects during training: give MostInterfered as the selector"
+            )
 
     def state(self) -> dict[str, Any]:
         """Is called by the Trainer for what a checkpoint has to hold."""

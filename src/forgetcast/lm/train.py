@@ -126,7 +126,7 @@ class Workbench:
         checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
         start: Mapping[str, torch.Tensor] | None = None,
-        besides: Sequence[str] = (),
+        already_replayed: Sequence[str] = (),
     ) -> Tuned:
         """Fine-tune the base model on a task.
 
@@ -145,7 +145,7 @@ class Workbench:
             Called with the number of finished steps and their total.
         start : mapping of str to Tensor, optional
             Initial weights, from `weights` after an earlier fine-tune; default: the base model's.
-        besides : sequence of str
+        already_replayed : sequence of str
             Ids that earlier fine-tunes replayed: they are replayed again only after all others were replayed equally
             often, unless a selector decides otherwise.
 
@@ -173,7 +173,7 @@ class Workbench:
             seed=recipe.seed,
             plan=plan,
             pool=pool,
-            besides=besides,
+            already_replayed=already_replayed,
         )
         model: Any = language_model.model
         torch.manual_seed(recipe.seed)
@@ -189,7 +189,7 @@ class Workbench:
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
             "chooser": chooser.settings() if chooser is not None else None,
             "recipe": recipe.model_dump(),
-        } | ({"besides": list(besides)} if besides else {})
+        } | ({"already_replayed": list(already_replayed)} if already_replayed else {})
         with (
             _checkpoints(checkpoints, run) as (directory, latest),
             _recomputing(self.base.model, recipe),

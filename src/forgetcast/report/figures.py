@@ -16,12 +16,16 @@ import plotly.graph_objects as go
 
 from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
+from forgetcast.outcome import METRICS
 from forgetcast.sequence_result import SequenceResult
 from forgetcast.structure import Structure
-from forgetcast.verification import METRIC_NAMES, METRICS, Verification
+from forgetcast.verification import Verification
 
 MOST_COLUMNS = 2_000
 """Limit on the columns of a plot; beyond it, neighbouring examples of one source are averaged."""
+
+SHOWN_METRICS = ("mean", "worst_tenth", "new_task_loss")
+"""Those of `METRICS` that every verification has."""
 
 BLUE, ORANGE, GREY = "#2f6690", "#d1603d", "#8a8f98"
 LONGEST_LABEL = 40
@@ -236,7 +240,7 @@ def replay_differences(verification: Verification) -> str:
     """Plot the paired differences between the arms with their intervals."""
     figure = go.Figure()
     names = list(dict.fromkeys(f"{c.arm} − {c.baseline}" for c in verification.comparisons()))
-    for metric, colour, offset in zip(METRICS, (BLUE, ORANGE, GREY), (-0.2, 0.0, 0.2), strict=True):
+    for metric, colour, offset in zip(SHOWN_METRICS, (BLUE, ORANGE, GREY), (-0.2, 0.0, 0.2), strict=True):
         shown = [c for c in verification.comparisons() if c.metric == metric]
         figure.add_scatter(
             x=[c.difference.mean for c in shown],
@@ -249,8 +253,8 @@ def replay_differences(verification: Verification) -> str:
             },
             mode="markers",
             marker={"color": colour, "size": 9},
-            name=METRIC_NAMES[metric],
-            hovertemplate="%{x:+.3f}<extra>" + METRIC_NAMES[metric] + "</extra>",
+            name=METRICS[metric],
+            hovertemplate="%{x:+.3f}<extra>" + METRICS[metric] + "</extra>",
         )
     figure.add_vline(x=0, line_width=1, line_color="#333")
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels(names), autorange="reversed")

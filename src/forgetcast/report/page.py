@@ -20,13 +20,12 @@ from forgetcast.errors import DataError
 from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
 from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
+from forgetcast.outcome import METRICS
 from forgetcast.paired import Comparison
 from forgetcast.report import figures
-from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
 from forgetcast.sequence_result import SequenceResult
-from forgetcast.strategies import STRATEGIES
 from forgetcast.structure import Structure, analyze
-from forgetcast.verification import METRIC_NAMES, Verification
+from forgetcast.verification import Verification
 
 AT_RISK = 10
 """Number of examples listed with their text, per forecast."""
@@ -309,7 +308,7 @@ def _replay_finding(verification: Verification) -> str:
     against_random = [verification.compare(arm, "random", metric) for arm in arms for metric in ("mean", "worst_tenth")]
     return (
         f"Held-out forgetting by replay strategy: {_means(verification, 'mean')} nats per token."
-        f"{_verdicts(against_random, METRIC_NAMES)}"
+        f"{_verdicts(against_random)}"
     )
 
 
@@ -319,7 +318,7 @@ def _sequence_finding(sequence: SequenceResult) -> str:
     return (
         f"After {sequence.length} tasks one after another, held-out forgetting by replay strategy is "
         f"{_means(sequence, 'mean')} nats per token, and that of the earlier tasks {_means(sequence, 'earlier_tasks')}."
-        f"{_verdicts(against_random, SEQUENCE_METRIC_NAMES)}"
+        f"{_verdicts(against_random)}"
     )
 
 
@@ -327,29 +326,19 @@ def _means(result: Verification | SequenceResult, metric: str) -> str:
     return ", ".join(f"{arm} {result.average(arm, metric):.3f}" for arm in result.arms)
 
 
-def _verdicts(comparisons: Iterable[Comparison | None], names: Mapping[str, str]) -> str:
-    return "".join(f" On the {names[c.metric]}, {c.verdict()}." for c in comparisons if c is not None)
+def _verdicts(comparisons: Iterable[Comparison | None]) -> str:
+    return "".join(f" On the {METRICS[c.metric]}, {c.verdict()}." for c in comparisons if c is not None)
 
 
 def _replay(verification: Verification) -> dict[str, Any]:
     comparisons = verification.comparisons()
     return {
         "result": verification,
-        "strategies": _strategies(verification),
+        "strategies": verification.summaries,
         "runs_per_arm": len(verification.runs) // len(verification.arms),
-        "metrics": {name: METRIC_NAMES[name] for name in verification.metrics},
+        "metrics": {name: METRICS[name] for name in verification.metrics},
         "comparisons": comparisons,
         "differences": figures.replay_differences(verification) if comparisons else "",
-    }
-
-
-def _strategies(verification: Verification) -> dict[str, str]:
-    """What each arm replays, if its name starts with that of a strategy."""
-    named = {arm: arm.partition(" ") for arm in verification.arms}
-    return {
-        arm: STRATEGIES[name].text + (", updated during training" if more == "online" else "")
-        for arm, (name, _, more) in named.items()
-        if name in STRATEGIES
     }
 
 
@@ -357,7 +346,7 @@ def _sequence(sequence: SequenceResult) -> dict[str, Any]:
     return {
         "result": sequence,
         "orders": len(sequence.orders(sequence.arms[0])),
-        "metrics": SEQUENCE_METRIC_NAMES,
+        "metrics": {name: METRICS[name] for name in sequence.metrics},
         "comparisons": sequence.comparisons(),
         "by_position": figures.forgetting_by_position(sequence),
     }

@@ -1,0 +1,68 @@
+"""The outcome of one fine-tune, with or without replay, and the metrics that outcomes are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import ConfigDict
+
+METRICS: Mapping[str, str] = {
+    "mean": "mean forgetting",
+    "worst_tenth": "worst tenth",
+    "earlier_tasks": "earlier tasks",
+    "new_task_loss": "new-task loss",
+    "worst_hundredth": "worst hundredth",
+    "right_to_wrong": "right, now wrong",
+}
+"""Every metric that arms are compared on, with its label; lower is better for each."""
+
+LAW_METRICS = ("mean", "worst_tenth")
+"""Metrics that the law of ratios is fitted to."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune, judged.
+
+    Attributes
+    ----------
+    task, arm : str
+    seed : int
+    mean, worst_tenth : float
+        Forgetting of the judged upstream examples, nats per token: all of them, and the most forgotten tenth.
+    new_task_loss : float
+        Mean loss on examples of the task that were not trained on, nats per target token.
+    replayed, steps : int
+    seconds : float
+        Wall time of the training.
+    worst_hundredth : float or None
+        As `worst_tenth`; None in files of earlier versions.
+    right_to_wrong : int or None
+        Judged examples that the base model answered right and the tuned one wrong; None without exact match.
+    strategy : str or None
+        That of the replay plan, followed by "online" where the plan was revised during training; None in files of
+        earlier versions, as the following.
+    ratio : float or None
+        Replayed examples per new one.
+    setup : str or None
+        Hash of what the runs of a comparison share: base model, data, judged examples, recipe without its seed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
+
+    task: str
+    arm: str
+    seed: int
+    mean: float
+    worst_tenth: float
+    new_task_loss: float
+    replayed: int
+    steps: int
+    seconds: float
+    worst_hundredth: float | None = None
+    right_to_wrong: int | None = None
+    strategy: str | None = None
+    ratio: float | None = None
+    setup: str | None = None

@@ -1,0 +1,250 @@
+"""Resumable fine-tuning runs: each is made once, kept with its settings, reused, or refused if they differ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from forgetcast.atlas import Atlas
+from forgetcast.errors import MismatchError
+from forgetcast.pool import Pool
+from forgetcast.recipe import Recipe
+from forgetcast.replay import ReplayPlan
+from forgetcast.scores import Scores
+
+if TYPE_CHECKING:
+    from forgetcast.lm import Chooser, LanguageModel, Workbench
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with a description, the units of work done, and the units in all.
+
+A unit is one example's forward pass; training on an example counts as TRAINING_UNITS."""
+
+TRAINING_UNITS = 3
+
+TEST_SHARE = 0.1
+"""Default fraction of a task that is held out for the new-task loss."""
+
+
+class Meter:
+    """Adds up units of work for a progress display."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self.total, self.done, self._on_progress = total, 0, on_progress
+
+    def advance(self, what: str, units: int) -> None:
+        """Count `units` more as done."""
+        self.done += units
+        if self._on_progress is not None:
+            self._on_progress(what, self.done, self.total)
+
+
+class Stages:
+    """Shows several meters as one progress."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self._on_progress, self._before, self._total = on_progress, 0, 0
+
+    def stage(self, *, later: int) -> OnProgress:
+        """Begin the next stage; `later` is the work of the stages after it."""
+        self._before = self._total
+
+        def report(what: str, done: int, total: int) -> None:
+            self._total = self._before + total
+            if self._on_progress is not None:
+                self._on_progress(what, self._before + done, self._total + later)
+
+        return report
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """A fine-tune to make, and what to score after it.
+
+    Attributes
+    ----------
+    name : str
+        What the progress display calls it.
+    task : Pool
+        New examples to train on.
+    recipe : Recipe
+    judged : Pool
+        Upstream examples that are scored after the training.
+    tests : mapping of str to Pool
+        Test examples of tasks, by task; their mean losses are kept.
+    plan, pool : optional
+        What to replay, and the pool that it is taken from.
+    selector : Chooser, optional
+        What decides during training which examples of the plan come next.
+    start : mapping of str to Tensor, optional
+        Weights to start from; default: the base model's.
+    already_replayed : sequence of str
+        Ids that earlier fine-tunes replayed.
+    answers : mapping, optional
+        Arguments of `lm.exact_match`, if the judged prompts are to be answered too.
+    """
+
+    name: str
+    task: Pool
+    recipe: Recipe
+    judged: Pool
+    tests: Mapping[str, Pool] = field(default_factory=dict)
+    plan: ReplayPlan | None = None
+    pool: Pool | None = None
+    selector: Chooser | None = None
+    start: Mapping[str, Any] | None = None
+    already_replayed: Sequence[str] = ()
+    answers: Mapping[str, Any] | None = None
+
+    def run(self, tuner: Workbench, settings: Mapping[str, Any], meter: Meter) -> Scores:
+        """Fine-tune, and score the judged examples.
+
+        Returns
+        -------
+        Scores
+            Metadata: 'settings'; 'losses', the mean loss of each test set; 'replayed', the ids in order; 'steps';
+            'seconds'.
+        """
+        tuned = tuner.tune(
+            self.task,
+            self.recipe,
+            plan=self.plan,
+            pool=self.pool,
+            chooser=self.selector,
+            start=self.start,
+            already_replayed=self.already_replayed,
+            on_step=lambda *_: meter.advance(f"{self.name}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),
+        )
+        after = score_with_progress(tuned.language_model, self.judged, meter, self.name, self.answers)
+        tests = {
+            task: score_with_progress(tuned.language_model, test, meter, self.name) for task, test in self.tests.items()
+        }
+        facts = {
+            "settings": dict(settings),
+            "losses": {task: float(np.nanmean(scores.nll)) for task, scores in tests.items()},
+            "replayed": list(tuned.replayed),
+            "steps": tuned.steps,
+            "seconds": tuned.seconds,
+        }
+        return replace(after, metadata={**after.metadata, **facts})
+
+
+def units(recipe: Recipe, scored: int, replayed: int = 0) -> int:
+    """Count the work of one fine-tune that scores and answers `scored` examples and replays `replayed`."""
+    return (recipe.steps * recipe.batch_size + replayed) * TRAINING_UNITS + scored
+
+
+class RunStore(ABC):
+    """Where finished runs are kept, each under a name and with the settings that its outcome depends on."""
+
+    @abstractmethod
+    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Say whether the run is finished.
+
+        Raises
+        ------
+        MismatchError
+            If it was made with other settings.
+        """
+
+    @abstractmethod
+    def save(self, name: str, scores: Scores) -> None:
+        """Keep a finished run; its settings are in the metadata."""
+
+    def ensure(self, name: str, settings: Mapping[str, Any], run: Callable[[], Scores]) -> None:
+        """Make the run unless it is finished."""
+        if not self.has(name, settings):
+            self.save(name, run())
+
+
+class ScoreFiles(RunStore):
+    """A folder with one score file per run."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    def path(self, name: str) -> Path:
+        """Return where a run is kept."""
+        return self.directory / f"{name}.parquet"
+
+    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Say whether the run is finished; see `RunStore.has`."""
+        if not self.path(name).exists():
+            return False
+        if self.load(name).metadata.get("settings") != settings:
+            raise MismatchError(
+                f"{self.path(name)} is of a run with other settings; remove it, or use another directory"
+            )
+        return True
+
+    def save(self, name: str, scores: Scores) -> None:
+        """Write the score file."""
+        scores.save(self.path(name))
+
+    def load(self, name: str) -> Scores:
+        """Read a finished run."""
+        return Scores.load(self.path(name))
+
+
+class AtlasRows(RunStore):
+    """The rows of an atlas, one per task."""
+
+    def __init__(self, atlas: Atlas) -> None:
+        self.atlas = atlas
+
+    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Say whether the row is complete; see `RunStore.has`."""
+        if name not in self.atlas.tasks:
+            return False
+        check_recipe(
+            f"the row {name!r} of {self.atlas.path}", self.atlas.provenance(name)["recipe"], settings["recipe"]
+        )
+        return self.atlas.is_complete(name)
+
+    def save(self, name: str, scores: Scores) -> None:
+        """Add the row."""
+        self.atlas.add(name, scores, recipe=scores.metadata["settings"]["recipe"])
+
+
+def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Raise MismatchError if a stored recipe, unless it is empty, is another one."""
+    # Fields that an older version did not have had their default.
+    earlier = {name: field.default for name, field in Recipe.model_fields.items()} | dict(stored)
+    if changed := [name for name, value in recipe.items() if stored and earlier[name] != value]:
+        raise MismatchError(
+            f"{what} was collected with another recipe ({', '.join(changed)} differ); "
+            "rows of one atlas must be comparable: use its recipe, or collect into a new atlas"
+        )
+
+
+def check_base(atlas: Atlas, base: LanguageModel) -> None:
+    """Raise MismatchError if the atlas was measured on other weights than `base` has."""
+    if atlas.model_hash is not None and atlas.model_hash != base.weights_hash:
+        raise MismatchError(f"the atlas {atlas.path} was measured on another base model ({atlas.model})")
+
+
+def score_with_progress(
+    language_model: LanguageModel, pool: Pool, meter: Meter, name: str, answers: Mapping[str, Any] | None = None
+) -> Scores:
+    """Score a pool, and answer its prompts if `answers` has arguments for `lm.exact_match`."""
+    from forgetcast.lm import exact_match, score
+
+    scores = score(language_model, pool, on_progress=lambda count: meter.advance(f"{name}: scoring", count))
+    if answers is None:
+        return scores
+    remaining = len(pool)
+
+    def answered(count: int) -> None:
+        nonlocal remaining
+        remaining -= count
+        meter.advance(f"{name}: answering", count)
+
+    right, predictions = exact_match(language_model, pool, on_progress=answered, **answers)
+    meter.advance(f"{name}: answering", remaining)  # examples without a question
+    metadata = {**scores.metadata, "max_new_tokens": answers["max_new_tokens"]}
+    return replace(scores, exact_match=right, predictions=predictions, metadata=metadata)
