@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from forgetcast import Example, Pool, make_plan
-from forgetcast.collect import collect
+from forgetcast.collect import collect, prepare_atlas
 from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import embedding_rows
@@ -174,7 +174,7 @@ def training() -> dict[str, float]:
     """Tokens per second of fine-tuning with replay: this library's, and the plain Trainer's on the same batches."""
     model, pool = make("demo"), texts(600, 128)
     task = Pool([Example(f"new {e.id}", text=e.text) for e in texts(900, 128)][600:])
-    plan = make_plan(pool, "random", 0.125)
+    plan = make_plan(pool, "random", ratio=0.125)
     recipe = Recipe(steps=80, batch_size=8, learning_rate=1e-3, max_length=128)
     workbench, tokenizer = Workbench(model), model.tokenizer
     mixture = ReplayMixture(task, tokenizer, steps=80, batch_size=8, max_length=128, plan=plan, pool=pool)
@@ -237,7 +237,8 @@ def sweep() -> dict[str, float]:
     recipe = Recipe(steps=40, batch_size=8, learning_rate=1e-3, max_length=128)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        collect(base, pool, tasks, Path(folder) / "runs.atlas", recipe)
+        atlas = prepare_atlas(Path(folder) / "runs.atlas", base, pool, recipe)
+        collect(Workbench(base), atlas, recipe, tasks)
         return {"seconds": time.perf_counter() - started, "share": spent / (time.perf_counter() - started)}
 
 
