@@ -1,4 +1,4 @@
-"""The demo's upstream text: what a Python installation says about itself.
+"""The demo's upstream text: the documentation and code of a Python installation.
 
 The demo model was trained on this text, and the demo's pool is drawn from it on the user's machine, so that none of it
 is shipped. A *document* is a topic of the language reference, a docstring, or the code of a function; documents are

@@ -39,9 +39,9 @@ class Head:
     """
 
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
-        whole: Any = model
-        self._model = whole
-        inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        untyped: Any = model
+        self._model = untyped
+        inner = untyped.get_base_model() if hasattr(untyped, "get_base_model") else untyped
         self._decoder: Any = getattr(inner, inner.base_model_prefix, None)
         self._output: Any = inner.get_output_embeddings()
         config = inner.config.get_text_config()
@@ -100,12 +100,12 @@ class Head:
         mask = torch.ones_like(sample)
         chunked = self.nll(sample, mask, labels)
         self.chunked = False
-        whole = self.nll(sample, mask, labels)
+        reference = self.nll(sample, mask, labels)
         self.chunked = True
-        if not torch.isfinite(whole).all():
+        if not torch.isfinite(reference).all():
             return True  # not caused by the head; scoring reports it
         tolerance = max(TOLERANCE, 10 * torch.finfo(self._model.dtype).eps)
-        return bool(torch.allclose(chunked, whole, rtol=tolerance, atol=tolerance))
+        return bool(torch.allclose(chunked, reference, rtol=tolerance, atol=tolerance))
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -368,14 +368,14 @@ def _provenance(atlas: Atlas, matrix: ForgettingMatrix) -> dict[str, Any]:
     }
     tasks = []
     for name, values in zip(matrix.tasks, matrix.values, strict=True):
-        kept = atlas.provenance(name)
+        origin = atlas.provenance(name)
         tasks.append(
             {
                 "name": name,
-                "added": kept["added"],
+                "added": origin["added"],
                 "measured": float((~np.isnan(values)).mean()),
                 "mean": _mean(values),
-                "model_hash": (kept["model_hash"] or "")[:12],
+                "model_hash": (origin["model_hash"] or "")[:12],
             }
         )
     return {"facts": facts, "tasks": tasks}
