@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forgetcast import Atlas, ConfigError, DataError, Example, MismatchError, Pool, Scores, make_plan
+from forgetcast.collect import CollectConfig, collect
+from forgetcast.evaluation import paired_difference, worst_tenth
+from forgetcast.lm import Recipe, Workbench, exact_match, score
+from forgetcast.verification import METRICS, Run, Trial, Verification, arms, verify
+from support.cli import RunCommand
+from support.data import make_pool
+from support.models import tiny
+from support.training import Interruption, stop_at
+
+RECIPE = Recipe(steps=3, batch_size=2, learning_rate=5e-3, max_length=48)
+
+
+def task(name: str, n: int = 6) -> Pool:
+    return Pool([Example(f"{i}", prompt=f"{name} {i}:", completion=f" {name[::-1]}") for i in range(n)])
+
+
+TASKS = {name: task(name) for name in ("adding", "naming", "spelling")}
+
+
+def test_the_atlas_holds_after_minus_before(tmp_path: Path) -> None:
+    base, pool = tiny(), make_pool()
+    atlas = collect(base, pool, TASKS, tmp_path / "a.atlas", RECIPE)
+    assert atlas.tasks == tuple(TASKS)
+    np.testing.assert_allclose(atlas.before.nll, score(base, pool).nll)
+    tuned = Workbench(tiny()).tune(TASKS["naming"], RECIPE).language_model
+    expected = score(tuned, pool).nll - score(tiny(), pool).nll
+    row = atlas.matrix(["naming"]).values[0]
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(row, expected, atol=1e-5)
+    kept = atlas.provenance("naming")
+    assert kept["recipe"] == RECIPE.model_dump()
+    assert kept["model_hash"] not in (None, atlas.model_hash)
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    pool = make_pool()
+    with pytest.raises(Interruption):
+        collect(tiny(), pool, TASKS, tmp_path / "a.atlas", RECIPE, on_progress=stop_at("spelling"))
+    assert Atlas.open(tmp_path / "a.atlas").tasks == ("adding", "naming")
+    done: list[str] = []
+    atlas = collect(tiny(), pool, TASKS, tmp_path / "a.atlas", RECIPE, on_progress=lambda what, *_: done.append(what))
+    assert {what.partition(":")[0] for what in done} == {"spelling"}
+    straight = collect(tiny(), pool, TASKS, tmp_path / "b.atlas", RECIPE)
+    np.testing.assert_allclose(atlas.matrix().values, straight.matrix().values, atol=1e-6)
+
+
+QUESTIONS = Pool([Example(f"q{i}", prompt=f"Item {i} is", completion=f" {w}") for i, w in enumerate("abcdefgh")])
+
+
+def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
+    """Oracle: the answers of the base model and of each tuned model, asked for by hand."""
+    teach = Recipe(steps=80, learning_rate=1e-2, batch_size=8, max_length=48)
+    base = Workbench(tiny()).tune(QUESTIONS, teach).language_model
+    pool = Pool([*QUESTIONS, Example("unknown", prompt="Item 9 is", completion=" nothing"), *make_pool(3)])
+    # Other answers to some of the questions.
+    tasks = {
+        name: Pool([Example(f"{i}", prompt=f"Item {i} is", completion=" z") for i in items])
+        for name, items in (("early", range(3)), ("middle", range(3, 6)), ("late", range(6, 8)))
+    }
+    recipe = Recipe(steps=8, learning_rate=1e-2, batch_size=2, max_length=48)
+    with pytest.raises(Interruption):
+        collect(
+            copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, exact_match=True, max_new_tokens=4,
+            on_progress=stop_at("late: answering"),
+        )  # fmt: skip
+    options: dict[str, Any] = {"exact_match": True, "max_new_tokens": 4}
+    atlas = collect(copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, **options)
+    right = exact_match(copy.deepcopy(base), pool, max_new_tokens=4)[0]
+    assert (right[:8] == 1).all()
+    matrix = atlas.matrix(measure="exact_match")
+    assert matrix.examples == QUESTIONS.ids
+    for name, task_ in tasks.items():
+        tuned = Workbench(copy.deepcopy(base)).tune(task_, recipe).language_model
+        expected = 1 - exact_match(tuned, pool, max_new_tokens=4)[0][:8]
+        np.testing.assert_array_equal(matrix.values[matrix.tasks.index(name)], expected)
+    assert 0 < matrix.values.mean() < 1
+    always = collect(copy.deepcopy(base), pool, tasks, tmp_path / "b.atlas", recipe, **options, metric=lambda *_: 1.0)
+    np.testing.assert_array_equal(always.matrix(measure="exact_match").values, 0)
+    for wrong in ({}, {"exact_match": True, "max_new_tokens": 5}):
+        with pytest.raises(MismatchError, match="exact_match: true and max_new_tokens: 4"):
+            collect(copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, **wrong)
+    code, out, _ = run("analyze", tmp_path / "a.atlas", "--exact-match", "--json")
+    assert code == 0
+    assert json.loads(out)["mean_by_task"] == {n: matrix.values[i].mean() for i, n in enumerate(matrix.tasks)}
+    code, out, err = run(
+        "bench", tmp_path / "a.atlas", "--exact-match", "--methods", "mean,additive", "-k", 2, "--json"
+    )
+    assert (code, {row["method"] for row in json.loads(out)}) == (0, {"mean", "additive"})
+    plain = collect(copy.deepcopy(base), pool, {}, tmp_path / "c.atlas", recipe)
+    code, _, err = run("analyze", plain.path, "--exact-match")
+    assert code == 2
+    assert "has no answers" in err
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_progress_ends_at_its_total(tmp_path: Path, answers: bool) -> None:
+    seen: list[tuple[int, int]] = []
+    collect(
+        tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE, exact_match=answers, max_new_tokens=2,
+        on_progress=lambda _, *n: seen.append(n),
+    )  # fmt: skip
+    assert seen[-1][0] == seen[-1][1]
+    assert all(a[0] <= b[0] and a[1] == b[1] for a, b in pairwise(seen))
+
+
+def test_an_atlas_of_something_else_does_not_grow(tmp_path: Path) -> None:
+    collect(tiny(), make_pool(), {"adding": TASKS["adding"]}, tmp_path / "a.atlas", RECIPE)
+    before = Atlas.open(tmp_path / "a.atlas").matrix().values
+    with pytest.raises(MismatchError, match="another pool"):
+        collect(tiny(), make_pool(20), TASKS, tmp_path / "a.atlas", RECIPE)
+    with pytest.raises(MismatchError, match="another base model"):
+        collect(tiny(seed=1), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE)
+    with pytest.raises(MismatchError, match=r"another recipe \(steps differ\)"):
+        collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE.model_copy(update={"steps": 4}))
+    np.testing.assert_array_equal(Atlas.open(tmp_path / "a.atlas").matrix().values, before)
+
+
+def test_an_atlas_from_before_a_field_of_the_recipe_grows(tmp_path: Path) -> None:
+    collect(tiny(), make_pool(), {"adding": TASKS["adding"]}, tmp_path / "a.atlas", RECIPE)
+    file = tmp_path / "a.atlas" / "atlas.json"
+    index = json.loads(file.read_text())
+    del index["recipe"]["gradient_checkpointing"]
+    file.write_text(json.dumps(index))
+    assert collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE).tasks == tuple(TASKS)
+
+
+def test_a_recipe_by_its_name_or_its_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("steps: 7")
+    for recipe, steps in (("paper", 1000), ("mine.yaml", 7), ("{steps: 5}", 5)):
+        (tmp_path / "config.yaml").write_text(f"model: m\npool: p\ntasks: t\natlas: a\nrecipe: {recipe}\n")
+        assert CollectConfig.load(tmp_path / "config.yaml").recipe.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\npool: p\ntasks: t\natlas: a\nrecipe: x\n", "config.yaml: recipe: there is no recipe"),
+        ("model: m\npool: p\ntasks: t\natlas: a\nrecipe: {stepz: 3}\n", "recipe.stepz: Extra inputs are not permitted"),
+        ("model: m\npool: p\natlas: a\n", "tasks: Field required"),
+        ("model: m\npool: p\ntasks: t\natlas: a\nsteps: 3\n", "steps: Extra inputs are not permitted"),
+        ("model: [", "is not YAML"),
+        ("- a\n- b\n", "the content"),
+    ],
+)
+def test_configurations_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        CollectConfig.load(tmp_path / "config.yaml")
+    assert "config.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_task_folders(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\npool: p.jsonl\ntasks: tasks\natlas: a\n")
+    config = CollectConfig.load(tmp_path / "config.yaml")
+    with pytest.raises(DataError, match="no such folder"):
+        config.load_tasks()
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(DataError, match="holds no task"):
+        config.load_tasks()
+    TASKS["adding"].save(tmp_path / "tasks" / "adding.jsonl")
+    TASKS["naming"].save(tmp_path / "tasks" / "naming.parquet")
+    assert {name: list(found) for name, found in config.load_tasks().items()} == {
+        name: list(TASKS[name]) for name in ("adding", "naming")
+    }
+    TASKS["naming"].save(tmp_path / "tasks" / "adding.parquet")
+    with pytest.raises(DataError, match="two tasks are called 'adding'"):
+        config.load_tasks()
+
+
+class TestVerify:
+    def trial(self, pool: Pool) -> Trial:
+        plan = make_plan(pool, "forecast", 0.7, held_out=pool.ids[:10], forecast=np.arange(24.0))
+        return Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
+
+    def test_every_arm_is_judged_on_the_held_out_examples(self, tmp_path: Path) -> None:
+        pool, base = make_pool(), tiny()
+        before = score(base, pool)
+        trial = self.trial(pool)
+        result = verify(Workbench(base), [trial], pool, before, RECIPE, directory=tmp_path)
+        assert result.arms == ("none", "random", "forecast")
+        assert result.judged == 10
+        assert len(result.runs) == 6
+        assert [run.replayed for run in result.runs if run.seed == 0] == [0, 4, 4]
+        by_hand = Workbench(tiny()).tune(TASKS["naming"], RECIPE.model_copy(update={"seed": 1})).language_model
+        forgetting = score(by_hand, pool).nll[:10] - before.nll[:10]
+        run = next(run for run in result.runs if (run.arm, run.seed) == ("none", 1))
+        assert run.mean == pytest.approx(forgetting.mean(), abs=1e-5)
+        assert run.worst_tenth == pytest.approx(worst_tenth(forgetting), abs=1e-5)
+        assert run.new_task_loss == pytest.approx(score(by_hand, trial.test).nll.mean(), rel=1e-5)
+        assert Verification.from_dict(result.as_dict()) == result
+
+    def test_flips_are_counted_where_the_base_model_answered(self, tmp_path: Path) -> None:
+        """Oracle: the answers of the same fine-tune, asked for by hand."""
+        teach = Recipe(steps=80, learning_rate=1e-2, batch_size=8, max_length=48)
+        base = Workbench(tiny()).tune(QUESTIONS, teach).language_model
+        pool = Pool([*QUESTIONS, *make_pool(8)])
+        new = Pool([Example(f"{i}", prompt=f"Item {i} is", completion=" z") for i in range(3)])
+        right = exact_match(base, pool, max_new_tokens=4)[0]
+        before = replace(score(base, pool), exact_match=right)
+        before = replace(before, metadata={**before.metadata, "max_new_tokens": 4})
+        plan = make_plan(pool, "random", 0.5, held_out=QUESTIONS.ids)
+        recipe = Recipe(steps=8, learning_rate=1e-2, batch_size=2, max_length=48)
+        trial = Trial("early", new, new, arms([plan], pool))
+        seen: list[tuple[int, int]] = []
+        result = verify(
+            Workbench(copy.deepcopy(base)), [trial], pool, before, recipe, seeds=[0], directory=tmp_path,
+            on_progress=lambda _, *n: seen.append(n),
+        )  # fmt: skip
+        assert seen[-1][0] == seen[-1][1]
+        assert "right_to_wrong" in result.metrics
+        for run, replayed in zip(result.runs, (None, plan), strict=True):
+            tuned = Workbench(copy.deepcopy(base)).tune(new, recipe, plan=replayed, pool=pool).language_model
+            after = exact_match(tuned, QUESTIONS, max_new_tokens=4)[0]
+            assert run.right_to_wrong == (after == 0).sum() > 0
+
+    def test_several_plans_are_arms_side_by_side(self) -> None:
+        pool = make_pool()
+        given = {"held_out": pool.ids[:10], "forecast": np.arange(24.0)}
+        plans = [make_plan(pool, name, 0.5, **given) for name in ("top", "padding", "ranked")]
+        assert list(arms(plans, pool)) == ["none", "random", "top", "padding", "ranked"]
+        with pytest.raises(ConfigError, match="the same ratio"):
+            arms([*plans, make_plan(pool, "forecast", 0.25, **given)], pool)
+        with pytest.raises(ConfigError, match="two of the plans have the same strategy"):
+            arms([*plans, plans[0]], pool)
+
+    def test_an_interrupted_verification_goes_on(self, tmp_path: Path) -> None:
+        pool, base = make_pool(), tiny()
+        before, trial = score(base, pool), self.trial(pool)
+        with pytest.raises(Interruption):
+            verify(
+                Workbench(base),
+                [trial],
+                pool,
+                before,
+                RECIPE,
+                directory=tmp_path,
+                on_progress=stop_at("random replay, seed 1"),
+            )
+        kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+        assert len(kept) == 4
+        workbench = Workbench(tiny())
+        result = verify(workbench, [trial], pool, before, RECIPE, directory=tmp_path)
+        assert len(result.runs) == 6
+        assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+        with pytest.raises(MismatchError, match="other settings"):
+            verify(workbench, [trial], pool, before, RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
+
+    def test_arms_must_be_judged_on_the_same_examples(self, tmp_path: Path) -> None:
+        pool, base = make_pool(), tiny()
+        plans = {
+            "none": make_plan(pool, "none", 0.0, held_out=pool.ids[:5]),
+            "random": make_plan(pool, "random", 0.5, held_out=pool.ids[:6]),
+        }
+        trial = Trial("naming", TASKS["naming"], task("naming", 2), plans)
+        with pytest.raises(ConfigError, match="hold out the same examples"):
+            verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, directory=tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def runs(**means: list[float]) -> Verification:
+    return Verification(
+        tuple(
+            Run("t", arm, seed, value, 2 * value, 1.0, 0, 4, 1.0)
+            for arm, values in means.items()
+            for seed, value in enumerate(values)
+        ),
+        judged=10,
+        ratio=0.1,
+    )
+
+
+def test_verdicts_say_no_more_than_the_interval() -> None:
+    result = runs(none=[1.0, 1.1, 1.05], random=[0.8, 0.91, 0.84], forecast=[0.8, 0.92, 0.83])
+    verdicts = {(c.arm, c.baseline, c.metric): c.verdict() for c in result.comparisons()}
+    assert verdicts["random", "none", "mean"] == "random replay is better than none"
+    assert "not shown to be better than random" in verdicts["forecast", "random", "mean"]
+    assert set(verdicts) == {
+        (arm, baseline, metric)
+        for arm, baseline in (("random", "none"), ("forecast", "none"), ("forecast", "random"))
+        for metric in METRICS
+    }
+    worse = runs(none=[1.0, 1.1, 1.05], random=[1.2, 1.3, 1.26])
+    found = worse.compare("random", "none", "mean")
+    assert found is not None
+    assert found.verdict() == "random replay is worse than none"
+    assert found.difference == paired_difference([1.2, 1.3, 1.26], [1.0, 1.1, 1.05])
+    assert runs(none=[1.0], random=[2.0]).comparisons() == ()
+
+
+def test_a_file_that_is_no_verification() -> None:
+    for content in ({}, {"runs": [{"task": "t"}], "judged": 1, "ratio": 0.1}):
+        with pytest.raises(DataError, match="not a verification"):
+            Verification.from_dict(content)
+
+
+def test_score_files_of_runs_are_ordinary_score_files(tmp_path: Path) -> None:
+    pool, base = make_pool(), tiny()
+    plan = make_plan(pool, "random", 0.7, held_out=pool.ids[:10])
+    trial = Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
+    verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, seeds=[0], directory=tmp_path)
+    assert Scores.load(tmp_path / "naming.random.0.parquet").ids == pool.ids[:10]

@@ -1,0 +1,524 @@
+"""Tasks one after another: beside fine-tunes chained by hand, killed and resumed, as a command, in the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, make_plan, probes
+from forgetcast.completion import Bayesian
+from forgetcast.evaluation import worst_tenth
+from forgetcast.lm import LanguageModel, Recipe, Workbench, score
+from forgetcast.lm.train import load_weights, save_weights
+from forgetcast.paired import paired_difference
+from forgetcast.pool import train_and_test
+from forgetcast.report import write_report
+from forgetcast.scores import Scores
+from forgetcast.sequence import SequenceSettings, task_orders
+from forgetcast.sequence_result import METRIC_NAMES, SequenceResult, Stage
+from forgetcast.tables import sequence_tables
+from support.cli import RunCommand
+from support.data import make_atlas, make_pool, make_scores, planted
+from support.models import tiny
+from support.pages import HOSTILE, Page
+from support.sequences import NAMES, RECIPE, SETTINGS, TASKS, run_in, task
+from support.training import POOL, Interruption, measured_atlas, stop_at
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
+    return measured_atlas(tmp_path_factory.mktemp("atlas"), RECIPE)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, atlas: Atlas) -> tuple[Path, SequenceResult]:
+    """A sequence that was never interrupted, and its directory."""
+    folder = tmp_path_factory.mktemp("whole")
+    seen: list[tuple[int, int]] = []
+    result = run_in(folder, atlas, on_progress=lambda _, *n: seen.append(n))
+    assert seen[-1][0] == seen[-1][1]
+    assert all(a[0] <= b[0] and a[1] == b[1] for a, b in pairwise(seen))
+    return folder, result
+
+
+def by_hand(atlas: Atlas, arm: str, recipe: Recipe) -> list[dict[str, Any]]:
+    """Each stage on a workbench of its own, whose base is what the last one left; PEFT merges its adapter itself."""
+    model, before, base = Bayesian().fit(atlas), atlas.nll_before, tiny()
+    held_out = POOL.hold_out(0.5)
+    free = [id_ for id_ in POOL.ids if id_ not in held_out]
+    stages: list[dict[str, Any]] = []
+    learned: dict[str, Pool] = {}
+    for name in task_orders(NAMES, 1)[0]:
+        plan = None
+        if arm == "top":
+            forecast = model.predict([], []).mean
+            if stages:
+                chosen = probes.choose(model, 6, [POOL.ids.index(id_) for id_ in free])
+                measured = score(base, POOL.subset(POOL.ids[i] for i in chosen)).nll - before[chosen]
+                forecast = model.predict(chosen, measured).mean
+            plan = make_plan(POOL, "top", 0.5, held_out=held_out, among=free, forecast=forecast)
+            best = sorted(free, key=lambda id_: -forecast[POOL.ids.index(id_)])[:4]
+        tuned = Workbench(base).tune(TASKS[name][0], recipe, plan=plan, pool=POOL)
+        assert list(tuned.replayed) == (best if arm == "top" else [])
+        free = [id_ for id_ in free if id_ not in tuned.replayed]
+        learned[name] = TASKS[name][1]
+        model_: Any = tuned.language_model.model
+        base = LanguageModel(model_.merge_and_unload() if recipe.method == "lora" else model_, base.tokenizer)
+        forgetting = score(base, POOL.subset(held_out)).nll - atlas.before.at(held_out)
+        stages.append(
+            {
+                "task": name,
+                "mean": forgetting.mean(),
+                "worst_tenth": worst_tenth(forgetting),
+                "losses": {name: score(base, test).nll.mean() for name, test in learned.items()},
+                "replayed": list(tuned.replayed),
+            }
+        )
+    return stages
+
+
+def agrees(result: SequenceResult, folder: Path, arm: str, expected: list[dict[str, Any]]) -> None:
+    found = [stage for stage in result.stages if stage.arm == arm]
+    assert [stage.position for stage in found] == [1, 2, 3]
+    for stage, known in zip(found, expected, strict=True):
+        assert stage.task == known["task"]
+        assert stage.mean == pytest.approx(known["mean"], abs=1e-4)
+        assert stage.worst_tenth == pytest.approx(known["worst_tenth"], abs=1e-4)
+        assert stage.losses == pytest.approx(known["losses"], abs=1e-4)
+        scores = Scores.load(folder / f"{arm}.0.{stage.position}.parquet")
+        assert scores.metadata["replayed"] == known["replayed"]
+        assert (stage.replayed, stage.steps) == (len(known["replayed"]), 4 + len(known["replayed"]) // 2)
+
+
+@pytest.mark.parametrize("arm", ["none", "top"])
+def test_a_sequence_is_fine_tunes_chained_by_hand(whole: tuple[Path, SequenceResult], atlas: Atlas, arm: str) -> None:
+    """The plan before a task is also the one that anyone could make from the last model's scores."""
+    folder, result = whole
+    assert result.arms == ("none", "random", "top")
+    assert result.judged == 20
+    expected = by_hand(atlas, arm, RECIPE)
+    agrees(result, folder, arm, expected)
+    lost = [expected[2]["losses"][s["task"]] - s["losses"][s["task"]] for s in expected[:2]]
+    assert result.value(arm, 0, "earlier_tasks") == pytest.approx(np.mean(lost), abs=1e-4)
+    assert np.abs(lost).max() > 0.01
+    learned = np.mean([stage["losses"][stage["task"]] for stage in expected])
+    assert result.value(arm, 0, "new_task_loss") == pytest.approx(learned, abs=1e-4)
+
+
+def test_adapters_are_chained_too(tmp_path: Path, atlas: Atlas) -> None:
+    recipe = RECIPE.model_copy(update={"method": "lora", "learning_rate": 2e-2})
+    base = tiny()
+    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
+    result = run_in(tmp_path, atlas, recipe=recipe, base=base)
+    assert all(torch.equal(value, weights[name]) for name, value in base.model.state_dict().items())
+    agrees(result, tmp_path, "top", by_hand(atlas, "top", recipe))
+
+
+def test_nothing_held_out_is_replayed_and_nothing_twice_too_early(whole: tuple[Path, SequenceResult]) -> None:
+    folder, result = whole
+    held_out = set(POOL.hold_out(0.5))
+    for arm in ("random", "top"):
+        replayed = [id_ for i in (1, 2, 3) for id_ in Scores.load(folder / f"{arm}.0.{i}.parquet").metadata["replayed"]]
+        assert len(replayed) == len(set(replayed)) == 12 == result.total(arm, "replayed")
+        assert not held_out.intersection(replayed)
+    assert set(Scores.load(folder / "none.0.3.parquet").ids) == held_out
+    assert list(folder.glob("*.safetensors")) == []
+
+
+def test_an_unfinished_run_from_other_weights_or_after_other_replay_is_another_run(tmp_path: Path) -> None:
+    workbench, plan = Workbench(tiny()), make_plan(POOL, "random", 0.5)
+    weights = {name: value + 0.01 for name, value in workbench.weights().items()}
+    given: dict[str, Any] = {"plan": plan, "pool": POOL, "checkpoints": tmp_path}
+    tuned = workbench.tune(TASKS["adding"][0], RECIPE, start=weights, besides=POOL.ids[:36], **given)
+    assert set(tuned.replayed) == set(POOL.ids[36:])
+    for other in ({"besides": POOL.ids[:36]}, {"start": weights}):
+        with pytest.raises(MismatchError, match="unfinished run of another model"):
+            workbench.tune(TASKS["adding"][0], RECIPE, **other, **given)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_is_added_to_what_it_adapts(tmp_path: Path, family: str) -> None:
+    """GPT-2 keeps its matrices the other way round."""
+    base = tiny(family)
+    workbench = Workbench(base)
+    known = workbench.weights()
+    recipe = RECIPE.model_copy(update={"method": "lora", "learning_rate": 2e-2})
+    tuned = workbench.tune(TASKS["adding"][0], recipe).language_model
+    expected = score(tuned, POOL).nll
+    weights = workbench.weights()
+    np.testing.assert_array_equal(score(tuned, POOL).nll, expected)  # nothing was merged in place
+    save_weights(weights, tmp_path / "w.safetensors")
+    read = load_weights(tmp_path / "w.safetensors")
+    assert read.keys() == known.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in read)
+    np.testing.assert_allclose(score(workbench.restore(read), POOL).nll, expected, rtol=1e-5)
+    assert np.abs(expected - score(workbench.restore(), POOL).nll).max() > 0.05
+    assert all(torch.equal(value, known[name]) for name, value in workbench.restore().model.state_dict().items())
+    (tmp_path / "w.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"w\.safetensors cannot be read"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from forgetcast import Atlas
+from support.sequences import run_in
+
+run_in(
+    Path({folder!r}), Atlas.open({atlas!r}),
+    on_progress=lambda what, *_: os._exit(9) if "(3 of 3), top" in what else None,
+)
+"""
+
+
+def same(found: SequenceResult, expected: SequenceResult) -> None:
+    def timeless(result: SequenceResult) -> list[Stage]:
+        return [replace(stage, seconds=0.0) for stage in result.stages]
+
+    assert timeless(found) == timeless(expected)
+
+
+def test_a_killed_sequence_goes_on_after_the_last_stage(
+    whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs"
+    script = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder), atlas=str(atlas.path))
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert [file.name for file in folder.glob("*.safetensors")] == ["top.0.2.safetensors"]
+    (folder / ".top.0.3.safetensors.x.safetensors").write_bytes(b"torn")  # as if killed while it was written
+    done: list[str] = []
+    result = run_in(folder, atlas, on_progress=lambda what, *_: done.append(what))
+    assert {what.partition(",")[0] for what in done} == {f"{result.stages[-1].task} (3 of 3)"}
+    same(result, whole[1])
+    assert {file.name for file in folder.iterdir()} == {file.name for file in whole[0].iterdir()}
+    # Once more: nothing is left to do.
+    assert run_in(folder, atlas, on_progress=stop_at("")) == result
+
+
+def test_an_interruption_between_the_weights_and_the_scores(
+    whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kept = Scores.save
+
+        def save(scores: Scores, path: Path) -> None:
+            if path.name == "top.0.2.parquet":
+                raise Interruption
+            kept(scores, path)
+
+        patch.setattr(Scores, "save", save)
+        with pytest.raises(Interruption):
+            run_in(tmp_path, atlas)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"top.0.1.safetensors", "top.0.2.safetensors"}
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()  # without its weights, the sequence begins anew
+    done: list[str] = []
+    same(run_in(tmp_path, atlas, on_progress=lambda what, *_: done.append(what)), whole[1])
+    assert all(f"({i} of 3), top replay" in " ".join(done) for i in (1, 2, 3))
+    assert not any("random" in what for what in done)
+
+
+def test_other_settings_are_another_sequence(
+    whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = whole
+    monkeypatch.setattr(Workbench, "tune", stop_at(""))  # nothing may be trained
+    others: list[dict[str, Any]] = [
+        {"recipe": RECIPE.model_copy(update={"steps": 6})},
+        {"settings": replace(SETTINGS, ratio=1.0)},
+        {"settings": replace(SETTINGS, hold_out=0.4)},
+        {"settings": replace(SETTINGS, probes=7)},
+        {"tasks": {**TASKS, "naming": train_and_test(task("naming", 9), 0.25)}},
+    ]
+    for other in others:
+        with pytest.raises(MismatchError, match=r"(none|random|top)\.0\.\d\.parquet is of a sequence with other"):
+            run_in(folder, atlas, **other)
+    grown = measured_atlas(tmp_path, RECIPE)
+    grown.add("another", replace(grown.before, nll=grown.before.nll + 0.1))
+    with pytest.raises(MismatchError, match=r"top\.0\.1\.parquet"):
+        run_in(folder, grown)
+    with pytest.raises(MismatchError, match="another base model"):
+        run_in(folder, atlas, base=tiny(seed=1))
+
+
+@pytest.mark.parametrize(("tasks", "count"), [(2, 5), (3, 6), (3, 13), (4, 3), (9, 4)])
+def test_orders_are_all_different_where_there_are_enough(tasks: int, count: int) -> None:
+    names = [f"t{i}" for i in range(tasks)]
+    found = task_orders(names, count, seed=3)
+    most = min(count, int(np.prod(np.arange(1, tasks + 1))))
+    assert len(found) == count
+    assert len(set(found)) == most
+    times = [found.count(order) for order in set(found)]
+    assert max(times) - min(times) <= 1
+    assert all(sorted(order) == names for order in found)
+    assert task_orders(names, count + 2, seed=3)[:count] == found
+
+
+def test_every_arm_has_the_same_orders(tmp_path: Path, atlas: Atlas) -> None:
+    recipe, small = RECIPE.model_copy(update={"steps": 2}), {name: TASKS[name] for name in NAMES[:2]}
+    settings = SequenceSettings(strategies=("loss", "coverage", "random"), ratio=0.5, orders=2)
+    result = run_in(tmp_path, atlas, settings, recipe=recipe, tasks=small)
+    assert result.arms == ("none", "random", "loss", "coverage")
+    came = {
+        (arm, i): tuple(s.task for s in result.stages if (s.arm, s.order) == (arm, i))
+        for arm in result.arms
+        for i in (0, 1)
+    }
+    assert all(came[arm, i] == came["none", i] for arm, i in came)
+    assert set(came.values()) == {NAMES[:2], NAMES[1::-1]}
+    # What was replayed is the base model's highest losses, and then the next ones.
+    held_out = set(POOL.hold_out(0.5))
+    by_loss = [POOL.ids[i] for i in np.argsort(-atlas.nll_before, kind="stable") if POOL.ids[i] not in held_out]
+    assert [Scores.load(tmp_path / f"loss.1.{i}.parquet").metadata["replayed"] for i in (1, 2)] == [
+        by_loss[:2],
+        by_loss[2:4],
+    ]
+
+
+def made(**ends: list[float]) -> SequenceResult:
+    """Two tasks in as many orders as an arm has ends: the upstream forgetting and that of the first task."""
+    stages = []
+    for arm, values in ends.items():
+        for order, value in enumerate(values):
+            first, second = ("a", "b") if order % 2 else ("b", "a")
+            stages += [
+                Stage(order, arm, 1, first, value / 2, value, {first: 1.0}, 4, 10, 1.5),
+                Stage(order, arm, 2, second, value, 2 * value, {first: 1 + 3 * value, second: 2.0}, 4, 10, 2.5),
+            ]
+    return SequenceResult(tuple(stages), judged=20, ratio=0.5)
+
+
+ENDS = {"none": [0.5, 0.62, 0.55, 0.58], "random": [0.3, 0.41, 0.36, 0.38], "top": [0.29, 0.43, 0.33, 0.39]}
+
+
+def test_the_figures_of_a_sequence() -> None:
+    result = made(**ENDS)
+    assert result.length == 2
+    assert result.value("none", 1, "mean") == 0.62
+    assert result.value("none", 1, "mean", 1) == 0.31
+    assert result.value("none", 1, "worst_tenth") == 1.24
+    assert result.value("none", 1, "earlier_tasks") == pytest.approx(3 * 0.62)  # 1 + 3 x 0.62 now, 1 when learned
+    assert np.isnan(result.value("none", 1, "earlier_tasks", 1))
+    assert result.value("none", 1, "new_task_loss") == 1.5
+    assert result.value("none", 1, "new_task_loss", 1) == 1.0
+    assert result.average("random", "mean") == pytest.approx(np.mean(ENDS["random"]))
+    assert (result.total("top", "replayed"), result.total("top", "steps"), result.total("top", "seconds")) == (8, 20, 4)
+
+
+def test_arms_are_compared_at_the_end_order_by_order() -> None:
+    result = made(**ENDS)
+    found = {(c.arm, c.baseline, c.metric): c for c in result.comparisons()}
+    pairs = (("random", "none"), ("top", "none"), ("top", "random"))
+    assert set(found) == {(arm, baseline, metric) for arm, baseline in pairs for metric in METRIC_NAMES}
+    for metric, factor in (("mean", 1), ("worst_tenth", 2), ("earlier_tasks", 3)):
+        gap, expected = found["top", "random", metric].difference, paired_difference(ENDS["top"], ENDS["random"])
+        assert gap.pairs == 4
+        np.testing.assert_allclose((gap.mean, gap.lower, gap.upper), factor * np.array(
+            (expected.mean, expected.lower, expected.upper)
+        ), atol=1e-12)  # fmt: skip
+        assert found["random", "none", metric].better
+        assert "not shown to be better than random" in found["top", "random", metric].verdict()
+    assert made(none=[0.5], random=[0.3]).comparisons() == ()
+    one_without = replace(result, stages=tuple(s for s in result.stages if (s.arm, s.order) != ("top", 3)))
+    compared = one_without.compare("top", "random", "mean")
+    assert compared is not None
+    assert compared.difference == paired_difference(ENDS["top"][:3], ENDS["random"][:3])
+
+
+def test_a_result_as_a_file() -> None:
+    result = made(**ENDS)
+    content = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert SequenceResult.from_dict(content) == result
+    assert content["arms"]["top"]["after_each_task"][0]["earlier_tasks"] is None
+    assert content["arms"]["top"]["mean"] == content["arms"]["top"]["after_each_task"][1]["mean"]
+
+    def without(i: int) -> dict[str, Any]:
+        return content | {"stages": content["stages"][:i] + content["stages"][i + 1 :]}
+
+    def changed(**fields: Any) -> dict[str, Any]:
+        return content | {"stages": [content["stages"][0] | fields, *content["stages"][1:]]}
+
+    for bad, message in (
+        ({}, "this is not a sequence: 'stages'"),
+        ([], "this is not a sequence"),
+        (content | {"stages": []}, "has at least two stages"),
+        (content | {"judged": "many"}, "judged: "),
+        (without(0), "none replay, order 0: a stage is missing"),
+        (content | {"stages": content["stages"] * 2}, "there twice"),
+        (changed(mean="high"), "stages: 0: mean: "),
+        (changed(mean=float("nan")), "stages: 0: mean: "),
+        (changed(losses={}), "stage 1 needs the losses of the tasks"),
+        (changed(losses={"b": None}), "stages: 0: losses: b: "),
+        (changed(colour="red"), "colour"),
+    ):
+        with pytest.raises(DataError, match=message):
+            SequenceResult.from_dict(bad)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strategies": ("best",)}, "unknown replay strategy 'best'; choose one of random, stratified, forecast"),
+        ({"strategies": ("truth",)}, "'truth' is not for a sequence: it needs the forgetting of the whole pool"),
+        ({"strategies": ("gradient",)}, "'gradient' is not for a sequence: it needs the gradients"),
+        ({"strategies": ("mir",)}, "'mir' is not for a sequence: it chooses during training"),
+        ({"strategies": ("none",)}, "'none' is not for a sequence: it is one of the arms anyhow"),
+        ({"strategies": ("top", "padding")}, "'padding' is not for a sequence: it replays no upstream example"),
+        ({"orders": 0}, "at least 1 order"),
+        ({"probes": 0}, "and 1 probe"),
+        ({"ratio": 0.0}, "the replay ratio must be finite and above 0"),
+        ({"ratio": float("inf")}, "the replay ratio must be finite"),
+        ({"hold_out": 1.0}, "above 0 and below 1"),
+    ],
+)
+def test_settings_that_cannot_be_used(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SequenceSettings(**wrong)
+
+
+def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path: Path, atlas: Atlas) -> None:
+    empty = Atlas.create(tmp_path / "empty.atlas", POOL, atlas.before, model="tiny")
+    refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (DataError, "at least two tasks, not 1", {"tasks": {"adding": TASKS["adding"]}}),
+        (ConfigError, "replays no batch", {"settings": replace(SETTINGS, ratio=0.01)}),
+        (ConfigError, "examples are to be replayed, and the plan has", {"settings": replace(SETTINGS, ratio=50.0)}),
+        (ConfigError, "leaves none to judge on", {"settings": replace(SETTINGS, hold_out=0.01)}),
+        (ConfigError, "every example is held out", {"settings": replace(SETTINGS, hold_out=0.999)}),
+        (DataError, "at least two measured tasks; the matrix has 0", {"atlas": empty}),
+    ]
+    for error, message, given in refused:
+        with pytest.raises(error, match=message):
+            run_in(tmp_path / "runs", **({"atlas": atlas} | given), on_progress=stop_at(""))
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(DataError, match="leaves none to test or to train on"):
+        train_and_test(task("adding"), 0.01)
+
+
+@pytest.fixture
+def files(tmp_path: Path, atlas: Atlas) -> Callable[..., list[object]]:
+    """A model, tasks and a recipe as files, and the command's words."""
+    base = tiny()
+    base.model.save_pretrained(tmp_path / "model")
+    base.tokenizer.save_pretrained(tmp_path / "model")
+    for name in NAMES[:2]:
+        task(name).save(tmp_path / "tasks" / f"{name}.jsonl")
+
+    def words(*tasks: object) -> list[object]:
+        there = tasks or (tmp_path / "tasks",)
+        return ["sequence", tmp_path / "model", *there, "--atlas", atlas.path, "-o", tmp_path / "sequence.json"]
+
+    return words
+
+
+def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
+    more = ["--ratio", 0.5, "--test-share", 0.25, "--strategy", "top", "--strategy", "ranked", "--probes", 5]
+    code, out, err = run(*files(), *more, "--json")
+    assert code == 0, err
+    content = json.loads(out)
+    assert content == json.loads((tmp_path / "sequence.json").read_text())
+    assert list(content["arms"]) == ["none", "random", "top", "ranked"]
+    assert len(content["stages"]) == 16
+    result = SequenceResult.from_dict(content)
+    # The library gives the same, from the same arguments and the atlas's recipe.
+    settings = SequenceSettings(("top", "ranked"), 0.5, orders=2, probes=5)
+    parts = {name: train_and_test(task(name), 0.25) for name in NAMES[:2]}
+    assert run_in(tmp_path / "sequence.runs", atlas, settings, tasks=parts, on_progress=stop_at("")) == result
+
+    code, out, _ = run(*files(tmp_path / "tasks" / "adding.jsonl", tmp_path / "tasks" / "naming.jsonl"), *more)
+    assert code == 0
+    said = " ".join(out.split())
+    assert all(f"{result.average('top', metric):.3f}" in said for metric in METRIC_NAMES)
+    assert "On the mean forgetting, top replay is " in said
+    assert "On the earlier tasks, ranked replay is " in said
+
+    code, _, err = run(
+        "report", atlas.path, "--sequence", tmp_path / "sequence.json", "-o", tmp_path / "report.html"
+    )  # fmt: skip
+    assert code == 0, err
+    page = Page(tmp_path / "report.html")
+    assert "Several tasks one after another" in page.text
+    for arm in result.arms:
+        ends = " ".join(f"{result.average(arm, metric):.3f}" for metric in METRIC_NAMES)
+        assert f"{arm} {ends} {result.total(arm, 'replayed'):.0f}" in page.text
+    upstream = ", ".join(f"{arm} {result.average(arm, 'mean'):.3f}" for arm in result.arms)
+    assert f"After 2 tasks one after another, held-out forgetting by replay strategy is {upstream} nats" in page.text
+
+    def refused(*words: object) -> str:
+        code, out, err = run(*words)
+        assert (code, out, err.strip().count("\n")) == (2, "", 0), err
+        return err
+
+    assert "not for a sequence" in refused(*files(), "--strategy", "mir")
+    assert "at least 1 order" in refused(*files(), "--orders", 0)
+    assert "at least two tasks, not 1" in refused(*files(tmp_path / "tasks" / "adding.jsonl"))
+    assert "two tasks are called 'adding'" in refused(*files(*[tmp_path / "tasks" / "adding.jsonl"] * 2))
+    assert "leaves none to test" in refused(*files(), "--test-share", 0)
+    assert "with other settings" in refused(*files(), *more, "--ratio", 1)
+    assert "no such file" in refused(*files(tmp_path / "nothing"))
+    (tmp_path / "bad.json").write_text('{"stages": [{}]}')
+    assert "this is not a sequence" in refused(
+        "report", atlas.path, "--sequence", tmp_path / "bad.json", "-o", tmp_path / "bad.html"
+    )
+    assert not (tmp_path / "bad.html").exists()
+
+
+def test_one_order_is_said_to_show_nothing() -> None:
+    shown = list(sequence_tables(made(none=[0.5], random=[0.3])))
+    assert shown[-1] == "With one order, arms cannot be compared: use at least two."
+
+
+def test_strings_from_a_result_are_escaped_in_the_report(tmp_path: Path) -> None:
+    atlas = make_atlas(tmp_path / "x.atlas", make_pool())
+    stages = tuple(
+        replace(
+            stage,
+            arm=f"top {HOSTILE}" if stage.arm == "top" else stage.arm,
+            task=f"{stage.task} {HOSTILE}",
+            losses={f"{name} {HOSTILE}": loss for name, loss in stage.losses.items()},
+        )
+        for stage in made(**ENDS).stages
+    )
+    hostile = SequenceResult(stages, 20, 0.5)
+    for name, result in (("harmless", made(**ENDS)), ("hostile", hostile), ("one", made(none=[0.5], random=[0.3]))):
+        write_report(tmp_path / f"{name}.html", atlas, sequence=result)
+    page = Page(tmp_path / "hostile.html")
+    assert page.scripts == Page(tmp_path / "harmless.html").scripts
+    assert page.links == []
+    content = (tmp_path / "hostile.html").read_text(encoding="utf-8")
+    assert "<img" not in content[content.index("<body>") :]
+    assert "<script>alert" not in content
+    assert "49 &amp;" not in content
+    assert "not shown to be better than random" in page.text
+    assert "takes at least two" in Page(tmp_path / "one.html").text
+    for part in sequence_tables(hostile):
+        assert part is not None
+
+
+def test_unscored_examples_are_neither_judged_nor_probed(tmp_path: Path) -> None:
+    pool = make_pool(30)
+    nll = score(tiny(), pool).nll
+    odd = pool.hold_out(0.5)[0]
+    nll[pool.ids.index(odd)] = np.nan
+    reasons = ["no token" if id_ == odd else None for id_ in pool.ids]
+    before = replace(make_scores(pool, np.nan_to_num(nll)), nll=nll, reasons=reasons)
+    atlas = Atlas.create(tmp_path / "a.atlas", pool, before, model="tiny")
+    for i, row in enumerate(np.abs(planted(5, len(pool), 1, 0.05))):
+        atlas.add(f"t{i}", replace(before, nll=nll + row))
+    small = {name: TASKS[name] for name in NAMES[:2]}
+    settings = SequenceSettings(("top",), 0.5, orders=1, probes=30)
+    result = run_in(tmp_path / "runs", atlas, settings, tasks=small)
+    assert result.judged == 14
+    assert all(np.isfinite(stage.mean) for stage in result.stages)

@@ -1,0 +1,76 @@
+"""Tasks, a pool and an atlas for fine-tunes of the tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Trainer, TrainingArguments
+
+from forgetcast import Atlas, Example, Pool
+from forgetcast.lm import Chooser, LanguageModel, Recipe, ReplayCallback, ReplayMixture, score
+from support.data import make_pool, planted
+from support.models import tiny
+
+TASK = Pool(
+    [Example(f"q{i}", prompt=f"Question: what is {i} + 1?\nAnswer:", completion=f" {i + 1}") for i in range(12)]
+)
+POOL = make_pool(40)
+
+
+class Interruption(Exception):  # noqa: N818  # it is none
+    pass
+
+
+def stop_at(words: str) -> Any:
+    def on_progress(what: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        if words in what:
+            raise Interruption
+
+    return on_progress
+
+
+def measured_atlas(folder: Path, recipe: Recipe | None = None) -> Atlas:
+    """Create an atlas of the tiny model's scores on `POOL` and planted rows."""
+    before = score(tiny(), POOL)
+    settings = {} if recipe is None else {"recipe": recipe.model_dump()}
+    atlas = Atlas.create(folder / "a.atlas", POOL, before, model="tiny", **settings)
+    for i, row in enumerate(np.abs(planted(8, len(POOL), 2, 0.05))):
+        atlas.add(f"t{i}", replace(before, nll=before.nll + row))
+    return atlas
+
+
+def model_files(folder: Path) -> Path:
+    """The tiny model, a task, the pool and the shares of the steps as files."""
+    base = tiny()
+    base.model.save_pretrained(folder / "model")
+    base.tokenizer.save_pretrained(folder / "model")
+    TASK.save(folder / "task.jsonl")
+    POOL.save(folder / "pool.jsonl")
+    (folder / "recipe.yaml").write_text("{steps: 8, batch_size: 2, max_length: 96, learning_rate: 0.01}")
+    return folder
+
+
+def trainer(
+    language_model: LanguageModel, mixture: ReplayMixture, folder: Path, chooser: Chooser | None = None, **options: Any
+) -> Trainer:
+    settings_ = {
+        "max_steps": mixture.steps,
+        "per_device_train_batch_size": mixture.batch_size,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+    return Trainer(
+        model=language_model.model,
+        args=TrainingArguments(output_dir=str(folder), **(settings_ | options)),
+        train_dataset=mixture,
+        data_collator=mixture.collate,
+        callbacks=[ReplayCallback(mixture, chooser)],
+    )

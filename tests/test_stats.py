@@ -1,0 +1,194 @@
+"""Paired statistics beside SciPy and plain loops."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+
+from forgetcast import DataError
+from forgetcast.evaluation import worst_part
+from forgetcast.paired import bootstrap_interval, holm, paired_difference, wilcoxon_p
+from forgetcast.tables import verification_tables
+from forgetcast.verification import METRIC_NAMES, Run, Verification, _right_to_wrong
+from support.data import make_pool, make_scores
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_the_step_down_procedure(p: list[float]) -> None:
+    """An arm is found at a level if its p-value and all smaller ones pass their steps."""
+    corrected = holm(p)
+    for level in (0.01, 0.05, 0.2, 0.7):
+        found, step = [False] * len(p), 0
+        for i in sorted(range(len(p)), key=lambda i: p[i]):
+            if p[i] * (len(p) - step) > level:
+                break
+            found[i], step = True, step + 1
+        assert (corrected <= level).tolist() == found
+
+
+def test_wilcoxon_is_scipys() -> None:
+    differences = np.random.default_rng(0).normal(0.2, 1, 15)
+    assert wilcoxon_p(differences) == stats.wilcoxon(differences).pvalue
+    assert wilcoxon_p([0.0, 0.0]) == 1
+
+
+def test_bootstrap_of_one_group_is_scipys() -> None:
+    values = np.random.default_rng(0).normal(0.2, 1, 20)
+    other = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1))
+    expected = other.confidence_interval
+    spread = values.std() / np.sqrt(20)
+    np.testing.assert_allclose(bootstrap_interval([values]), (expected.low, expected.high), atol=0.05 * spread)
+    assert bootstrap_interval([np.array([2.0])] * 3) == (2.0, 2.0)
+    with pytest.raises(DataError, match="at least one value"):
+        bootstrap_interval([values, np.empty(0)])
+
+
+def test_bootstrap_draws_groups_and_then_their_values() -> None:
+    """Beside plain loops, with groups of different sizes."""
+    rng = np.random.default_rng(3)
+    groups = [rng.normal(shift, 0.3, n) for shift, n in ((0.0, 2), (1.0, 4), (0.5, 3), (2.0, 2))]
+    means = []
+    for _ in range(8000):
+        values: list[float] = []
+        for group in rng.integers(4, size=4):
+            values += rng.choice(groups[group], len(groups[group])).tolist()
+        means.append(np.mean(values))
+    np.testing.assert_allclose(bootstrap_interval(groups), np.quantile(means, [0.025, 0.975]), atol=0.04)
+    pooled = bootstrap_interval([np.concatenate(groups)])
+    clustered = bootstrap_interval(groups)
+    assert clustered[1] - clustered[0] > 1.2 * (pooled[1] - pooled[0])
+
+
+def test_the_clustered_interval_holds_what_it_says_where_the_pairs_do_not() -> None:
+    """Tasks differ, seeds hardly: pairs taken as independent promise too much."""
+    rng = np.random.default_rng(0)
+    held = np.zeros(2)
+    for _ in range(300):
+        groups = [shift + rng.normal(0, 0.1, 3) for shift in rng.normal(0, 1, 12)]
+        lower, upper = bootstrap_interval(groups, resamples=400)
+        pairs = np.concatenate(groups)
+        plain = paired_difference(pairs, np.zeros(len(pairs)))
+        held += lower < 0 < upper, plain.lower < 0 < plain.upper
+    assert held[0] / 300 > 0.88
+    assert held[1] / 300 < 0.8
+
+
+def verification(tasks: int = 6, seeds: int = 3) -> Verification:
+    """Three arms with planted gains over no replay."""
+    rng = np.random.default_rng(0)
+    gain = {"none": 0.0, "random": 0.3, "forecast": 0.4, "top": 0.32}
+    runs = []
+    for task in range(tasks):
+        own = rng.normal(0, 0.05, len(gain))
+        for arm, tilt in zip(gain, own, strict=True):
+            for seed in range(seeds):
+                mean = 1 - gain[arm] + tilt + rng.normal(0, 0.02)
+                runs.append(Run(f"t{task}", arm, seed, mean, 2 * mean, 1.0 + rng.normal(0, 0.1), 8, 40, 1.0, 3 * mean))
+    return Verification(tuple(runs), judged=100, ratio=0.1)
+
+
+def test_a_comparison_clusters_by_task_and_corrects_for_the_arms() -> None:
+    result = verification()
+    assert result.metrics == ("mean", "worst_tenth", "new_task_loss", "worst_hundredth")
+    value = {(run.task, run.arm, run.seed): run.worst_hundredth for run in result.runs}
+    raw = {}
+    for arm in ("forecast", "top"):
+        groups = [
+            np.array([value[f"t{t}", arm, s] - value[f"t{t}", "random", s] for s in range(3)])  # type: ignore[operator]
+            for t in range(6)
+        ]
+        pairs = np.concatenate(groups)
+        raw[arm] = (
+            stats.ttest_1samp(pairs, 0).pvalue,
+            stats.wilcoxon([group.mean() for group in groups]).pvalue,
+            bootstrap_interval(groups),
+            pairs.mean(),
+        )
+    for arm, other in (("forecast", "top"), ("top", "forecast")):
+        found = result.compare(arm, "random", "worst_hundredth")
+        assert found is not None
+        assert found.tasks == 6
+        assert found.difference.mean == pytest.approx(raw[arm][3])
+        assert found.difference.p_value == pytest.approx(raw[arm][0])
+        assert found.wilcoxon_p == pytest.approx(raw[arm][1])
+        assert (found.bootstrap_lower, found.bootstrap_upper) == pytest.approx(raw[arm][2])
+        for which, corrected in ((0, found.corrected_p), (1, found.corrected_wilcoxon_p)):
+            mine, theirs = raw[arm][which], raw[other][which]
+            by_hand = 2 * mine if mine <= theirs else max(mine, 2 * theirs)
+            assert corrected == pytest.approx(min(by_hand, 1))
+    # Against no replay, three arms are a family; against random, two.
+    none = result.compare("forecast", "none", "mean")
+    assert none is not None
+    assert none.corrected_wilcoxon_p == pytest.approx(min(3 * none.wilcoxon_p, 1))
+    backwards = result.compare("none", "random", "mean")
+    assert backwards is not None
+    assert backwards.verdict() == "none replay is worse than random"
+
+
+def test_seeds_stand_for_themselves_where_there_is_one_task() -> None:
+    result = verification(tasks=1, seeds=8)
+    found = result.compare("forecast", "random", "mean")
+    assert found is not None
+    value = {(run.arm, run.seed): run.mean for run in result.runs}
+    differences = [value["forecast", s] - value["random", s] for s in range(8)]
+    assert found.wilcoxon_p == stats.wilcoxon(differences).pvalue
+    assert (found.bootstrap_lower, found.bootstrap_upper) == bootstrap_interval([np.array(differences)])
+
+
+def test_a_verdict_needs_both_intervals() -> None:
+    """Two tasks that disagree: many seeds make the pairs look sure, drawing tasks again does not."""
+    runs = [
+        Run(task, arm, seed, base - (gain if arm == "forecast" else 0) + 1e-3 * seed, 1.0, 1.0, 8, 40, 1.0)
+        for task, base, gain in (("a", 1.0, 0.5), ("b", 2.0, 0.4), ("c", 1.5, -0.1))
+        for arm in ("random", "forecast")
+        for seed in range(12)
+    ]
+    found = Verification(tuple(runs), 10, 0.1).compare("forecast", "random", "mean")
+    assert found is not None
+    assert found.difference.upper < 0 < found.bootstrap_upper
+    assert "not shown to be better" in found.verdict()
+
+
+def test_files_of_earlier_versions_still_load() -> None:
+    content = json.loads(json.dumps(verification().as_dict()))
+    for run in content["runs"]:
+        del run["worst_hundredth"], run["right_to_wrong"]
+    old = Verification.from_dict(content)
+    assert old.metrics == ("mean", "worst_tenth", "new_task_loss")
+    assert {c.metric for c in old.comparisons()} == set(old.metrics)
+    assert Verification.from_dict(json.loads(json.dumps(verification().as_dict()))) == verification()
+
+
+def test_the_table_has_a_column_for_all_that_was_measured() -> None:
+    result = verification()
+    result = replace(result, runs=tuple(replace(run, right_to_wrong=run.seed) for run in result.runs))
+    console = Console(width=200, record=True, file=StringIO())
+    for part in verification_tables(result):
+        console.print(part)
+    text = console.export_text()
+    assert all(name in text for name in METRIC_NAMES.values())
+    found = result.compare("forecast", "random", "mean")
+    assert found is not None
+    assert f"{found.bootstrap_lower:+.3f} to {found.bootstrap_upper:+.3f}" in text
+    assert f"p = {found.corrected_wilcoxon_p:.2g}" in text
+
+
+def test_flips_are_counted_over_those_that_were_asked_twice() -> None:
+    pool = make_pool(6)
+    before, after = make_scores(pool, np.ones(6)), make_scores(pool.subset(pool.ids[::-1]), np.ones(6))
+    assert _right_to_wrong(before, after) is None
+    before = replace(before, exact_match=np.array([1, 1, 1, 0, np.nan, 1]))
+    assert _right_to_wrong(before, after) is None
+    after = replace(after, exact_match=np.array([0, 0, 1, 0, 1, np.nan]))
+    # in the pool's order: before 1 1 1 0 - 1, after - 1 0 1 0 0
+    assert _right_to_wrong(before, after) == 2
+    assert _right_to_wrong(before, replace(after, exact_match=np.full(6, np.nan))) is None
+    assert worst_part(np.arange(300.0), 100) == 298
