@@ -36,12 +36,11 @@ from rich.console import Console
 from rich.table import Table
 
 from forgetcast import Atlas, Pool, ReplayPlan, make_plan, probes
-from forgetcast.advice import ReplayLaw
-from forgetcast.collect import collect, prepare_atlas
 from forgetcast.completion import Bayesian
-from forgetcast.coverage import correlation_loadings
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
+from forgetcast.experiments.collect import collect, prepare_atlas
+from forgetcast.experiments.verify import Trial, Verification, verify
 from forgetcast.lm import (
     Chooser,
     LanguageModel,
@@ -54,10 +53,11 @@ from forgetcast.lm import (
     sample_texts,
     score,
 )
-from forgetcast.scores import Scores
-from forgetcast.signals import Signals
-from forgetcast.strategies import STRATEGIES, get_strategy
-from forgetcast.verification import Trial, Verification, verify
+from forgetcast.measure.scores import Scores
+from forgetcast.replay.coverage import correlation_loadings
+from forgetcast.replay.law import ReplayLaw
+from forgetcast.replay.signals import Signals
+from forgetcast.replay.strategies import STRATEGIES, get_strategy
 from shared import conclude, figure_of, output, save_figure, target
 
 UPSTREAM, SELF_GENERATED, TASK_SIZE, TEST_SIZE, PROBES = 600, 300, 400, 64, 30

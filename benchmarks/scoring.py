@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from forgetcast import Example, Pool, make_plan
-from forgetcast.collect import collect, prepare_atlas
+from forgetcast.experiments.collect import collect, prepare_atlas
 from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import embedding_rows

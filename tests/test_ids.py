@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from forgetcast import MismatchError
-from forgetcast.ids import ExampleIndex
+from forgetcast.data.ids import ExampleIndex
 
 IDS = [f"e{i}" for i in range(10)]
 FORMS = {
@@ -25,7 +25,7 @@ def index(request: pytest.FixtureRequest) -> ExampleIndex:
 
 
 def test_it_is_a_sequence(index: ExampleIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("forgetcast.ids._CHUNK", 3)
+    monkeypatch.setattr("forgetcast.data.ids._CHUNK", 3)
     assert (len(index), list(index), index[:], index[3], index[2:4]) == (10, IDS, tuple(IDS), "e3", ("e2", "e3"))
     assert list(ExampleIndex(index)) == IDS
     assert pa.array(index, pa.string()).to_pylist() == IDS

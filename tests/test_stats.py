@@ -14,10 +14,10 @@ from rich.console import Console
 from scipy import stats
 
 from forgetcast import DataError
+from forgetcast.cli.tables import verification_tables
 from forgetcast.evaluation import worst_part
-from forgetcast.paired import bootstrap_interval, holm, paired_difference, wilcoxon_p
-from forgetcast.tables import verification_tables
-from forgetcast.verification import METRIC_NAMES, Run, Verification, _right_to_wrong
+from forgetcast.experiments.verify import METRIC_NAMES, Run, Verification, _right_to_wrong
+from forgetcast.stats import bootstrap_interval, holm, paired_difference, wilcoxon_p
 from support.data import make_pool, make_scores
 
 

@@ -1,13 +1,13 @@
 """Forecast what a language model will forget before you fine-tune it, and replay just enough to keep it."""
 
 from forgetcast import completion, evaluation, probes
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.atlas.store import Atlas
+from forgetcast.completion.structure import Structure, analyze
+from forgetcast.data.pool import Example, Pool, load_task
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, MismatchError, MissingExtraError
-from forgetcast.matrix import ForgettingMatrix
-from forgetcast.pool import Example, Pool, load_task
-from forgetcast.replay import ReplayPlan, make_plan
-from forgetcast.scores import Scores
-from forgetcast.structure import Structure, analyze
+from forgetcast.measure.scores import Scores
+from forgetcast.replay.plan import ReplayPlan, make_plan
 
 __version__ = "0.1.0"
 

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy  # its parts load when they are first used, which keeps starting fast
 
+from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.completion import Bayesian, Completion, Forecast
 from forgetcast.completion.base import correlation, without_alike
 from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.errors import DataError
-from forgetcast.matrix import ForgettingMatrix
-from forgetcast.paired import PairedDifference as PairedDifference
-from forgetcast.paired import paired_difference as paired_difference
 from forgetcast.probes import choose
+from forgetcast.stats import PairedDifference as PairedDifference
+from forgetcast.stats import paired_difference as paired_difference
 
 
 @dataclass(frozen=True)

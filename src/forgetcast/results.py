@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from forgetcast._files import read_json, write_json
 from forgetcast.errors import DataError
+from forgetcast.files import read_json, write_json
 
 
 class Result:

@@ -8,7 +8,7 @@ import pytest
 
 from forgetcast import DataError, MismatchError, Pool, probes
 from forgetcast.completion import Bayesian
-from forgetcast.forecast import TaskForecast, measured_probes
+from forgetcast.completion.forecast import TaskForecast, measured_probes
 from support.data import make_atlas, make_pool, make_scores
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize, special
 
 from forgetcast import Atlas, ConfigError, DataError, ForgettingMatrix
-from forgetcast.atlas_columns import StoredMatrix
+from forgetcast.atlas.columns import StoredMatrix
 from forgetcast.completion import (
     KNN,
     METHODS,

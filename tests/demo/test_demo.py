@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from forgetcast import Atlas, DataError, MismatchError, Pool, ReplayPlan, Scores, load_task
 from forgetcast.cli import out
+from forgetcast.cli.tables import demo_tables
+from forgetcast.completion.forecast import TaskForecast
 from forgetcast.demo.corpus import SOURCES, demo_pool, documents
 from forgetcast.demo.run import FULL, STANDARD, DemoSettings, run_demo
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.evaluation import paired_difference, worst_tenth
-from forgetcast.forecast import TaskForecast
-from forgetcast.tables import demo_tables
 
 SMALL = DemoSettings(
     known=4, new=2, examples=56, task_size=32, test_size=8, steps=4, batch_size=4, probes=5, ratio=0.5, seeds=2

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from forgetcast import Atlas, ConfigError, DataError, Example, MismatchError, Pool, Scores, make_plan
-from forgetcast.collect import CollectConfig, collect
 from forgetcast.evaluation import paired_difference, worst_tenth
+from forgetcast.experiments.collect import CollectConfig, collect
+from forgetcast.experiments.verify import METRICS, Run, Trial, Verification, arms, verify
 from forgetcast.lm import Recipe, Workbench, exact_match, score
-from forgetcast.verification import METRICS, Run, Trial, Verification, arms, verify
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import tiny

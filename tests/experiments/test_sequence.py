@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, make_plan, probes
+from forgetcast.cli.tables import sequence_tables
 from forgetcast.completion import Bayesian
+from forgetcast.data.pool import train_and_test
 from forgetcast.evaluation import worst_tenth
+from forgetcast.experiments.sequence import SequenceSettings, task_orders
+from forgetcast.experiments.sequence_result import METRIC_NAMES, SequenceResult, Stage
 from forgetcast.lm import LanguageModel, Recipe, Workbench, score
 from forgetcast.lm.train import load_weights, save_weights
-from forgetcast.paired import paired_difference
-from forgetcast.pool import train_and_test
+from forgetcast.measure.scores import Scores
 from forgetcast.report import write_report
-from forgetcast.scores import Scores
-from forgetcast.sequence import SequenceSettings, task_orders
-from forgetcast.sequence_result import METRIC_NAMES, SequenceResult, Stage
-from forgetcast.tables import sequence_tables
+from forgetcast.stats import paired_difference
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool, make_scores, planted
 from support.models import tiny

@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from forgetcast import ConfigError, Example, Pool, make_plan
-from forgetcast.exports import export_mixture, replayed
 from forgetcast.lm import Chooser, LanguageModel, Recipe, ReplayCallback, ReplayMixture, Workbench, load, score
-from forgetcast.lm.text import encode
+from forgetcast.lm.tokens import encode
+from forgetcast.replay.export import export_mixture, replayed
 from support.data import make_pool
 from support.models import tiny
 from support.training import TASK, trainer

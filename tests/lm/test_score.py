@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool
 from forgetcast.lm import LanguageModel, head, load, score
 from forgetcast.lm.score import BATCH_OVERHEAD, _batches
-from forgetcast.lm.text import Encoded, encode
+from forgetcast.lm.tokens import Encoded, encode
 from support.data import make_pool
 from support.models import FAMILIES, tiny
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, ReplayPlan, completion, make_plan
-from forgetcast.forecast import measured_probes
+from forgetcast.completion.forecast import measured_probes
 from forgetcast.lm import (
     LanguageModel,
     MostInterfered,
@@ -28,8 +28,8 @@ from forgetcast.lm import (
     score,
 )
 from forgetcast.lm.score import losses
-from forgetcast.lm.text import encode
-from forgetcast.scores import Scores
+from forgetcast.lm.tokens import encode
+from forgetcast.measure.scores import Scores
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import tiny
@@ -146,7 +146,7 @@ def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypat
         measured.append(len(examples))
         return losses(language_model, examples, max_length)
 
-    monkeypatch.setattr("forgetcast.lm.online.losses", counted)
+    monkeypatch.setattr("forgetcast.lm.selectors.losses", counted)
     tuned = Workbench(tiny()).tune(
         TASK, RECIPE, plan=plan, pool=POOL, chooser=Online.of(atlas, plan, k=6, at=(0.25, 0.5))
     )

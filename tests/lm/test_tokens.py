@@ -10,7 +10,7 @@ import pytest
 
 from forgetcast import DataError, Example, Pool, Scores
 from forgetcast.lm import LanguageModel, Recipe, Workbench, exact_match, score
-from forgetcast.lm.text import IGNORED_INDEX, encode
+from forgetcast.lm.tokens import IGNORED_INDEX, encode
 from support.cli import RunCommand
 from support.models import tiny
 

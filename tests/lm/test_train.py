@@ -11,7 +11,7 @@ import torch
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, make_plan
 from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
-from forgetcast.lm.replay import spread
+from forgetcast.lm.mixture import spread
 from support.data import make_pool
 from support.models import tiny
 from support.training import TASK

@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 from forgetcast import ConfigError, DataError, MismatchError, Scores
-from forgetcast.diff import Gate, difference
-from forgetcast.importers import read_lm_eval
+from forgetcast.measure.diff import Gate, difference
+from forgetcast.measure.lm_eval import read_lm_eval
 from support.cli import RunCommand
 from support.data import make_pool, make_scores
 from support.models import tiny

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forgetcast import DataError, ForgettingMatrix, MismatchError, Pool, Scores
-from forgetcast.scores import flips, forgetting
+from forgetcast.measure.scores import flips, forgetting
 from support.data import make_scores
 
 

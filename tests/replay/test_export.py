@@ -14,7 +14,7 @@ import yaml
 from datasets import load_dataset, load_from_disk
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, ReplayPlan, make_plan
-from forgetcast.exports import (
+from forgetcast.replay.export import (
     FORMATS,
     TRAINERS,
     export_axolotl,

@@ -12,9 +12,9 @@ import pytest
 from scipy.stats import norm
 
 from forgetcast import Atlas, ConfigError, DataError, advice
-from forgetcast.advice import Advice, Expected, ReplayLaw, advice_on
-from forgetcast.replay import ReplayPlan
-from forgetcast.verification import Run, pilot_trial
+from forgetcast.experiments.verify import Run, pilot_trial
+from forgetcast.replay.law import Advice, Expected, ReplayLaw, advice_on
+from forgetcast.replay.plan import ReplayPlan
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool
 from support.training import TASK, measured_atlas, model_files

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from forgetcast import ConfigError, DataError, MismatchError, Pool, ReplayPlan, make_plan
-from forgetcast.replay import EFFECTIVE_SHARE, softmax_weights
+from forgetcast.replay.plan import EFFECTIVE_SHARE, softmax_weights
 from support.data import make_pool
 
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, ReplayPlan, make_plan
 from forgetcast.completion import Additive, Bayesian
-from forgetcast.coverage import (
+from forgetcast.replay.coverage import (
     HALVING_SHARE,
     Diminishing,
     Facility,
@@ -29,8 +29,8 @@ from forgetcast.coverage import (
     herding,
     sample_targets,
 )
-from forgetcast.replay import EFFECTIVE_SHARE, STRATEGIES
-from forgetcast.strategies import by_stratum, in_turn, normal_scores, softmax_weights
+from forgetcast.replay.plan import EFFECTIVE_SHARE, STRATEGIES
+from forgetcast.replay.strategies import by_stratum, in_turn, normal_scores, softmax_weights
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool, make_scores
 
@@ -362,7 +362,7 @@ def test_a_sample_of_targets_hardly_changes_coverage(monkeypatch: pytest.MonkeyP
     demand = np.maximum(forecast, 0)
     everything = coverage(loadings, forecast, Facility, depth=20)[:20].tolist()
     full = facility(loadings, demand, everything)
-    monkeypatch.setattr("forgetcast.coverage.sample_targets", lambda d: sample_targets(d, 150))
+    monkeypatch.setattr("forgetcast.replay.coverage.sample_targets", lambda d: sample_targets(d, 150))
     sampled = coverage(loadings, forecast, Facility, depth=20)[:20].tolist()
     assert sampled != everything
     assert facility(loadings, demand, sampled) > 0.97 * full

@@ -10,9 +10,9 @@ import pytest
 
 from forgetcast import Atlas, DataError, MismatchError, Pool, probes
 from forgetcast.completion import Bayesian
-from forgetcast.forecast import TaskForecast
+from forgetcast.completion.forecast import TaskForecast
+from forgetcast.experiments.verify import Run, Verification
 from forgetcast.report import figures, write_report
-from forgetcast.verification import Run, Verification
 from support.data import make_atlas, make_pool, make_scores, planted
 from support.pages import HOSTILE, Page
 

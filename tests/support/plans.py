@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from forgetcast import Pool, ReplayPlan, make_plan
-from forgetcast.signals import Signals
-from forgetcast.strategies import get_strategy
+from forgetcast.replay.signals import Signals
+from forgetcast.replay.strategies import get_strategy
 
 
 def plan_for(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from forgetcast import Atlas, Example, Pool
+from forgetcast.data.pool import train_and_test
+from forgetcast.experiments.sequence import SequenceSettings, learn_in_sequence
+from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.lm import Recipe, Workbench
-from forgetcast.pool import train_and_test
-from forgetcast.sequence import SequenceSettings, learn_in_sequence
-from forgetcast.sequence_result import SequenceResult
 from support.models import tiny
 
 RECIPE = Recipe(steps=4, batch_size=2, learning_rate=5e-3, max_length=48)

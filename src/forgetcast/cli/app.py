@@ -16,12 +16,12 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
+from forgetcast.cli.tables import facts_table
+from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError
-from forgetcast.recipe import Recipe
-from forgetcast.runs import OnProgress
+from forgetcast.experiments.runs import OnProgress
 from forgetcast.settings import check_settings
-from forgetcast.tables import facts_table
 
 app = typer.Typer(
     name="forgetcast",

@@ -12,16 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from forgetcast import completion, probes
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.atlas.store import Atlas
 from forgetcast.cli.app import AsJson, AtlasPath, ByAnswers, app, numbers, out, print_all, print_json, progress, show
+from forgetcast.cli.tables import bench_table, structure_tables
 from forgetcast.completion.base import UNLIKE
+from forgetcast.completion.forecast import TaskForecast, measured_probes
+from forgetcast.completion.structure import analyze
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.evaluation import bench, bench_left_out
-from forgetcast.forecast import TaskForecast, measured_probes
-from forgetcast.matrix import ForgettingMatrix
-from forgetcast.scores import Scores
-from forgetcast.structure import analyze
-from forgetcast.tables import bench_table, structure_tables
+from forgetcast.measure.scores import Scores
 
 
 @app.command(name="analyze")

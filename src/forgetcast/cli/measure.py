@@ -24,13 +24,13 @@ from forgetcast.cli.app import (
     progress,
     show,
 )
-from forgetcast.collect import CollectConfig, collect, collection_units, prepare_atlas
-from forgetcast.diff import Gate, difference
-from forgetcast.importers import read_lm_eval
-from forgetcast.pool import Pool
-from forgetcast.runs import Stages
-from forgetcast.scores import Scores
-from forgetcast.tables import difference_markdown, difference_tables
+from forgetcast.cli.tables import difference_markdown, difference_tables
+from forgetcast.data.pool import Pool
+from forgetcast.experiments.collect import CollectConfig, collect, collection_units, prepare_atlas
+from forgetcast.experiments.runs import Stages
+from forgetcast.measure.diff import Gate, difference
+from forgetcast.measure.lm_eval import read_lm_eval
+from forgetcast.measure.scores import Scores
 
 
 @app.command(name="score")

@@ -9,20 +9,20 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from forgetcast.advice import MOST, Advice, advice_on
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.cli.app import AsJson, AtlasPath, Repeat, app, print_all, print_json, show
+from forgetcast.cli.tables import advice_tables
+from forgetcast.completion.forecast import TaskForecast
+from forgetcast.data.ids import ExampleIndex
+from forgetcast.data.pool import Pool, load_task
 from forgetcast.errors import ConfigError
-from forgetcast.exports import FORMATS, TRAINERS, export_mixture, export_weighted
-from forgetcast.forecast import TaskForecast
-from forgetcast.ids import ExampleIndex
-from forgetcast.pool import Pool, load_task
-from forgetcast.replay import HOLD_OUT, RATIO, ReplayPlan, make_plan
-from forgetcast.runs import check_base
-from forgetcast.scores import Scores, forgetting
-from forgetcast.signals import Signals
-from forgetcast.strategies import STRATEGIES, get_strategy
-from forgetcast.tables import advice_tables
+from forgetcast.experiments.runs import check_base
+from forgetcast.measure.scores import Scores, forgetting
+from forgetcast.replay.export import FORMATS, TRAINERS, export_mixture, export_weighted
+from forgetcast.replay.law import MOST, Advice, advice_on
+from forgetcast.replay.plan import HOLD_OUT, RATIO, ReplayPlan, make_plan
+from forgetcast.replay.signals import Signals
+from forgetcast.replay.strategies import STRATEGIES, get_strategy
 
 _STRATEGY_HELP = "What to replay; FILE.py:NAME for a strategy of your own. " + " ".join(
     f"**{name}**: {strategy.summary}." for name, strategy in STRATEGIES.items()

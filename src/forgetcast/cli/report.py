@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.cli.app import AsJson, AtlasPath, alone, app, out, print_all, print_json, progress
-from forgetcast.forecast import TaskForecast
-from forgetcast.sequence_result import SequenceResult
-from forgetcast.tables import demo_tables
-from forgetcast.verification import Verification
+from forgetcast.cli.tables import demo_tables
+from forgetcast.completion.forecast import TaskForecast
+from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.verify import Verification
 
 
 @app.command(name="report")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forgetcast.advice import advice_on
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.cli.app import (
     AsJson,
     Device,
@@ -30,17 +29,18 @@ from forgetcast.cli.app import (
     recipe_of,
     show,
 )
-from forgetcast.collect import load_tasks
+from forgetcast.cli.tables import advice_tables, sequence_tables, verification_tables
+from forgetcast.data.pool import Pool, load_task, train_and_test
+from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.pool import Pool, load_task, train_and_test
-from forgetcast.recipe import Recipe
-from forgetcast.replay import HOLD_OUT, RATIO, ReplayPlan
-from forgetcast.runs import TEST_SHARE, check_base
-from forgetcast.sequence import AVAILABLE, SequenceSettings, learn_in_sequence, task_orders
+from forgetcast.experiments.collect import load_tasks
+from forgetcast.experiments.runs import TEST_SHARE, check_base
+from forgetcast.experiments.sequence import AVAILABLE, SequenceSettings, learn_in_sequence, task_orders
+from forgetcast.experiments.verify import Trial, arms, pilot_trial, verify
+from forgetcast.replay.law import advice_on
+from forgetcast.replay.plan import HOLD_OUT, RATIO, ReplayPlan
+from forgetcast.replay.strategies import Random, available_strategies, get_strategy
 from forgetcast.settings import check_settings
-from forgetcast.strategies import Random, available_strategies, get_strategy
-from forgetcast.tables import advice_tables, sequence_tables, verification_tables
-from forgetcast.verification import Trial, arms, pilot_trial, verify
 
 if TYPE_CHECKING:
     from forgetcast.lm import Chooser

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from scipy import special
 
-from forgetcast.atlas import Atlas
-from forgetcast.atlas_columns import StoredMatrix
+from forgetcast.atlas.columns import StoredMatrix
+from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.atlas.store import Atlas
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.matrix import ForgettingMatrix
 
 LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
 """Interval levels whose width is learned from left-out tasks; levels between are interpolated."""

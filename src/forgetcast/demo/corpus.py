@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import DataError
-from forgetcast.pool import Example, Pool
 
 SHORTEST = 160
 """Minimum number of characters of a document or example."""

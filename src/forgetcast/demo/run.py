@@ -13,21 +13,21 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from forgetcast import probes
-from forgetcast._files import read_json, write_json
-from forgetcast.collect import collect, collection_units, prepare_atlas
 from forgetcast.completion import Additive, Bayesian, Forecast, LinearGaussian, Mean
+from forgetcast.completion.forecast import TaskForecast
+from forgetcast.completion.structure import analyze
+from forgetcast.data.pool import Pool, load_task
+from forgetcast.data.recipe import Recipe
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.errors import MismatchError
 from forgetcast.evaluation import Accuracy, accuracy, average
-from forgetcast.forecast import TaskForecast
-from forgetcast.pool import Pool, load_task
-from forgetcast.recipe import Recipe
-from forgetcast.replay import make_plan
-from forgetcast.runs import OnProgress, Stages, units
-from forgetcast.signals import Signals
-from forgetcast.structure import analyze
-from forgetcast.verification import Trial, arms, verify
+from forgetcast.experiments.collect import collect, collection_units, prepare_atlas
+from forgetcast.experiments.runs import OnProgress, Stages, units
+from forgetcast.experiments.verify import Trial, arms, verify
+from forgetcast.files import read_json, write_json
+from forgetcast.replay.plan import make_plan
+from forgetcast.replay.signals import Signals
 
 
 class DemoSettings(BaseModel):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from contextlib import redirect_stdout
 
+from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import MissingExtraError
-from forgetcast.pool import Example, Pool
 
 NEW_TASKS = ("basic_arithmetic", "word_sequence_reversal", "family_relationships", "rotate_matrix")
 """New tasks, which are forecast: arithmetic, words, language, and tables of digits."""

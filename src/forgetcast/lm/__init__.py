@@ -10,14 +10,14 @@ try:
 except ImportError as error:
     raise MissingExtraError("lm", error) from error
 
+from forgetcast.data.recipe import Recipe
 from forgetcast.lm.generate import exact_match, sample_texts
 from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.load import LanguageModel, load
-from forgetcast.lm.online import Chooser, MostInterfered, Online
-from forgetcast.lm.replay import ReplayCallback, ReplayMixture
+from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score
+from forgetcast.lm.selectors import Chooser, MostInterfered, Online
 from forgetcast.lm.train import Tuned, Workbench
-from forgetcast.recipe import Recipe
 
 __all__ = [
     "Chooser",

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel
-from forgetcast.lm.text import IGNORED_INDEX, Encoded, pad, pad_id, question
-from forgetcast.pool import Example, Pool
+from forgetcast.lm.tokens import IGNORED_INDEX, Encoded, pad, pad_id, question
 
 Metric = Callable[[str, str], float]
 """Maps an answer and the expected one to 1 (right) or 0 (wrong)."""

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import losses
-from forgetcast.lm.text import IGNORED_INDEX, encode, pad, pad_id
-from forgetcast.pool import Pool
+from forgetcast.lm.tokens import IGNORED_INDEX, encode, pad, pad_id
 
 STEP = 0.01
 """Step of the central difference along the gradient: first-order change of the task's loss, in nats per token."""

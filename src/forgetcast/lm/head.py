@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from forgetcast.lm.text import IGNORED_INDEX
+from forgetcast.lm.tokens import IGNORED_INDEX
 
 CHUNK_LOGITS = 2**24
 """Limit on the logits computed at once: 64 MiB in float32, whatever the vocabulary."""

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 import forgetcast
+from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
 from forgetcast.lm.head import CHUNK_LOGITS, Head
 from forgetcast.lm.load import LanguageModel, embedding_rows
-from forgetcast.lm.text import Encoded, encode, pad, pad_id, windows
-from forgetcast.pool import Example, Pool
-from forgetcast.scores import Scores
+from forgetcast.lm.tokens import Encoded, encode, pad, pad_id, windows
+from forgetcast.measure.scores import Scores
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 """Default batch size: on a CPU, larger batches only fall out of the cache."""

@@ -20,15 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from forgetcast._files import atomic_path, read_json, write_json
+from forgetcast.data.pool import Pool
+from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.files import atomic_path, read_json, write_json
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel, without_bars
-from forgetcast.lm.online import Chooser
-from forgetcast.lm.replay import ReplayCallback, ReplayMixture
-from forgetcast.pool import Pool
-from forgetcast.recipe import Recipe
-from forgetcast.replay import ReplayPlan
+from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
+from forgetcast.lm.selectors import Chooser
+from forgetcast.replay.plan import ReplayPlan
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 """Upper limit on lost work. A checkpoint is three times as large as the trained weights."""

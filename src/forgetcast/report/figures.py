@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from forgetcast.forecast import TaskForecast
-from forgetcast.matrix import ForgettingMatrix
-from forgetcast.outcome import METRICS
-from forgetcast.sequence_result import SequenceResult
-from forgetcast.structure import Structure
-from forgetcast.verification import Verification
+from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.completion.forecast import TaskForecast
+from forgetcast.completion.structure import Structure
+from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.verify import Verification
+from forgetcast.replay.outcome import METRICS
 
 MOST_COLUMNS = 2_000
 """Limit on the columns of a plot; beyond it, neighbouring examples of one source are averaged."""

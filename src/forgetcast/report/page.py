@@ -13,19 +13,19 @@ import numpy as np
 import plotly.offline
 
 import forgetcast
-from forgetcast._files import atomic_path
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.atlas.store import Atlas
 from forgetcast.completion.base import UNLIKE
+from forgetcast.completion.forecast import TaskForecast
+from forgetcast.completion.structure import Structure, analyze
 from forgetcast.errors import DataError
 from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
-from forgetcast.forecast import TaskForecast
-from forgetcast.matrix import ForgettingMatrix
-from forgetcast.outcome import METRICS
-from forgetcast.paired import Comparison
+from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.verify import Verification
+from forgetcast.files import atomic_path
+from forgetcast.replay.outcome import METRICS
 from forgetcast.report import figures
-from forgetcast.sequence_result import SequenceResult
-from forgetcast.structure import Structure, analyze
-from forgetcast.verification import Verification
+from forgetcast.stats import Comparison
 
 AT_RISK = 10
 """Number of examples listed with their text, per forecast."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.factorisation import held_out_entries
 from forgetcast.completion.logistic import f1, factor_logistic, is_binary
 from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import DataError
-from forgetcast.matrix import ForgettingMatrix
 
 MAX_RANK = 10
 

@@ -19,22 +19,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from forgetcast import probes
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Bayesian
-from forgetcast.coverage import correlation_loadings
+from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.evaluation import worst_tenth
-from forgetcast.pool import Pool
-from forgetcast.replay import RATIO, ReplayPlan, make_plan, replay_steps
-from forgetcast.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
-from forgetcast.scores import Scores, forgetting
-from forgetcast.sequence_result import SequenceResult, Stage
-from forgetcast.signals import Signals
-from forgetcast.strategies import NoReplay, Random, Strategy, check_available, get_strategy
+from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
+from forgetcast.experiments.sequence_result import SequenceResult, Stage
+from forgetcast.measure.scores import Scores, forgetting
+from forgetcast.replay.coverage import correlation_loadings
+from forgetcast.replay.plan import RATIO, ReplayPlan, make_plan, replay_steps
+from forgetcast.replay.signals import Signals
+from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available, get_strategy
 
 if TYPE_CHECKING:
+    from forgetcast.data.recipe import Recipe
     from forgetcast.lm import Workbench
-    from forgetcast.recipe import Recipe
 
 AVAILABLE = frozenset({"losses", "forecast", "loadings"})
 """Signals that are known before every task of a sequence."""

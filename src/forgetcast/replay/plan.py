@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from forgetcast._files import read_table, write_table
+from forgetcast.atlas.matrix import check_fingerprint
+from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.matrix import check_fingerprint
-from forgetcast.pool import Pool
-from forgetcast.signals import Signals
-from forgetcast.strategies import Phase, Strategy, get_strategy, interleave, stratified_order
+from forgetcast.files import read_table, write_table
+from forgetcast.replay.signals import Signals
+from forgetcast.replay.strategies import Phase, Strategy, get_strategy, interleave, stratified_order
 
 RATIO = 1 / 8
 """Default of replayed examples per new one."""

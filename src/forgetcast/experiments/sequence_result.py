@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import ConfigDict
 
 from forgetcast.errors import DataError
-from forgetcast.paired import Compared
 from forgetcast.results import Result, plain
+from forgetcast.stats import Compared
 
 SEQUENCE_METRICS = ("mean", "worst_tenth", "earlier_tasks", "new_task_loss")
 """Those of `METRICS` that are compared at the end of a sequence."""

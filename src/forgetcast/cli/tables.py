@@ -12,14 +12,14 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
-from forgetcast.advice import Advice
-from forgetcast.diff import Difference
+from forgetcast.completion.structure import Structure
 from forgetcast.evaluation import BenchRow
-from forgetcast.outcome import LAW_METRICS, METRICS
-from forgetcast.paired import Comparison
-from forgetcast.sequence_result import SequenceResult
-from forgetcast.structure import Structure
-from forgetcast.verification import Verification
+from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.verify import Verification
+from forgetcast.measure.diff import Difference
+from forgetcast.replay.law import Advice
+from forgetcast.replay.outcome import LAW_METRICS, METRICS
+from forgetcast.stats import Comparison
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:

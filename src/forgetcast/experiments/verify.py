@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
+from forgetcast.data.pool import Pool, train_and_test
 from forgetcast.errors import ConfigError
 from forgetcast.evaluation import worst_part, worst_tenth
-from forgetcast.outcome import METRICS, Run
-from forgetcast.paired import Compared
-from forgetcast.pool import Pool, train_and_test
-from forgetcast.replay import ReplayPlan, make_plan
+from forgetcast.experiments.runs import TEST_SHARE, FineTune, Meter, OnProgress, ScoreFiles, check_base, units
+from forgetcast.measure.scores import Scores, flips, forgetting
+from forgetcast.replay.outcome import METRICS, Run
+from forgetcast.replay.plan import ReplayPlan, make_plan
+from forgetcast.replay.signals import Signals
+from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
 from forgetcast.results import Result
-from forgetcast.runs import TEST_SHARE, FineTune, Meter, OnProgress, ScoreFiles, check_base, units
-from forgetcast.scores import Scores, flips, forgetting
-from forgetcast.signals import Signals
-from forgetcast.strategies import NoReplay, Random, Strategy, check_available
+from forgetcast.stats import Compared
 
 if TYPE_CHECKING:
+    from forgetcast.data.recipe import Recipe
     from forgetcast.lm import Chooser, Workbench
-    from forgetcast.recipe import Recipe
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,18 +9,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from forgetcast import probes
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.matrix import check_fingerprint
+from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Bayesian, Forecast
 from forgetcast.completion.gaussian import LinearGaussian
-from forgetcast.coverage import correlation_loadings
+from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import losses
-from forgetcast.matrix import check_fingerprint
-from forgetcast.pool import Pool
-from forgetcast.replay import ReplayPlan, make_plan
-from forgetcast.signals import Signals
-from forgetcast.strategies import available_strategies, get_strategy
+from forgetcast.replay.coverage import correlation_loadings
+from forgetcast.replay.plan import ReplayPlan, make_plan
+from forgetcast.replay.signals import Signals
+from forgetcast.replay.strategies import available_strategies, get_strategy
 
 
 class Layout(Protocol):

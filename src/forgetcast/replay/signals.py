@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from forgetcast.errors import DataError, MismatchError
 
 if TYPE_CHECKING:
-    from forgetcast.atlas import Atlas
+    from forgetcast.atlas.store import Atlas
 
 MAY_BE_MISSING = frozenset({"losses", "truth", "gradients"})
 """Signals that may be NaN where they were not measured. Such an example is never replayed."""
@@ -81,7 +81,7 @@ class Signals:
             An atlas cannot give these.
         """
         from forgetcast.completion import Bayesian
-        from forgetcast.coverage import correlation_loadings
+        from forgetcast.replay.coverage import correlation_loadings
 
         wanted, loadings = set(needs), None
         if "loadings" in wanted or ("forecast" in wanted and forecast is None):

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from forgetcast._files import read_json
+from forgetcast.data.ids import ExampleIndex
+from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.ids import ExampleIndex
-from forgetcast.pool import Pool
-from forgetcast.scores import Scores, forgetting
+from forgetcast.files import read_json
+from forgetcast.measure.scores import Scores, forgetting
 
 
 class ForgettingMatrix:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from forgetcast._files import atomic_path, write_json
+from forgetcast.data.pool import FIELDS, Example, Pool
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
-from forgetcast.pool import FIELDS, Example, Pool
-from forgetcast.replay import ReplayPlan
-from forgetcast.strategies import stratified_order
+from forgetcast.files import atomic_path, write_json
+from forgetcast.replay.plan import ReplayPlan
+from forgetcast.replay.strategies import stratified_order
 
 
 def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:

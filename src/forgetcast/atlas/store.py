@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from forgetcast._files import read_json, umask, write_json
-from forgetcast.atlas_columns import BLOCK, StoredMatrix, read_column
+from forgetcast.atlas.columns import BLOCK, StoredMatrix, read_column
+from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
+from forgetcast.data.ids import ExampleIndex
+from forgetcast.data.pool import Pool, read_example
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.ids import ExampleIndex
-from forgetcast.matrix import ForgettingMatrix, check_fingerprint
-from forgetcast.pool import Pool, read_example
-from forgetcast.scores import Baseline, Scores, flips, forgetting
+from forgetcast.files import read_json, umask, write_json
+from forgetcast.measure.scores import Baseline, Scores, flips, forgetting
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forgetcast.matrix import ForgettingMatrix
+from forgetcast.atlas.matrix import ForgettingMatrix
 
 if TYPE_CHECKING:
     import pyarrow as pa

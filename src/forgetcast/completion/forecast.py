@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from forgetcast._files import read_table, write_table
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.matrix import check_fingerprint
+from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Forecast
+from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.matrix import check_fingerprint
-from forgetcast.pool import Pool
-from forgetcast.scores import Scores, forgetting
+from forgetcast.files import read_table, write_table
+from forgetcast.measure.scores import Scores, forgetting
 
 _COLUMNS = ("mean", "std", "lower", "upper", "probed")
 

@@ -9,8 +9,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from forgetcast.data.pool import Example
 from forgetcast.errors import DataError
-from forgetcast.pool import Example
 
 IGNORED_INDEX = -100
 """Label of a token that is not a target, as in PyTorch's and the Trainer's losses."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from forgetcast.errors import DataError
-from forgetcast.scores import Scores
+from forgetcast.measure.scores import Scores
 
 RIGHT = ("exact_match", "acc", "acc_norm", "em")
 """Metrics of lm-evaluation-harness that are 1 for a right answer and 0 for a wrong one; the first available counts."""

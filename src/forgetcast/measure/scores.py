@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from forgetcast._files import read_table, write_table
+from forgetcast.data.ids import ExampleIndex
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.ids import ExampleIndex
+from forgetcast.files import read_table, write_table
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from forgetcast._files import atomic_path, read_saved_dataset
+from forgetcast.data.ids import ExampleIndex
 from forgetcast.errors import DataError
-from forgetcast.ids import ExampleIndex
+from forgetcast.files import atomic_path, read_saved_dataset
 
 FIELDS = ("id", "text", "prompt", "completion", "messages", "source")
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
+from forgetcast.data.pool import Pool
+from forgetcast.data.recipe import Recipe
 from forgetcast.errors import MismatchError
-from forgetcast.pool import Pool
-from forgetcast.recipe import Recipe
-from forgetcast.replay import ReplayPlan
-from forgetcast.scores import Scores
+from forgetcast.measure.scores import Scores
+from forgetcast.replay.plan import ReplayPlan
 
 if TYPE_CHECKING:
     from forgetcast.lm import Chooser, LanguageModel, Workbench

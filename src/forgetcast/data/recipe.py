@@ -63,7 +63,7 @@ class Recipe(BaseModel):
         ConfigError
             If there is none, or a field is invalid; the message names it.
         """
-        shipped = files("forgetcast") / "recipes"
+        shipped = files("forgetcast.data") / "recipes"
         names = sorted(file.name.removesuffix(".yaml") for file in shipped.iterdir())
         if str(name) in names and not Path(name).exists():
             return read_settings(Path(str(shipped / f"{name}.yaml")), cls)

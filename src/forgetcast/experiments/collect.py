@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.matrix import check_fingerprint
+from forgetcast.atlas.store import Atlas
+from forgetcast.data.pool import Pool, load_task
+from forgetcast.data.recipe import Recipe
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.matrix import check_fingerprint
-from forgetcast.pool import Pool, load_task
-from forgetcast.recipe import Recipe
-from forgetcast.runs import (
+from forgetcast.experiments.runs import (
     AtlasRows,
     FineTune,
     Meter,

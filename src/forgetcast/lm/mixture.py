@@ -13,13 +13,13 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel
-from forgetcast.lm.online import Chooser
-from forgetcast.lm.text import Encoded, encode, pad, pad_id
-from forgetcast.pool import Pool
-from forgetcast.replay import ReplayPlan
+from forgetcast.lm.selectors import Chooser
+from forgetcast.lm.tokens import Encoded, encode, pad, pad_id
+from forgetcast.replay.plan import ReplayPlan
 
 
 class ReplayMixture(Dataset[Encoded]):

@@ -14,9 +14,9 @@ import numpy as np
 import scipy
 from pydantic import TypeAdapter, ValidationError
 
-from forgetcast.atlas import Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.outcome import LAW_METRICS, METRICS, Run
+from forgetcast.replay.outcome import LAW_METRICS, METRICS, Run
 from forgetcast.results import Result, plain
 
 REFERENCE = 1 / 8

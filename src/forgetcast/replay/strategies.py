@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import scipy
 
-from forgetcast.coverage import Diminishing, Facility, coverage, herding
 from forgetcast.errors import ConfigError
-from forgetcast.signals import Signals
+from forgetcast.replay.coverage import Diminishing, Facility, coverage, herding
+from forgetcast.replay.signals import Signals
 
 Phase = Literal["never", "planned", "in-training", "padding"]
 """When a strategy acts: it replays nothing; its plan fixes the examples; a selector picks them during training; or it

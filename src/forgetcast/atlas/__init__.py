@@ -1,0 +1,1 @@
+"""Many models: the forgetting matrix, in memory and on disk."""

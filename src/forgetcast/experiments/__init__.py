@@ -1,0 +1,1 @@
+"""Resumable experiments: collect an atlas, verify plans, learn tasks in sequence."""

@@ -1,0 +1,1 @@
+"""One model or two: scores, their difference, and other tools' logs."""

@@ -1,0 +1,1 @@
+"""What to mix into a fine-tune: signals, strategies, plans, exports, and the law of ratios."""
