@@ -40,14 +40,14 @@ from forgetcast.completion import Bayesian
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.experiments.collect import collect, prepare_atlas
-from forgetcast.experiments.verify import Trial, Verification, verify
+from forgetcast.experiments.verify import ReplayComparison, Verification, verify
 from forgetcast.lm import (
-    Chooser,
+    FineTuner,
     LanguageModel,
-    MostInterfered,
-    Online,
+    MostForgottenSelector,
+    OnlineSelector,
     Recipe,
-    Workbench,
+    ReplaySelector,
     gradient_products,
     load,
     sample_texts,
@@ -123,7 +123,7 @@ class Study:
         """For coverage."""
         return correlation_loadings(self.model)
 
-    def trial(self, task: str, ratio: Fraction, names: tuple[str, ...]) -> Trial:
+    def comparison(self, task: str, ratio: Fraction, names: tuple[str, ...]) -> ReplayComparison:
         """The plans of a new task."""
         upstream = tuple(id_ for id_ in self.pool.ids if not id_.startswith("self-"))
         own = self.pool.ids[len(upstream) :]
@@ -133,7 +133,7 @@ class Study:
             usable = np.sort(np.random.default_rng(0).choice(usable, self.replayable, replace=False))
         truth = self.atlas.matrix([task]).values[0]
         plans: dict[str, ReplayPlan] = {}
-        choosers: dict[str, Chooser] = {}
+        selectors: dict[str, ReplaySelector] = {}
         for arm in names:
             name, _, source = arm.partition(" ")
             strategy = get_strategy(name)
@@ -159,10 +159,10 @@ class Study:
                 among=[self.pool.ids[i] for i in among.tolist()],
             )
             if source == ONLINE:
-                choosers[arm] = Online(self.model, self.pool, self.atlas.nll_before, chosen)
+                selectors[arm] = OnlineSelector(self.model, self.pool, self.atlas.nll_before, chosen)
             elif strategy.phase == "in-training":
-                choosers[arm] = MostInterfered(self.pool, self.atlas.nll_before)
-        return Trial(task, questions(task, TASK_SIZE), questions(task, TEST_SIZE, seed=1), plans, choosers)
+                selectors[arm] = MostForgottenSelector(self.pool, self.atlas.nll_before)
+        return ReplayComparison(task, questions(task, TASK_SIZE), questions(task, TEST_SIZE, seed=1), plans, selectors)
 
     def _gradients(self, task: str) -> np.ndarray:
         """Gradient product of each example, computed once."""
@@ -176,12 +176,12 @@ class Study:
         file = self.work / f"{task}.{self.learning_rate:g}.pilot.parquet"
         asked = self.pool.subset([self.pool.ids[i] for i in chosen.tolist()])
         if not file.exists() or Scores.load(file).ids != asked.ids:
-            workbench = Workbench(self.base)
-            tuned = workbench.tune(
+            tuner = FineTuner(self.base)
+            tuned = tuner.tune(
                 questions(task, TASK_SIZE), self.recipe.model_copy(update={"steps": PILOT_STEPS})
             ).language_model
             score(tuned, asked).save(file)
-            workbench.restore()
+            tuner.restore()
         scores = Scores.load(file)
         forgetting = dict(zip(scores.ids, scores.nll - self.atlas.before.at(scores.ids), strict=True))
         return np.array([forgetting[self.pool.ids[i]] for i in chosen.tolist()])
@@ -193,9 +193,9 @@ class Study:
 
     def verify(self, tasks: list[str], ratio: Fraction, names: tuple[str, ...], seeds: range) -> Verification:
         """Make the runs that are missing."""
-        trials = [self.trial(task, ratio, names) for task in tasks]
+        comparisons = [self.comparison(task, ratio, names) for task in tasks]
         return verify(
-            Workbench(self.base), self.atlas, self.recipe, trials, seeds=seeds, directory=self.directory(ratio)
+            FineTuner(self.base), self.atlas, self.recipe, comparisons, seeds=seeds, directory=self.directory(ratio)
         )
 
 
@@ -221,7 +221,7 @@ def run(
 
     path = study.work / f"lr-{study.learning_rate:g}.atlas"
     atlas = prepare_atlas(path, study.base, study.pool, study.recipe, on_progress=told)
-    collect(Workbench(study.base), atlas, study.recipe, tasks, on_progress=told)
+    collect(FineTuner(study.base), atlas, study.recipe, tasks, on_progress=told)
     leading = tuple(name for name in ("random", *LEADING) if name in names)
     wanted = [
         (ratio, names, range(seeds)) if ratio == ratios[0] else (ratio, leading, range(curve_seeds)) for ratio in ratios

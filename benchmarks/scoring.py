@@ -50,7 +50,7 @@ from transformers import (
 
 from forgetcast import Example, Pool, make_plan
 from forgetcast.experiments.collect import collect, prepare_atlas
-from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, ReplayMixture, load, score
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import embedding_rows
 from shared import conclude, output, target
@@ -176,16 +176,16 @@ def training() -> dict[str, float]:
     task = Pool([Example(f"new {e.id}", text=e.text) for e in texts(900, 128)][600:])
     plan = make_plan(pool, "random", ratio=0.125)
     recipe = Recipe(steps=80, batch_size=8, learning_rate=1e-3, max_length=128)
-    workbench, tokenizer = Workbench(model), model.tokenizer
+    tuner, tokenizer = FineTuner(model), model.tokenizer
     mixture = ReplayMixture(task, tokenizer, steps=80, batch_size=8, max_length=128, plan=plan, pool=pool)
     order = [tokenizer.decode(mixture[i].ids, skip_special_tokens=True) for i in range(len(mixture))]
     tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
 
     def ours() -> None:
-        workbench.tune(task, recipe, plan=plan, pool=pool)
+        tuner.tune(task, recipe, plan=plan, pool=pool)
 
     def plain() -> None:
-        language_model = workbench.restore()
+        language_model = tuner.restore()
         rows = [tokenizer(text + tokenizer.eos_token, truncation=True, max_length=128) for text in order]
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(
@@ -238,7 +238,7 @@ def sweep() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         atlas = prepare_atlas(Path(folder) / "runs.atlas", base, pool, recipe)
-        collect(Workbench(base), atlas, recipe, tasks)
+        collect(FineTuner(base), atlas, recipe, tasks)
         return {"seconds": time.perf_counter() - started, "share": spent / (time.perf_counter() - started)}
 
 

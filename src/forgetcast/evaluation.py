@@ -275,7 +275,7 @@ def _figures_of(
         raise DataError(
             f"{most} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
         )
-    chooser = Bayesian().fit(train)
+    selector = Bayesian().fit(train)
     fitted = {name: method.fit(train) for name, method in methods.items()}
     figures: dict[tuple[str, str, int], list[_Figures]] = {}
     for seed in range(seeds):
@@ -288,7 +288,7 @@ def _figures_of(
                 f"all test tasks measured only {len(candidates)} of one half's examples, too few for {most}"
             )
         at_random = rng.choice(candidates, most, replace=False)
-        chosen = choose(chooser, most, candidates)
+        chosen = choose(selector, most, candidates)
         for k in ks:
             for kind, at in (("random", at_random[:k]), ("chosen", chosen[:k])):
                 for name, model in fitted.items():

@@ -162,7 +162,7 @@ def collect_(
 
     Example: forgetcast collect config.yaml
     """
-    from forgetcast.lm import Workbench, load
+    from forgetcast.lm import FineTuner, load
 
     alone("collect")
     settings = CollectConfig.load(config)
@@ -179,7 +179,7 @@ def collect_(
             max_new_tokens=settings.max_new_tokens,
             on_progress=stages.stage(later=collection_units(len(tasks), pool, settings.recipe, answered=answered)),
         )
-        collect(Workbench(base), atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
+        collect(FineTuner(base), atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
 
 

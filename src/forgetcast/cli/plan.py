@@ -19,7 +19,7 @@ from forgetcast.errors import ConfigError
 from forgetcast.experiments.runs import check_base
 from forgetcast.measure.scores import Scores, forgetting
 from forgetcast.replay.export import FORMATS, TRAINERS, export_mixture, export_weighted
-from forgetcast.replay.law import MOST, Advice, advice_on
+from forgetcast.replay.law import MOST, Advice
 from forgetcast.replay.plan import HOLD_OUT, RATIO, ReplayPlan, make_plan
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import STRATEGIES, get_strategy
@@ -80,7 +80,7 @@ def plan_(
     advice = None
     if advise or target_retention is not None:
         named = task.stem if task is not None else None
-        advice = advice_on(opened, rule.name, target=target_retention, task=named)
+        advice = advise(opened, rule.name, target=target_retention, task=named)
         if target_retention is not None:
             ratio = _enough(advice)
     if output is None:

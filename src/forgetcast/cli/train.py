@@ -30,20 +30,20 @@ from forgetcast.cli.app import (
     show,
 )
 from forgetcast.cli.tables import advice_tables, sequence_tables, verification_tables
-from forgetcast.data.pool import Pool, load_task, train_and_test
+from forgetcast.data.pool import Pool, load_task, split_task
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.experiments.collect import load_tasks
 from forgetcast.experiments.runs import TEST_SHARE, check_base
-from forgetcast.experiments.sequence import AVAILABLE, SequenceSettings, learn_in_sequence, task_orders
-from forgetcast.experiments.verify import Trial, arms, pilot_trial, verify
-from forgetcast.replay.law import advice_on
+from forgetcast.experiments.sequence import AVAILABLE, SequenceSettings, run_sequence, task_orders
+from forgetcast.experiments.verify import ReplayComparison, arms, pilot_comparison, verify
+from forgetcast.replay.law import advise
 from forgetcast.replay.plan import HOLD_OUT, RATIO, ReplayPlan
 from forgetcast.replay.strategies import Random, available_strategies, get_strategy
 from forgetcast.settings import check_settings
 
 if TYPE_CHECKING:
-    from forgetcast.lm import Chooser
+    from forgetcast.lm import ReplaySelector
 
 
 @app.command(name="train")
@@ -65,7 +65,7 @@ def train_(
 
     Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
     """
-    from forgetcast.lm import Workbench, load
+    from forgetcast.lm import FineTuner, load
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists and is not empty; choose another directory")
@@ -78,23 +78,23 @@ def train_(
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
-    opened, chooser = Atlas.open(atlas) if atlas is not None else None, None
+    opened, selector = Atlas.open(atlas) if atlas is not None else None, None
     if online is not None or (replay is not None and replay.phase == "in-training"):
         if replay is None or opened is None:
             raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
-        chooser = _chooser(opened, replay, online, probes_)
+        selector = _chooser(opened, replay, online, probes_)
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     if opened is not None:
         check_base(opened, base)
-    workbench = Workbench(base)
+    tuner = FineTuner(base)
     partial = output.with_name(f"{output.name}.partial")
     with progress() as report:
-        tuned = workbench.tune(
+        tuned = tuner.tune(
             examples,
             settings,
             plan=replay,
             pool=upstream,
-            chooser=chooser,
+            selector=selector,
             checkpoints=partial,
             on_step=lambda i, n: report("fine-tuning", i, n),
         )
@@ -114,13 +114,13 @@ def train_(
     show(facts, as_json, title="Fine-tuned")
 
 
-def _chooser(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Chooser:
+def _chooser(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> ReplaySelector:
     """What decides during training what comes next: by probes after shares of the steps, or batch by batch."""
-    from forgetcast.lm import MostInterfered, Online
+    from forgetcast.lm import MostForgottenSelector, OnlineSelector
 
     if online is None:
-        return MostInterfered(atlas.pool, atlas.nll_before, max_length=atlas.before.metadata.get("max_length"))
-    return Online.from_atlas(atlas, plan, k=k, at=fractions(online, "--online"))
+        return MostForgottenSelector(atlas.pool, atlas.nll_before, max_length=atlas.before.metadata.get("max_length"))
+    return OnlineSelector.from_atlas(atlas, plan, k=k, at=fractions(online, "--online"))
 
 
 @app.command(name="verify")
@@ -145,30 +145,33 @@ def verify_(
 
     Example: forgetcast verify ./my-model task.jsonl --atlas runs.atlas --plan plan.parquet -o verification.json
     """
-    from forgetcast.lm import Workbench, load
+    from forgetcast.lm import FineTuner, load
 
     alone("verify")
     opened, replays, examples = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan], load_task(task)
     for replay in replays:
         replay.check_pool(opened.pool)
     shared = recipe_of(recipe, opened)
-    train, test = train_and_test(examples, test_share)
+    train, test = split_task(examples, test_share)
     plans = arms(replays, opened.pool)
-    choosers = {name: _chooser(opened, p, None, probes_) for name, p in plans.items() if p.phase == "in-training"}
+    selectors = {name: _chooser(opened, p, None, probes_) for name, p in plans.items() if p.phase == "in-training"}
     if online is not None:
         again = {f"{p.strategy} online": p for p in replays if "forecast" in get_strategy(p.strategy).needs}
         if not again:
             raise ConfigError("--online needs a plan of a strategy that uses a forecast")
-        plans, choosers = plans | again, choosers | {n: _chooser(opened, p, online, probes_) for n, p in again.items()}
-    trial = Trial(name=task.stem, train=train, test=test, plans=plans, selectors=choosers)
+        plans, selectors = (
+            plans | again,
+            selectors | {n: _chooser(opened, p, online, probes_) for n, p in again.items()},
+        )
+    comparison = ReplayComparison(name=task.stem, train=train, test=test, plans=plans, selectors=selectors)
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     check_base(opened, base)
     with progress() as report:
         result = verify(
-            Workbench(base),
+            FineTuner(base),
             opened,
             shared,
-            [trial],
+            [comparison],
             seeds=range(seeds),
             directory=output.with_suffix(".runs"),
             on_progress=report,
@@ -203,7 +206,7 @@ def pilot_(
 
     Example: forgetcast pilot ./my-model task.jsonl --atlas runs.atlas --ratios 1/32,1/8 --steps 100
     """
-    from forgetcast.lm import Workbench, load
+    from forgetcast.lm import FineTuner, load
 
     alone("pilot")
     opened, examples, shares = Atlas.open(atlas), load_task(task), fractions(ratios, "--ratios")
@@ -211,21 +214,23 @@ def pilot_(
     if steps is not None:
         settings = settings.model_copy(update={"steps": steps})
     others = [get_strategy(name) for name in strategy or ()]
-    trial = pilot_trial(opened, task.stem, examples, strategies=others, ratios=shares, hold_out=hold_out, repeat=repeat)
+    comparison = pilot_comparison(
+        opened, task.stem, examples, strategies=others, ratios=shares, hold_out=hold_out, repeat=repeat
+    )
     base = load(model, device=device, trust_remote_code=trust_remote_code)
     check_base(opened, base)
     with progress() as report:
         result = verify(
-            Workbench(base),
+            FineTuner(base),
             opened,
             settings,
-            [trial],
+            [comparison],
             seeds=range(seeds),
             directory=opened.path.with_name(f"{opened.path.name}.pilots"),
             on_progress=report,
         )
     opened.add_replays(asdict(run) for run in result.runs)
-    advice = advice_on(opened, others[0].name if others else Random.name, task=task.stem)
+    advice = advise(opened, others[0].name if others else Random.name, task=task.stem)
     if as_json:
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
     else:
@@ -264,7 +269,7 @@ def sequence_(
 
     Example: forgetcast sequence ./my-model tasks/ --atlas runs.atlas -o sequence.json
     """
-    from forgetcast.lm import Workbench, load
+    from forgetcast.lm import FineTuner, load
 
     alone("sequence")
     settings = check_settings(
@@ -284,11 +289,11 @@ def sequence_(
     shared = recipe_of(recipe, opened)
     found = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)
     task_orders(list(found), orders)  # too few are an error before the model is loaded
-    parts = {name: train_and_test(task, test_share) for name, task in found.items()}
-    workbench = Workbench(load(model, device=device, trust_remote_code=trust_remote_code))
+    parts = {name: split_task(task, test_share) for name, task in found.items()}
+    tuner = FineTuner(load(model, device=device, trust_remote_code=trust_remote_code))
     with progress() as report:
-        result = learn_in_sequence(
-            workbench, opened, shared, parts, settings, directory=output.with_suffix(".runs"), on_progress=report
+        result = run_sequence(
+            tuner, opened, shared, parts, settings, directory=output.with_suffix(".runs"), on_progress=report
         )
     result.save(output)
     if as_json:

@@ -206,7 +206,7 @@ def load_task(path: str | Path) -> Pool:
     return Pool(_read(Path(path), need_ids=False), where=str(path))
 
 
-def train_and_test(task: Pool, share: float) -> tuple[Pool, Pool]:
+def split_task(task: Pool, share: float) -> tuple[Pool, Pool]:
     """Split a task into training examples and a test fraction for the new-task loss.
 
     Raises

@@ -24,7 +24,7 @@ from forgetcast.errors import MismatchError
 from forgetcast.evaluation import Accuracy, accuracy, average
 from forgetcast.experiments.collect import collect, collection_units, prepare_atlas
 from forgetcast.experiments.runs import OnProgress, Stages, units
-from forgetcast.experiments.verify import Trial, arms, verify
+from forgetcast.experiments.verify import ReplayComparison, arms, verify
 from forgetcast.files import read_json, write_json
 from forgetcast.replay.plan import make_plan
 from forgetcast.replay.signals import Signals
@@ -88,7 +88,7 @@ def run_demo(
     MismatchError
         If `directory` holds a demo with other settings.
     """
-    from forgetcast.lm import Workbench, load
+    from forgetcast.lm import FineTuner, load
     from forgetcast.report import write_report
 
     started = time.monotonic()
@@ -103,7 +103,7 @@ def run_demo(
     with as_file(files("forgetcast.demo") / "model") as model_directory:
         base = replace(load(model_directory), name="the demo model")
     new = NEW_TASKS[: settings.new]
-    tuner = Workbench(base)
+    tuner = FineTuner(base)
     # The later stages are counted from the start, so that the remaining time is that of the complete demo.
     stages, replay_units = Stages(on_progress), len(new) * settings.seeds * 3 * _replay_units(settings, recipe)
     atlas = prepare_atlas(
@@ -124,7 +124,7 @@ def run_demo(
     probed = probes.choose(models["forecast"], settings.probes, np.setdiff1d(np.arange(len(pool)), judged))
     pool.subset(pool.ids[i] for i in probed).save(directory / "probes.jsonl")
 
-    forecasts, accuracies, trials = [], {}, []
+    forecasts, accuracies, comparisons = [], {}, []
     for name in new:
         truth = atlas.matrix([name]).values[0]
         rows = {method: model.predict(probed, truth[probed]) for method, model in models.items()}
@@ -133,13 +133,13 @@ def run_demo(
         signals = Signals(pool.ids, forecast=rows["forecast"].mean)
         plan = make_plan(pool, "top", signals, ratio=settings.ratio, held_out=held_out)
         plan.save(directory / "plans" / f"{name}.parquet")
-        trials.append(Trial(name, tasks[name], tests[name], arms([plan], pool)))
+        comparisons.append(ReplayComparison(name, tasks[name], tests[name], arms([plan], pool)))
 
     verification = verify(
         tuner,
         atlas,
         recipe,
-        trials,
+        comparisons,
         seeds=range(settings.seeds),
         directory=directory / "runs",
         on_progress=stages.stage(later=0),

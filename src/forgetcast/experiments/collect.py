@@ -29,7 +29,7 @@ from forgetcast.experiments.runs import (
 from forgetcast.settings import read_settings
 
 if TYPE_CHECKING:
-    from forgetcast.lm import LanguageModel, Workbench
+    from forgetcast.lm import FineTuner, LanguageModel
     from forgetcast.lm.generate import Metric
 
 _TASK_FILES = {".jsonl", ".json", ".ndjson", ".parquet"}
@@ -173,7 +173,7 @@ def prepare_atlas(
 
 
 def collect(
-    tuner: Workbench,
+    tuner: FineTuner,
     atlas: Atlas,
     recipe: Recipe,
     tasks: Mapping[str, Pool],
@@ -185,7 +185,7 @@ def collect(
 
     Parameters
     ----------
-    tuner : Workbench
+    tuner : FineTuner
         With the base model.
     atlas : Atlas
         Gets one row per task. If it has the base model's answers, the tuned models answer too.

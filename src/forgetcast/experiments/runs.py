@@ -18,7 +18,7 @@ from forgetcast.measure.scores import Scores
 from forgetcast.replay.plan import ReplayPlan
 
 if TYPE_CHECKING:
-    from forgetcast.lm import Chooser, LanguageModel, Workbench
+    from forgetcast.lm import FineTuner, LanguageModel, ReplaySelector
 
 OnProgress = Callable[[str, int, int], None]
 """Called with a description, the units of work done, and the units in all.
@@ -79,7 +79,7 @@ class FineTune:
         Test examples of tasks, by task; their mean losses are kept.
     plan, pool : optional
         What to replay, and the pool that it is taken from.
-    selector : Chooser, optional
+    selector : ReplaySelector, optional
         What decides during training which examples of the plan come next.
     start : mapping of str to Tensor, optional
         Weights to start from; default: the base model's.
@@ -96,12 +96,12 @@ class FineTune:
     tests: Mapping[str, Pool] = field(default_factory=dict)
     plan: ReplayPlan | None = None
     pool: Pool | None = None
-    selector: Chooser | None = None
+    selector: ReplaySelector | None = None
     start: Mapping[str, Any] | None = None
     already_replayed: Sequence[str] = ()
     answers: Mapping[str, Any] | None = None
 
-    def run(self, tuner: Workbench, settings: Mapping[str, Any], meter: Meter) -> Scores:
+    def run(self, tuner: FineTuner, settings: Mapping[str, Any], meter: Meter) -> Scores:
         """Fine-tune, and score the judged examples.
 
         Returns
@@ -115,7 +115,7 @@ class FineTune:
             self.recipe,
             plan=self.plan,
             pool=self.pool,
-            chooser=self.selector,
+            selector=self.selector,
             start=self.start,
             already_replayed=self.already_replayed,
             on_step=lambda *_: meter.advance(f"{self.name}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),

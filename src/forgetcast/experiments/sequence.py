@@ -34,7 +34,7 @@ from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_avail
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
-    from forgetcast.lm import Workbench
+    from forgetcast.lm import FineTuner
 
 AVAILABLE = frozenset({"losses", "forecast", "loadings"})
 """Signals that are known before every task of a sequence."""
@@ -109,8 +109,8 @@ def task_orders(tasks: Sequence[str], count: int, seed: int = 0) -> list[tuple[s
     return orders
 
 
-def learn_in_sequence(
-    tuner: Workbench,
+def run_sequence(
+    tuner: FineTuner,
     atlas: Atlas,
     recipe: Recipe,
     tasks: Mapping[str, tuple[Pool, Pool]],
@@ -123,7 +123,7 @@ def learn_in_sequence(
 
     Parameters
     ----------
-    tuner : Workbench
+    tuner : FineTuner
         With the base model that the atlas was measured on.
     atlas : Atlas
         What the forecasts learn from; its pool is replayed and judged on.
@@ -147,7 +147,7 @@ def learn_in_sequence(
         If the atlas is of another base model, or a stage in `directory` was made with other settings.
     """
     orders = task_orders(list(tasks), settings.orders, settings.seed)
-    runner = _Course(tuner, tasks, atlas, recipe, settings, ScoreFiles(directory))
+    runner = _SequenceRunner(tuner, tasks, atlas, recipe, settings, ScoreFiles(directory))
     runner.check()
     chains = [_Chain(order, arm, names) for order, names in enumerate(orders) for arm in settings.arms]
     finished = [runner.finished(chain) for chain in chains]
@@ -172,10 +172,10 @@ class _Chain(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Course:
+class _SequenceRunner:
     """What all chains share. Stages count from 1; `weights` None are the base model's."""
 
-    tuner: Workbench
+    tuner: FineTuner
     tasks: Mapping[str, tuple[Pool, Pool]]
     atlas: Atlas
     recipe: Recipe

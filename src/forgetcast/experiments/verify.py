@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from forgetcast.atlas.store import Atlas
-from forgetcast.data.pool import Pool, train_and_test
+from forgetcast.data.pool import Pool, split_task
 from forgetcast.errors import ConfigError
 from forgetcast.evaluation import worst_part, worst_tenth
 from forgetcast.experiments.runs import TEST_SHARE, FineTune, Meter, OnProgress, ScoreFiles, check_base, units
@@ -30,7 +30,7 @@ from forgetcast.stats import Compared
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
-    from forgetcast.lm import Chooser, Workbench
+    from forgetcast.lm import FineTuner, ReplaySelector
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +96,7 @@ class Verification(Result, Compared):
 
 
 @dataclass(frozen=True)
-class Trial:
+class ReplayComparison:
     """A task to compare replay on: its training and test examples, and a plan for each arm.
 
     Arms with a selector decide during training which examples of their plan come next.
@@ -106,7 +106,7 @@ class Trial:
     train: Pool
     test: Pool
     plans: Mapping[str, ReplayPlan]
-    selectors: Mapping[str, Chooser] = field(default_factory=dict)
+    selectors: Mapping[str, ReplaySelector] = field(default_factory=dict)
 
 
 def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
@@ -130,7 +130,7 @@ def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
     return baselines | {name: plan for name, plan in by_name.items() if name not in baselines}
 
 
-def pilot_trial(
+def pilot_comparison(
     atlas: Atlas,
     name: str,
     examples: Pool,
@@ -139,7 +139,7 @@ def pilot_trial(
     ratios: Sequence[float],
     hold_out: float,
     repeat: bool = False,
-) -> Trial:
+) -> ReplayComparison:
     """Set up a comparison from the atlas alone: no replay, and random replay and each strategy at each ratio.
 
     Parameters
@@ -173,33 +173,33 @@ def pilot_trial(
             plans[f"{strategy.name} {ratio:.4g}"] = make_plan(
                 atlas.pool, strategy, signals, ratio=ratio, held_out=held_out, repeat=repeat
             )
-    train, test = train_and_test(examples, TEST_SHARE)
-    return Trial(name, train, test, plans)
+    train, test = split_task(examples, TEST_SHARE)
+    return ReplayComparison(name, train, test, plans)
 
 
 def verify(
-    tuner: Workbench,
+    tuner: FineTuner,
     atlas: Atlas,
     recipe: Recipe,
-    trials: Sequence[Trial],
+    comparisons: Sequence[ReplayComparison],
     *,
     seeds: Iterable[int] = (0, 1),
     directory: str | Path,
     on_progress: OnProgress | None = None,
 ) -> Verification:
-    """Fine-tune on every trial with every arm and seed, and judge on the examples that its plans hold out.
+    """Fine-tune on every comparison with every arm and seed, and judge on the examples that its plans hold out.
 
     Parameters
     ----------
-    tuner : Workbench
+    tuner : FineTuner
         With the base model.
     atlas : Atlas
         With the pool and the base scores. If it has the base model's answers, the tuned models answer too, and flips
         are counted.
     recipe : Recipe
         Its seed is replaced by each of `seeds`, which also sets the order of replay.
-    trials : sequence of Trial
-        The plans of a trial must hold out the same examples.
+    comparisons : sequence of ReplayComparison
+        The plans of a comparison must hold out the same examples.
     seeds : iterable of int
     directory : path
         Where the score file of every run is kept. Finished runs are not repeated.
@@ -210,16 +210,16 @@ def verify(
     MismatchError
         If the atlas is of another base model, a plan of another pool, or a run in `directory` has other settings.
     ConfigError
-        If the plans of a trial hold out other examples, or one cannot be replayed by this recipe: `ReplayPlan.count`.
+        If the plans of a comparison hold out other examples, or one cannot be replayed by this recipe: `ReplayPlan.count`.
     """
     check_base(atlas, tuner.base)
     seeds, before, runs = tuple(seeds), atlas.before, ScoreFiles(directory)
     answers = {"max_new_tokens": before.metadata.get("max_new_tokens", 32)} if before.exact_match is not None else None
     jobs = [
-        _Job(trial, arm, recipe.model_copy(update={"seed": seed}), _judged(trial, atlas.pool), answers)
-        for trial in trials
+        _Job(comparison, arm, recipe.model_copy(update={"seed": seed}), _judged(comparison, atlas.pool), answers)
+        for comparison in comparisons
         for seed in seeds
-        for arm in trial.plans
+        for arm in comparison.plans
     ]
     work = {job.name: job.units for job in jobs}  # a plan that cannot be replayed is an error before any training
     missing = [job for job in jobs if not runs.has(job.name, job.settings(tuner))]
@@ -232,31 +232,31 @@ def verify(
     return Verification(
         tuple(job.outcome(before, runs.load(job.name)) for job in jobs),
         judged=min(len(job.judged) for job in jobs),
-        ratio=max(plan.ratio for trial in trials for plan in trial.plans.values()),
-        summaries={arm: _summary(trial, arm) for trial in trials for arm in trial.plans},
+        ratio=max(plan.ratio for comparison in comparisons for plan in comparison.plans.values()),
+        summaries={arm: _summary(comparison, arm) for comparison in comparisons for arm in comparison.plans},
     )
 
 
-def _judged(trial: Trial, pool: Pool) -> Pool:
-    for plan in trial.plans.values():
+def _judged(comparison: ReplayComparison, pool: Pool) -> Pool:
+    for plan in comparison.plans.values():
         plan.check_pool(pool)
-    held_out = {plan.held_out_ids for plan in trial.plans.values()}
+    held_out = {plan.held_out_ids for plan in comparison.plans.values()}
     if len(held_out) != 1 or not (ids := held_out.pop()):
-        raise ConfigError(f"{trial.name}: the arms' plans must hold out the same examples, and at least one")
+        raise ConfigError(f"{comparison.name}: the arms' plans must hold out the same examples, and at least one")
     return pool.subset(ids)
 
 
-def _summary(trial: Trial, arm: str) -> str:
-    plan = trial.plans[arm]
-    revised = arm in trial.selectors and plan.phase == "planned"
+def _summary(comparison: ReplayComparison, arm: str) -> str:
+    plan = comparison.plans[arm]
+    revised = arm in comparison.selectors and plan.phase == "planned"
     return plan.summary + (", revised during training" if revised else "")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One run of a trial: an arm, with the seed that the recipe has."""
+    """One run of a comparison: an arm, with the seed that the recipe has."""
 
-    trial: Trial
+    comparison: ReplayComparison
     arm: str
     recipe: Recipe
     judged: Pool
@@ -265,26 +265,26 @@ class _Job:
     @property
     def name(self) -> str:
         """Name of the run's file."""
-        return f"{self.trial.name}.{self.arm}.{self.recipe.seed}"
+        return f"{self.comparison.name}.{self.arm}.{self.recipe.seed}"
 
     @property
     def plan(self) -> ReplayPlan:
-        return self.trial.plans[self.arm]
+        return self.comparison.plans[self.arm]
 
     @property
     def units(self) -> int:
         """Work of the run."""
         replayed = self.plan.count(self.recipe.steps, self.recipe.batch_size)
-        scored = (1 + (self.answers is not None)) * len(self.judged) + len(self.trial.test)
+        scored = (1 + (self.answers is not None)) * len(self.judged) + len(self.comparison.test)
         return units(self.recipe, scored, replayed)
 
-    def settings(self, tuner: Workbench) -> dict[str, Any]:
+    def settings(self, tuner: FineTuner) -> dict[str, Any]:
         """Everything that the outcome depends on."""
-        selector = self.trial.selectors.get(self.arm)
+        selector = self.comparison.selectors.get(self.arm)
         return {
             "base": tuner.base_hash,
-            "train": self.trial.train.fingerprint,
-            "test": self.trial.test.fingerprint,
+            "train": self.comparison.train.fingerprint,
+            "test": self.comparison.test.fingerprint,
             "judged": self.judged.fingerprint,
             "recipe": self.recipe.model_dump(),
             "ratio": self.plan.ratio,
@@ -293,17 +293,17 @@ class _Job:
             "answers": None if self.answers is None else dict(self.answers),
         }
 
-    def run(self, tuner: Workbench, pool: Pool, meter: Meter) -> Scores:
+    def run(self, tuner: FineTuner, pool: Pool, meter: Meter) -> Scores:
         """Make the run."""
         job = FineTune(
-            name=f"{self.trial.name}, {self.arm} replay, seed {self.recipe.seed}",
-            task=self.trial.train,
+            name=f"{self.comparison.name}, {self.arm} replay, seed {self.recipe.seed}",
+            task=self.comparison.train,
             recipe=self.recipe,
             judged=self.judged,
-            tests={self.trial.name: self.trial.test},
+            tests={self.comparison.name: self.comparison.test},
             plan=replace(self.plan, seed=self.recipe.seed),
             pool=pool,
-            selector=self.trial.selectors.get(self.arm),
+            selector=self.comparison.selectors.get(self.arm),
             answers=self.answers,
         )
         return job.run(tuner, self.settings(tuner), meter)
@@ -316,12 +316,12 @@ class _Job:
         shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
         revised = settings["selector"] is not None and self.plan.phase == "planned"
         return Run(
-            task=self.trial.name,
+            task=self.comparison.name,
             arm=self.arm,
             seed=self.recipe.seed,
             mean=float(np.nanmean(change)),
             worst_tenth=worst_tenth(change),
-            new_task_loss=facts["losses"][self.trial.name],
+            new_task_loss=facts["losses"][self.comparison.name],
             replayed=len(facts["replayed"]),
             steps=facts["steps"],
             seconds=facts["seconds"],

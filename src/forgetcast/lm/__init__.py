@@ -16,19 +16,19 @@ from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.load import LanguageModel, load
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score
-from forgetcast.lm.selectors import Chooser, MostInterfered, Online
-from forgetcast.lm.train import Tuned, Workbench
+from forgetcast.lm.selectors import MostForgottenSelector, OnlineSelector, ReplaySelector
+from forgetcast.lm.train import FineTuner, Tuned
 
 __all__ = [
-    "Chooser",
+    "FineTuner",
     "LanguageModel",
-    "MostInterfered",
-    "Online",
+    "MostForgottenSelector",
+    "OnlineSelector",
     "Recipe",
     "ReplayCallback",
     "ReplayMixture",
+    "ReplaySelector",
     "Tuned",
-    "Workbench",
     "exact_match",
     "gradient_products",
     "load",

@@ -17,7 +17,7 @@ from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel
-from forgetcast.lm.selectors import Chooser
+from forgetcast.lm.selectors import ReplaySelector
 from forgetcast.lm.tokens import Encoded, encode, pad, pad_id
 from forgetcast.replay.plan import ReplayPlan
 
@@ -198,29 +198,29 @@ def _elsewhere(_: str) -> NoReturn:
 
 
 class ReplayCallback(TrainerCallback, ExportableState):
-    """Refuse a Trainer that would not train on a mixture as it is laid out, and let a chooser change what is to come.
+    """Refuse a Trainer that would not train on a mixture as it is laid out, and let a selector change what is to come.
 
     What was chosen is kept in the Trainer's checkpoints, so that a run that is resumed replays in the same order.
 
     Parameters
     ----------
     mixture : ReplayMixture
-    chooser : Chooser, optional
-        Such as `Online`; needed where the plan's phase is 'in-training'.
+    selector : ReplaySelector, optional
+        Such as `OnlineSelector`; needed where the plan's phase is 'in-training'.
 
     Raises
     ------
     ConfigError, MismatchError
-        If the chooser and the mixture do not go together.
+        If the selector and the mixture do not go together.
     """
 
-    def __init__(self, mixture: ReplayMixture, chooser: Chooser | None = None) -> None:
-        self._mixture, self._chooser = mixture, chooser
-        if chooser is not None:
-            chooser.check(mixture)
+    def __init__(self, mixture: ReplayMixture, selector: ReplaySelector | None = None) -> None:
+        self._mixture, self._chooser = mixture, selector
+        if selector is not None:
+            selector.check(mixture)
         elif mixture.plan is not None and mixture.plan.phase == "in-training":
             raise ConfigError(
-                f"the strategy {mixture.plan.strategy!r} selects during training: give MostInterfered as the selector"
+                f"the strategy {mixture.plan.strategy!r} selects during training: give MostForgottenSelector as the selector"
             )
 
     def state(self) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class Layout(Protocol):
         ...
 
 
-class Chooser(Protocol):
-    """Selects during training what is replayed next; for a `ReplayCallback` or `Workbench.tune`."""
+class ReplaySelector(Protocol):
+    """Selects during training what is replayed next; for a `ReplayCallback` or `FineTuner.tune`."""
 
     def settings(self) -> dict[str, Any]:
         """Return what the selection depends on besides plan and model, as plain values."""
@@ -55,13 +55,13 @@ class Chooser(Protocol):
         """Say whether to select after this number of steps; the result takes effect one step later."""
         ...
 
-    def choose(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
+    def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
         """Return ids of the mixture's plan to replay next, most urgent first; `replayed` came already."""
         ...
 
 
 @dataclass(frozen=True)
-class Online:
+class OnlineSelector:
     """Forecast again from probes of the model in training, and revise the rest of the plan.
 
     Probes that were replayed meanwhile are excluded: they no longer represent the others.
@@ -100,7 +100,9 @@ class Online:
                 )
 
     @classmethod
-    def from_atlas(cls, atlas: Atlas, plan: ReplayPlan, *, k: int = 30, at: Sequence[float] = (0.25,)) -> Online:
+    def from_atlas(
+        cls, atlas: Atlas, plan: ReplayPlan, *, k: int = 30, at: Sequence[float] = (0.25,)
+    ) -> OnlineSelector:
         """Fit `Bayesian` to an atlas, and choose k probes among the examples that a plan may replay."""
         model = Bayesian().fit(atlas)
         usable = np.flatnonzero((plan.weights > 0) & ~np.isnan(atlas.nll_before))
@@ -108,7 +110,7 @@ class Online:
         return cls(model, atlas.pool, atlas.nll_before, chosen, at, atlas.before.metadata.get("max_length"))
 
     def settings(self) -> dict[str, Any]:
-        """As in `Chooser`."""
+        """As in `ReplaySelector`."""
         return {
             "at": [float(share) for share in self.at],
             "probes": [self.pool.ids[i] for i in self.probes.tolist()],
@@ -116,7 +118,7 @@ class Online:
         }
 
     def check(self, mixture: Layout) -> None:
-        """As in `Chooser`."""
+        """As in `ReplaySelector`."""
         plan = _plan_of(mixture, self.pool)
         if "forecast" not in get_strategy(plan.strategy).needs:
             usable = set(available_strategies({"forecast", "loadings"})) - set(available_strategies({"loadings"}))
@@ -126,7 +128,7 @@ class Online:
             )
 
     def due(self, step: int, mixture: Layout) -> bool:
-        """As in `Chooser`."""
+        """As in `ReplaySelector`."""
         return step in {max(round(share * mixture.steps), 1) for share in self.at}
 
     def forecast(self, language_model: LanguageModel, replayed: Sequence[str] = ()) -> Forecast:
@@ -136,8 +138,8 @@ class Online:
         measured = losses(language_model, (self.pool[i] for i in kept.tolist()), self.max_length)
         return self.model.predict(kept, measured - self.before[kept])
 
-    def choose(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
-        """As in `Chooser`."""
+    def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
+        """As in `ReplaySelector`."""
         old = _plan_of(mixture, self.pool)
         strategy = get_strategy(old.strategy, temperature=self.temperature)
         signals = Signals(
@@ -160,7 +162,7 @@ class Online:
 
 
 @dataclass(frozen=True)
-class MostInterfered:
+class MostForgottenSelector:
     """Before every replayed batch, sample candidates and take, of every few, the most forgotten one.
 
     Forgetting is the loss increase since the base model. Maximally interfered retrieval (Aljundi et al. 2019) ranks by
@@ -178,7 +180,7 @@ class MostInterfered:
 
     References
     ----------
-    Aljundi et al. (2019), Online continual learning with maximally interfered retrieval.
+    Aljundi et al. (2019), OnlineSelector continual learning with maximally interfered retrieval.
     """
 
     pool: Pool
@@ -192,19 +194,19 @@ class MostInterfered:
             raise ConfigError(f"at least 2 candidates are needed, not {self.candidates}")
 
     def settings(self) -> dict[str, Any]:
-        """As in `Chooser`."""
+        """As in `ReplaySelector`."""
         return {"candidates": self.candidates}
 
     def check(self, mixture: Layout) -> None:
-        """As in `Chooser`."""
+        """As in `ReplaySelector`."""
         _plan_of(mixture, self.pool)
 
     def due(self, step: int, mixture: Layout) -> bool:
-        """As in `Chooser`."""
+        """As in `ReplaySelector`."""
         return mixture.replays(step + 1)
 
-    def choose(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
-        """As in `Chooser`."""
+    def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
+        """As in `ReplaySelector`."""
         plan, gone = _plan_of(mixture, self.pool), set(replayed)
         fresh = [i for i in np.flatnonzero(plan.weights > 0).tolist() if self.pool.ids[i] not in gone]
         fresh = [i for i in fresh if not np.isnan(self.before[i])]

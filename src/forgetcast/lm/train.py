@@ -27,7 +27,7 @@ from forgetcast.files import atomic_path, read_json, write_json
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel, without_bars
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
-from forgetcast.lm.selectors import Chooser
+from forgetcast.lm.selectors import ReplaySelector
 from forgetcast.replay.plan import ReplayPlan
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
@@ -65,7 +65,7 @@ class Tuned:
         self.language_model.tokenizer.save_pretrained(directory)
 
 
-class Workbench:
+class FineTuner:
     """Fine-tunes a base model repeatedly, with its weights kept in memory.
 
     Parameters
@@ -122,7 +122,7 @@ class Workbench:
         *,
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
-        chooser: Chooser | None = None,
+        selector: ReplaySelector | None = None,
         checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
         start: Mapping[str, torch.Tensor] | None = None,
@@ -136,7 +136,7 @@ class Workbench:
         recipe : Recipe
         plan, pool : optional
             What to replay, and its pool.
-        chooser : Chooser, optional
+        selector : ReplaySelector, optional
             Selects during training which examples of the plan come next.
         checkpoints : path, optional
             Directory for the training state, saved every few minutes. A run of the same model, task, plan and recipe
@@ -187,7 +187,7 @@ class Workbench:
             "base": language_model.weights_hash,
             "task": task.fingerprint,
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
-            "chooser": chooser.settings() if chooser is not None else None,
+            "selector": selector.settings() if selector is not None else None,
             "recipe": recipe.model_dump(),
         } | ({"already_replayed": list(already_replayed)} if already_replayed else {})
         with (
@@ -200,7 +200,7 @@ class Workbench:
                 args=_arguments(recipe, mixture, model.device, micro, devices, directory),
                 train_dataset=mixture,
                 data_collator=mixture.collate,
-                callbacks=[ReplayCallback(mixture, chooser), _Progress(on_step, saves=checkpoints is not None)],
+                callbacks=[ReplayCallback(mixture, selector), _Progress(on_step, saves=checkpoints is not None)],
             )
             trainer.remove_callback(_printer())
             # The Trainer ends with a garbage collection, which need not search all modules.

@@ -305,7 +305,7 @@ class Advice(Result):
         }
 
 
-def advice_on(atlas: Atlas, strategy: str, *, target: float | None = None, task: str | None = None) -> Advice:
+def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: str | None = None) -> Advice:
     """Say what the runs that an atlas has kept tell of ratios and strategies.
 
     Parameters
