@@ -1,33 +1,11 @@
-"""Forecast what a language model will forget before you fine-tune it, and replay just enough to keep it."""
+"""Forecast what a language model will forget before you fine-tune it, and replay just enough to keep it.
 
-from forgetcast import completion, evaluation, probes
-from forgetcast.atlas.matrix import ForgettingMatrix
-from forgetcast.atlas.store import Atlas
-from forgetcast.completion.structure import Structure, analyze
-from forgetcast.data.pool import Example, Pool, load_task
-from forgetcast.errors import ConfigError, DataError, ForgetcastError, MismatchError, MissingExtraError
-from forgetcast.measure.scores import Scores
-from forgetcast.replay.plan import ReplayPlan, make_plan
+The public names are those of `__init__.pyi`. Each is imported when it is first used, so that `import forgetcast` is
+fast, and `forgetcast.lm` and `forgetcast.report` need their extras only where they are used.
+"""
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Atlas",
-    "ConfigError",
-    "DataError",
-    "Example",
-    "ForgetcastError",
-    "ForgettingMatrix",
-    "MismatchError",
-    "MissingExtraError",
-    "Pool",
-    "ReplayPlan",
-    "Scores",
-    "Structure",
-    "analyze",
-    "completion",
-    "evaluation",
-    "load_task",
-    "make_plan",
-    "probes",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

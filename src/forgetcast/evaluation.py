@@ -18,6 +18,8 @@ from forgetcast.errors import DataError
 from forgetcast.probes import choose
 from forgetcast.stats import PairedDifference as PairedDifference
 from forgetcast.stats import paired_difference as paired_difference
+from forgetcast.stats import worst_part as worst_part
+from forgetcast.stats import worst_tenth as worst_tenth
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,6 @@ def average(accuracies: Iterable[Accuracy]) -> Accuracy:
     """Mean of each figure; a rank correlation that does not exist is passed over."""
     found = [asdict(accuracy) for accuracy in accuracies]
     return Accuracy(**{name: float(np.nanmean([figures[name] for figures in found])) for name in found[0]})
-
-
-def worst_tenth(forgetting: Any) -> float:
-    """Mean of the most forgotten tenth (at least one example), nats per token; NaN entries are passed over."""
-    return worst_part(forgetting, 10)
-
-
-def worst_part(forgetting: Any, parts: int) -> float:
-    """The same of the worst of so many equal parts."""
-    values = np.asarray(forgetting, dtype=np.float64)
-    values = np.sort(values[~np.isnan(values)])
-    return float(values[-max(1, round(len(values) / parts)) :].mean())
 
 
 @dataclass(frozen=True)

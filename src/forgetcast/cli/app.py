@@ -1,27 +1,30 @@
-"""What all commands share: the application, their common options, and how they print."""
+"""What all commands share: the application, how they read options, and how they print.
+
+Nothing here imports numpy, Arrow or torch: a help text answers at once, and each command imports what it runs.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forgetcast.atlas.store import Atlas
-from forgetcast.cli.tables import facts_table
-from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError
-from forgetcast.experiments.runs import OnProgress
-from forgetcast.settings import check_settings
+
+if TYPE_CHECKING:
+    from forgetcast.atlas import Atlas
+    from forgetcast.data import Recipe
+    from forgetcast.lm import LanguageModel
 
 app = typer.Typer(
     name="forgetcast",
@@ -33,46 +36,46 @@ app = typer.Typer(
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 15
-"""Of progress, where the output is no terminal but a log."""
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-AtlasPath = Annotated[Path, typer.Argument(help="The atlas's directory.")]
-ByAnswers = Annotated[
-    bool, typer.Option("--exact-match", help="Forgetting as right answers that became wrong, not by the loss.")
-]
-ModelName = Annotated[str, typer.Argument(help="A Hugging Face model directory (or a PEFT adapter's), or a hub id.")]
-Device = Annotated[
-    str | None, typer.Option(help="Such as cpu or cuda:0, or auto: over all GPUs; default: a GPU if there is one.")
-]
-RecipeName = Annotated[
-    str | None, typer.Option(help="YAML file: method, steps, learning_rate, ...; or one that ships: paper, lora.")
-]
-OnlineAt = Annotated[
-    str | None,
-    typer.Option(help="Forecast anew from probes of the model in training after these shares of the steps: 0.25,0.5."),
-]
-NumberOfProbes = Annotated[int, typer.Option("--probes", min=1, help="How many, with --online.")]
-Repeat = Annotated[bool, typer.Option("--repeat", help="Let a long fine-tune replay examples again once all were.")]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
+"""Between two progress lines where the output is a log and no terminal."""
 
 
-def recipe_of(name: str | None, atlas: Atlas) -> Recipe:
-    """A recipe by its file or name, or that of the atlas."""
+def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
+    """Load a recipe by its file or name; default: that of the atlas."""
+    from forgetcast.data import Recipe
+    from forgetcast.settings import check_settings
+
     if name is not None:
         return Recipe.load(name)
     return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
 
 
+def load_base(model: str, device: str | None, trust_remote_code: bool, atlas: Atlas | None = None) -> LanguageModel:
+    """Load a base model, and check that it is the atlas's."""
+    from forgetcast.experiments.runs import check_base
+    from forgetcast.lm import load
+
+    base = load(model, device=device, trust_remote_code=trust_remote_code)
+    if atlas is not None:
+        check_base(atlas, base)
+    return base
+
+
+def check_output_directory(path: Path) -> None:
+    """Raise ConfigError unless the directory is new or empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists and is not empty; choose another directory")
+
+
 def fractions(text: str, option: str) -> list[float]:
-    """Read "1/32,0.125" as numbers."""
+    """Parse "1/32,0.125" as numbers."""
     try:
         return [float(Fraction(part)) for part in text.split(",")]
     except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{option}: {text!r} is not a share, nor several, such as 0.1,1/2") from None
+        raise ConfigError(f"{option}: {text!r} is no fraction, nor a list such as 0.1,1/2") from None
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """Read "3,5,10-12" as [3, 5, 10, 11, 12]."""
+    """Parse "3,5,10-12" as [3, 5, 10, 11, 12]."""
     numbers: list[int] = []
     for part in text.split(","):
         ends = part.split("-")
@@ -83,24 +86,26 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints, of those that `accelerate launch` started."""
+    """Whether this process writes and prints, of those that `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def alone(command: str) -> None:
-    """Refuse several processes where they would do the same work twice."""
+def require_single_process(command: str) -> None:
+    """Raise ConfigError if several processes would do the same work twice."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"`{command}` is one process's work; only `score` and `train` share theirs among several")
+        raise ConfigError(f"`{command}` runs in one process; only `score` and `train` share their work among several")
 
 
 def print_all(parts: Iterable[RenderableType]) -> None:
-    """Print tables and sentences one after the other."""
+    """Print tables and sentences one after another."""
     for part in parts:
         out.print(part)
 
 
 def show(facts: dict[str, Any], as_json: bool, *, title: str) -> None:
     """Print facts as a table, or as JSON."""
+    from forgetcast.cli.tables import facts_table
+
     if as_json:
         print_json(facts)
     else:
@@ -113,8 +118,8 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(*, resumable: bool = True) -> Iterator[OnProgress]:
-    """Bar with the time left, on standard error; where that is no terminal, a line now and then instead."""
+def progress(*, resumable: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar with the time left on standard error; if that is no terminal, print a line now and then."""
     if not is_first():
         yield lambda *_: None
         return
@@ -134,13 +139,13 @@ def progress(*, resumable: bool = True) -> Iterator[OnProgress]:
             bar.update(row, description=what, completed=done, total=total)
             if not err.is_terminal and time.monotonic() - printed > SECONDS_BETWEEN_LINES:
                 printed = time.monotonic()
-                left = bar.tasks[row].time_remaining
-                guess = f", {timedelta(seconds=round(left))} left" if left is not None else ""
-                err.print(f"{done / total:4.0%}{guess}  {what}", markup=False)
+                remaining = bar.tasks[row].time_remaining
+                estimate = f", {timedelta(seconds=round(remaining))} left" if remaining is not None else ""
+                err.print(f"{done / total:4.0%}{estimate}  {what}", markup=False)
 
         try:
             yield report
         except KeyboardInterrupt:
             if resumable:
-                err.print("interrupted; what was finished is kept, and the same command goes on from there")
+                err.print("interrupted; finished work is kept, and the same command continues from there")
             raise typer.Exit(130) from None

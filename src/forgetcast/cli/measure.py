@@ -1,43 +1,25 @@
-"""Commands that measure models: score, diff, collect, generate."""
+"""Commands that measure models: score, diff, generate."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
-from forgetcast.cli.app import (
-    AsJson,
-    Device,
-    ModelName,
-    TrustCode,
-    alone,
-    app,
-    err,
-    is_first,
-    out,
-    print_all,
-    print_json,
-    progress,
-    show,
-)
-from forgetcast.cli.tables import difference_markdown, difference_tables
-from forgetcast.data.pool import Pool
-from forgetcast.experiments.collect import CollectConfig, collect, collection_units, prepare_atlas
-from forgetcast.experiments.runs import Stages
-from forgetcast.measure.diff import Gate, difference
-from forgetcast.measure.lm_eval import read_lm_eval
-from forgetcast.measure.scores import Scores
+from forgetcast.cli.app import app, err, is_first, out, print_all, print_json, progress, require_single_process, show
+from forgetcast.cli.options import MEASURE, AsJson, Device, DType, ModelName, Output, PoolPath, Seed, TrustCode
+
+if TYPE_CHECKING:
+    from forgetcast.measure import Scores
 
 
-@app.command(name="score")
-def score_(
+@app.command(rich_help_panel=MEASURE)
+def score(
     model: ModelName,
-    pool: Annotated[Path, typer.Argument(help="JSONL or Parquet file, or directory of a saved data set.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Score file to write (Parquet).")],
+    pool: PoolPath,
+    output: Output,
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens; default: the context.")] = None,
     answers: Annotated[
         bool, typer.Option("--exact-match", help="Also answer the prompts, and compare with the completions.")
@@ -47,7 +29,7 @@ def score_(
         int | None, typer.Option(help="Score longer texts in windows this many tokens apart; default: truncate.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.FLOAT32,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -56,10 +38,14 @@ def score_(
 
     Example: forgetcast score ./my-model pool.jsonl -o before.parquet
     """
-    from forgetcast.lm import exact_match, load, score
+    import numpy as np
+
+    from forgetcast.data import Pool
+    from forgetcast.lm import exact_match, load
+    from forgetcast.lm import score as score_pool
 
     examples = Pool.load(pool)
-    language_model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    language_model = load(model, device=device, dtype=dtype.value, trust_remote_code=trust_remote_code)
     done = 0
 
     with progress() as report:
@@ -69,7 +55,7 @@ def score_(
             done += finished
             report(what, done, len(examples))
 
-        scores = score(
+        scores = score_pool(
             language_model,
             examples,
             max_length=max_length,
@@ -107,8 +93,8 @@ def score_(
     show(facts, as_json, title="Scores")
 
 
-@app.command(name="diff")
-def diff_(
+@app.command(rich_help_panel=MEASURE)
+def diff(
     before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (file or folder).")],
     after: Annotated[Path, typer.Argument(help="The same for the changed model.")],
     fail_if: Annotated[
@@ -127,6 +113,10 @@ def diff_(
 
     Example: forgetcast diff before.parquet after.parquet --fail-if "lower>0.02" --fail-if "worst_tenth>0.5"
     """
+    from forgetcast.cli.tables import difference_markdown, difference_tables
+    from forgetcast.data import Pool
+    from forgetcast.measure import Gate, difference
+
     gates = [Gate.parse(text) for text in fail_if or ()]
     (scores_before, sources), (scores_after, _) = _scores(before), _scores(after)
     if pool is not None:
@@ -149,48 +139,19 @@ def diff_(
 
 def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
     """Read a score file, ours or another tool's, with the sources that it names."""
+    from forgetcast.measure import Scores, read_lm_eval
+
     return (Scores.load(path), None) if path.suffix == ".parquet" else read_lm_eval(path)
 
 
-@app.command(name="collect")
-def collect_(
-    config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
-) -> None:
-    """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
-
-    Example: forgetcast collect config.yaml
-    """
-    from forgetcast.lm import FineTuner, load
-
-    alone("collect")
-    settings = CollectConfig.load(config)
-    pool, tasks = Pool.load(settings.pool), settings.load_tasks()
-    base = load(settings.model, device=device, trust_remote_code=trust_remote_code)
-    with progress() as report:
-        stages, answered = Stages(report), settings.exact_match
-        atlas = prepare_atlas(
-            settings.atlas,
-            base,
-            pool,
-            settings.recipe,
-            exact_match=answered,
-            max_new_tokens=settings.max_new_tokens,
-            on_progress=stages.stage(later=collection_units(len(tasks), pool, settings.recipe, answered=answered)),
-        )
-        collect(FineTuner(base), atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
-    out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
-
-
-@app.command(name="generate")
-def generate_(
+@app.command(rich_help_panel=MEASURE)
+def generate(
     model: ModelName,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Pool file to write.")],
+    output: Output,
     count: Annotated[int, typer.Option("-n", help="Number of texts.")] = 1000,
     max_new_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    seed: Seed = 0,
     device: Device = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
@@ -200,18 +161,18 @@ def generate_(
     """
     from forgetcast.lm import load, sample_texts
 
-    alone("generate")
+    require_single_process("generate")
     language_model = load(model, device=device, trust_remote_code=trust_remote_code)
     done = 0
     with progress(resumable=False) as report:
 
-        def count_(finished: int) -> None:
+        def add(finished: int) -> None:
             nonlocal done
             done += finished
             report("writing", done, count)
 
         texts = sample_texts(
-            language_model, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_progress=count_
+            language_model, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_progress=add
         )
     texts.save(output)
     out.print(f"{len(texts)} texts written to {output}; next: use it as the pool of a sweep, see collect", markup=False)

@@ -7,18 +7,14 @@ from typing import Annotated
 
 import typer
 
-from forgetcast.atlas.store import Atlas
-from forgetcast.cli.app import AsJson, AtlasPath, alone, app, out, print_all, print_json, progress
-from forgetcast.cli.tables import demo_tables
-from forgetcast.completion.forecast import TaskForecast
-from forgetcast.experiments.sequence_result import SequenceResult
-from forgetcast.experiments.verify import Verification
+from forgetcast.cli.app import app, out, print_all, print_json, progress, require_single_process
+from forgetcast.cli.options import REPORT, AsJson, AtlasPath, Output
 
 
-@app.command(name="report")
-def report_(
+@app.command(rich_help_panel=REPORT)
+def report(
     atlas: AtlasPath,
-    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    output: Output,
     forecast: Annotated[list[Path] | None, typer.Option(help="Forecast file; repeatable.")] = None,
     verification: Annotated[Path | None, typer.Option(help="Output of `verify`.")] = None,
     sequence: Annotated[Path | None, typer.Option(help="Output of `sequence`.")] = None,
@@ -27,6 +23,9 @@ def report_(
 
     Example: forgetcast report runs.atlas --forecast forecast.parquet -o report.html
     """
+    from forgetcast.atlas import Atlas
+    from forgetcast.completion.forecast import TaskForecast
+    from forgetcast.experiments import SequenceResult, Verification
     from forgetcast.report import write_report
 
     opened = Atlas.open(atlas)
@@ -37,9 +36,9 @@ def report_(
     out.print(f"report written to {output}", markup=False)
 
 
-@app.command(name="demo")
-def demo_(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for all output.")] = Path("demo-output"),
+@app.command(rich_help_panel=REPORT)
+def demo(
+    output: Output = Path("demo-output"),
     full: Annotated[bool, typer.Option("--full", help="40 tasks instead of 16.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,11 +46,12 @@ def demo_(
 
     Example: forgetcast demo -o demo-output
     """
+    from forgetcast.cli.tables import demo_tables
     from forgetcast.demo.run import FULL, STANDARD, run_demo
 
-    alone("demo")
-    with progress() as report:
-        summary = run_demo(output, FULL if full else STANDARD, on_progress=report)
+    require_single_process("demo")
+    with progress() as on_progress:
+        summary = run_demo(output, FULL if full else STANDARD, on_progress=on_progress)
     if as_json:
         print_json(summary)
     else:

@@ -1,1 +1,6 @@
 """What goes in: pools, tasks and recipes."""
+
+from forgetcast.data.pool import Example, Pool, load_task, split_task
+from forgetcast.data.recipe import Recipe
+
+__all__ = ["Example", "Pool", "Recipe", "load_task", "split_task"]

@@ -1,1 +1,22 @@
 """Resumable experiments: collect an atlas, verify plans, learn tasks in sequence."""
+
+from forgetcast.experiments.collect import CollectConfig, collect, load_tasks, prepare_atlas
+from forgetcast.experiments.sequence import SequenceSettings, run_sequence
+from forgetcast.experiments.sequence_result import SequenceResult, Stage
+from forgetcast.experiments.verify import ReplayComparison, Verification, arms, pilot_comparison, verify
+
+__all__ = [
+    "CollectConfig",
+    "ReplayComparison",
+    "SequenceResult",
+    "SequenceSettings",
+    "Stage",
+    "Verification",
+    "arms",
+    "collect",
+    "load_tasks",
+    "pilot_comparison",
+    "prepare_atlas",
+    "run_sequence",
+    "verify",
+]

@@ -27,9 +27,6 @@ A unit is one example's forward pass; training on an example counts as TRAINING_
 
 TRAINING_UNITS = 3
 
-TEST_SHARE = 0.1
-"""Default fraction of a task that is held out for the new-task loss."""
-
 
 class Meter:
     """Adds up units of work for a progress display."""

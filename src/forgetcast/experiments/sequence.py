@@ -22,15 +22,16 @@ from forgetcast import probes
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Bayesian
 from forgetcast.data.pool import Pool
+from forgetcast.defaults import PROBES, RATIO
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.evaluation import worst_tenth
 from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.measure.scores import Scores, forgetting
 from forgetcast.replay.coverage import correlation_loadings
-from forgetcast.replay.plan import RATIO, ReplayPlan, make_plan, replay_steps
+from forgetcast.replay.plan import ReplayPlan, make_plan, replay_steps
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available, get_strategy
+from forgetcast.stats import worst_tenth
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
@@ -67,7 +68,7 @@ class SequenceSettings(BaseModel):
     strategies: tuple[str, ...] = ("top",)
     ratio: float = Field(default=RATIO, gt=0, allow_inf_nan=False)
     orders: int = Field(default=2, ge=1)
-    probes: int = Field(default=30, ge=1)
+    probes: int = Field(default=PROBES, ge=1)
     hold_out: float = Field(default=0.5, gt=0, lt=1)
     repeat: bool = False
     seed: int = 0

@@ -17,16 +17,16 @@ from pydantic import ConfigDict
 
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, split_task
+from forgetcast.defaults import TEST_SHARE
 from forgetcast.errors import ConfigError
-from forgetcast.evaluation import worst_part, worst_tenth
-from forgetcast.experiments.runs import TEST_SHARE, FineTune, Meter, OnProgress, ScoreFiles, check_base, units
+from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
 from forgetcast.measure.scores import Scores, flips, forgetting
 from forgetcast.replay.outcome import METRICS, Run
 from forgetcast.replay.plan import ReplayPlan, make_plan
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
 from forgetcast.results import Result
-from forgetcast.stats import Compared
+from forgetcast.stats import Compared, worst_part, worst_tenth
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
@@ -210,7 +210,7 @@ def verify(
     MismatchError
         If the atlas is of another base model, a plan of another pool, or a run in `directory` has other settings.
     ConfigError
-        If the plans of a comparison hold out other examples, or one cannot be replayed by this recipe: `ReplayPlan.count`.
+        If the plans of a comparison hold out other examples, or one does not fit the recipe: `ReplayPlan.count`.
     """
     check_base(atlas, tuner.base)
     seeds, before, runs = tuple(seeds), atlas.before, ScoreFiles(directory)

@@ -220,7 +220,7 @@ class ReplayCallback(TrainerCallback, ExportableState):
             selector.check(mixture)
         elif mixture.plan is not None and mixture.plan.phase == "in-training":
             raise ConfigError(
-                f"the strategy {mixture.plan.strategy!r} selects during training: give MostForgottenSelector as the selector"
+                f"the strategy {mixture.plan.strategy!r} selects during training: give a MostForgottenSelector"
             )
 
     def state(self) -> dict[str, Any]:
@@ -290,7 +290,7 @@ class ReplayCallback(TrainerCallback, ExportableState):
         # The Trainer has read the first batch of the next step already.
         replayed = self._mixture.replayed_before(step + 1)
         language_model = LanguageModel(model, self._mixture.tokenizer, "the model in training")
-        chosen = self._chooser.choose(language_model, self._mixture, replayed)
+        chosen = self._chooser.select(language_model, self._mixture, replayed)
         self._mixture.revise(step + 1, processes.from_first(chosen))
 
 

@@ -1,1 +1,17 @@
 """One model or two: scores, their difference, and other tools' logs."""
+
+from forgetcast.measure.diff import Change, Difference, Flips, Gate, difference
+from forgetcast.measure.lm_eval import read_lm_eval
+from forgetcast.measure.scores import Scores, flips, forgetting
+
+__all__ = [
+    "Change",
+    "Difference",
+    "Flips",
+    "Gate",
+    "Scores",
+    "difference",
+    "flips",
+    "forgetting",
+    "read_lm_eval",
+]

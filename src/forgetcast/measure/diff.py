@@ -12,9 +12,8 @@ import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.evaluation import worst_part
 from forgetcast.measure.scores import Scores, flips, forgetting
-from forgetcast.stats import wilcoxon_p
+from forgetcast.stats import wilcoxon_p, worst_part
 
 RESAMPLES, BATCH_ENTRIES = 2_000, 10_000_000
 """Bootstrap resamples, and entries drawn at once."""

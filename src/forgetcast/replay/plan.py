@@ -19,12 +19,6 @@ from forgetcast.files import read_table, write_table
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import Phase, Strategy, get_strategy, interleave, stratified_order
 
-RATIO = 1 / 8
-"""Default of replayed examples per new one."""
-
-HOLD_OUT = 0.2
-"""Default fraction of the pool that is never replayed."""
-
 
 @dataclass(frozen=True)
 class ReplayPlan:

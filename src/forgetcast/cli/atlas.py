@@ -1,0 +1,63 @@
+"""Commands that make an atlas and look at it: collect, analyze."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forgetcast.cli.app import app, load_base, out, print_all, print_json, progress, require_single_process
+from forgetcast.cli.options import ATLAS, AsJson, AtlasPath, ByAnswers, Device, TrustCode
+
+
+@app.command(rich_help_panel=ATLAS)
+def collect(
+    config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
+
+    Example: forgetcast collect config.yaml
+    """
+    from forgetcast.data import Pool
+    from forgetcast.experiments.collect import CollectConfig, collection_units, prepare_atlas
+    from forgetcast.experiments.collect import collect as collect_rows
+    from forgetcast.experiments.runs import Stages
+    from forgetcast.lm import FineTuner
+
+    require_single_process("collect")
+    settings = CollectConfig.load(config)
+    pool, tasks = Pool.load(settings.pool), settings.load_tasks()
+    base = load_base(settings.model, device, trust_remote_code)
+    with progress() as report:
+        stages, answered = Stages(report), settings.exact_match
+        atlas = prepare_atlas(
+            settings.atlas,
+            base,
+            pool,
+            settings.recipe,
+            exact_match=answered,
+            max_new_tokens=settings.max_new_tokens,
+            on_progress=stages.stage(later=collection_units(len(tasks), pool, settings.recipe, answered=answered)),
+        )
+        collect_rows(FineTuner(base), atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
+    out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+
+
+@app.command(rich_help_panel=ATLAS)
+def analyze(atlas: AtlasPath, exact_match: ByAnswers = False, as_json: AsJson = False) -> None:
+    """Show how nearly low-rank the forgetting is, and what its components load on.
+
+    Example: forgetcast analyze runs.atlas
+    """
+    from forgetcast.atlas import Atlas
+    from forgetcast.cli.tables import structure_tables
+    from forgetcast.completion.structure import analyze as analyze_matrix
+
+    structure = analyze_matrix(Atlas.open(atlas).matrix(measure="exact_match" if exact_match else "loss"))
+    if as_json:
+        print_json(structure.as_dict())
+        return
+    print_all(structure_tables(structure))
