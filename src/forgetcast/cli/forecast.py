@@ -107,12 +107,8 @@ def forecast(
     out.print(table)
     if completed.misfit < UNLIKE:
         out.print(
-            "The probes say that this task is unlike those in the atlas: measure more of them before you rely on the forecast"
-            + (
-                ", or use --method auto, which uses the method that forecasts unlike tasks best."
-                if method is not Method.AUTO
-                else "."
-            )
+            "The probes say that this task is unlike those in the atlas: measure more before you rely on the forecast"
+            + ("." if method is Method.AUTO else ", or use the method that forecasts unlike tasks best: --method auto.")
         )
 
 
