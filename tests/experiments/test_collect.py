@@ -16,18 +16,12 @@ from forgetcast.evaluation import paired_difference, worst_tenth
 from forgetcast.lm import Recipe, Workbench, exact_match, score
 from forgetcast.verification import METRICS, Run, Trial, Verification, arms, verify
 from support.cli import RunCommand
-from support.data import make_pool
+from support.data import make_pool, make_task
 from support.models import tiny
-from support.training import Interruption, stop_at
+from support.training import Interruption, make_recipe, stop_at
 
-RECIPE = Recipe(steps=3, batch_size=2, learning_rate=5e-3, max_length=48)
-
-
-def task(name: str, n: int = 6) -> Pool:
-    return Pool([Example(f"{i}", prompt=f"{name} {i}:", completion=f" {name[::-1]}") for i in range(n)])
-
-
-TASKS = {name: task(name) for name in ("adding", "naming", "spelling")}
+RECIPE = make_recipe()
+TASKS = {name: make_task(name, 6) for name in ("adding", "naming", "spelling")}
 
 
 def test_the_atlas_holds_after_minus_before(tmp_path: Path) -> None:
@@ -184,7 +178,7 @@ def test_task_folders(tmp_path: Path) -> None:
 class TestVerify:
     def trial(self, pool: Pool) -> Trial:
         plan = make_plan(pool, "forecast", 0.7, held_out=pool.ids[:10], forecast=np.arange(24.0))
-        return Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
+        return Trial("naming", TASKS["naming"], make_task("naming", 2), arms([plan], pool))
 
     def test_every_arm_is_judged_on_the_held_out_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
@@ -265,7 +259,7 @@ class TestVerify:
             "none": make_plan(pool, "none", 0.0, held_out=pool.ids[:5]),
             "random": make_plan(pool, "random", 0.5, held_out=pool.ids[:6]),
         }
-        trial = Trial("naming", TASKS["naming"], task("naming", 2), plans)
+        trial = Trial("naming", TASKS["naming"], make_task("naming", 2), plans)
         with pytest.raises(ConfigError, match="hold out the same examples"):
             verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, directory=tmp_path)
         assert list(tmp_path.iterdir()) == []
@@ -310,6 +304,6 @@ def test_a_file_that_is_no_verification() -> None:
 def test_score_files_of_runs_are_ordinary_score_files(tmp_path: Path) -> None:
     pool, base = make_pool(), tiny()
     plan = make_plan(pool, "random", 0.7, held_out=pool.ids[:10])
-    trial = Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
+    trial = Trial("naming", TASKS["naming"], make_task("naming", 2), arms([plan], pool))
     verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, seeds=[0], directory=tmp_path)
     assert Scores.load(tmp_path / "naming.random.0.parquet").ids == pool.ids[:10]

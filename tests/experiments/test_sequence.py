@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -28,10 +26,12 @@ from forgetcast.sequence import SequenceSettings, task_orders
 from forgetcast.sequence_result import METRIC_NAMES, SequenceResult, Stage
 from forgetcast.tables import sequence_tables
 from support.cli import RunCommand
-from support.data import make_atlas, make_pool, make_scores, planted
-from support.models import tiny
+from support.data import make_atlas, make_pool, make_scores, make_task, planted
+from support.dying import run_sequence
+from support.models import save, tiny
 from support.pages import HOSTILE, Page
-from support.sequences import NAMES, RECIPE, SETTINGS, TASKS, run_in, task
+from support.processes import exit_code
+from support.sequences import NAMES, RECIPE, SETTINGS, TASKS, run_in
 from support.training import POOL, Interruption, measured_atlas, stop_at
 
 
@@ -170,20 +170,6 @@ def test_an_adapter_is_added_to_what_it_adapts(tmp_path: Path, family: str) -> N
         load_weights(tmp_path / "w.safetensors")
 
 
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from forgetcast import Atlas
-from support.sequences import run_in
-
-run_in(
-    Path({folder!r}), Atlas.open({atlas!r}),
-    on_progress=lambda what, *_: os._exit(9) if "(3 of 3), top" in what else None,
-)
-"""
-
-
 def same(found: SequenceResult, expected: SequenceResult) -> None:
     def timeless(result: SequenceResult) -> list[Stage]:
         return [replace(stage, seconds=0.0) for stage in result.stages]
@@ -195,8 +181,7 @@ def test_a_killed_sequence_goes_on_after_the_last_stage(
     whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs"
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder), atlas=str(atlas.path))
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert exit_code(run_sequence, atlas.path, folder) == 9
     assert [file.name for file in folder.glob("*.safetensors")] == ["top.0.2.safetensors"]
     (folder / ".top.0.3.safetensors.x.safetensors").write_bytes(b"torn")  # as if killed while it was written
     done: list[str] = []
@@ -241,7 +226,7 @@ def test_other_settings_are_another_sequence(
         {"settings": replace(SETTINGS, ratio=1.0)},
         {"settings": replace(SETTINGS, hold_out=0.4)},
         {"settings": replace(SETTINGS, probes=7)},
-        {"tasks": {**TASKS, "naming": train_and_test(task("naming", 9), 0.25)}},
+        {"tasks": {**TASKS, "naming": train_and_test(make_task("naming", 9), 0.25)}},
     ]
     for other in others:
         with pytest.raises(MismatchError, match=r"(none|random|top)\.0\.\d\.parquet is of a sequence with other"):
@@ -404,17 +389,16 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path: Path
             run_in(tmp_path / "runs", **({"atlas": atlas} | given), on_progress=stop_at(""))
     assert not (tmp_path / "runs").exists()
     with pytest.raises(DataError, match="leaves none to test or to train on"):
-        train_and_test(task("adding"), 0.01)
+        train_and_test(make_task("adding", 8), 0.01)
 
 
 @pytest.fixture
 def files(tmp_path: Path, atlas: Atlas) -> Callable[..., list[object]]:
     """A model, tasks and a recipe as files, and the command's words."""
     base = tiny()
-    base.model.save_pretrained(tmp_path / "model")
-    base.tokenizer.save_pretrained(tmp_path / "model")
+    save(base, tmp_path / "model")
     for name in NAMES[:2]:
-        task(name).save(tmp_path / "tasks" / f"{name}.jsonl")
+        make_task(name, 8).save(tmp_path / "tasks" / f"{name}.jsonl")
 
     def words(*tasks: object) -> list[object]:
         there = tasks or (tmp_path / "tasks",)
@@ -434,7 +418,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     result = SequenceResult.from_dict(content)
     # The library gives the same, from the same arguments and the atlas's recipe.
     settings = SequenceSettings(("top", "ranked"), 0.5, orders=2, probes=5)
-    parts = {name: train_and_test(task(name), 0.25) for name in NAMES[:2]}
+    parts = {name: train_and_test(make_task(name, 8), 0.25) for name in NAMES[:2]}
     assert run_in(tmp_path / "sequence.runs", atlas, settings, tasks=parts, on_progress=stop_at("")) == result
 
     code, out, _ = run(*files(tmp_path / "tasks" / "adding.jsonl", tmp_path / "tasks" / "naming.jsonl"), *more)

@@ -23,7 +23,7 @@ from forgetcast.exports import export_mixture, replayed
 from forgetcast.lm import Chooser, LanguageModel, Recipe, ReplayCallback, ReplayMixture, Workbench, load, score
 from forgetcast.lm.text import encode
 from support.data import make_pool
-from support.models import tiny
+from support.models import save, tiny
 from support.training import TASK, trainer
 
 # SFTConfig's own default goes by the name of before.
@@ -43,8 +43,7 @@ def test_the_examples_train_as_the_command_does(
     example = EXAMPLES / name
     assert len(example.read_text().splitlines()) < 25
     base, pool = tiny(), make_pool(24)
-    base.model.save_pretrained(tmp_path / "model")
-    base.tokenizer.save_pretrained(tmp_path / "model")
+    save(base, tmp_path / "model")
     plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
     TASK.save(tmp_path / "task.jsonl")
     pool.save(tmp_path / "pool.jsonl")

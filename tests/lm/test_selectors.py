@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,9 @@ from forgetcast.lm.text import encode
 from forgetcast.scores import Scores
 from support.cli import RunCommand
 from support.data import make_pool
+from support.dying import tune_with_selector
 from support.models import tiny
+from support.processes import exit_code
 from support.selectors import HELD_OUT, RECIPE, arguments, plan_for
 from support.training import POOL, TASK, measured_atlas, model_files, trainer
 
@@ -197,28 +197,10 @@ def test_most_interfered_takes_the_most_forgotten_of_each_few(atlas: Atlas, tmp_
     assert better >= 6  # of 8; at random half would be
 
 
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from forgetcast import Atlas
-from forgetcast.lm import Workbench, train
-from support.models import tiny
-from support.selectors import RECIPE, TASK, arguments
-
-train.SECONDS_BETWEEN_CHECKPOINTS = 0
-Workbench(tiny()).tune(
-    TASK, RECIPE, **arguments({kind!r}, Atlas.open({atlas!r})), checkpoints=Path({folder!r}),
-    on_step=lambda i, n: os._exit(9) if i == 12 else None,
-)
-"""
-
-
 @pytest.mark.parametrize("kind", ["online", "mir"])
 def test_a_killed_run_goes_on_in_the_same_order(atlas: Atlas, tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "out.partial"
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), kind=kind, atlas=str(atlas.path), folder=str(folder))
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert exit_code(tune_with_selector, kind, atlas.path, folder) == 9
     given = arguments(kind, atlas)
     asked: list[int] = []
     recorded = Recorded(given["chooser"])

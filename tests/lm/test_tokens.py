@@ -12,7 +12,7 @@ from forgetcast import DataError, Example, Pool, Scores
 from forgetcast.lm import LanguageModel, Recipe, Workbench, exact_match, score
 from forgetcast.lm.text import IGNORED, encode
 from support.cli import RunCommand
-from support.models import tiny
+from support.models import save, tiny
 
 TURN = "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
 REST = (
@@ -160,8 +160,7 @@ def test_a_taught_assistant_answers(tmp_path: Path, run: RunCommand) -> None:
     np.testing.assert_array_equal(right, [1, 1, np.nan, np.nan])
     assert answers == ("four", "Paris", None, None)
     # The template is saved with the tokenizer, and the command reads it.
-    taught.model.save_pretrained(tmp_path / "model")
-    taught.tokenizer.save_pretrained(tmp_path / "model")
+    save(taught, tmp_path / "model")
     words = ("score", tmp_path / "model", tmp_path / "pool.jsonl", "-o", tmp_path / "s.parquet", "--exact-match")
     code, _, _ = run(*words, "--max-new-tokens", 8)
     assert code == 0

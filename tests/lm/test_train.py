@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,12 @@ from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, mak
 from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
 from forgetcast.lm.replay import spread
 from support.data import make_pool
-from support.models import tiny
-from support.training import TASK
+from support.dying import tune_with_replay
+from support.models import save, tiny
+from support.processes import exit_code
+from support.training import TASK, make_recipe
 
-RECIPE = Recipe(steps=8, batch_size=4, learning_rate=5e-3, max_length=64)
+RECIPE = make_recipe(steps=8, batch_size=4, max_length=64)
 
 
 def same_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
@@ -79,8 +79,7 @@ def test_training_is_that_of_a_plain_loop() -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_saved_model_scores_as_the_one_in_memory(tmp_path: Path, method: str) -> None:
     base = tiny()
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    save(base, tmp_path / "base")
     workbench = Workbench(load(tmp_path / "base"))
     tuned = workbench.tune(TASK, RECIPE.model_copy(update={"method": method}))
     tuned.save(tmp_path / "tuned")
@@ -194,31 +193,10 @@ def test_activations_computed_again_give_the_same_model(method: str) -> None:
     assert sum(calls) == 4 * once
 
 
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from forgetcast import make_plan
-from forgetcast.lm import Workbench, train
-from support.data import make_pool
-from support.models import tiny
-from support.training import TASK
-from test_lm_train import RECIPE, TASK
-
-train.SECONDS_BETWEEN_CHECKPOINTS = 0
-pool = make_pool(24)
-Workbench(tiny()).tune(
-    TASK, RECIPE.model_copy(update={{"method": {method!r}}}), plan=make_plan(pool, "random", 0.5, seed=3), pool=pool,
-    checkpoints=Path({folder!r}), on_step=lambda i, n: os._exit(9) if i == 7 else None,
-)
-"""
-
-
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, method: str) -> None:
     folder, pool = tmp_path / "out.partial", make_pool(24)
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder), method=method)
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert exit_code(tune_with_replay, RECIPE.model_copy(update={"method": method}), folder) == 9
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
     torn = folder / "checkpoint-7"  # as if the next one had been cut short
     shutil.copytree(folder / "checkpoint-6", torn)

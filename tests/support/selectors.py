@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from forgetcast import Atlas, ReplayPlan, completion, make_plan
-from forgetcast.lm import MostInterfered, Online, Recipe
-from support.training import POOL
+from forgetcast.lm import MostInterfered, Online
+from support.training import POOL, make_recipe
 
-RECIPE = Recipe(steps=12, batch_size=2, max_length=96, learning_rate=1e-2)
+RECIPE = make_recipe(steps=12, max_length=96, learning_rate=1e-2)
 HELD_OUT = POOL.ids[::2]
 
 

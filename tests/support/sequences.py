@@ -5,23 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from forgetcast import Atlas, Example, Pool
-from forgetcast.lm import Recipe, Workbench
+from forgetcast import Atlas
+from forgetcast.lm import Workbench
 from forgetcast.pool import train_and_test
 from forgetcast.sequence import SequenceSettings, learn_in_sequence
 from forgetcast.sequence_result import SequenceResult
+from support.data import make_task
 from support.models import tiny
+from support.training import make_recipe
 
-RECIPE = Recipe(steps=4, batch_size=2, learning_rate=5e-3, max_length=48)
+RECIPE = make_recipe(steps=4)
 SETTINGS = SequenceSettings(strategies=("top",), ratio=0.5, orders=1, probes=6)
 NAMES = ("adding", "naming", "spelling")
-
-
-def task(name: str, n: int = 8) -> Pool:
-    return Pool([Example(f"{i}", prompt=f"{name} {i}:", completion=f" {name[::-1]} {i}") for i in range(n)])
-
-
-TASKS = {name: train_and_test(task(name), 0.25) for name in NAMES}
+TASKS = {name: train_and_test(make_task(name, 8), 0.25) for name in NAMES}
 
 
 def run_in(folder: Path, atlas: Atlas, settings: SequenceSettings = SETTINGS, **more: Any) -> SequenceResult:
