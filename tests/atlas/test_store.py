@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +9,8 @@ import pytest
 
 from forgetcast import Atlas, DataError, Example, MismatchError, Pool
 from support.data import make_atlas, make_scores
+from support.dying import add_row, add_row_slowly
+from support.processes import exit_code, start
 
 
 def test_rows_survive_a_file(tmp_path: Path, pool: Pool) -> None:
@@ -133,51 +132,18 @@ def test_open_names_what_is_wrong(tmp_path: Path, pool: Pool) -> None:
 
 def test_two_writers_are_not_let_in(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=2)
-    script = textwrap.dedent(f"""
-        import sys
-        from forgetcast import Atlas
-        with Atlas.open({str(atlas.path)!r})._writing():
-            print("held", flush=True)
-            sys.stdin.read()
-    """)
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(DataError, match="another process"):
-            atlas.add("late", make_scores(pool, np.full(len(pool), 4.0)))
-        other.communicate("")
+    process, connection = start(add_row_slowly, atlas.path)
+    assert connection.recv() == "writing"
+    with pytest.raises(DataError, match="another process"):
+        atlas.add("late", make_scores(pool, np.full(len(pool), 4.0)))
+    connection.send("go on")
+    process.join()
+    assert process.exitcode == 0
+    atlas = Atlas.open(atlas.path)
     atlas.add("late", make_scores(pool, np.full(len(pool), 4.0)))
-    assert Atlas.open(atlas.path).is_complete("late")
-
-
-CRASH = """
-import os, sys
-from dataclasses import replace
-import numpy as np
-sys.path.insert(0, {tests!r})
-from support.data import make_scores
-from forgetcast import Atlas
-
-left = int(sys.argv[1])
-
-def dying(function):
-    # Die without any clean-up at the n-th file operation that could leave something half done.
-    def wrapped(*arguments, **keywords):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)
-        return function(*arguments, **keywords)
-    return wrapped
-
-for name in ("replace", "fsync", "rename"):
-    setattr(os, name, dying(getattr(os, name)))
-atlas = Atlas.open({path!r})
-after = make_scores(atlas.pool, np.full(len(atlas.pool), 5.0))
-atlas.add("crashed", replace(after, exact_match=np.zeros(len(atlas.pool))))
-"""
+    read = Atlas.open(atlas.path)
+    assert read.is_complete("slow")
+    assert read.is_complete("late")
 
 
 @pytest.mark.parametrize("answers", [False, True])
@@ -193,8 +159,7 @@ def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool, an
     kept = atlas.matrix().values
     codes = []
     for operations in range(20):
-        script = CRASH.format(tests=str(Path(__file__).parents[1]), path=str(atlas.path))
-        codes.append(subprocess.run([sys.executable, "-c", script, str(operations)], check=False).returncode)
+        codes.append(exit_code(add_row, atlas.path, operations))
         read = Atlas.open(atlas.path)
         np.testing.assert_array_equal(read.matrix(["t0", "t1"]).values, kept)
         assert read.dataset().sizes["task"] == len(read.tasks)

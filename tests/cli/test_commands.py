@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 
 from forgetcast import Atlas, Example, Pool, ReplayPlan, Scores
 from forgetcast.cli import app
-from support.cli import RunCommand
-from support.data import make_pool
-from support.models import tiny
+from support.cli import RunCommand, run_command
+from support.data import make_pool, make_task
+from support.models import save, tiny
+from support.training import make_recipe
 
 COMMANDS = (
     "score",
@@ -40,24 +42,18 @@ COMMANDS = (
 )
 
 
-def task(name: str, n: int = 12) -> Pool:
-    return Pool([Example(f"{i}", prompt=f"{name} {i}:", completion=f" {name[::-1]} {i}") for i in range(n)])
-
-
-RECIPE = "{method: full, steps: 3, learning_rate: 5.0e-3, batch_size: 2, max_length: 48, seed: 0}"
+RECIPE = make_recipe().model_dump_json()  # which is YAML too
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a pool, four tasks and a fifth that is new, a configuration and a recipe."""
     folder = tmp_path_factory.mktemp("work")
-    base = tiny()
-    base.model.save_pretrained(folder / "model")
-    base.tokenizer.save_pretrained(folder / "model")
+    save(tiny(), folder / "model")
     make_pool(30).save(folder / "pool.jsonl")
     for name in ("adding", "naming", "spelling", "sorting"):
-        task(name).save(folder / "tasks" / f"{name}.jsonl")
-    task("rhyming").save(folder / "rhyming.parquet")
+        make_task(name, 12).save(folder / "tasks" / f"{name}.jsonl")
+    make_task("rhyming", 12).save(folder / "rhyming.parquet")
     (folder / "config.yaml").write_text(
         f"model: model\npool: pool.jsonl\ntasks: tasks/\natlas: runs.atlas\nrecipe: {RECIPE}\n"
     )
@@ -65,89 +61,107 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_whole_path(work: Path, run: RunCommand) -> None:
-    """Every command in the order of the README, each fed with the files of those before it."""
-    code, out, _ = run("score", work / "model", work / "pool.jsonl", "-o", work / "before.parquet", "--json")
-    assert code == 0
-    before = Scores.load(work / "before.parquet")
-    facts = json.loads(out)
-    assert facts["examples"] == 30
-    assert facts["mean_nll"] == pytest.approx(before.nll.mean())
-    assert pq.read_table(work / "before.parquet").column_names[:4] == ["id", "nll", "tokens", "truncated"]
+class TestWorkflow:
+    """Every command in the order of the README, each fed with the files of those before it; all read one run."""
 
-    code, out, _ = run("collect", work / "config.yaml")
-    assert code == 0
-    atlas = Atlas.open(work / "runs.atlas")
-    assert atlas.tasks == ("adding", "naming", "sorting", "spelling")
-    np.testing.assert_allclose(atlas.before.nll, before.nll)
-    written = (work / "runs.atlas" / "atlas.json").stat().st_mtime_ns
-    assert run("collect", work / "config.yaml")[0] == 0
-    assert (work / "runs.atlas" / "atlas.json").stat().st_mtime_ns == written
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def said(work: Path) -> dict[str, str]:
+        """Standard output of every command by its name."""
+        recipe = ("--recipe", work / "recipe.yaml")
+        task = (work / "model", work / "rhyming.parquet")
+        commands: dict[str, tuple[object, ...]] = {
+            "score": ("score", work / "model", work / "pool.jsonl", "-o", work / "before.parquet", "--json"),
+            "collect": ("collect", work / "config.yaml"),
+            "analyze": ("analyze", work / "runs.atlas", "--json"),
+            "analyze as a table": ("analyze", work / "runs.atlas"),
+            "probes": ("probes", work / "runs.atlas", "-k", 5, "-o", work / "probes.jsonl"),
+            "train": ("train", *task, *recipe, "-o", work / "tuned", "--json"),
+            "score the probes": ("score", work / "tuned", work / "probes.jsonl", "-o", work / "after.parquet"),
+            "forecast": (
+                "forecast", work / "runs.atlas", "--scores", work / "after.parquet", "-o", work / "forecast.parquet",
+                "--task", "rhyming", "--json",
+            ),
+            "plan": (
+                "plan", work / "runs.atlas", "--forecast", work / "forecast.parquet", "--ratio", 0.7, "-o",
+                work / "plan.parquet", "--json",
+            ),
+            "train with replay": (
+                "train", *task, *recipe, "--plan", work / "plan.parquet", "--pool", work / "pool.jsonl",
+                "-o", work / "replayed", "--json",
+            ),
+            "verify": (
+                "verify", *task, "--atlas", work / "runs.atlas", "--plan", work / "plan.parquet",
+                "-o", work / "verification.json", "--json",
+            ),
+            "report": (
+                "report", work / "runs.atlas", "--forecast", work / "forecast.parquet",
+                "--verification", work / "verification.json", "-o", work / "report.html",
+            ),
+        }  # fmt: skip
+        said = {}
+        for name, words in commands.items():
+            code, said[name], err = run_command(*words)
+            assert code == 0, f"{name}: {err}"
+        return said
 
-    code, out, _ = run("analyze", work / "runs.atlas", "--json")
-    assert code == 0
-    structure = json.loads(out)
-    assert structure["tasks"] == 4
-    assert structure["rank_r2"][3] == pytest.approx(1, abs=1e-6)
-    assert "component 1" in run("analyze", work / "runs.atlas")[1]
+    def test_score(self, work: Path, said: dict[str, str]) -> None:
+        before = Scores.load(work / "before.parquet")
+        facts = json.loads(said["score"])
+        assert facts["examples"] == 30
+        assert facts["mean_nll"] == pytest.approx(before.nll.mean())
+        assert pq.read_table(work / "before.parquet").column_names[:4] == ["id", "nll", "tokens", "truncated"]
 
-    code, out, _ = run("probes", work / "runs.atlas", "-k", 5, "-o", work / "probes.jsonl")
-    assert code == 0
-    probed = Pool.load(work / "probes.jsonl")
-    assert len(probed) == 5
+    @pytest.mark.usefixtures("said")
+    def test_collect(self, work: Path, run: RunCommand) -> None:
+        atlas = Atlas.open(work / "runs.atlas")
+        assert atlas.tasks == ("adding", "naming", "sorting", "spelling")
+        np.testing.assert_allclose(atlas.before.nll, Scores.load(work / "before.parquet").nll)
+        written = (work / "runs.atlas" / "atlas.json").stat().st_mtime_ns
+        assert run("collect", work / "config.yaml")[0] == 0
+        assert (work / "runs.atlas" / "atlas.json").stat().st_mtime_ns == written
 
-    recipe = ("--recipe", work / "recipe.yaml")
-    code, out, _ = run("train", work / "model", work / "rhyming.parquet", *recipe, "-o", work / "tuned", "--json")
-    assert code == 0
-    assert json.loads(out)["steps"] == 3
-    assert run("score", work / "tuned", work / "probes.jsonl", "-o", work / "after.parquet")[0] == 0
+    def test_analyze(self, said: dict[str, str]) -> None:
+        structure = json.loads(said["analyze"])
+        assert structure["tasks"] == 4
+        assert structure["rank_r2"][3] == pytest.approx(1, abs=1e-6)
+        assert "component 1" in said["analyze as a table"]
 
-    code, out, _ = run(
-        "forecast", work / "runs.atlas", "--scores", work / "after.parquet", "-o", work / "forecast.parquet",
-        "--task", "rhyming", "--json",
-    )  # fmt: skip
-    assert code == 0
-    table = pq.read_table(work / "forecast.parquet").to_pydict()
-    assert set(table) >= {"id", "mean", "std", "lower", "upper"}
-    forecast = dict(zip(table["id"], table["mean"], strict=True))
-    after = Scores.load(work / "after.parquet")
-    for id_, value in zip(after.ids, after.nll, strict=True):
-        assert forecast[id_] == pytest.approx(value - before.at([id_])[0], abs=1e-9)
-    assert json.loads(out)["most_at_risk"][0]["mean"] == pytest.approx(max(table["mean"]))
+    @pytest.mark.usefixtures("said")
+    def test_probes(self, work: Path) -> None:
+        assert len(Pool.load(work / "probes.jsonl")) == 5
 
-    code, out, _ = run(
-        "plan", work / "runs.atlas", "--forecast", work / "forecast.parquet", "--ratio", 0.7, "-o",
-        work / "plan.parquet", "--json",
-    )  # fmt: skip
-    assert code == 0
-    plan = ReplayPlan.load(work / "plan.parquet")
-    assert (plan.strategy, plan.ratio) == ("top", 0.7)
-    assert not set(plan.held_out_ids) & set(probed.ids)
-    assert 0 < len(plan.held_out_ids) <= 6
+    def test_train(self, said: dict[str, str]) -> None:
+        assert json.loads(said["train"])["steps"] == 3
 
-    code, out, _ = run(
-        "train", work / "model", work / "rhyming.parquet", *recipe, "--plan", work / "plan.parquet", "--pool",
-        work / "pool.jsonl", "-o", work / "replayed", "--json",
-    )  # fmt: skip
-    assert code == 0
-    assert json.loads(out)["replayed"] == 4
-    assert not (work / "replayed.partial").exists()
+    def test_forecast(self, work: Path, said: dict[str, str]) -> None:
+        table = pq.read_table(work / "forecast.parquet").to_pydict()
+        assert set(table) >= {"id", "mean", "std", "lower", "upper"}
+        forecast = dict(zip(table["id"], table["mean"], strict=True))
+        before, after = Scores.load(work / "before.parquet"), Scores.load(work / "after.parquet")
+        for id_, value in zip(after.ids, after.nll, strict=True):
+            assert forecast[id_] == pytest.approx(value - before.at([id_])[0], abs=1e-9)
+        assert json.loads(said["forecast"])["most_at_risk"][0]["mean"] == pytest.approx(max(table["mean"]))
 
-    code, out, _ = run(
-        "verify", work / "model", work / "rhyming.parquet", "--atlas", work / "runs.atlas", "--plan",
-        work / "plan.parquet", "-o", work / "verification.json", "--json",
-    )  # fmt: skip
-    assert code == 0
-    verification = json.loads(out)
-    assert set(verification["arms"]) == {"none", "random", "top"}
-    assert json.loads((work / "verification.json").read_text()) == verification
+    @pytest.mark.usefixtures("said")
+    def test_plan(self, work: Path) -> None:
+        plan = ReplayPlan.load(work / "plan.parquet")
+        assert (plan.strategy, plan.ratio) == ("top", 0.7)
+        assert not set(plan.held_out_ids) & set(Pool.load(work / "probes.jsonl").ids)
+        assert 0 < len(plan.held_out_ids) <= 6
 
-    code, out, _ = run(
-        "report", work / "runs.atlas", "--forecast", work / "forecast.parquet", "--verification",
-        work / "verification.json", "-o", work / "report.html",
-    )  # fmt: skip
-    assert code == 0
-    assert "Did replay help?" in (work / "report.html").read_text()
+    def test_train_with_replay(self, work: Path, said: dict[str, str]) -> None:
+        assert json.loads(said["train with replay"])["replayed"] == 4
+        assert not (work / "replayed.partial").exists()
+
+    def test_verify(self, work: Path, said: dict[str, str]) -> None:
+        verification = json.loads(said["verify"])
+        assert set(verification["arms"]) == {"none", "random", "top"}
+        assert json.loads((work / "verification.json").read_text()) == verification
+
+    @pytest.mark.usefixtures("said")
+    def test_report(self, work: Path) -> None:
+        assert "Did replay help?" in (work / "report.html").read_text()
 
 
 @pytest.fixture
@@ -315,11 +329,11 @@ def test_words_from_data_are_not_markup(
     assert "[bold]s.parquet" in out
 
 
-def test_an_interrupted_collect_goes_on(work: Path, tmp_path: Path) -> None:
+def test_an_interrupted_collect_resumes(work: Path, run: RunCommand, tmp_path: Path) -> None:
     """A real process, a real signal: the first tasks are kept, the command says so, and the next run finishes."""
     (tmp_path / "config.yaml").write_text(
         f"model: {work / 'model'}\npool: {work / 'pool.jsonl'}\ntasks: {work / 'tasks'}\natlas: runs.atlas\n"
-        + f"recipe: {RECIPE.replace('steps: 3', 'steps: 40')}\n"
+        + f"recipe: {make_recipe(steps=40).model_dump_json()}\n"
     )
     command = [sys.executable, "-m", "forgetcast.cli", "collect", str(tmp_path / "config.yaml")]
     index = tmp_path / "runs.atlas" / "atlas.json"
@@ -330,6 +344,7 @@ def test_an_interrupted_collect_goes_on(work: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"})
     while not tasks():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -337,7 +352,7 @@ def test_an_interrupted_collect_goes_on(work: Path, tmp_path: Path) -> None:
     assert "Traceback" not in err
     kept = Atlas.open(tmp_path / "runs.atlas")
     assert 1 <= len(kept.tasks) < 4
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert run("collect", tmp_path / "config.yaml")[0] == 0
     grown = Atlas.open(tmp_path / "runs.atlas")
     assert len(grown.tasks) == 4
     np.testing.assert_array_equal(grown.matrix(kept.tasks).values, kept.matrix().values)

@@ -13,21 +13,15 @@ import pytest
 from forgetcast import Atlas, ConfigError, DataError, Example, MismatchError, Pool, Scores, make_plan
 from forgetcast.evaluation import paired_difference, worst_tenth
 from forgetcast.experiments.collect import CollectConfig, collect
-from forgetcast.experiments.verify import METRICS, Run, Trial, Verification, arms, verify
-from forgetcast.lm import Recipe, Workbench, exact_match, score
+from forgetcast.experiments.verify import METRICS, ReplayComparison, Run, Verification, arms, verify
+from forgetcast.lm import FineTuner, Recipe, exact_match, score
 from support.cli import RunCommand
-from support.data import make_pool
+from support.data import make_pool, make_task
 from support.models import tiny
-from support.training import Interruption, stop_at
+from support.training import Interruption, make_recipe, stop_at
 
-RECIPE = Recipe(steps=3, batch_size=2, learning_rate=5e-3, max_length=48)
-
-
-def task(name: str, n: int = 6) -> Pool:
-    return Pool([Example(f"{i}", prompt=f"{name} {i}:", completion=f" {name[::-1]}") for i in range(n)])
-
-
-TASKS = {name: task(name) for name in ("adding", "naming", "spelling")}
+RECIPE = make_recipe()
+TASKS = {name: make_task(name, 6) for name in ("adding", "naming", "spelling")}
 
 
 def test_the_atlas_holds_after_minus_before(tmp_path: Path) -> None:
@@ -35,7 +29,7 @@ def test_the_atlas_holds_after_minus_before(tmp_path: Path) -> None:
     atlas = collect(base, pool, TASKS, tmp_path / "a.atlas", RECIPE)
     assert atlas.tasks == tuple(TASKS)
     np.testing.assert_allclose(atlas.before.nll, score(base, pool).nll)
-    tuned = Workbench(tiny()).tune(TASKS["naming"], RECIPE).language_model
+    tuned = FineTuner(tiny()).tune(TASKS["naming"], RECIPE).language_model
     expected = score(tuned, pool).nll - score(tiny(), pool).nll
     row = atlas.matrix(["naming"]).values[0]
     assert np.ptp(expected) > 0.01
@@ -63,7 +57,7 @@ QUESTIONS = Pool([Example(f"q{i}", prompt=f"Item {i} is", completion=f" {w}") fo
 def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
     """Oracle: the answers of the base model and of each tuned model, asked for by hand."""
     teach = Recipe(steps=80, learning_rate=1e-2, batch_size=8, max_length=48)
-    base = Workbench(tiny()).tune(QUESTIONS, teach).language_model
+    base = FineTuner(tiny()).tune(QUESTIONS, teach).language_model
     pool = Pool([*QUESTIONS, Example("unknown", prompt="Item 9 is", completion=" nothing"), *make_pool(3)])
     # Other answers to some of the questions.
     tasks = {
@@ -83,7 +77,7 @@ def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
     matrix = atlas.matrix(measure="exact_match")
     assert matrix.examples == QUESTIONS.ids
     for name, task_ in tasks.items():
-        tuned = Workbench(copy.deepcopy(base)).tune(task_, recipe).language_model
+        tuned = FineTuner(copy.deepcopy(base)).tune(task_, recipe).language_model
         expected = 1 - exact_match(tuned, pool, max_new_tokens=4)[0][:8]
         np.testing.assert_array_equal(matrix.values[matrix.tasks.index(name)], expected)
     assert 0 < matrix.values.mean() < 1
@@ -182,31 +176,31 @@ def test_task_folders(tmp_path: Path) -> None:
 
 
 class TestVerify:
-    def trial(self, pool: Pool) -> Trial:
+    def comparison(self, pool: Pool) -> ReplayComparison:
         plan = make_plan(pool, "forecast", 0.7, held_out=pool.ids[:10], forecast=np.arange(24.0))
-        return Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
+        return ReplayComparison("naming", TASKS["naming"], make_task("naming", 2), arms([plan], pool))
 
     def test_every_arm_is_judged_on_the_held_out_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
         before = score(base, pool)
-        trial = self.trial(pool)
-        result = verify(Workbench(base), [trial], pool, before, RECIPE, directory=tmp_path)
+        comparison = self.comparison(pool)
+        result = verify(FineTuner(base), [comparison], pool, before, RECIPE, directory=tmp_path)
         assert result.arms == ("none", "random", "forecast")
         assert result.judged == 10
         assert len(result.runs) == 6
         assert [run.replayed for run in result.runs if run.seed == 0] == [0, 4, 4]
-        by_hand = Workbench(tiny()).tune(TASKS["naming"], RECIPE.model_copy(update={"seed": 1})).language_model
+        by_hand = FineTuner(tiny()).tune(TASKS["naming"], RECIPE.model_copy(update={"seed": 1})).language_model
         forgetting = score(by_hand, pool).nll[:10] - before.nll[:10]
         run = next(run for run in result.runs if (run.arm, run.seed) == ("none", 1))
         assert run.mean == pytest.approx(forgetting.mean(), abs=1e-5)
         assert run.worst_tenth == pytest.approx(worst_tenth(forgetting), abs=1e-5)
-        assert run.new_task_loss == pytest.approx(score(by_hand, trial.test).nll.mean(), rel=1e-5)
+        assert run.new_task_loss == pytest.approx(score(by_hand, comparison.test).nll.mean(), rel=1e-5)
         assert Verification.from_dict(result.as_dict()) == result
 
     def test_flips_are_counted_where_the_base_model_answered(self, tmp_path: Path) -> None:
         """Oracle: the answers of the same fine-tune, asked for by hand."""
         teach = Recipe(steps=80, learning_rate=1e-2, batch_size=8, max_length=48)
-        base = Workbench(tiny()).tune(QUESTIONS, teach).language_model
+        base = FineTuner(tiny()).tune(QUESTIONS, teach).language_model
         pool = Pool([*QUESTIONS, *make_pool(8)])
         new = Pool([Example(f"{i}", prompt=f"Item {i} is", completion=" z") for i in range(3)])
         right = exact_match(base, pool, max_new_tokens=4)[0]
@@ -214,16 +208,16 @@ class TestVerify:
         before = replace(before, metadata={**before.metadata, "max_new_tokens": 4})
         plan = make_plan(pool, "random", 0.5, held_out=QUESTIONS.ids)
         recipe = Recipe(steps=8, learning_rate=1e-2, batch_size=2, max_length=48)
-        trial = Trial("early", new, new, arms([plan], pool))
+        comparison = ReplayComparison("early", new, new, arms([plan], pool))
         seen: list[tuple[int, int]] = []
         result = verify(
-            Workbench(copy.deepcopy(base)), [trial], pool, before, recipe, seeds=[0], directory=tmp_path,
+            FineTuner(copy.deepcopy(base)), [comparison], pool, before, recipe, seeds=[0], directory=tmp_path,
             on_progress=lambda _, *n: seen.append(n),
         )  # fmt: skip
         assert seen[-1][0] == seen[-1][1]
         assert "right_to_wrong" in result.metrics
         for run, replayed in zip(result.runs, (None, plan), strict=True):
-            tuned = Workbench(copy.deepcopy(base)).tune(new, recipe, plan=replayed, pool=pool).language_model
+            tuned = FineTuner(copy.deepcopy(base)).tune(new, recipe, plan=replayed, pool=pool).language_model
             after = exact_match(tuned, QUESTIONS, max_new_tokens=4)[0]
             assert run.right_to_wrong == (after == 0).sum() > 0
 
@@ -239,11 +233,11 @@ class TestVerify:
 
     def test_an_interrupted_verification_goes_on(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
-        before, trial = score(base, pool), self.trial(pool)
+        before, comparison = score(base, pool), self.comparison(pool)
         with pytest.raises(Interruption):
             verify(
-                Workbench(base),
-                [trial],
+                FineTuner(base),
+                [comparison],
                 pool,
                 before,
                 RECIPE,
@@ -252,12 +246,12 @@ class TestVerify:
             )
         kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
         assert len(kept) == 4
-        workbench = Workbench(tiny())
-        result = verify(workbench, [trial], pool, before, RECIPE, directory=tmp_path)
+        tuner = FineTuner(tiny())
+        result = verify(tuner, [comparison], pool, before, RECIPE, directory=tmp_path)
         assert len(result.runs) == 6
         assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
         with pytest.raises(MismatchError, match="other settings"):
-            verify(workbench, [trial], pool, before, RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
+            verify(tuner, [comparison], pool, before, RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
 
     def test_arms_must_be_judged_on_the_same_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
@@ -265,9 +259,9 @@ class TestVerify:
             "none": make_plan(pool, "none", 0.0, held_out=pool.ids[:5]),
             "random": make_plan(pool, "random", 0.5, held_out=pool.ids[:6]),
         }
-        trial = Trial("naming", TASKS["naming"], task("naming", 2), plans)
+        comparison = ReplayComparison("naming", TASKS["naming"], make_task("naming", 2), plans)
         with pytest.raises(ConfigError, match="hold out the same examples"):
-            verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, directory=tmp_path)
+            verify(FineTuner(base), [comparison], pool, score(base, pool), RECIPE, directory=tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -310,6 +304,6 @@ def test_a_file_that_is_no_verification() -> None:
 def test_score_files_of_runs_are_ordinary_score_files(tmp_path: Path) -> None:
     pool, base = make_pool(), tiny()
     plan = make_plan(pool, "random", 0.7, held_out=pool.ids[:10])
-    trial = Trial("naming", TASKS["naming"], task("naming", 2), arms([plan], pool))
-    verify(Workbench(base), [trial], pool, score(base, pool), RECIPE, seeds=[0], directory=tmp_path)
+    comparison = ReplayComparison("naming", TASKS["naming"], make_task("naming", 2), arms([plan], pool))
+    verify(FineTuner(base), [comparison], pool, score(base, pool), RECIPE, seeds=[0], directory=tmp_path)
     assert Scores.load(tmp_path / "naming.random.0.parquet").ids == pool.ids[:10]

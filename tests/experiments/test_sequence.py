@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -18,20 +16,22 @@ import torch
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, make_plan, probes
 from forgetcast.cli.tables import sequence_tables
 from forgetcast.completion import Bayesian
-from forgetcast.data.pool import train_and_test
+from forgetcast.data.pool import split_task
 from forgetcast.evaluation import worst_tenth
 from forgetcast.experiments.sequence import SequenceSettings, task_orders
 from forgetcast.experiments.sequence_result import METRIC_NAMES, SequenceResult, Stage
-from forgetcast.lm import LanguageModel, Recipe, Workbench, score
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, score
 from forgetcast.lm.train import load_weights, save_weights
 from forgetcast.measure.scores import Scores
 from forgetcast.report import write_report
 from forgetcast.stats import paired_difference
 from support.cli import RunCommand
-from support.data import make_atlas, make_pool, make_scores, planted
-from support.models import tiny
+from support.data import make_atlas, make_pool, make_scores, make_task, planted
+from support.dying import run_sequence
+from support.models import save, tiny
 from support.pages import HOSTILE, Page
-from support.sequences import NAMES, RECIPE, SETTINGS, TASKS, run_in, task
+from support.processes import exit_code
+from support.sequences import NAMES, RECIPE, SETTINGS, TASKS, run_in
 from support.training import POOL, Interruption, measured_atlas, stop_at
 
 
@@ -52,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, atlas: Atlas) -> tuple[Path,
 
 
 def by_hand(atlas: Atlas, arm: str, recipe: Recipe) -> list[dict[str, Any]]:
-    """Each stage on a workbench of its own, whose base is what the last one left; PEFT merges its adapter itself."""
+    """Each stage on a tuner of its own, whose base is what the last one left; PEFT merges its adapter itself."""
     model, before, base = Bayesian().fit(atlas), atlas.nll_before, tiny()
     held_out = POOL.hold_out(0.5)
     free = [id_ for id_ in POOL.ids if id_ not in held_out]
@@ -68,7 +68,7 @@ def by_hand(atlas: Atlas, arm: str, recipe: Recipe) -> list[dict[str, Any]]:
                 forecast = model.predict(chosen, measured).mean
             plan = make_plan(POOL, "top", 0.5, held_out=held_out, among=free, forecast=forecast)
             best = sorted(free, key=lambda id_: -forecast[POOL.ids.index(id_)])[:4]
-        tuned = Workbench(base).tune(TASKS[name][0], recipe, plan=plan, pool=POOL)
+        tuned = FineTuner(base).tune(TASKS[name][0], recipe, plan=plan, pool=POOL)
         assert list(tuned.replayed) == (best if arm == "top" else [])
         free = [id_ for id_ in free if id_ not in tuned.replayed]
         learned[name] = TASKS[name][1]
@@ -136,14 +136,14 @@ def test_nothing_held_out_is_replayed_and_nothing_twice_too_early(whole: tuple[P
 
 
 def test_an_unfinished_run_from_other_weights_or_after_other_replay_is_another_run(tmp_path: Path) -> None:
-    workbench, plan = Workbench(tiny()), make_plan(POOL, "random", 0.5)
-    weights = {name: value + 0.01 for name, value in workbench.weights().items()}
+    tuner, plan = FineTuner(tiny()), make_plan(POOL, "random", 0.5)
+    weights = {name: value + 0.01 for name, value in tuner.weights().items()}
     given: dict[str, Any] = {"plan": plan, "pool": POOL, "checkpoints": tmp_path}
-    tuned = workbench.tune(TASKS["adding"][0], RECIPE, start=weights, besides=POOL.ids[:36], **given)
+    tuned = tuner.tune(TASKS["adding"][0], RECIPE, start=weights, besides=POOL.ids[:36], **given)
     assert set(tuned.replayed) == set(POOL.ids[36:])
     for other in ({"besides": POOL.ids[:36]}, {"start": weights}):
         with pytest.raises(MismatchError, match="unfinished run of another model"):
-            workbench.tune(TASKS["adding"][0], RECIPE, **other, **given)
+            tuner.tune(TASKS["adding"][0], RECIPE, **other, **given)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
@@ -151,37 +151,23 @@ def test_an_unfinished_run_from_other_weights_or_after_other_replay_is_another_r
 def test_an_adapter_is_added_to_what_it_adapts(tmp_path: Path, family: str) -> None:
     """GPT-2 keeps its matrices the other way round."""
     base = tiny(family)
-    workbench = Workbench(base)
-    known = workbench.weights()
+    tuner = FineTuner(base)
+    known = tuner.weights()
     recipe = RECIPE.model_copy(update={"method": "lora", "learning_rate": 2e-2})
-    tuned = workbench.tune(TASKS["adding"][0], recipe).language_model
+    tuned = tuner.tune(TASKS["adding"][0], recipe).language_model
     expected = score(tuned, POOL).nll
-    weights = workbench.weights()
+    weights = tuner.weights()
     np.testing.assert_array_equal(score(tuned, POOL).nll, expected)  # nothing was merged in place
     save_weights(weights, tmp_path / "w.safetensors")
     read = load_weights(tmp_path / "w.safetensors")
     assert read.keys() == known.keys()
     assert all(torch.equal(read[name], weights[name]) for name in read)
-    np.testing.assert_allclose(score(workbench.restore(read), POOL).nll, expected, rtol=1e-5)
-    assert np.abs(expected - score(workbench.restore(), POOL).nll).max() > 0.05
-    assert all(torch.equal(value, known[name]) for name, value in workbench.restore().model.state_dict().items())
+    np.testing.assert_allclose(score(tuner.restore(read), POOL).nll, expected, rtol=1e-5)
+    assert np.abs(expected - score(tuner.restore(), POOL).nll).max() > 0.05
+    assert all(torch.equal(value, known[name]) for name, value in tuner.restore().model.state_dict().items())
     (tmp_path / "w.safetensors").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"w\.safetensors cannot be read"):
         load_weights(tmp_path / "w.safetensors")
-
-
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from forgetcast import Atlas
-from support.sequences import run_in
-
-run_in(
-    Path({folder!r}), Atlas.open({atlas!r}),
-    on_progress=lambda what, *_: os._exit(9) if "(3 of 3), top" in what else None,
-)
-"""
 
 
 def same(found: SequenceResult, expected: SequenceResult) -> None:
@@ -195,8 +181,7 @@ def test_a_killed_sequence_goes_on_after_the_last_stage(
     whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs"
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder), atlas=str(atlas.path))
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert exit_code(run_sequence, atlas.path, folder) == 9
     assert [file.name for file in folder.glob("*.safetensors")] == ["top.0.2.safetensors"]
     (folder / ".top.0.3.safetensors.x.safetensors").write_bytes(b"torn")  # as if killed while it was written
     done: list[str] = []
@@ -235,13 +220,13 @@ def test_other_settings_are_another_sequence(
     whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = whole
-    monkeypatch.setattr(Workbench, "tune", stop_at(""))  # nothing may be trained
+    monkeypatch.setattr(FineTuner, "tune", stop_at(""))  # nothing may be trained
     others: list[dict[str, Any]] = [
         {"recipe": RECIPE.model_copy(update={"steps": 6})},
         {"settings": replace(SETTINGS, ratio=1.0)},
         {"settings": replace(SETTINGS, hold_out=0.4)},
         {"settings": replace(SETTINGS, probes=7)},
-        {"tasks": {**TASKS, "naming": train_and_test(task("naming", 9), 0.25)}},
+        {"tasks": {**TASKS, "naming": split_task(make_task("naming", 9), 0.25)}},
     ]
     for other in others:
         with pytest.raises(MismatchError, match=r"(none|random|top)\.0\.\d\.parquet is of a sequence with other"):
@@ -374,7 +359,7 @@ def test_a_result_as_a_file() -> None:
         ({"strategies": ("best",)}, "unknown replay strategy 'best'; choose one of random, stratified, forecast"),
         ({"strategies": ("truth",)}, "'truth' is not for a sequence: it needs the forgetting of the whole pool"),
         ({"strategies": ("gradient",)}, "'gradient' is not for a sequence: it needs the gradients"),
-        ({"strategies": ("mir",)}, "'mir' is not for a sequence: it chooses during training"),
+        ({"strategies": ("most-forgotten",)}, "'most-forgotten' is not for a sequence: it chooses during training"),
         ({"strategies": ("none",)}, "'none' is not for a sequence: it is one of the arms anyhow"),
         ({"strategies": ("top", "padding")}, "'padding' is not for a sequence: it replays no upstream example"),
         ({"orders": 0}, "at least 1 order"),
@@ -404,17 +389,16 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path: Path
             run_in(tmp_path / "runs", **({"atlas": atlas} | given), on_progress=stop_at(""))
     assert not (tmp_path / "runs").exists()
     with pytest.raises(DataError, match="leaves none to test or to train on"):
-        train_and_test(task("adding"), 0.01)
+        split_task(make_task("adding", 8), 0.01)
 
 
 @pytest.fixture
 def files(tmp_path: Path, atlas: Atlas) -> Callable[..., list[object]]:
     """A model, tasks and a recipe as files, and the command's words."""
     base = tiny()
-    base.model.save_pretrained(tmp_path / "model")
-    base.tokenizer.save_pretrained(tmp_path / "model")
+    save(base, tmp_path / "model")
     for name in NAMES[:2]:
-        task(name).save(tmp_path / "tasks" / f"{name}.jsonl")
+        make_task(name, 8).save(tmp_path / "tasks" / f"{name}.jsonl")
 
     def words(*tasks: object) -> list[object]:
         there = tasks or (tmp_path / "tasks",)
@@ -434,7 +418,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     result = SequenceResult.from_dict(content)
     # The library gives the same, from the same arguments and the atlas's recipe.
     settings = SequenceSettings(("top", "ranked"), 0.5, orders=2, probes=5)
-    parts = {name: train_and_test(task(name), 0.25) for name in NAMES[:2]}
+    parts = {name: split_task(make_task(name, 8), 0.25) for name in NAMES[:2]}
     assert run_in(tmp_path / "sequence.runs", atlas, settings, tasks=parts, on_progress=stop_at("")) == result
 
     code, out, _ = run(*files(tmp_path / "tasks" / "adding.jsonl", tmp_path / "tasks" / "naming.jsonl"), *more)
@@ -461,7 +445,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
         assert (code, out, err.strip().count("\n")) == (2, "", 0), err
         return err
 
-    assert "not for a sequence" in refused(*files(), "--strategy", "mir")
+    assert "not for a sequence" in refused(*files(), "--strategy", "most-forgotten")
     assert "at least 1 order" in refused(*files(), "--orders", 0)
     assert "at least two tasks, not 1" in refused(*files(tmp_path / "tasks" / "adding.jsonl"))
     assert "two tasks are called 'adding'" in refused(*files(*[tmp_path / "tasks" / "adding.jsonl"] * 2))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from forgetcast import ConfigError, Example, Pool, Scores
-from forgetcast.lm import LanguageModel, Recipe, Workbench, exact_match
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, exact_match
 from forgetcast.lm.generate import same_answer
 from support.cli import RunCommand
-from support.models import tiny
+from support.models import save, tiny
 
 QUESTIONS = {"What is two and two?": "four", "The capital of France is": "Paris", "Name a colour:": "deep blue"}
 
@@ -23,7 +23,7 @@ def asked(questions: dict[str, str]) -> Pool:
 def taught() -> LanguageModel:
     """A model that has learned the three answers by heart."""
     recipe = Recipe(steps=120, learning_rate=1e-2, batch_size=3, max_length=64)
-    return Workbench(tiny()).tune(asked(QUESTIONS), recipe).language_model
+    return FineTuner(tiny()).tune(asked(QUESTIONS), recipe).language_model
 
 
 def greedy(language_model: LanguageModel, prompt: str, count: int) -> str:
@@ -87,8 +87,7 @@ def test_no_room_for_an_answer(taught: LanguageModel) -> None:
 
 
 def test_the_command_keeps_answers_beside_the_losses(taught: LanguageModel, tmp_path: Path, run: RunCommand) -> None:
-    taught.model.save_pretrained(tmp_path / "model")
-    taught.tokenizer.save_pretrained(tmp_path / "model")
+    save(taught, tmp_path / "model")
     Pool([*asked(QUESTIONS), Example("text", text="no question")]).save(tmp_path / "pool.jsonl")
     words = ("score", tmp_path / "model", tmp_path / "pool.jsonl", "-o", tmp_path / "s.parquet", "--exact-match")
     code, out, _ = run(*words, "--max-new-tokens", 8, "--json")

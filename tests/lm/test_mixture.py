@@ -19,11 +19,11 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from forgetcast import ConfigError, Example, Pool, make_plan
-from forgetcast.lm import Chooser, LanguageModel, Recipe, ReplayCallback, ReplayMixture, Workbench, load, score
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, ReplayCallback, ReplayMixture, ReplaySelector, load, score
 from forgetcast.lm.tokens import encode
 from forgetcast.replay.export import export_mixture, replayed
 from support.data import make_pool
-from support.models import tiny
+from support.models import save, tiny
 from support.training import TASK, trainer
 
 # SFTConfig's own default goes by the name of before.
@@ -43,8 +43,7 @@ def test_the_examples_train_as_the_command_does(
     example = EXAMPLES / name
     assert len(example.read_text().splitlines()) < 25
     base, pool = tiny(), make_pool(24)
-    base.model.save_pretrained(tmp_path / "model")
-    base.tokenizer.save_pretrained(tmp_path / "model")
+    save(base, tmp_path / "model")
     plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
     TASK.save(tmp_path / "task.jsonl")
     pool.save(tmp_path / "pool.jsonl")
@@ -54,7 +53,7 @@ def test_the_examples_train_as_the_command_does(
     runpy.run_path(str(example))
     base.tokenizer.save_pretrained(tmp_path / "tuned")
     recipe = Recipe(steps=8, batch_size=4, max_length=96, learning_rate=learning_rate)
-    tuned = Workbench(tiny()).tune(TASK, recipe, plan=plan, pool=pool).language_model
+    tuned = FineTuner(tiny()).tune(TASK, recipe, plan=plan, pool=pool).language_model
     found = score(load(tmp_path / "tuned"), pool).nll
     np.testing.assert_allclose(found, score(tuned, pool).nll, rtol=1e-5)
     assert np.abs(found - score(tiny(), pool).nll).max() > 1e-3
@@ -114,7 +113,7 @@ def sft_trainer(
     language_model: LanguageModel,
     mixture: ReplayMixture,
     folder: Path,
-    chooser: Chooser | None = None,
+    selector: ReplaySelector | None = None,
     data: datasets.Dataset | None = None,
     **options: Any,
 ) -> SFTTrainer:
@@ -134,7 +133,7 @@ def sft_trainer(
         SFTConfig(output_dir=str(folder), **(settings_ | options)),
         train_dataset=mixture.dataset() if data is None else data,
         processing_class=language_model.tokenizer,
-        callbacks=[ReplayCallback(mixture, chooser)],
+        callbacks=[ReplayCallback(mixture, selector)],
     )
 
 
@@ -196,7 +195,7 @@ def test_an_sft_trainer_learns_completions_alone_however_it_lays_them_out(
 
 
 class Backwards:
-    """A chooser that turns round what is left."""
+    """A selector that turns round what is left."""
 
     def settings(self) -> dict[str, Any]:
         return {}

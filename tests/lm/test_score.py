@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from itertools import combinations, pairwise
@@ -25,7 +23,9 @@ from forgetcast.lm import LanguageModel, head, load, score
 from forgetcast.lm.score import BATCH_OVERHEAD, _batches
 from forgetcast.lm.tokens import Encoded, encode
 from support.data import make_pool
-from support.models import FAMILIES, tiny
+from support.dying import score_pool
+from support.models import FAMILIES, save, tiny
+from support.processes import exit_code
 
 
 @pytest.fixture(scope="module")
@@ -283,28 +283,9 @@ def test_a_batch_that_does_not_fit_is_halved(llama: LanguageModel, monkeypatch: 
     np.testing.assert_allclose(scores.nll[:-1], expected, rtol=1e-6)
 
 
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from support.data import make_pool
-from forgetcast.lm import score
-from support.models import tiny
-
-seen = 0
-def die(count):
-    global seen
-    seen += count
-    if seen >= 5:
-        os._exit(9)
-score(tiny(), make_pool(12), batch_tokens=1, partial=Path({partial!r}), on_progress=die)
-"""
-
-
 def test_a_killed_run_goes_on_where_it_stopped(llama: LanguageModel, tmp_path: Path) -> None:
     partial, pool = tmp_path / "out.partial", make_pool(12)
-    script = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parents[1]), partial=str(partial)))
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert exit_code(score_pool, partial) == 9
     with partial.open("a") as file:
         file.write('["e0", 3.')  # a line cut short
     counts: list[int] = []
@@ -330,8 +311,7 @@ def test_scores_know_their_model_and_pool(llama: LanguageModel) -> None:
 
 
 def test_bfloat16_is_near_float32(llama: LanguageModel, tmp_path: Path) -> None:
-    llama.model.save_pretrained(tmp_path)
-    llama.tokenizer.save_pretrained(tmp_path)
+    save(llama, tmp_path)
     half = load(tmp_path, dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16
     np.testing.assert_allclose(score(half, make_pool(6)).nll, score(llama, make_pool(6)).nll, rtol=0.05)
@@ -379,8 +359,7 @@ def test_a_tokenizer_of_another_model_is_refused(llama: LanguageModel) -> None:
 
 def test_an_adapter_without_its_base(tmp_path: Path) -> None:
     base = tiny()
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
+    save(base, tmp_path / "base")
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(load(tmp_path / "base").model, lora)
     adapted.save_pretrained(tmp_path / "adapter")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ import torch
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, ReplayPlan, completion, make_plan
 from forgetcast.completion.forecast import measured_probes
 from forgetcast.lm import (
+    FineTuner,
     LanguageModel,
-    MostInterfered,
-    Online,
+    MostForgottenSelector,
+    OnlineSelector,
     Recipe,
     ReplayMixture,
-    Workbench,
     gradient_products,
     load,
     sample_texts,
@@ -32,7 +30,9 @@ from forgetcast.lm.tokens import encode
 from forgetcast.measure.scores import Scores
 from support.cli import RunCommand
 from support.data import make_pool
+from support.dying import tune_with_selector
 from support.models import tiny
+from support.processes import exit_code
 from support.selectors import HELD_OUT, RECIPE, arguments, plan_for
 from support.training import POOL, TASK, measured_atlas, model_files, trainer
 
@@ -54,9 +54,9 @@ def test_losses_in_training_are_the_scores() -> None:
 
 def test_the_forecast_in_training_is_the_one_made_offline(atlas: Atlas, tmp_path: Path) -> None:
     plan = plan_for(atlas)
-    online = Online.of(atlas, plan, k=6)
+    online = OnlineSelector.of(atlas, plan, k=6)
     assert not {POOL.ids[i] for i in online.probes} & set(HELD_OUT)
-    tuned = Workbench(tiny()).tune(TASK, RECIPE).language_model
+    tuned = FineTuner(tiny()).tune(TASK, RECIPE).language_model
     asked = POOL.subset([POOL.ids[i] for i in online.probes])
     score(tuned, asked).save(tmp_path / "probes.parquet")
     columns, forgetting = measured_probes(atlas, Scores.load(tmp_path / "probes.parquet"))
@@ -71,12 +71,12 @@ def test_the_forecast_in_training_is_the_one_made_offline(atlas: Atlas, tmp_path
 
 
 class Recorded:
-    """What a chooser was asked and said, with the weights of the model at the time."""
+    """What a selector was asked and said, with the weights of the model at the time."""
 
-    def __init__(self, chooser: Online | MostInterfered) -> None:
-        self.inner = chooser
+    def __init__(self, selector: OnlineSelector | MostForgottenSelector) -> None:
+        self.inner = selector
         self.calls: list[tuple[tuple[str, ...], tuple[str, ...], dict[str, torch.Tensor]]] = []
-        self.settings, self.check, self.due = chooser.settings, chooser.check, chooser.due
+        self.settings, self.check, self.due = selector.settings, selector.check, selector.due
 
     def choose(self, language_model: LanguageModel, mixture: ReplayMixture, replayed: Any) -> Any:
         chosen = self.inner.choose(language_model, mixture, replayed)
@@ -85,7 +85,7 @@ class Recorded:
         return chosen
 
 
-def batches(base: LanguageModel, mixture: ReplayMixture, folder: Path, chooser: Any, **options: Any) -> list[str]:
+def batches(base: LanguageModel, mixture: ReplayMixture, folder: Path, selector: Any, **options: Any) -> list[str]:
     """Upstream ids in the order in which they really reached the model in training."""
     texts = {tuple(encode(example, base.tokenizer, 96, end=True).ids): example.id for example in POOL}
     seen: list[str] = []
@@ -97,7 +97,7 @@ def batches(base: LanguageModel, mixture: ReplayMixture, folder: Path, chooser: 
                     seen.append(id_)
 
     handle = base.model.register_forward_pre_hook(look, with_kwargs=True)
-    trainer(base, mixture, folder, chooser, **options).train()
+    trainer(base, mixture, folder, selector, **options).train()
     handle.remove()
     return seen
 
@@ -111,10 +111,10 @@ def test_what_is_to_come_follows_the_new_forecast(atlas: Atlas, tmp_path: Path, 
     plan = make_plan(POOL, strategy, 0.5, held_out=HELD_OUT, forecast=forecast, loadings=loadings, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=12, batch_size=2, max_length=96, plan=plan, pool=POOL)
     before = mixture.replayed
-    chooser = Recorded(Online.of(atlas, plan, k=6, at=(0.5,)))
+    selector = Recorded(OnlineSelector.of(atlas, plan, k=6, at=(0.5,)))
     halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2} if in_parts else {}
-    seen = batches(base, mixture, tmp_path / "run", chooser, learning_rate=1e-2, **halves)
-    [(replayed, chosen, weights)] = chooser.calls
+    seen = batches(base, mixture, tmp_path / "run", selector, learning_rate=1e-2, **halves)
+    [(replayed, chosen, weights)] = selector.calls
     assert tuple(seen) == mixture.replayed == (*replayed, *chosen)
     assert replayed == before[: len(replayed)]
     assert 0 < len(replayed) < len(before)
@@ -123,8 +123,8 @@ def test_what_is_to_come_follows_the_new_forecast(atlas: Atlas, tmp_path: Path, 
     # The plan that anyone could make from the same model's scores, less what was replayed.
     twin = tiny()
     twin.model.load_state_dict(weights)
-    online = chooser.inner
-    assert isinstance(online, Online)
+    online = selector.inner
+    assert isinstance(online, OnlineSelector)
     kept = [i for i in online.probes if POOL.ids[i] not in replayed]
     measured = score(twin, POOL.subset([POOL.ids[i] for i in kept]))
     ordered = [measured.nll[measured.ids.index(POOL.ids[i])] - atlas.nll_before[i] for i in kept]
@@ -147,8 +147,8 @@ def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypat
         return losses(language_model, examples, max_length)
 
     monkeypatch.setattr("forgetcast.lm.selectors.losses", counted)
-    tuned = Workbench(tiny()).tune(
-        TASK, RECIPE, plan=plan, pool=POOL, chooser=Online.of(atlas, plan, k=6, at=(0.25, 0.5))
+    tuned = FineTuner(tiny()).tune(
+        TASK, RECIPE, plan=plan, pool=POOL, selector=OnlineSelector.of(atlas, plan, k=6, at=(0.25, 0.5))
     )
     assert len(measured) == 2
     assert all(0 < n <= 6 for n in measured)
@@ -160,15 +160,15 @@ def test_what_the_plan_leaves_out_is_not_chosen_in_training(atlas: Atlas, strate
     among = POOL.ids[1:29:2]  # the mixture replays 12 of these 14
     forecast = completion.Bayesian().fit(atlas).predict([], []).mean
     plan = make_plan(POOL, strategy, 0.5, held_out=HELD_OUT, among=among, forecast=forecast)
-    online = Online.of(atlas, plan, k=4)
+    online = OnlineSelector.of(atlas, plan, k=4)
     assert {POOL.ids[i] for i in online.probes} <= set(among)
-    tuned = Workbench(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, chooser=online)
+    tuned = FineTuner(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, selector=online)
     assert len(set(tuned.replayed) & set(among)) == len(tuned.replayed) == 12
 
 
 def test_an_exhausted_pool_is_replayed_evenly(atlas: Atlas) -> None:
     plan = replace(plan_for(atlas, ratio=2.0), repeat=True)  # 48 of 20
-    tuned = Workbench(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, chooser=Online.of(atlas, plan, k=6))
+    tuned = FineTuner(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, selector=OnlineSelector.of(atlas, plan, k=6))
     counts = [tuned.replayed.count(id_) for id_ in set(POOL.ids) - set(HELD_OUT)]
     assert (min(counts), max(counts), sum(counts)) == (2, 3, 48)
 
@@ -177,15 +177,15 @@ def test_most_interfered_takes_the_most_forgotten_of_each_few(atlas: Atlas, tmp_
     base = tiny()
     before = atlas.nll_before.copy()
     before[1] = np.nan  # an example that the base model could not score is no candidate
-    plan = make_plan(POOL, "mir", 0.5, held_out=HELD_OUT, seed=3)
+    plan = make_plan(POOL, "most-forgotten", 0.5, held_out=HELD_OUT, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=12, batch_size=2, max_length=96, plan=plan, pool=POOL)
-    chooser = Recorded(MostInterfered(POOL, before, candidates=3))
-    seen = batches(base, mixture, tmp_path / "run", chooser, learning_rate=1e-2)
+    selector = Recorded(MostForgottenSelector(POOL, before, candidates=3))
+    seen = batches(base, mixture, tmp_path / "run", selector, learning_rate=1e-2)
     assert tuple(seen) == mixture.replayed
     assert len(set(seen)) == len(seen) == 12
-    assert len(chooser.calls) == 5  # of 6 batches: the first comes before anything could be measured
+    assert len(selector.calls) == 5  # of 6 batches: the first comes before anything could be measured
     better = 0
-    for replayed, chosen, weights in chooser.calls[:4]:  # while there are three candidates for each place
+    for replayed, chosen, weights in selector.calls[:4]:  # while there are three candidates for each place
         twin = tiny()
         twin.model.load_state_dict(weights)
         forgotten = dict(zip(POOL.ids, score(twin, POOL).nll - before, strict=True))
@@ -197,69 +197,59 @@ def test_most_interfered_takes_the_most_forgotten_of_each_few(atlas: Atlas, tmp_
     assert better >= 6  # of 8; at random half would be
 
 
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from forgetcast import Atlas
-from forgetcast.lm import Workbench, train
-from support.models import tiny
-from support.selectors import RECIPE, TASK, arguments
-
-train.SECONDS_BETWEEN_CHECKPOINTS = 0
-Workbench(tiny()).tune(
-    TASK, RECIPE, **arguments({kind!r}, Atlas.open({atlas!r})), checkpoints=Path({folder!r}),
-    on_step=lambda i, n: os._exit(9) if i == 12 else None,
-)
-"""
-
-
-@pytest.mark.parametrize("kind", ["online", "mir"])
+@pytest.mark.parametrize("kind", ["online", "most-forgotten"])
 def test_a_killed_run_goes_on_in_the_same_order(atlas: Atlas, tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "out.partial"
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), kind=kind, atlas=str(atlas.path), folder=str(folder))
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert exit_code(tune_with_selector, kind, atlas.path, folder) == 9
     given = arguments(kind, atlas)
     asked: list[int] = []
-    recorded = Recorded(given["chooser"])
-    resumed = Workbench(tiny()).tune(
-        TASK, RECIPE, **(given | {"chooser": recorded}), checkpoints=folder, on_step=lambda i, _: asked.append(i)
+    recorded = Recorded(given["selector"])
+    resumed = FineTuner(tiny()).tune(
+        TASK, RECIPE, **(given | {"selector": recorded}), checkpoints=folder, on_step=lambda i, _: asked.append(i)
     )
     assert asked[0] == 12
-    assert kind == "mir" or not recorded.calls  # what was decided before the kill is not decided again
-    straight = Workbench(tiny()).tune(TASK, RECIPE, **given)
+    assert kind == "most-forgotten" or not recorded.calls  # what was decided before the kill is not decided again
+    straight = FineTuner(tiny()).tune(TASK, RECIPE, **given)
     offline = given["plan"].order(12)
     assert resumed.replayed == straight.replayed != offline
     with pytest.raises(MismatchError, match="an unfinished run of another"):
-        Workbench(tiny()).tune(
-            TASK, RECIPE, **(given | {"chooser": other_chooser(given["chooser"])}), checkpoints=folder
+        FineTuner(tiny()).tune(
+            TASK, RECIPE, **(given | {"selector": other_chooser(given["selector"])}), checkpoints=folder
         )
 
 
-def other_chooser(chooser: Online | MostInterfered) -> Online | MostInterfered:
-    return replace(chooser, candidates=3) if isinstance(chooser, MostInterfered) else replace(chooser, at=(0.25,))
+def other_chooser(selector: OnlineSelector | MostForgottenSelector) -> OnlineSelector | MostForgottenSelector:
+    return (
+        replace(selector, candidates=3)
+        if isinstance(selector, MostForgottenSelector)
+        else replace(selector, at=(0.25,))
+    )
 
 
 def test_what_does_not_go_together(atlas: Atlas, tmp_path: Path) -> None:
     base, plan = tiny(), plan_for(atlas)
-    online = Online.of(atlas, plan, k=6)
+    online = OnlineSelector.of(atlas, plan, k=6)
     for wrong in (0.0, 1.0, -1.0):
         with pytest.raises(ConfigError, match="a share of the steps between 0 and 1"):
             replace(online, at=(wrong,))
     with pytest.raises(ConfigError, match="at least 2 candidates"):
-        MostInterfered(POOL, atlas.nll_before, candidates=1)
+        MostForgottenSelector(POOL, atlas.nll_before, candidates=1)
     by_chance = make_plan(POOL, "random", 0.5)
-    workbench = Workbench(base)
+    tuner = FineTuner(base)
     with pytest.raises(ConfigError, match="the strategy 'random' does not; use one of forecast, "):
-        workbench.tune(TASK, RECIPE, plan=by_chance, pool=POOL, chooser=online)
+        tuner.tune(TASK, RECIPE, plan=by_chance, pool=POOL, selector=online)
     with pytest.raises(ConfigError, match="the mixture replays nothing"):
-        workbench.tune(TASK, RECIPE, chooser=online)
-    with pytest.raises(ConfigError, match="give MostInterfered as the chooser"):
-        workbench.tune(TASK, RECIPE, plan=make_plan(POOL, "mir", 0.5), pool=POOL)
+        tuner.tune(TASK, RECIPE, selector=online)
+    with pytest.raises(ConfigError, match="give MostForgottenSelector as the selector"):
+        tuner.tune(TASK, RECIPE, plan=make_plan(POOL, "most-forgotten", 0.5), pool=POOL)
     other = make_pool(41)
     with pytest.raises(MismatchError, match="the replay plan"):
-        workbench.tune(
-            TASK, RECIPE, plan=make_plan(other, "mir", 0.5), pool=other, chooser=MostInterfered(POOL, atlas.nll_before)
+        tuner.tune(
+            TASK,
+            RECIPE,
+            plan=make_plan(other, "most-forgotten", 0.5),
+            pool=other,
+            selector=MostForgottenSelector(POOL, atlas.nll_before),
         )
     mixture = ReplayMixture(TASK, base.tokenizer, steps=12, batch_size=2, max_length=96, plan=plan, pool=POOL)
     with pytest.raises(ConfigError, match="set dataloader_num_workers=0"):
@@ -332,7 +322,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
         assert run(*words)[0] == 0
         return path
 
-    # Online: what the library does with the same arguments.
+    # OnlineSelector: what the library does with the same arguments.
     top = plan("top")
     words = ["train", model, task, "--plan", top, "--pool", pool, "--recipe", recipe, "--json"]
     code, out, err = run(
@@ -340,18 +330,18 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     )
     assert (code, json.loads(out)["replayed"]) == (0, 8), err
     loaded = ReplayPlan.load(top)
-    chooser = Online.of(atlas, loaded, k=5, at=(0.25, 0.5))
-    tuned = Workbench(tiny()).tune(TASK, Recipe.load(recipe), plan=loaded, pool=POOL, chooser=chooser)
+    selector = OnlineSelector.of(atlas, loaded, k=5, at=(0.25, 0.5))
+    tuned = FineTuner(tiny()).tune(TASK, Recipe.load(recipe), plan=loaded, pool=POOL, selector=selector)
     found = score(load(tmp_path / "tuned"), POOL).nll
     np.testing.assert_allclose(found, score(tuned.language_model, POOL).nll, rtol=1e-5)
     # More than there is.
     code, _, err = run(*words[:3], "--plan", plan("random", "--ratio", "4"), *words[5:], "-o", tmp_path / "many")
     assert (code, "64 examples are to be replayed, and the plan has 32" in err) == (2, True)
     # Most interfered.
-    mir = plan("mir")
+    mir = plan("most-forgotten")
     words[4] = mir
-    assert "need --plan, --pool and --atlas" in run(*words, "-o", tmp_path / "mir")[2]
-    assert run(*words, "-o", tmp_path / "mir", "--atlas", atlas.path)[0] == 0
+    assert "need --plan, --pool and --atlas" in run(*words, "-o", tmp_path / "most-forgotten")[2]
+    assert run(*words, "-o", tmp_path / "most-forgotten", "--atlas", atlas.path)[0] == 0
     assert (
         "which only forgetcast's callback can"
         in run("export", mir, pool, "--count", "4", "-o", tmp_path / "x.jsonl")[2]
@@ -361,7 +351,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     words += ["--seeds", "1", "--online", "0.5", "--probes", "5", "-o", tmp_path / "v.json", "--json"]
     code, out, err = run(*words)
     assert code == 0, err
-    assert list(json.loads(out)["arms"]) == ["none", "random", "top", "mir", "top online"]
+    assert list(json.loads(out)["arms"]) == ["none", "random", "top", "most-forgotten", "top online"]
     assert (
         "a strategy that goes by a forecast"
         in run(*words[:5], "--plan", mir, "--online", "0.5", *words[9:11], "-o", "x")[2]

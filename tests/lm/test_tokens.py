@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from forgetcast import DataError, Example, Pool, Scores
-from forgetcast.lm import LanguageModel, Recipe, Workbench, exact_match, score
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, exact_match, score
 from forgetcast.lm.tokens import IGNORED_INDEX, encode
 from support.cli import RunCommand
-from support.models import tiny
+from support.models import save, tiny
 
 TURN = "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
 REST = (
@@ -102,7 +102,7 @@ def test_what_cannot_be_written_is_not_scored_and_says_why(template: Any, messag
     with pytest.raises(DataError, match=f"scores no example; of 'c': .*{reason[:20]}"):
         score(language_model, Pool([bad]))
     with pytest.raises(DataError, match=reason[:20]):
-        Workbench(language_model).tune(Pool([bad, good]), Recipe(steps=1, batch_size=2))
+        FineTuner(language_model).tune(Pool([bad, good]), Recipe(steps=1, batch_size=2))
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -155,13 +155,12 @@ def test_a_taught_assistant_answers(tmp_path: Path, run: RunCommand) -> None:
     )
     pool.save(tmp_path / "pool.jsonl")
     recipe = Recipe(steps=120, learning_rate=1e-2, batch_size=4, max_length=96)
-    taught = Workbench(chat_model()).tune(pool, recipe).language_model
+    taught = FineTuner(chat_model()).tune(pool, recipe).language_model
     right, answers = exact_match(taught, pool, max_new_tokens=8)
     np.testing.assert_array_equal(right, [1, 1, np.nan, np.nan])
     assert answers == ("four", "Paris", None, None)
     # The template is saved with the tokenizer, and the command reads it.
-    taught.model.save_pretrained(tmp_path / "model")
-    taught.tokenizer.save_pretrained(tmp_path / "model")
+    save(taught, tmp_path / "model")
     words = ("score", tmp_path / "model", tmp_path / "pool.jsonl", "-o", tmp_path / "s.parquet", "--exact-match")
     code, _, _ = run(*words, "--max-new-tokens", 8)
     assert code == 0

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +8,15 @@ import pytest
 import torch
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, make_plan
-from forgetcast.lm import LanguageModel, Recipe, ReplayMixture, Workbench, load, score
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, ReplayMixture, load, score
 from forgetcast.lm.mixture import spread
 from support.data import make_pool
-from support.models import tiny
-from support.training import TASK
+from support.dying import tune_with_replay
+from support.models import save, tiny
+from support.processes import exit_code
+from support.training import TASK, make_recipe
 
-RECIPE = Recipe(steps=8, batch_size=4, learning_rate=5e-3, max_length=64)
+RECIPE = make_recipe(steps=8, batch_size=4, max_length=64)
 
 
 def same_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
@@ -29,36 +29,36 @@ def test_tuning_learns_the_task_and_restoring_undoes_it(method: str) -> None:
     base = tiny()
     weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     before = score(base, TASK).nll.mean()
-    workbench = Workbench(base)
+    tuner = FineTuner(base)
     recipe = RECIPE.model_copy(update={"method": method})
     seen: list[tuple[int, int]] = []
-    tuned = workbench.tune(TASK, recipe, on_step=lambda *step: seen.append(step))
+    tuned = tuner.tune(TASK, recipe, on_step=lambda *step: seen.append(step))
     assert seen == [(i, 8) for i in range(1, 9)]
     assert tuned.steps == 8
     assert tuned.replayed == ()
     after = score(tuned.language_model, TASK).nll
     assert after.mean() < before - 0.3
-    workbench.restore()
+    tuner.restore()
     assert same_weights(base.model, weights)
     # The same seed gives the same model, whatever was tuned before it.
-    workbench.tune(TASK, RECIPE.model_copy(update={"seed": 9, "method": "lora" if method == "full" else "full"}))
-    np.testing.assert_allclose(score(workbench.tune(TASK, recipe).language_model, TASK).nll, after, rtol=1e-4)
-    workbench.restore()
+    tuner.tune(TASK, RECIPE.model_copy(update={"seed": 9, "method": "lora" if method == "full" else "full"}))
+    np.testing.assert_allclose(score(tuner.tune(TASK, recipe).language_model, TASK).nll, after, rtol=1e-4)
+    tuner.restore()
     assert same_weights(base.model, weights)
 
 
 def test_batches_in_parts_give_the_same_model() -> None:
-    whole = Workbench(tiny()).tune(TASK, RECIPE).language_model
-    in_parts = Workbench(tiny()).tune(TASK, RECIPE.model_copy(update={"micro_batch_size": 2})).language_model
+    whole = FineTuner(tiny()).tune(TASK, RECIPE).language_model
+    in_parts = FineTuner(tiny()).tune(TASK, RECIPE.model_copy(update={"micro_batch_size": 2})).language_model
     np.testing.assert_allclose(score(in_parts, TASK).nll, score(whole, TASK).nll, rtol=1e-3)
     with pytest.raises(ConfigError, match="does not divide"):
-        Workbench(tiny()).tune(TASK, RECIPE.model_copy(update={"micro_batch_size": 3}))
+        FineTuner(tiny()).tune(TASK, RECIPE.model_copy(update={"micro_batch_size": 3}))
 
 
 def test_training_is_that_of_a_plain_loop() -> None:
     """Oracle: AdamW with a linear decay, one batch after another, the mean loss over target tokens."""
     recipe = RECIPE.model_copy(update={"steps": 3})
-    tuned = Workbench(tiny()).tune(TASK, recipe).language_model
+    tuned = FineTuner(tiny()).tune(TASK, recipe).language_model
     plain = tiny()
     mixture = ReplayMixture(TASK, plain.tokenizer, steps=3, batch_size=4, max_length=64)
     plain.model.train()
@@ -79,10 +79,9 @@ def test_training_is_that_of_a_plain_loop() -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_saved_model_scores_as_the_one_in_memory(tmp_path: Path, method: str) -> None:
     base = tiny()
-    base.model.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
-    workbench = Workbench(load(tmp_path / "base"))
-    tuned = workbench.tune(TASK, RECIPE.model_copy(update={"method": method}))
+    save(base, tmp_path / "base")
+    tuner = FineTuner(load(tmp_path / "base"))
+    tuned = tuner.tune(TASK, RECIPE.model_copy(update={"method": method}))
     tuned.save(tmp_path / "tuned")
     expected = score(tuned.language_model, TASK).nll
     np.testing.assert_allclose(score(load(tmp_path / "tuned"), TASK).nll, expected, rtol=1e-5)
@@ -100,7 +99,7 @@ def test_replay_comes_on_top_in_whole_batches_that_are_never_held_out() -> None:
     new = [[alone[4 * step + i].ids for i in range(4)] for step in range(8)]
     is_old = list(spread(8, 4))
     assert [batch for batch, old in zip(batches, is_old, strict=True) if not old] == new
-    tuned = Workbench(base).tune(TASK, RECIPE, plan=plan, pool=pool)
+    tuned = FineTuner(base).tune(TASK, RECIPE, plan=plan, pool=pool)
     assert tuned.replayed == mixture.replayed
     assert tuned.steps == 12
     assert repr(tuned) == f"Tuned(steps=12, replayed=16, seconds={tuned.seconds:.1f})"
@@ -130,7 +129,7 @@ def test_padding_is_more_of_the_task() -> None:
     assert len(extra) == 16
     assert all(ids in known for ids in extra)
     assert len(set(map(tuple, extra[:12]))) == 12, "a pass over all of the task"
-    tuned = Workbench(base).tune(TASK, RECIPE, plan=make_plan(pool, "padding", 0.5), pool=pool)
+    tuned = FineTuner(base).tune(TASK, RECIPE, plan=make_plan(pool, "padding", 0.5), pool=pool)
     assert (tuned.steps, tuned.replayed) == (12, ())
 
 
@@ -138,9 +137,9 @@ def test_replay_keeps_what_it_replays() -> None:
     """Examples that are replayed are forgotten less than without replay; else the mixture is not trained on."""
     pool = make_pool(16)
     plan = make_plan(pool, "random", 1.0, repeat=True)
-    workbench = Workbench(tiny())
-    without = score(workbench.tune(TASK, RECIPE).language_model, pool).nll.mean()
-    with_replay = score(workbench.tune(TASK, RECIPE, plan=plan, pool=pool).language_model, pool).nll.mean()
+    tuner = FineTuner(tiny())
+    without = score(tuner.tune(TASK, RECIPE).language_model, pool).nll.mean()
+    with_replay = score(tuner.tune(TASK, RECIPE, plan=plan, pool=pool).language_model, pool).nll.mean()
     assert with_replay < without - 0.3
 
 
@@ -160,7 +159,7 @@ def test_replay_that_cannot_be() -> None:
 
 def test_a_loss_that_explodes_is_an_error() -> None:
     with pytest.raises(DataError, match="learning_rate"):
-        Workbench(tiny()).tune(TASK, RECIPE.model_copy(update={"learning_rate": 1e30, "steps": 4}))
+        FineTuner(tiny()).tune(TASK, RECIPE.model_copy(update={"learning_rate": 1e30, "steps": 4}))
 
 
 @pytest.mark.parametrize("text", ["stepz: 3", "steps: 0", "learning_rate: -1", "method: qlora"])
@@ -185,41 +184,20 @@ def test_activations_computed_again_give_the_same_model(method: str) -> None:
     base = tiny()
     calls: list[bool] = []
     base.model.model.layers[0].mlp.register_forward_pre_hook(lambda module, *_: calls.append(module.training))
-    workbench = Workbench(base)
-    plain = score(workbench.tune(TASK, recipe).language_model, TASK).nll
+    tuner = FineTuner(base)
+    plain = score(tuner.tune(TASK, recipe).language_model, TASK).nll
     once = sum(calls)
-    again = workbench.tune(TASK, recipe.model_copy(update={"gradient_checkpointing": True})).language_model
+    again = tuner.tune(TASK, recipe.model_copy(update={"gradient_checkpointing": True})).language_model
     np.testing.assert_allclose(score(again, TASK).nll, plain, rtol=1e-5)
     assert sum(calls) == 3 * once  # twice a step
-    workbench.tune(TASK, recipe)
+    tuner.tune(TASK, recipe)
     assert sum(calls) == 4 * once
-
-
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from forgetcast import make_plan
-from forgetcast.lm import Workbench, train
-from support.data import make_pool
-from support.models import tiny
-from support.training import TASK
-from test_lm_train import RECIPE, TASK
-
-train.SECONDS_BETWEEN_CHECKPOINTS = 0
-pool = make_pool(24)
-Workbench(tiny()).tune(
-    TASK, RECIPE.model_copy(update={{"method": {method!r}}}), plan=make_plan(pool, "random", 0.5, seed=3), pool=pool,
-    checkpoints=Path({folder!r}), on_step=lambda i, n: os._exit(9) if i == 7 else None,
-)
-"""
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, method: str) -> None:
     folder, pool = tmp_path / "out.partial", make_pool(24)
-    script = KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(folder), method=method)
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert exit_code(tune_with_replay, RECIPE.model_copy(update={"method": method}), folder) == 9
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
     torn = folder / "checkpoint-7"  # as if the next one had been cut short
     shutil.copytree(folder / "checkpoint-6", torn)
@@ -227,13 +205,13 @@ def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, method: 
     recipe = RECIPE.model_copy(update={"method": method})
     plan = make_plan(pool, "random", 0.5, seed=3)
     steps: list[int] = []
-    workbench = Workbench(tiny())
+    tuner = FineTuner(tiny())
     with pytest.raises(MismatchError, match="an unfinished run of another"):
-        workbench.tune(TASK, recipe, checkpoints=folder)
-    found = workbench.tune(TASK, recipe, plan=plan, pool=pool, checkpoints=folder, on_step=lambda i, _: steps.append(i))
+        tuner.tune(TASK, recipe, checkpoints=folder)
+    found = tuner.tune(TASK, recipe, plan=plan, pool=pool, checkpoints=folder, on_step=lambda i, _: steps.append(i))
     assert steps == list(range(7, 13))
     after = score(found.language_model, pool).nll
-    straight = Workbench(tiny()).tune(TASK, recipe, plan=plan, pool=pool)
+    straight = FineTuner(tiny()).tune(TASK, recipe, plan=plan, pool=pool)
     assert straight.replayed == found.replayed
     np.testing.assert_allclose(after, score(straight.language_model, pool).nll, rtol=1e-5)
 
@@ -242,7 +220,7 @@ def test_an_example_without_a_token_to_train_on() -> None:
     bare = tiny(bos=False)
     bare.tokenizer.eos_token = None
     with pytest.raises(DataError, match="'one' has no token to train on"):
-        Workbench(bare).tune(Pool([Example("one", text="a")]), RECIPE)
+        FineTuner(bare).tune(Pool([Example("one", text="a")]), RECIPE)
 
 
 def test_a_tokenizer_without_a_padding_token() -> None:
@@ -251,7 +229,7 @@ def test_a_tokenizer_without_a_padding_token() -> None:
     bare.tokenizer.eos_token = None
     assert bare.tokenizer.pad_token_id is None
     np.testing.assert_allclose(score(bare, TASK).nll, score(plain, TASK).nll, rtol=1e-6)
-    assert np.isfinite(score(Workbench(bare).tune(TASK, RECIPE).language_model, TASK).nll).all()
+    assert np.isfinite(score(FineTuner(bare).tune(TASK, RECIPE).language_model, TASK).nll).all()
 
 
 def test_a_loaded_model_without_its_own_limit_has_the_tokenizers() -> None:

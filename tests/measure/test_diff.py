@@ -16,7 +16,7 @@ from forgetcast.measure.diff import Gate, difference
 from forgetcast.measure.lm_eval import read_lm_eval
 from support.cli import RunCommand
 from support.data import make_pool, make_scores
-from support.models import tiny
+from support.models import save, tiny
 
 
 def scores(nll: np.ndarray, right: np.ndarray | None = None, **metadata: str) -> Scores:
@@ -176,6 +176,22 @@ class TestCommand:
 SAMPLE = {"doc_id": 0, "target": "1", "filtered_resps": [["-3.5", "False"], ["-1.25", "True"]], "acc": 1.0}
 
 
+# Both evaluations in one process, as it takes longer to start than they do.
+HARNESS = """
+import sys
+from lm_eval.__main__ import cli_evaluate
+
+folder, *names = sys.argv[1:]
+for name in names:
+    sys.argv = [
+        "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder}/{name},dtype=float32",
+        "--tasks", "quiz,prose", "--include_path", folder, "--device", "cpu",
+        "--log_samples", "--output_path", f"{folder}/{name}.out",
+    ]
+    cli_evaluate()
+"""
+
+
 class TestHarness:
     def test_samples_of_three_kinds(self, tmp_path: Path) -> None:
         lines = {
@@ -235,19 +251,9 @@ class TestHarness:
             "metric_list: [{metric: word_perplexity}]\n"
         )
         base, other = tiny(), tiny(seed=1)
-        for name, language_model in (("base", base), ("other", other)):
-            language_model.model.save_pretrained(tmp_path / name)
-            language_model.tokenizer.save_pretrained(tmp_path / name)
-            words = [
-                "--model",
-                "hf",
-                "--model_args",
-                f"pretrained={tmp_path / name},dtype=float32",
-                "--tasks",
-                "quiz,prose",
-            ]
-            words += ["--include_path", str(tmp_path), "--device", "cpu", "--log_samples", "--output_path"]
-            subprocess.run([sys.executable, "-m", "lm_eval", *words, str(tmp_path / f"{name}.out")], check=True)
+        save(base, tmp_path / "base")
+        save(other, tmp_path / "other")
+        subprocess.run([sys.executable, "-c", HARNESS, str(tmp_path), "base", "other"], check=True)
         scores, tasks = read_lm_eval(tmp_path / "base.out")
         assert sorted(tasks) == ["prose"] * 6 + ["quiz"] * 6
         # The harness puts a token before the tokenizer's own first one, and divides by the words of the text.

@@ -12,8 +12,8 @@ import pytest
 from scipy.stats import norm
 
 from forgetcast import Atlas, ConfigError, DataError, advice
-from forgetcast.experiments.verify import Run, pilot_trial
-from forgetcast.replay.law import Advice, Expected, ReplayLaw, advice_on
+from forgetcast.experiments.verify import Run, pilot_comparison
+from forgetcast.replay.law import Advice, Expected, ReplayLaw, advise
 from forgetcast.replay.plan import ReplayPlan
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool
@@ -226,20 +226,20 @@ def test_the_atlas_keeps_runs(tmp_path: Path) -> None:
     assert Atlas.open(kept.path).replays == [again, first | {"seed": 1}]
     kept.add_replays([first | {"setup_": "x"}])
     with pytest.raises(DataError, match=r"replays.json: .*setup_"):
-        advice_on(kept, "random")
+        advise(kept, "random")
     (kept.path / "replays.json").write_text('{"a": 1}')
     with pytest.raises(DataError, match=r"replays.json is not a list of fine-tunes"):
-        advice_on(kept, "random")
+        advise(kept, "random")
 
 
 def test_strategies_that_cannot_be_piloted(tmp_path: Path) -> None:
     kept = make_atlas(tmp_path / "a.atlas", make_pool())
-    for strategy in ("none", "padding", "mir", "truth", "gradient", "what"):
+    for strategy in ("none", "padding", "most-forgotten", "truth", "gradient", "what"):
         with pytest.raises(ConfigError, match=f"{strategy!r} cannot be piloted"):
-            pilot_trial(kept, "t", TASK, strategies=[strategy], ratios=[0.1], hold_out=0.5)
-    trial = pilot_trial(kept, "t", TASK, strategies=["top", "random"], ratios=[0.1, 0.2], hold_out=0.5)
-    assert list(trial.plans) == ["none", "random 0.1", "random 0.2", "top 0.1", "top 0.2"]
-    assert not set(trial.train.ids) & set(trial.test.ids)
+            pilot_comparison(kept, "t", TASK, strategies=[strategy], ratios=[0.1], hold_out=0.5)
+    comparison = pilot_comparison(kept, "t", TASK, strategies=["top", "random"], ratios=[0.1, 0.2], hold_out=0.5)
+    assert list(comparison.plans) == ["none", "random 0.1", "random 0.2", "top 0.1", "top 0.2"]
+    assert not set(comparison.train.ids) & set(comparison.test.ids)
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     assert code == 0, err
     advised = json.loads(out)
     assert advised["ratio"] == advised["advice"]["needed"]["mean"] == ReplayPlan.load(tmp_path / "p.parquet").ratio
-    assert advised["advice"] == advice_on(atlas, "top", target=0.1, task="task").as_dict()
+    assert advised["advice"] == advise(atlas, "top", target=0.1, task="task").as_dict()
     code, out, err = run(*plan, "--target-retention", "0.1", "-o", tmp_path / "p.parquet")
     assert "To avoid 10% of the forgetting with top replay, expect a ratio of" in " ".join(out.split()), err
     assert "--ratio or --target-retention, not both" in run(*target, "--ratio", "0.5")[2]

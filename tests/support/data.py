@@ -41,3 +41,7 @@ def make_atlas(path: Path, pool: Pool, tasks: int = 8, seed: int = 0) -> Atlas:
     for i, row in enumerate(np.abs(planted(tasks, len(pool), 1, 0.05, seed))):
         atlas.add(f"t{i}", make_scores(pool, 3.0 + row))
     return atlas
+
+
+def make_task(name: str, n: int) -> Pool:
+    return Pool([Example(f"{i}", prompt=f"{name} {i}:", completion=f" {name[::-1]} {i}") for i in range(n)])

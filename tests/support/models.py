@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,3 +79,10 @@ def tiny(family: str = "llama", seed: int = 0, *, bos: bool = True) -> LanguageM
     if not bos:
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     return LanguageModel(model.eval(), tokenizer, family)
+
+
+def save(language_model: LanguageModel, folder: Path) -> Path:
+    """Save the model with its tokenizer, as a user's folder has them."""
+    language_model.model.save_pretrained(folder)
+    language_model.tokenizer.save_pretrained(folder)
+    return folder

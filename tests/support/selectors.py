@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from forgetcast import Atlas, ReplayPlan, completion, make_plan
-from forgetcast.lm import MostInterfered, Online, Recipe
-from support.training import POOL
+from forgetcast.lm import MostForgottenSelector, OnlineSelector
+from support.training import POOL, make_recipe
 
-RECIPE = Recipe(steps=12, batch_size=2, max_length=96, learning_rate=1e-2)
+RECIPE = make_recipe(steps=12, max_length=96, learning_rate=1e-2)
 HELD_OUT = POOL.ids[::2]
 
 
@@ -18,8 +18,8 @@ def plan_for(atlas: Atlas, strategy: str = "top", ratio: float = 0.5) -> ReplayP
 
 
 def arguments(kind: str, atlas: Atlas) -> dict[str, Any]:
-    if kind == "mir":
-        plan = make_plan(POOL, "mir", 0.5, held_out=HELD_OUT, seed=3)
-        return {"plan": plan, "pool": POOL, "chooser": MostInterfered(POOL, atlas.nll_before)}
+    if kind == "most-forgotten":
+        plan = make_plan(POOL, "most-forgotten", 0.5, held_out=HELD_OUT, seed=3)
+        return {"plan": plan, "pool": POOL, "selector": MostForgottenSelector(POOL, atlas.nll_before)}
     plan = plan_for(atlas)
-    return {"plan": plan, "pool": POOL, "chooser": Online.of(atlas, plan, k=6, at=(0.5,))}
+    return {"plan": plan, "pool": POOL, "selector": OnlineSelector.of(atlas, plan, k=6, at=(0.5,))}

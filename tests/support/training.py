@@ -10,14 +10,19 @@ import numpy as np
 from transformers import Trainer, TrainingArguments
 
 from forgetcast import Atlas, Example, Pool
-from forgetcast.lm import Chooser, LanguageModel, Recipe, ReplayCallback, ReplayMixture, score
+from forgetcast.lm import LanguageModel, Recipe, ReplayCallback, ReplayMixture, ReplaySelector, score
 from support.data import make_pool, planted
-from support.models import tiny
+from support.models import save, tiny
 
 TASK = Pool(
     [Example(f"q{i}", prompt=f"Question: what is {i} + 1?\nAnswer:", completion=f" {i + 1}") for i in range(12)]
 )
 POOL = make_pool(40)
+
+
+def make_recipe(**changes: Any) -> Recipe:
+    """Return the settings of a fine-tune of the tiny model: enough to change it, and no more, but for `changes`."""
+    return Recipe(**{"steps": 3, "batch_size": 2, "learning_rate": 5e-3, "max_length": 48} | changes)
 
 
 class Interruption(Exception):  # noqa: N818  # it is none
@@ -33,29 +38,30 @@ def stop_at(words: str) -> Any:
     return on_progress
 
 
-def measured_atlas(folder: Path, recipe: Recipe | None = None) -> Atlas:
+def measured_atlas(folder: Path, settings: Recipe | None = None) -> Atlas:
     """Create an atlas of the tiny model's scores on `POOL` and planted rows."""
     before = score(tiny(), POOL)
-    settings = {} if recipe is None else {"recipe": recipe.model_dump()}
-    atlas = Atlas.create(folder / "a.atlas", POOL, before, model="tiny", **settings)
+    given = {} if settings is None else {"recipe": settings.model_dump()}
+    atlas = Atlas.create(folder / "a.atlas", POOL, before, model="tiny", **given)
     for i, row in enumerate(np.abs(planted(8, len(POOL), 2, 0.05))):
         atlas.add(f"t{i}", replace(before, nll=before.nll + row))
     return atlas
 
 
-def model_files(folder: Path) -> Path:
-    """The tiny model, a task, the pool and the shares of the steps as files."""
-    base = tiny()
-    base.model.save_pretrained(folder / "model")
-    base.tokenizer.save_pretrained(folder / "model")
+def model_files(folder: Path) -> None:
+    """Save the tiny model, a task, the pool and a recipe."""
+    save(tiny(), folder / "model")
     TASK.save(folder / "task.jsonl")
     POOL.save(folder / "pool.jsonl")
-    (folder / "recipe.yaml").write_text("{steps: 8, batch_size: 2, max_length: 96, learning_rate: 0.01}")
-    return folder
+    (folder / "recipe.yaml").write_text(make_recipe(steps=8, max_length=96, learning_rate=1e-2).model_dump_json())
 
 
 def trainer(
-    language_model: LanguageModel, mixture: ReplayMixture, folder: Path, chooser: Chooser | None = None, **options: Any
+    language_model: LanguageModel,
+    mixture: ReplayMixture,
+    folder: Path,
+    selector: ReplaySelector | None = None,
+    **options: Any,
 ) -> Trainer:
     settings_ = {
         "max_steps": mixture.steps,
@@ -72,5 +78,5 @@ def trainer(
         args=TrainingArguments(output_dir=str(folder), **(settings_ | options)),
         train_dataset=mixture,
         data_collator=mixture.collate,
-        callbacks=[ReplayCallback(mixture, chooser)],
+        callbacks=[ReplayCallback(mixture, selector)],
     )
