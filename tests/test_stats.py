@@ -16,7 +16,9 @@ from scipy import stats
 from forgetcast import DataError
 from forgetcast.cli.tables import verification_tables
 from forgetcast.evaluation import worst_part
-from forgetcast.experiments.verify import METRIC_NAMES, Run, Verification, _right_to_wrong
+from forgetcast.experiments.verify import Verification
+from forgetcast.measure.scores import count_flips
+from forgetcast.replay import Run
 from forgetcast.stats import bootstrap_interval, holm, paired_difference, wilcoxon_p
 from support.data import make_pool, make_scores
 
@@ -174,7 +176,7 @@ def test_the_table_has_a_column_for_all_that_was_measured() -> None:
     for part in verification_tables(result):
         console.print(part)
     text = console.export_text()
-    assert all(name in text for name in METRIC_NAMES.values())
+    assert all(name in text for name in (METRICS[metric] for metric in result.metrics))
     found = result.compare("forecast", "random", "mean")
     assert found is not None
     assert f"{found.bootstrap_lower:+.3f} to {found.bootstrap_upper:+.3f}" in text
@@ -184,11 +186,11 @@ def test_the_table_has_a_column_for_all_that_was_measured() -> None:
 def test_flips_are_counted_over_those_that_were_asked_twice() -> None:
     pool = make_pool(6)
     before, after = make_scores(pool, np.ones(6)), make_scores(pool.subset(pool.ids[::-1]), np.ones(6))
-    assert _right_to_wrong(before, after) is None
+    assert count_flips(before, after) is None
     before = replace(before, exact_match=np.array([1, 1, 1, 0, np.nan, 1]))
-    assert _right_to_wrong(before, after) is None
+    assert count_flips(before, after) is None
     after = replace(after, exact_match=np.array([0, 0, 1, 0, 1, np.nan]))
     # in the pool's order: before 1 1 1 0 - 1, after - 1 0 1 0 0
-    assert _right_to_wrong(before, after) == 2
-    assert _right_to_wrong(before, replace(after, exact_match=np.full(6, np.nan))) is None
+    assert count_flips(before, after) == 2
+    assert count_flips(before, replace(after, exact_match=np.full(6, np.nan))) is None
     assert worst_part(np.arange(300.0), 100) == 298

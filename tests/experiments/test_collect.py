@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forgetcast import Atlas, ConfigError, DataError, Example, MismatchError, Pool, Scores, make_plan
+from forgetcast import Atlas, ConfigError, DataError, Example, MismatchError, Pool, Scores
 from forgetcast.evaluation import paired_difference, worst_tenth
-from forgetcast.experiments.collect import CollectConfig, collect
-from forgetcast.experiments.verify import METRICS, ReplayComparison, Run, Verification, arms, verify
+from forgetcast.experiments.collect import CollectConfig
+from forgetcast.experiments.verify import ReplayComparison, Verification, arms
 from forgetcast.lm import FineTuner, Recipe, exact_match, score
+from forgetcast.replay import Run
 from support.cli import RunCommand
 from support.data import make_pool, make_task
+from support.experiments import collect_into, verify_on
 from support.models import tiny
+from support.plans import plan_for
 from support.training import Interruption, make_recipe, stop_at
 
 RECIPE = make_recipe()
@@ -26,7 +29,7 @@ TASKS = {name: make_task(name, 6) for name in ("adding", "naming", "spelling")}
 
 def test_the_atlas_holds_after_minus_before(tmp_path: Path) -> None:
     base, pool = tiny(), make_pool()
-    atlas = collect(base, pool, TASKS, tmp_path / "a.atlas", RECIPE)
+    atlas = collect_into(tmp_path / "a.atlas", base, pool, TASKS, RECIPE)
     assert atlas.tasks == tuple(TASKS)
     np.testing.assert_allclose(atlas.before.nll, score(base, pool).nll)
     tuned = FineTuner(tiny()).tune(TASKS["naming"], RECIPE).language_model
@@ -42,12 +45,14 @@ def test_the_atlas_holds_after_minus_before(tmp_path: Path) -> None:
 def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     pool = make_pool()
     with pytest.raises(Interruption):
-        collect(tiny(), pool, TASKS, tmp_path / "a.atlas", RECIPE, on_progress=stop_at("spelling"))
+        collect_into(tmp_path / "a.atlas", tiny(), pool, TASKS, RECIPE, on_progress=stop_at("spelling"))
     assert Atlas.open(tmp_path / "a.atlas").tasks == ("adding", "naming")
     done: list[str] = []
-    atlas = collect(tiny(), pool, TASKS, tmp_path / "a.atlas", RECIPE, on_progress=lambda what, *_: done.append(what))
+    atlas = collect_into(
+        tmp_path / "a.atlas", tiny(), pool, TASKS, RECIPE, on_progress=lambda what, *_: done.append(what)
+    )
     assert {what.partition(":")[0] for what in done} == {"spelling"}
-    straight = collect(tiny(), pool, TASKS, tmp_path / "b.atlas", RECIPE)
+    straight = collect_into(tmp_path / "b.atlas", tiny(), pool, TASKS, RECIPE)
     np.testing.assert_allclose(atlas.matrix().values, straight.matrix().values, atol=1e-6)
 
 
@@ -66,12 +71,11 @@ def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
     }
     recipe = Recipe(steps=8, learning_rate=1e-2, batch_size=2, max_length=48)
     with pytest.raises(Interruption):
-        collect(
-            copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, exact_match=True, max_new_tokens=4,
+        collect_into(tmp_path / "a.atlas", copy.deepcopy(base), pool, tasks, recipe, exact_match=True, max_new_tokens=4,
             on_progress=stop_at("late: answering"),
         )  # fmt: skip
     options: dict[str, Any] = {"exact_match": True, "max_new_tokens": 4}
-    atlas = collect(copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, **options)
+    atlas = collect_into(tmp_path / "a.atlas", copy.deepcopy(base), pool, tasks, recipe, **options)
     right = exact_match(copy.deepcopy(base), pool, max_new_tokens=4)[0]
     assert (right[:8] == 1).all()
     matrix = atlas.matrix(measure="exact_match")
@@ -81,11 +85,13 @@ def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
         expected = 1 - exact_match(tuned, pool, max_new_tokens=4)[0][:8]
         np.testing.assert_array_equal(matrix.values[matrix.tasks.index(name)], expected)
     assert 0 < matrix.values.mean() < 1
-    always = collect(copy.deepcopy(base), pool, tasks, tmp_path / "b.atlas", recipe, **options, metric=lambda *_: 1.0)
+    always = collect_into(
+        tmp_path / "b.atlas", copy.deepcopy(base), pool, tasks, recipe, **options, metric=lambda *_: 1.0
+    )
     np.testing.assert_array_equal(always.matrix(measure="exact_match").values, 0)
     for wrong in ({}, {"exact_match": True, "max_new_tokens": 5}):
         with pytest.raises(MismatchError, match="exact_match: true and max_new_tokens: 4"):
-            collect(copy.deepcopy(base), pool, tasks, tmp_path / "a.atlas", recipe, **wrong)
+            collect_into(tmp_path / "a.atlas", copy.deepcopy(base), pool, tasks, recipe, **wrong)
     code, out, _ = run("analyze", tmp_path / "a.atlas", "--exact-match", "--json")
     assert code == 0
     assert json.loads(out)["mean_by_task"] == {n: matrix.values[i].mean() for i, n in enumerate(matrix.tasks)}
@@ -93,7 +99,7 @@ def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
         "bench", tmp_path / "a.atlas", "--exact-match", "--methods", "mean,additive", "-k", 2, "--json"
     )
     assert (code, {row["method"] for row in json.loads(out)}) == (0, {"mean", "additive"})
-    plain = collect(copy.deepcopy(base), pool, {}, tmp_path / "c.atlas", recipe)
+    plain = collect_into(tmp_path / "c.atlas", copy.deepcopy(base), pool, {}, recipe)
     code, _, err = run("analyze", plain.path, "--exact-match")
     assert code == 2
     assert "has no answers" in err
@@ -102,8 +108,7 @@ def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
 @pytest.mark.parametrize("answers", [False, True])
 def test_progress_ends_at_its_total(tmp_path: Path, answers: bool) -> None:
     seen: list[tuple[int, int]] = []
-    collect(
-        tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE, exact_match=answers, max_new_tokens=2,
+    collect_into(tmp_path / "a.atlas", tiny(), make_pool(), TASKS, RECIPE, exact_match=answers, max_new_tokens=2,
         on_progress=lambda _, *n: seen.append(n),
     )  # fmt: skip
     assert seen[-1][0] == seen[-1][1]
@@ -111,24 +116,24 @@ def test_progress_ends_at_its_total(tmp_path: Path, answers: bool) -> None:
 
 
 def test_an_atlas_of_something_else_does_not_grow(tmp_path: Path) -> None:
-    collect(tiny(), make_pool(), {"adding": TASKS["adding"]}, tmp_path / "a.atlas", RECIPE)
+    collect_into(tmp_path / "a.atlas", tiny(), make_pool(), {"adding": TASKS["adding"]}, RECIPE)
     before = Atlas.open(tmp_path / "a.atlas").matrix().values
     with pytest.raises(MismatchError, match="another pool"):
-        collect(tiny(), make_pool(20), TASKS, tmp_path / "a.atlas", RECIPE)
+        collect_into(tmp_path / "a.atlas", tiny(), make_pool(20), TASKS, RECIPE)
     with pytest.raises(MismatchError, match="another base model"):
-        collect(tiny(seed=1), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE)
+        collect_into(tmp_path / "a.atlas", tiny(seed=1), make_pool(), TASKS, RECIPE)
     with pytest.raises(MismatchError, match=r"another recipe \(steps differ\)"):
-        collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE.model_copy(update={"steps": 4}))
+        collect_into(tmp_path / "a.atlas", tiny(), make_pool(), TASKS, RECIPE.model_copy(update={"steps": 4}))
     np.testing.assert_array_equal(Atlas.open(tmp_path / "a.atlas").matrix().values, before)
 
 
 def test_an_atlas_from_before_a_field_of_the_recipe_grows(tmp_path: Path) -> None:
-    collect(tiny(), make_pool(), {"adding": TASKS["adding"]}, tmp_path / "a.atlas", RECIPE)
+    collect_into(tmp_path / "a.atlas", tiny(), make_pool(), {"adding": TASKS["adding"]}, RECIPE)
     file = tmp_path / "a.atlas" / "atlas.json"
     index = json.loads(file.read_text())
     del index["recipe"]["gradient_checkpointing"]
     file.write_text(json.dumps(index))
-    assert collect(tiny(), make_pool(), TASKS, tmp_path / "a.atlas", RECIPE).tasks == tuple(TASKS)
+    assert collect_into(tmp_path / "a.atlas", tiny(), make_pool(), TASKS, RECIPE).tasks == tuple(TASKS)
 
 
 def test_a_recipe_by_its_name_or_its_file(tmp_path: Path) -> None:
@@ -177,14 +182,14 @@ def test_task_folders(tmp_path: Path) -> None:
 
 class TestVerify:
     def comparison(self, pool: Pool) -> ReplayComparison:
-        plan = make_plan(pool, "forecast", 0.7, held_out=pool.ids[:10], forecast=np.arange(24.0))
+        plan = plan_for(pool, "forecast", 0.7, held_out=pool.ids[:10], forecast=np.arange(24.0))
         return ReplayComparison("naming", TASKS["naming"], make_task("naming", 2), arms([plan], pool))
 
     def test_every_arm_is_judged_on_the_held_out_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
         before = score(base, pool)
         comparison = self.comparison(pool)
-        result = verify(FineTuner(base), [comparison], pool, before, RECIPE, directory=tmp_path)
+        result = verify_on(pool, before, FineTuner(base), [comparison], RECIPE, directory=tmp_path)
         assert result.arms == ("none", "random", "forecast")
         assert result.judged == 10
         assert len(result.runs) == 6
@@ -206,14 +211,20 @@ class TestVerify:
         right = exact_match(base, pool, max_new_tokens=4)[0]
         before = replace(score(base, pool), exact_match=right)
         before = replace(before, metadata={**before.metadata, "max_new_tokens": 4})
-        plan = make_plan(pool, "random", 0.5, held_out=QUESTIONS.ids)
+        plan = plan_for(pool, "random", 0.5, held_out=QUESTIONS.ids)
         recipe = Recipe(steps=8, learning_rate=1e-2, batch_size=2, max_length=48)
         comparison = ReplayComparison("early", new, new, arms([plan], pool))
         seen: list[tuple[int, int]] = []
-        result = verify(
-            FineTuner(copy.deepcopy(base)), [comparison], pool, before, recipe, seeds=[0], directory=tmp_path,
+        result = verify_on(
+            pool,
+            before,
+            FineTuner(copy.deepcopy(base)),
+            [comparison],
+            recipe,
+            seeds=[0],
+            directory=tmp_path,
             on_progress=lambda _, *n: seen.append(n),
-        )  # fmt: skip
+        )
         assert seen[-1][0] == seen[-1][1]
         assert "right_to_wrong" in result.metrics
         for run, replayed in zip(result.runs, (None, plan), strict=True):
@@ -224,10 +235,10 @@ class TestVerify:
     def test_several_plans_are_arms_side_by_side(self) -> None:
         pool = make_pool()
         given = {"held_out": pool.ids[:10], "forecast": np.arange(24.0)}
-        plans = [make_plan(pool, name, 0.5, **given) for name in ("top", "padding", "ranked")]
+        plans = [plan_for(pool, name, 0.5, **given) for name in ("top", "padding", "ranked")]
         assert list(arms(plans, pool)) == ["none", "random", "top", "padding", "ranked"]
         with pytest.raises(ConfigError, match="the same ratio"):
-            arms([*plans, make_plan(pool, "forecast", 0.25, **given)], pool)
+            arms([*plans, plan_for(pool, "forecast", 0.25, **given)], pool)
         with pytest.raises(ConfigError, match="two of the plans have the same strategy"):
             arms([*plans, plans[0]], pool)
 
@@ -235,11 +246,11 @@ class TestVerify:
         pool, base = make_pool(), tiny()
         before, comparison = score(base, pool), self.comparison(pool)
         with pytest.raises(Interruption):
-            verify(
-                FineTuner(base),
-                [comparison],
+            verify_on(
                 pool,
                 before,
+                FineTuner(base),
+                [comparison],
                 RECIPE,
                 directory=tmp_path,
                 on_progress=stop_at("random replay, seed 1"),
@@ -247,21 +258,21 @@ class TestVerify:
         kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
         assert len(kept) == 4
         tuner = FineTuner(tiny())
-        result = verify(tuner, [comparison], pool, before, RECIPE, directory=tmp_path)
+        result = verify_on(pool, before, tuner, [comparison], RECIPE, directory=tmp_path)
         assert len(result.runs) == 6
         assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
         with pytest.raises(MismatchError, match="other settings"):
-            verify(tuner, [comparison], pool, before, RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
+            verify_on(pool, before, tuner, [comparison], RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
 
     def test_arms_must_be_judged_on_the_same_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()
         plans = {
-            "none": make_plan(pool, "none", 0.0, held_out=pool.ids[:5]),
-            "random": make_plan(pool, "random", 0.5, held_out=pool.ids[:6]),
+            "none": plan_for(pool, "none", 0.0, held_out=pool.ids[:5]),
+            "random": plan_for(pool, "random", 0.5, held_out=pool.ids[:6]),
         }
         comparison = ReplayComparison("naming", TASKS["naming"], make_task("naming", 2), plans)
         with pytest.raises(ConfigError, match="hold out the same examples"):
-            verify(FineTuner(base), [comparison], pool, score(base, pool), RECIPE, directory=tmp_path)
+            verify_on(pool, score(base, pool), FineTuner(base), [comparison], RECIPE, directory=tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -285,7 +296,7 @@ def test_verdicts_say_no_more_than_the_interval() -> None:
     assert set(verdicts) == {
         (arm, baseline, metric)
         for arm, baseline in (("random", "none"), ("forecast", "none"), ("forecast", "random"))
-        for metric in METRICS
+        for metric in ("mean", "worst_tenth", "new_task_loss")
     }
     worse = runs(none=[1.0, 1.1, 1.05], random=[1.2, 1.3, 1.26])
     found = worse.compare("random", "none", "mean")
@@ -303,7 +314,7 @@ def test_a_file_that_is_no_verification() -> None:
 
 def test_score_files_of_runs_are_ordinary_score_files(tmp_path: Path) -> None:
     pool, base = make_pool(), tiny()
-    plan = make_plan(pool, "random", 0.7, held_out=pool.ids[:10])
+    plan = plan_for(pool, "random", 0.7, held_out=pool.ids[:10])
     comparison = ReplayComparison("naming", TASKS["naming"], make_task("naming", 2), arms([plan], pool))
-    verify(FineTuner(base), [comparison], pool, score(base, pool), RECIPE, seeds=[0], directory=tmp_path)
+    verify_on(pool, score(base, pool), FineTuner(base), [comparison], RECIPE, seeds=[0], directory=tmp_path)
     assert Scores.load(tmp_path / "naming.random.0.parquet").ids == pool.ids[:10]

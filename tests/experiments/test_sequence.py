@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, make_plan, probes
+from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, probes
 from forgetcast.cli.tables import sequence_tables
 from forgetcast.completion import Bayesian
 from forgetcast.data.pool import split_task
 from forgetcast.evaluation import worst_tenth
 from forgetcast.experiments.sequence import SequenceSettings, task_orders
-from forgetcast.experiments.sequence_result import METRIC_NAMES, SequenceResult, Stage
+from forgetcast.experiments.sequence_result import SEQUENCE_METRICS, SequenceResult, Stage
 from forgetcast.lm import FineTuner, LanguageModel, Recipe, score
 from forgetcast.lm.train import load_weights, save_weights
 from forgetcast.measure.scores import Scores
@@ -30,6 +30,7 @@ from support.data import make_atlas, make_pool, make_scores, make_task, planted
 from support.dying import run_sequence
 from support.models import save, tiny
 from support.pages import HOSTILE, Page
+from support.plans import plan_for
 from support.processes import exit_code
 from support.sequences import NAMES, RECIPE, SETTINGS, TASKS, run_in
 from support.training import POOL, Interruption, measured_atlas, stop_at
@@ -66,7 +67,7 @@ def by_hand(atlas: Atlas, arm: str, recipe: Recipe) -> list[dict[str, Any]]:
                 chosen = probes.choose(model, 6, [POOL.ids.index(id_) for id_ in free])
                 measured = score(base, POOL.subset(POOL.ids[i] for i in chosen)).nll - before[chosen]
                 forecast = model.predict(chosen, measured).mean
-            plan = make_plan(POOL, "top", 0.5, held_out=held_out, among=free, forecast=forecast)
+            plan = plan_for(POOL, "top", 0.5, held_out=held_out, among=free, forecast=forecast)
             best = sorted(free, key=lambda id_: -forecast[POOL.ids.index(id_)])[:4]
         tuned = FineTuner(base).tune(TASKS[name][0], recipe, plan=plan, pool=POOL)
         assert list(tuned.replayed) == (best if arm == "top" else [])
@@ -136,7 +137,7 @@ def test_nothing_held_out_is_replayed_and_nothing_twice_too_early(whole: tuple[P
 
 
 def test_an_unfinished_run_from_other_weights_or_after_other_replay_is_another_run(tmp_path: Path) -> None:
-    tuner, plan = FineTuner(tiny()), make_plan(POOL, "random", 0.5)
+    tuner, plan = FineTuner(tiny()), plan_for(POOL, "random", 0.5)
     weights = {name: value + 0.01 for name, value in tuner.weights().items()}
     given: dict[str, Any] = {"plan": plan, "pool": POOL, "checkpoints": tmp_path}
     tuned = tuner.tune(TASKS["adding"][0], RECIPE, start=weights, besides=POOL.ids[:36], **given)
@@ -307,7 +308,7 @@ def test_arms_are_compared_at_the_end_order_by_order() -> None:
     result = made(**ENDS)
     found = {(c.arm, c.baseline, c.metric): c for c in result.comparisons()}
     pairs = (("random", "none"), ("top", "none"), ("top", "random"))
-    assert set(found) == {(arm, baseline, metric) for arm, baseline in pairs for metric in METRIC_NAMES}
+    assert set(found) == {(arm, baseline, metric) for arm, baseline in pairs for metric in SEQUENCE_METRICS}
     for metric, factor in (("mean", 1), ("worst_tenth", 2), ("earlier_tasks", 3)):
         gap, expected = found["top", "random", metric].difference, paired_difference(ENDS["top"], ENDS["random"])
         assert gap.pairs == 4
@@ -424,7 +425,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     code, out, _ = run(*files(tmp_path / "tasks" / "adding.jsonl", tmp_path / "tasks" / "naming.jsonl"), *more)
     assert code == 0
     said = " ".join(out.split())
-    assert all(f"{result.average('top', metric):.3f}" in said for metric in METRIC_NAMES)
+    assert all(f"{result.average('top', metric):.3f}" in said for metric in SEQUENCE_METRICS)
     assert "On the mean forgetting, top replay is " in said
     assert "On the earlier tasks, ranked replay is " in said
 
@@ -435,7 +436,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     page = Page(tmp_path / "report.html")
     assert "Several tasks one after another" in page.text
     for arm in result.arms:
-        ends = " ".join(f"{result.average(arm, metric):.3f}" for metric in METRIC_NAMES)
+        ends = " ".join(f"{result.average(arm, metric):.3f}" for metric in SEQUENCE_METRICS)
         assert f"{arm} {ends} {result.total(arm, 'replayed'):.0f}" in page.text
     upstream = ", ".join(f"{arm} {result.average(arm, 'mean'):.3f}" for arm in result.arms)
     assert f"After 2 tasks one after another, held-out forgetting by replay strategy is {upstream} nats" in page.text

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from forgetcast import ConfigError, Example, Pool, make_plan
+from forgetcast import ConfigError, Example, Pool
 from forgetcast.lm import FineTuner, LanguageModel, Recipe, ReplayCallback, ReplayMixture, ReplaySelector, load, score
 from forgetcast.lm.tokens import encode
 from forgetcast.replay.export import export_mixture, replayed
 from support.data import make_pool
 from support.models import save, tiny
+from support.plans import plan_for
 from support.training import TASK, trainer
 
 # SFTConfig's own default goes by the name of before.
@@ -44,7 +45,7 @@ def test_the_examples_train_as_the_command_does(
     assert len(example.read_text().splitlines()) < 25
     base, pool = tiny(), make_pool(24)
     save(base, tmp_path / "model")
-    plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
+    plan = plan_for(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
     TASK.save(tmp_path / "task.jsonl")
     pool.save(tmp_path / "pool.jsonl")
     plan.save(tmp_path / "plan.parquet")
@@ -70,7 +71,7 @@ def test_the_examples_train_as_the_command_does(
 )
 def test_a_trainer_that_would_not_keep_to_the_mixture(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     base, pool = tiny(), make_pool(24)
-    plan = make_plan(pool, "random", 0.5)
+    plan = plan_for(pool, "random", 0.5)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=4, max_length=64, plan=plan, pool=pool)
     with pytest.raises(ConfigError, match=message):
         trainer(base, mixture, tmp_path, **options).train()
@@ -91,7 +92,7 @@ def test_what_is_held_out_never_reaches_a_batch(
     base, pool = tiny(), make_pool(24)
     forecast = np.where(np.isin(np.arange(24), list(held)), 9.0, np.arange(24) / 24)  # what tempts a strategy most
     held_out = [pool.ids[i] for i in held]
-    plan = make_plan(pool, strategy, ratio, held_out=held_out, forecast=forecast, repeat=True, seed=seed)
+    plan = plan_for(pool, strategy, ratio, held_out=held_out, forecast=forecast, repeat=True, seed=seed)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=2, max_length=96, plan=plan, pool=pool)
     seen: list[tuple[int, ...]] = []
 
@@ -175,7 +176,7 @@ def test_an_sft_trainer_learns_completions_alone_however_it_lays_them_out(
     tmp_path: Path, family: str, layout: str
 ) -> None:
     base, twin, pool, task = tiny(family), tiny(family), make_pool(24), Pool(TASK[:4])
-    plan = make_plan(pool, "random", 1.0, seed=3)
+    plan = plan_for(pool, "random", 1.0, seed=3)
     mixture = ReplayMixture(task, base.tokenizer, steps=1, batch_size=4, max_length=96, plan=plan, pool=pool)
     old = [pool[i] for i in pool.positions(mixture.replayed).tolist()]
     assert {example.text is None for example in old} == {True, False}
@@ -213,7 +214,7 @@ class Backwards:
 @pytest.mark.parametrize("packing", [False, True])
 def test_what_is_chosen_in_training_reaches_an_sft_trainer(tmp_path: Path, packing: bool) -> None:
     base, pool = tiny(), make_pool(24)
-    plan = make_plan(pool, "random", 1.0, seed=3)
+    plan = plan_for(pool, "random", 1.0, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=2, max_length=96, plan=plan, pool=pool)
     before, seen = mixture.replayed, list[list[int]]()
 
@@ -229,7 +230,7 @@ def test_what_is_chosen_in_training_reaches_an_sft_trainer(tmp_path: Path, packi
 
 def test_an_sft_trainer_that_would_train_on_something_else(tmp_path: Path) -> None:
     base, pool = tiny(), make_pool(24)
-    plan = make_plan(pool, "random", 0.5)
+    plan = plan_for(pool, "random", 0.5)
     mixture, twin = (
         ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=4, max_length=64, plan=plan, pool=pool) for _ in "ab"
     )
@@ -252,7 +253,7 @@ def test_an_sft_trainer_that_would_train_on_something_else(tmp_path: Path) -> No
 def test_an_exported_data_set_keeps_its_completions_when_trl_packs_it(tmp_path: Path) -> None:
     base = tiny()
     pool = Pool([Example(f"e{i}", prompt=f"Say {i}:", completion=f" yes {i}") for i in range(24)])
-    plan = make_plan(pool, "random", 0.5)
+    plan = plan_for(pool, "random", 0.5)
     export_mixture(plan, pool, TASK, tmp_path / "data", count=6)
     data = datasets.load_from_disk(tmp_path / "data")
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=4, max_length=64)

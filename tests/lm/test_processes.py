@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forgetcast import Pool, Scores, make_plan
+from forgetcast import Pool, Scores
 from forgetcast.lm import processes, score
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import save, tiny
+from support.plans import plan_for
 from support.training import TASK
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "forgetcast.cli"]
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool.save(folder / "pool.jsonl")
     TASK.save(folder / "task.jsonl")
     (folder / "recipe.yaml").write_text(RECIPE)
-    make_plan(pool, "random", 0.5).save(folder / "plan.parquet")
+    plan_for(pool, "random", 0.5).save(folder / "plan.parquet")
     return folder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, ReplayPlan, completion, make_plan
+from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, ReplayPlan, completion
 from forgetcast.completion.forecast import measured_probes
 from forgetcast.lm import (
     FineTuner,
@@ -32,8 +32,9 @@ from support.cli import RunCommand
 from support.data import make_pool
 from support.dying import tune_with_selector
 from support.models import tiny
+from support.plans import plan_for
 from support.processes import exit_code
-from support.selectors import HELD_OUT, RECIPE, arguments, plan_for
+from support.selectors import HELD_OUT, RECIPE, arguments, atlas_plan
 from support.training import POOL, TASK, measured_atlas, model_files, trainer
 
 
@@ -53,8 +54,8 @@ def test_losses_in_training_are_the_scores() -> None:
 
 
 def test_the_forecast_in_training_is_the_one_made_offline(atlas: Atlas, tmp_path: Path) -> None:
-    plan = plan_for(atlas)
-    online = OnlineSelector.of(atlas, plan, k=6)
+    plan = atlas_plan(atlas)
+    online = OnlineSelector.from_atlas(atlas, plan, k=6)
     assert not {POOL.ids[i] for i in online.probes} & set(HELD_OUT)
     tuned = FineTuner(tiny()).tune(TASK, RECIPE).language_model
     asked = POOL.subset([POOL.ids[i] for i in online.probes])
@@ -108,10 +109,10 @@ def test_what_is_to_come_follows_the_new_forecast(atlas: Atlas, tmp_path: Path, 
     base, model = tiny(), completion.Bayesian().fit(atlas)
     forecast = model.predict([], []).mean
     loadings = np.random.default_rng(0).normal(size=(len(POOL), 2))
-    plan = make_plan(POOL, strategy, 0.5, held_out=HELD_OUT, forecast=forecast, loadings=loadings, seed=3)
+    plan = plan_for(POOL, strategy, 0.5, held_out=HELD_OUT, forecast=forecast, loadings=loadings, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=12, batch_size=2, max_length=96, plan=plan, pool=POOL)
     before = mixture.replayed
-    selector = Recorded(OnlineSelector.of(atlas, plan, k=6, at=(0.5,)))
+    selector = Recorded(OnlineSelector.from_atlas(atlas, plan, k=6, at=(0.5,)))
     halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2} if in_parts else {}
     seen = batches(base, mixture, tmp_path / "run", selector, learning_rate=1e-2, **halves)
     [(replayed, chosen, weights)] = selector.calls
@@ -133,12 +134,12 @@ def test_what_is_to_come_follows_the_new_forecast(atlas: Atlas, tmp_path: Path, 
         best = [POOL.ids[i] for i in np.argsort(-new) if POOL.ids[i] not in {*HELD_OUT, *replayed}]
         assert chosen == tuple(best[: len(chosen)])
     if strategy == "forecast":
-        offline = make_plan(POOL, "forecast", 0.5, held_out=HELD_OUT, forecast=new, seed=3)
+        offline = plan_for(POOL, "forecast", 0.5, held_out=HELD_OUT, forecast=new, seed=3)
         np.testing.assert_array_equal(chosen, offline.order(len(chosen), besides=replayed))
 
 
 def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_for(atlas)
+    plan = atlas_plan(atlas)
     measured: list[int] = []
 
     def counted(language_model: LanguageModel, examples: Any, max_length: int | None) -> np.ndarray:
@@ -148,7 +149,7 @@ def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypat
 
     monkeypatch.setattr("forgetcast.lm.selectors.losses", counted)
     tuned = FineTuner(tiny()).tune(
-        TASK, RECIPE, plan=plan, pool=POOL, selector=OnlineSelector.of(atlas, plan, k=6, at=(0.25, 0.5))
+        TASK, RECIPE, plan=plan, pool=POOL, selector=OnlineSelector.from_atlas(atlas, plan, k=6, at=(0.25, 0.5))
     )
     assert len(measured) == 2
     assert all(0 < n <= 6 for n in measured)
@@ -159,16 +160,18 @@ def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypat
 def test_what_the_plan_leaves_out_is_not_chosen_in_training(atlas: Atlas, strategy: str) -> None:
     among = POOL.ids[1:29:2]  # the mixture replays 12 of these 14
     forecast = completion.Bayesian().fit(atlas).predict([], []).mean
-    plan = make_plan(POOL, strategy, 0.5, held_out=HELD_OUT, among=among, forecast=forecast)
-    online = OnlineSelector.of(atlas, plan, k=4)
+    plan = plan_for(POOL, strategy, 0.5, held_out=HELD_OUT, among=among, forecast=forecast)
+    online = OnlineSelector.from_atlas(atlas, plan, k=4)
     assert {POOL.ids[i] for i in online.probes} <= set(among)
     tuned = FineTuner(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, selector=online)
     assert len(set(tuned.replayed) & set(among)) == len(tuned.replayed) == 12
 
 
 def test_an_exhausted_pool_is_replayed_evenly(atlas: Atlas) -> None:
-    plan = replace(plan_for(atlas, ratio=2.0), repeat=True)  # 48 of 20
-    tuned = FineTuner(tiny()).tune(TASK, RECIPE, plan=plan, pool=POOL, selector=OnlineSelector.of(atlas, plan, k=6))
+    plan = replace(atlas_plan(atlas, ratio=2.0), repeat=True)  # 48 of 20
+    tuned = FineTuner(tiny()).tune(
+        TASK, RECIPE, plan=plan, pool=POOL, selector=OnlineSelector.from_atlas(atlas, plan, k=6)
+    )
     counts = [tuned.replayed.count(id_) for id_ in set(POOL.ids) - set(HELD_OUT)]
     assert (min(counts), max(counts), sum(counts)) == (2, 3, 48)
 
@@ -177,7 +180,7 @@ def test_most_interfered_takes_the_most_forgotten_of_each_few(atlas: Atlas, tmp_
     base = tiny()
     before = atlas.nll_before.copy()
     before[1] = np.nan  # an example that the base model could not score is no candidate
-    plan = make_plan(POOL, "most-forgotten", 0.5, held_out=HELD_OUT, seed=3)
+    plan = plan_for(POOL, "most-forgotten", 0.5, held_out=HELD_OUT, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=12, batch_size=2, max_length=96, plan=plan, pool=POOL)
     selector = Recorded(MostForgottenSelector(POOL, before, candidates=3))
     seen = batches(base, mixture, tmp_path / "run", selector, learning_rate=1e-2)
@@ -227,27 +230,27 @@ def other_chooser(selector: OnlineSelector | MostForgottenSelector) -> OnlineSel
 
 
 def test_what_does_not_go_together(atlas: Atlas, tmp_path: Path) -> None:
-    base, plan = tiny(), plan_for(atlas)
-    online = OnlineSelector.of(atlas, plan, k=6)
+    base, plan = tiny(), atlas_plan(atlas)
+    online = OnlineSelector.from_atlas(atlas, plan, k=6)
     for wrong in (0.0, 1.0, -1.0):
         with pytest.raises(ConfigError, match="a share of the steps between 0 and 1"):
             replace(online, at=(wrong,))
     with pytest.raises(ConfigError, match="at least 2 candidates"):
         MostForgottenSelector(POOL, atlas.nll_before, candidates=1)
-    by_chance = make_plan(POOL, "random", 0.5)
+    by_chance = plan_for(POOL, "random", 0.5)
     tuner = FineTuner(base)
     with pytest.raises(ConfigError, match="the strategy 'random' does not; use one of forecast, "):
         tuner.tune(TASK, RECIPE, plan=by_chance, pool=POOL, selector=online)
     with pytest.raises(ConfigError, match="the mixture replays nothing"):
         tuner.tune(TASK, RECIPE, selector=online)
     with pytest.raises(ConfigError, match="give MostForgottenSelector as the selector"):
-        tuner.tune(TASK, RECIPE, plan=make_plan(POOL, "most-forgotten", 0.5), pool=POOL)
+        tuner.tune(TASK, RECIPE, plan=plan_for(POOL, "most-forgotten", 0.5), pool=POOL)
     other = make_pool(41)
     with pytest.raises(MismatchError, match="the replay plan"):
         tuner.tune(
             TASK,
             RECIPE,
-            plan=make_plan(other, "most-forgotten", 0.5),
+            plan=plan_for(other, "most-forgotten", 0.5),
             pool=other,
             selector=MostForgottenSelector(POOL, atlas.nll_before),
         )
@@ -330,7 +333,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     )
     assert (code, json.loads(out)["replayed"]) == (0, 8), err
     loaded = ReplayPlan.load(top)
-    selector = OnlineSelector.of(atlas, loaded, k=5, at=(0.25, 0.5))
+    selector = OnlineSelector.from_atlas(atlas, loaded, k=5, at=(0.25, 0.5))
     tuned = FineTuner(tiny()).tune(TASK, Recipe.load(recipe), plan=loaded, pool=POOL, selector=selector)
     found = score(load(tmp_path / "tuned"), POOL).nll
     np.testing.assert_allclose(found, score(tuned.language_model, POOL).nll, rtol=1e-5)
@@ -361,7 +364,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     words = ["plan", atlas.path, "--strategy", "gradient", "-o", tmp_path / "gradient.parquet"]
     assert "needs --model and --task" in run(*words)[2]
     by_gradient = ReplayPlan.load(plan("gradient", "--model", model, "--task", task))
-    expected = make_plan(
+    expected = plan_for(
         POOL, "gradient", 0.5, held_out=by_gradient.held_out_ids, gradients=gradient_products(tiny(), TASK, POOL)
     )
     assert by_gradient.order(30) == expected.order(30)

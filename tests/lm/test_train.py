@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, make_plan
+from forgetcast import ConfigError, DataError, Example, MismatchError, Pool
 from forgetcast.lm import FineTuner, LanguageModel, Recipe, ReplayMixture, load, score
 from forgetcast.lm.mixture import spread
 from support.data import make_pool
 from support.dying import tune_with_replay
 from support.models import save, tiny
+from support.plans import plan_for
 from support.processes import exit_code
 from support.training import TASK, make_recipe
 
@@ -89,7 +90,7 @@ def test_a_saved_model_scores_as_the_one_in_memory(tmp_path: Path, method: str) 
 
 def test_replay_comes_on_top_in_whole_batches_that_are_never_held_out() -> None:
     pool, base = make_pool(24), tiny()
-    plan = make_plan(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
+    plan = plan_for(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=8, batch_size=4, max_length=64, plan=plan, pool=pool)
     alone = ReplayMixture(TASK, base.tokenizer, steps=8, batch_size=4, max_length=64)
     assert len(mixture) == 48
@@ -118,7 +119,7 @@ def test_replayed_batches_are_evenly_spread(new: int, old: int) -> None:
 def test_padding_is_more_of_the_task() -> None:
     pool, base = make_pool(24), tiny()
     sizes = {"steps": 8, "batch_size": 4, "max_length": 64}
-    padded = ReplayMixture(TASK, base.tokenizer, **sizes, plan=make_plan(pool, "padding", 0.5), pool=pool)
+    padded = ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan_for(pool, "padding", 0.5), pool=pool)
     alone = ReplayMixture(TASK, base.tokenizer, **sizes)
     assert padded.replayed == ()
     assert padded.steps == 12
@@ -129,14 +130,14 @@ def test_padding_is_more_of_the_task() -> None:
     assert len(extra) == 16
     assert all(ids in known for ids in extra)
     assert len(set(map(tuple, extra[:12]))) == 12, "a pass over all of the task"
-    tuned = FineTuner(base).tune(TASK, RECIPE, plan=make_plan(pool, "padding", 0.5), pool=pool)
+    tuned = FineTuner(base).tune(TASK, RECIPE, plan=plan_for(pool, "padding", 0.5), pool=pool)
     assert (tuned.steps, tuned.replayed) == (12, ())
 
 
 def test_replay_keeps_what_it_replays() -> None:
     """Examples that are replayed are forgotten less than without replay; else the mixture is not trained on."""
     pool = make_pool(16)
-    plan = make_plan(pool, "random", 1.0, repeat=True)
+    plan = plan_for(pool, "random", 1.0, repeat=True)
     tuner = FineTuner(tiny())
     without = score(tuner.tune(TASK, RECIPE).language_model, pool).nll.mean()
     with_replay = score(tuner.tune(TASK, RECIPE, plan=plan, pool=pool).language_model, pool).nll.mean()
@@ -145,16 +146,16 @@ def test_replay_keeps_what_it_replays() -> None:
 
 def test_replay_that_cannot_be() -> None:
     pool, base = make_pool(24), tiny()
-    plan = make_plan(pool, "random", 0.01)
+    plan = plan_for(pool, "random", 0.01)
     sizes = {"steps": 8, "batch_size": 4, "max_length": 64}
     with pytest.raises(ConfigError, match=r"replays no batch; use at least 0\.125"):
         ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan, pool=pool)
     with pytest.raises(ConfigError, match="28 examples are to be replayed, and the plan has 24"):
-        ReplayMixture(TASK, base.tokenizer, **sizes, plan=make_plan(pool, "random", 0.9), pool=pool)
+        ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan_for(pool, "random", 0.9), pool=pool)
     with pytest.raises(ConfigError, match="needs the pool"):
         ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan)
     with pytest.raises(MismatchError, match="another pool"):
-        ReplayMixture(TASK, base.tokenizer, **sizes, plan=make_plan(pool, "random", 0.5), pool=make_pool(23))
+        ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan_for(pool, "random", 0.5), pool=make_pool(23))
 
 
 def test_a_loss_that_explodes_is_an_error() -> None:
@@ -203,7 +204,7 @@ def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, method: 
     shutil.copytree(folder / "checkpoint-6", torn)
     (torn / "trainer_state.json").write_text('{"global_step": ')
     recipe = RECIPE.model_copy(update={"method": method})
-    plan = make_plan(pool, "random", 0.5, seed=3)
+    plan = plan_for(pool, "random", 0.5, seed=3)
     steps: list[int] = []
     tuner = FineTuner(tiny())
     with pytest.raises(MismatchError, match="an unfinished run of another"):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from datasets import load_dataset, load_from_disk
 
-from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, ReplayPlan, make_plan
+from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, ReplayPlan
 from forgetcast.replay.export import (
     FORMATS,
     TRAINERS,
@@ -23,6 +23,7 @@ from forgetcast.replay.export import (
     export_weighted,
 )
 from support.cli import RunCommand
+from support.plans import plan_for
 
 # Names as the trainers document them: axolotl's pydantic schema (utils/schemas: config.py, training.py, model.py,
 # datasets.py), LLaMA-Factory's data/README.md, hparams/data_args.py and examples/train_full/llama3_full_sft.yaml, and
@@ -47,7 +48,7 @@ LLAMA_FACTORY_COLUMNS = {"prompt", "query", "response", "history", "system"}
 @pytest.fixture
 def plan(pool: Pool) -> ReplayPlan:
     forecast = np.random.default_rng(0).normal(size=24)
-    return make_plan(pool, "half", 0.5, held_out=pool.ids[:7], forecast=forecast, seed=2)
+    return plan_for(pool, "half", 0.5, held_out=pool.ids[:7], forecast=forecast, seed=2)
 
 
 @pytest.fixture
@@ -83,9 +84,9 @@ def test_drawn_examples_come_in_the_order_of_replay(tmp_path: Path, pool: Pool, 
         export_weighted(plan, pool, tmp_path / "replay.jsonl", 25)
     assert export_weighted(replace(plan, repeat=True), pool, tmp_path / "replay.jsonl", 25) == 25
     assert [row["id"] for row in lines(tmp_path / "replay.jsonl")] == list(plan.order(25))
-    export_weighted(make_plan(pool, "random", 0.5), pool, tmp_path / "random.jsonl")
+    export_weighted(plan_for(pool, "random", 0.5), pool, tmp_path / "random.jsonl")
     assert "rank" not in lines(tmp_path / "random.jsonl")[0]
-    export_weighted(make_plan(pool, "random", 0.5), pool, tmp_path / "random.parquet")
+    export_weighted(plan_for(pool, "random", 0.5), pool, tmp_path / "random.parquet")
     assert pq.read_table(tmp_path / "random.parquet")["rank"].null_count == 24
 
 
@@ -150,7 +151,7 @@ def test_exports_that_cannot_be_made(tmp_path: Path, pool: Pool, plan: ReplayPla
         export_weighted(plan, other, tmp_path / "a.jsonl")
     for strategy, ratio in (("none", 0.0), ("padding", 0.5)):
         with pytest.raises(ConfigError, match="replays nothing"):
-            export_weighted(make_plan(pool, strategy, ratio), pool, tmp_path / "a.jsonl")
+            export_weighted(plan_for(pool, strategy, ratio), pool, tmp_path / "a.jsonl")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").write_text("x")
     for export in TRAINERS.values():
@@ -197,7 +198,7 @@ def test_the_count_of_the_command(tmp_path: Path, pool: Pool, plan: ReplayPlan, 
 def test_conversations_are_exported_where_they_can_be(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
     pool = Pool([Example("c", messages=chat), Example("t", text="a text")])
-    plan = make_plan(pool, "random", 0.5)
+    plan = plan_for(pool, "random", 0.5)
     for name in ("replay.jsonl", "replay.parquet"):
         export_weighted(plan, pool, tmp_path / name)
         assert list(Pool.load(tmp_path / name)) == list(pool)
@@ -207,7 +208,7 @@ def test_conversations_are_exported_where_they_can_be(tmp_path: Path) -> None:
     assert {row["id"]: row["messages"] for row in rows} == {"c": chat, "t": None, "n": None}
     weighed = Pool([Example("c", messages=[chat[0], chat[1] | {"weight": 1}])])
     with pytest.raises(ConfigError, match="'c': in a data set, messages have role and content only"):
-        export_mixture(make_plan(weighed, "random", 0.5), weighed, task, tmp_path / "other", 1)
+        export_mixture(plan_for(weighed, "random", 0.5), weighed, task, tmp_path / "other", 1)
     for name, export in TRAINERS.items():
         with pytest.raises(ConfigError, match="'c' is a conversation"):
             export(plan, pool, task, tmp_path / name, count=2, model="m")

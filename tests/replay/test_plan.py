@@ -11,20 +11,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from forgetcast import ConfigError, DataError, MismatchError, Pool, ReplayPlan, make_plan
-from forgetcast.replay.plan import EFFECTIVE_SHARE, softmax_weights
+from forgetcast import ConfigError, DataError, MismatchError, Pool, ReplayPlan
+from forgetcast.replay.strategies import EFFECTIVE_SHARE, softmax_weights
 from support.data import make_pool
+from support.plans import plan_for
 
 
 def test_random_replay_weighs_all_alike_but_the_held_out(pool: Pool) -> None:
-    plan = make_plan(pool, "random", 0.1, held_out=pool.ids[:4])
+    plan = plan_for(pool, "random", 0.1, held_out=pool.ids[:4])
     np.testing.assert_array_equal(plan.weights, [0.0] * 4 + [1 / 20] * 20)
     assert plan.held_out_ids == pool.ids[:4]
     assert plan.effective_size == pytest.approx(20)
 
 
 def test_no_replay(pool: Pool) -> None:
-    plan = make_plan(pool, "none", 0.0, held_out=pool.ids[:4])
+    plan = plan_for(pool, "none", 0.0, held_out=pool.ids[:4])
     assert not plan.weights.any()
     assert plan.effective_size == 0
     assert plan.order(0) == ()
@@ -34,7 +35,7 @@ def test_no_replay(pool: Pool) -> None:
 
 def test_forecast_replay_is_a_softmax_over_what_may_be_replayed(pool: Pool) -> None:
     forecast = np.random.default_rng(0).normal(size=24)
-    plan = make_plan(pool, "forecast", 0.1, held_out=pool.ids[:4], forecast=forecast, temperature=0.3)
+    plan = plan_for(pool, "forecast", 0.1, held_out=pool.ids[:4], forecast=forecast, temperature=0.3)
     expected = np.exp(forecast[4:] / 0.3)
     np.testing.assert_allclose(plan.weights[4:], expected / expected.sum())
     assert not plan.weights[:4].any()
@@ -65,7 +66,7 @@ def test_equal_forecasts_are_replayed_alike() -> None:
 
 def test_first_draw_follows_the_weights(pool: Pool) -> None:
     forecast = np.linspace(0, 2, 24)
-    plan = make_plan(pool, "forecast", 0.1, forecast=forecast, temperature=0.7)
+    plan = plan_for(pool, "forecast", 0.1, forecast=forecast, temperature=0.7)
     counts = dict.fromkeys(pool.ids, 0)
     for seed in range(4000):
         counts[replace(plan, seed=seed).order(1)[0]] += 1
@@ -74,7 +75,7 @@ def test_first_draw_follows_the_weights(pool: Pool) -> None:
 
 
 def test_drawing_is_without_replacement_until_all_are_used(pool: Pool) -> None:
-    plan = make_plan(pool, "forecast", 0.1, held_out=pool.ids[:4], forecast=np.arange(24.0), seed=5)
+    plan = plan_for(pool, "forecast", 0.1, held_out=pool.ids[:4], forecast=np.arange(24.0), seed=5)
     drawn = plan.order(50)
     assert len(set(drawn[:20])) == len(set(drawn[20:40])) == 20
     assert not set(drawn) & set(plan.held_out_ids)
@@ -84,7 +85,7 @@ def test_drawing_is_without_replacement_until_all_are_used(pool: Pool) -> None:
 
 @pytest.mark.parametrize("strategy", ["random", "top", "stratified"])
 def test_a_plan_repeats_only_if_it_may(pool: Pool, tmp_path: Path, strategy: str) -> None:
-    plan = make_plan(pool, strategy, 0.25, held_out=pool.ids[:4], forecast=np.arange(24.0))
+    plan = plan_for(pool, strategy, 0.25, held_out=pool.ids[:4], forecast=np.arange(24.0))
     assert plan.count(40, 2) == 20
     with pytest.raises(ConfigError, match=r"22 examples are to be replayed, and the plan has 20: .* at most 0\.23 "):
         plan.count(44, 2)
@@ -94,12 +95,12 @@ def test_a_plan_repeats_only_if_it_may(pool: Pool, tmp_path: Path, strategy: str
     free.save(tmp_path / "plan.parquet")
     assert ReplayPlan.load(tmp_path / "plan.parquet").count(400, 2) == 200
     assert free.fingerprint == plan.fingerprint
-    assert make_plan(pool, "none", 0.0).count(44, 2) == 0
-    assert make_plan(pool, "padding", 2.0).count(44, 2) == 176  # pads with new examples, of which there are enough
+    assert plan_for(pool, "none", 0.0).count(44, 2) == 0
+    assert plan_for(pool, "padding", 2.0).count(44, 2) == 176  # pads with new examples, of which there are enough
 
 
 def test_a_plan_survives_its_file(tmp_path: Path, pool: Pool) -> None:
-    plan = make_plan(pool, "forecast", 0.125, held_out=pool.ids[3:9], forecast=np.arange(24.0), seed=7)
+    plan = plan_for(pool, "forecast", 0.125, held_out=pool.ids[3:9], forecast=np.arange(24.0), seed=7)
     plan.save(tmp_path / "plan.parquet")
     again = ReplayPlan.load(tmp_path / "plan.parquet")
     assert again.fingerprint == plan.fingerprint
@@ -111,7 +112,7 @@ def test_a_plan_survives_its_file(tmp_path: Path, pool: Pool) -> None:
 
 
 def test_a_plan_refuses_another_pool(pool: Pool) -> None:
-    plan = make_plan(pool, "random", 0.1)
+    plan = plan_for(pool, "random", 0.1)
     with pytest.raises(MismatchError, match="another pool"):
         plan.check_pool(make_pool(23))
 
@@ -133,11 +134,11 @@ def test_a_plan_refuses_another_pool(pool: Pool) -> None:
 )
 def test_bad_plans(pool: Pool, arguments: dict[str, object], message: str) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
-        make_plan(pool, **arguments)  # type: ignore[arg-type]
+        plan_for(pool, **arguments)  # type: ignore[arg-type]
 
 
 def test_a_plan_file_that_was_tampered_with(tmp_path: Path, pool: Pool) -> None:
-    plan = make_plan(pool, "random", 0.1, held_out=pool.ids[:4])
+    plan = plan_for(pool, "random", 0.1, held_out=pool.ids[:4])
     weights = plan.weights.copy()
     weights[0] = 0.5
     with pytest.raises(DataError, match="held out, but has a replay weight"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, ReplayPlan, make_plan
+from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, ReplayPlan
 from forgetcast.completion import Additive, Bayesian
 from forgetcast.replay.coverage import (
     HALVING_SHARE,
@@ -29,10 +29,17 @@ from forgetcast.replay.coverage import (
     herding,
     sample_targets,
 )
-from forgetcast.replay.plan import EFFECTIVE_SHARE, STRATEGIES
-from forgetcast.replay.strategies import by_stratum, in_turn, normal_scores, softmax_weights
+from forgetcast.replay.strategies import (
+    EFFECTIVE_SHARE,
+    STRATEGIES,
+    interleave,
+    normal_scores,
+    softmax_weights,
+    stratified_order,
+)
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool, make_scores
+from support.plans import plan_for
 
 REPLAYING = [name for name in STRATEGIES if name not in ("none", "padding")]
 
@@ -55,7 +62,7 @@ class TestContract:
 
     def test_order(self, tmp_path: Path, pool: Pool, strategy: str) -> None:
         held = pool.ids[2:9]
-        plan = make_plan(pool, strategy, 0.1, held_out=held, seed=3, **inputs(24))
+        plan = plan_for(pool, strategy, 0.1, held_out=held, seed=3, **inputs(24))
         drawn = plan.order(40)
         assert sorted(drawn[:17]) == sorted(set(pool.ids) - set(held))
         assert sorted(drawn[17:34]) == sorted(drawn[:17])
@@ -73,7 +80,7 @@ class TestContract:
         other = {name: values.copy() for name, values in known.items()}
         for name, values in other.items():
             values[held] = np.nan if name == "truth" else 1e6
-        plans = [make_plan(pool, strategy, 0.1, held_out=held_out, **given) for given in (known, other)]
+        plans = [plan_for(pool, strategy, 0.1, held_out=held_out, **given) for given in (known, other)]
         assert plans[0].order(30) == plans[1].order(30)
         assert plans[0].fingerprint == plans[1].fingerprint
 
@@ -81,17 +88,17 @@ class TestContract:
         for name in STRATEGIES[strategy].needs:
             known = inputs(24)
             with pytest.raises(DataError, match=f"'{strategy}' needs {name}.*the pool has 24"):
-                make_plan(pool, strategy, 0.1, **known | {name: None})
+                plan_for(pool, strategy, 0.1, **known | {name: None})
             with pytest.raises(MismatchError, match=f"the {name} has shape .*the pool has 24"):
-                make_plan(pool, strategy, 0.1, **known | {name: known[name][:23]})
+                plan_for(pool, strategy, 0.1, **known | {name: known[name][:23]})
             known[name][5] = np.inf
             with pytest.raises(DataError, match=f"the {name} of 'e5' is not a finite number"):
-                make_plan(pool, strategy, 0.1, **known)
-            make_plan(pool, strategy, 0.1, held_out=["e5"], **known)
+                plan_for(pool, strategy, 0.1, **known)
+            plan_for(pool, strategy, 0.1, held_out=["e5"], **known)
 
 
 def test_padding_replays_nothing_but_has_a_ratio(tmp_path: Path, pool: Pool) -> None:
-    plan = make_plan(pool, "padding", 0.25, held_out=pool.ids[:4])
+    plan = plan_for(pool, "padding", 0.25, held_out=pool.ids[:4])
     assert plan.order(0) == ()
     with pytest.raises(ConfigError, match="replays nothing"):
         plan.order(1)
@@ -100,14 +107,14 @@ def test_padding_replays_nothing_but_has_a_ratio(tmp_path: Path, pool: Pool) -> 
     with pytest.raises(DataError, match="no replay weights"):
         replace(plan, weights=np.where(plan.held_out, 0, 0.05))
     with pytest.raises(ConfigError, match="does not go with"):
-        make_plan(pool, "padding", 0.0)
+        plan_for(pool, "padding", 0.0)
 
 
 def test_top_and_losses_are_sorted(pool: Pool) -> None:
     known = inputs(24)
 
     def order(strategy: str, **changed: np.ndarray) -> list[str]:
-        return list(make_plan(pool, strategy, 0.1, **known | changed).order(24))
+        return list(plan_for(pool, strategy, 0.1, **known | changed).order(24))
 
     def sorted_by(key: np.ndarray) -> list[str]:
         return [pool.ids[i] for i in sorted(range(24), key=lambda i: key[i])]
@@ -124,17 +131,17 @@ def test_top_and_losses_are_sorted(pool: Pool) -> None:
 def test_what_was_not_measured_is_not_replayed(pool: Pool, strategy: str, name: str) -> None:
     known = inputs(24)
     known[name][[1, 7]] = np.nan
-    plan = make_plan(pool, strategy, 0.1, held_out=["e0"], **known)
+    plan = plan_for(pool, strategy, 0.1, held_out=["e0"], **known)
     assert set(plan.order(21)) == set(pool.ids) - {"e0", "e1", "e7"}
     with pytest.raises(DataError, match="nothing to go by"):
-        make_plan(pool, strategy, 0.1, **known | {name: np.full(24, np.nan)})
+        plan_for(pool, strategy, 0.1, **known | {name: np.full(24, np.nan)})
 
 
 def test_half_takes_turns(pool: Pool) -> None:
     forecast = inputs(24)["forecast"]
-    plan = make_plan(pool, "half", 0.1, held_out=pool.ids[:4], forecast=forecast)
+    plan = plan_for(pool, "half", 0.1, held_out=pool.ids[:4], forecast=forecast)
     best = [pool.ids[i] for i in np.argsort(-forecast) if i >= 4]
-    plain = make_plan(pool, "forecast", 0.1, held_out=pool.ids[:4], forecast=forecast)
+    plain = plan_for(pool, "forecast", 0.1, held_out=pool.ids[:4], forecast=forecast)
     np.testing.assert_array_equal(plan.weights, plain.weights)
     for seed in range(5):
         seen: list[str] = []
@@ -147,7 +154,7 @@ def test_half_takes_turns(pool: Pool) -> None:
 
 
 def test_half_at_a_low_temperature_replays_what_has_a_weight(pool: Pool) -> None:
-    plan = make_plan(pool, "half", 0.1, forecast=np.arange(24.0), temperature=1e-2)
+    plan = plan_for(pool, "half", 0.1, forecast=np.arange(24.0), temperature=1e-2)
     assert (plan.weights > 0).sum() < 24
     assert set(plan.order((plan.weights > 0).sum())) == {
         id_ for id_, w in zip(pool.ids, plan.weights, strict=True) if w
@@ -155,9 +162,9 @@ def test_half_at_a_low_temperature_replays_what_has_a_weight(pool: Pool) -> None
 
 
 @given(st.integers(1, 30), st.floats(0.05, 1))
-def test_in_turn(n: int, share: float) -> None:
+def test_interleave(n: int, share: float) -> None:
     first, second = np.random.default_rng(n).permuted(np.tile(np.arange(n), (2, 1)), axis=1)
-    merged = in_turn(first, second, share)
+    merged = interleave(first, second, share)
     assert sorted(merged) == list(range(n))
     for k in range(1, n + 1):
         # At least so many of the prefix are the first of the first order that were not taken yet.
@@ -168,7 +175,7 @@ def test_in_turn(n: int, share: float) -> None:
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=60))
 def test_every_prefix_is_shared_out_by_webster(labels: list[str]) -> None:
     order = np.random.default_rng(len(labels)).permutation(len(labels))
-    found = by_stratum(order, labels)
+    found = stratified_order(order, labels)
     assert sorted(found) == list(range(len(labels)))
     sizes, given_ = Counter(labels), Counter[str]()
     for i in found:
@@ -180,7 +187,7 @@ def test_every_prefix_is_shared_out_by_webster(labels: list[str]) -> None:
 
 
 def test_stratified_replay_draws_anew_for_every_seed(pool: Pool) -> None:
-    plan = make_plan(pool, "stratified", 0.1)
+    plan = plan_for(pool, "stratified", 0.1)
     sources = dict(zip(pool.ids, pool.sources, strict=True))
     counts = Counter[str]()
     for seed in range(900):
@@ -201,7 +208,7 @@ def test_ranked_weights_see_nothing_but_the_order(forecast: np.ndarray) -> None:
 def test_an_outlier_does_not_rule_ranked_weights(pool: Pool) -> None:
     forecast = inputs(24)["forecast"]
     forecast[3] = 1000.0
-    ranked, plain = (make_plan(pool, name, 0.1, forecast=forecast) for name in ("ranked", "forecast"))
+    ranked, plain = (plan_for(pool, name, 0.1, forecast=forecast) for name in ("ranked", "forecast"))
     others = np.arange(24) != 3
     assert plain.weights[others].max() < 1.01 * plain.weights[others].min()  # all that the softmax still sees is e3
     assert ranked.weights[others].max() > 10 * ranked.weights[others].min()
@@ -387,7 +394,7 @@ def test_similarities_are_the_models_correlations() -> None:
 
 
 def test_bad_ranks_and_strata(tmp_path: Path, pool: Pool) -> None:
-    plan = make_plan(pool, "top", 0.1, held_out=pool.ids[:4], forecast=np.arange(24.0))
+    plan = plan_for(pool, "top", 0.1, held_out=pool.ids[:4], forecast=np.arange(24.0))
     assert plan.rank is not None
     assert pq.read_table(_saved(plan, tmp_path)).column_names == ["id", "weight", "held_out", "rank"]
     assert pq.read_table(_saved(plan, tmp_path))["rank"].to_pylist()[:4] == [None] * 4
@@ -403,7 +410,7 @@ def test_bad_ranks_and_strata(tmp_path: Path, pool: Pool) -> None:
         replace(plan, ranked_share=0.0)
     with pytest.raises(DataError, match="no rank beside"):
         replace(plan, strata=pool.sources)
-    stratified = make_plan(pool, "stratified", 0.1)
+    stratified = plan_for(pool, "stratified", 0.1)
     with pytest.raises(DataError, match="a label for every id"):
         replace(stratified, strata=["a"])
     assert replace(stratified, strata=["a"] * 24).fingerprint != stratified.fingerprint
@@ -438,7 +445,7 @@ def test_plans_from_an_atlas(tmp_path: Path, atlas: Atlas, run: RunCommand, stra
     model = Bayesian().fit(atlas.matrix())
     truth = np.full(40, np.nan)
     truth[5:] = atlas.matrix(["t3"]).values[0, 5:]
-    expected = make_plan(
+    expected = plan_for(
         atlas.pool,
         strategy,
         plan.ratio,

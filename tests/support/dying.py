@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from forgetcast import Atlas, make_plan
+from forgetcast import Atlas
 from support.data import make_pool, make_scores
+from support.plans import plan_for
 
 
 def add_row(path: Path, operations: int) -> None:
@@ -68,7 +69,7 @@ def _tune(recipe: Any, step: int, folder: Path, given: dict[str, Any]) -> None:
 
 def tune_with_replay(recipe: Any, folder: Path) -> None:
     pool = make_pool(24)
-    given = {"plan": make_plan(pool, "random", 0.5, seed=3), "pool": pool}
+    given = {"plan": plan_for(pool, "random", 0.5, seed=3), "pool": pool}
     _tune(recipe, 7, folder, given)
 
 

@@ -23,6 +23,6 @@ TASKS = {name: split_task(make_task(name, 8), 0.25) for name in NAMES}
 def run_in(folder: Path, atlas: Atlas, settings: SequenceSettings = SETTINGS, **more: Any) -> SequenceResult:
     given: dict[str, Any] = {"tasks": TASKS, "recipe": RECIPE, "base": tiny()} | more
     return run_sequence(
-        FineTuner(given["base"]), given["tasks"], atlas, given["recipe"], settings, directory=folder,
+        FineTuner(given["base"]), atlas, given["recipe"], given["tasks"], settings, directory=folder,
         on_progress=more.get("on_progress"),
     )  # fmt: skip

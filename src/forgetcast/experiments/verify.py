@@ -20,7 +20,7 @@ from forgetcast.data.pool import Pool, split_task
 from forgetcast.defaults import TEST_SHARE
 from forgetcast.errors import ConfigError
 from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
-from forgetcast.measure.scores import Scores, flips, forgetting
+from forgetcast.measure.scores import Scores, count_flips, forgetting
 from forgetcast.replay.outcome import METRICS, Run
 from forgetcast.replay.plan import ReplayPlan, make_plan
 from forgetcast.replay.signals import Signals
@@ -326,20 +326,8 @@ class _Job:
             steps=facts["steps"],
             seconds=facts["seconds"],
             worst_hundredth=worst_part(change, 100),
-            right_to_wrong=_right_to_wrong(before, scores),
+            right_to_wrong=count_flips(before, scores),
             strategy=f"{self.plan.strategy} online" if revised else self.plan.strategy,
             ratio=self.plan.ratio,
             setup=hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16],
         )
-
-
-def _right_to_wrong(before: Scores, after: Scores) -> int | None:
-    """Count the examples of `after` that were answered right before and wrong after; None if none was asked twice."""
-    before = before.subset(after.ids)
-    if (
-        before.exact_match is None
-        or after.exact_match is None
-        or np.isnan(before.exact_match + after.exact_match).all()
-    ):
-        return None
-    return int((flips(before, after) == 1).sum())

@@ -230,3 +230,13 @@ def flips(before: Scores | Baseline, after: Scores) -> np.ndarray:
         return np.full(len(after), np.nan)
     right = before.exact_match[before.index.positions(after.ids, where="the score file")] == 1
     return np.where(right, 1 - after.exact_match, np.nan)
+
+
+def count_flips(before: Scores, after: Scores) -> int | None:
+    """Count the examples of `after` whose right answer became wrong; None if no example was answered on both sides."""
+    before = before.subset(after.ids)
+    if before.exact_match is None or after.exact_match is None:
+        return None
+    if np.isnan(before.exact_match + after.exact_match).all():
+        return None
+    return int((flips(before, after) == 1).sum())

@@ -1,0 +1,39 @@
+"""Experiments on objects in memory, where a command would start from files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from forgetcast import Atlas, Pool, Scores, collect, prepare_atlas, verify
+from forgetcast.experiments import ReplayComparison, Verification
+from forgetcast.experiments.collect import collection_units
+from forgetcast.experiments.runs import Stages
+from forgetcast.lm import FineTuner, LanguageModel, Recipe
+
+
+def collect_into(
+    path: Path, base: LanguageModel, pool: Pool, tasks: dict[str, Pool], recipe: Recipe, **options: Any
+) -> Atlas:
+    """Prepare an atlas and collect its rows."""
+    stages, answered = Stages(options.pop("on_progress", None)), options.get("exact_match", False)
+    later = collection_units(len(tasks), pool, recipe, answered=answered)
+    atlas = prepare_atlas(path, base, pool, recipe, on_progress=stages.stage(later=later), **options)
+    metric = options.get("metric")
+    return collect(FineTuner(base), atlas, recipe, tasks, metric=metric, on_progress=stages.stage(later=0))
+
+
+def verify_on(
+    pool: Pool,
+    before: Scores,
+    tuner: FineTuner,
+    comparisons: Sequence[ReplayComparison],
+    recipe: Recipe,
+    **options: Any,
+) -> Verification:
+    """Verify on an atlas without rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        atlas = Atlas.create(Path(folder) / "base.atlas", pool, before, model="the base model")
+        return verify(tuner, atlas, recipe, comparisons, **options)
