@@ -18,7 +18,7 @@ from forgetcast.cli.tables import verification_tables
 from forgetcast.evaluation import worst_part
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.scores import count_flips
-from forgetcast.replay import Run
+from forgetcast.replay import METRICS, Run
 from forgetcast.stats import bootstrap_interval, holm, paired_difference, wilcoxon_p
 from support.data import make_pool, make_scores
 
