@@ -335,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one split, three new tasks a domain")
     parser.add_argument("--refit", action="store_true", help="run the paper's algorithms on every split and task")
-    parser.add_argument("--plot", type=Path, help="figure to draw, such as docs/completion.svg")
+    parser.add_argument("--plot", type=Path, help="figure to draw, such as docs/explanation/completion.svg")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
     console = output()

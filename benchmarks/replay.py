@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--replayable", type=int, help="upstream examples that may be replayed; default: 300")
     parser.add_argument("--work", type=Path, default=Path("benchmark-replay"), help="folder for what is finished")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--plot", type=Path, help="figure to draw along the ratios, such as docs/replay.svg")
+    parser.add_argument("--plot", type=Path, help="figure to draw along the ratios, e.g. docs/explanation/replay.svg")
     options = parser.parse_args()
     names = ARMS
     if options.quick:
