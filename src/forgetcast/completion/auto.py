@@ -58,7 +58,8 @@ class Auto(Completion):
     def __init__(self, *, candidates: Sequence[Completion] | None = None) -> None:
         self.candidates = candidates
 
-    def _prepare(self, values: np.ndarray) -> None:
+    def prepare(self, values: np.ndarray) -> None:
+        """Prepare the candidates and compare them on left-out tasks."""
         candidates: list[Completion] = list(self.candidates or ())
         if self.candidates is None:
             candidates = [Bayesian(), Additive(), KNN(), MatrixFactorization()]
@@ -67,12 +68,13 @@ class Auto(Completion):
         if not candidates:
             raise ConfigError("Auto needs at least one candidate")
         for candidate in candidates:
-            candidate._prepare(values)
+            candidate.prepare(values)
         self.chosen_, self.errors_ = _best(candidates, list(left_out(values)))
         self.fallback_, self.errors_unlike_ = _best(candidates, list(left_out(values, alike=ALIKE)))
 
-    def _estimate(self, values: np.ndarray) -> State:
-        return self.chosen_._estimate(values)
+    def estimate(self, values: np.ndarray) -> State:
+        """Estimate with the chosen method."""
+        return self.chosen_.estimate(values)
 
     def fit(self, matrix: Any) -> Auto:
         """Choose, and learn; see `Completion.fit`."""
@@ -105,7 +107,7 @@ def _best(
     for candidate in candidates:
         squares: list[float] = []
         for rest, rows, probes in splits:
-            mean, _, _ = candidate._estimate(rest).posterior(probes, rows[:, probes])
+            mean, _, _ = candidate.estimate(rest).posterior(probes, rows[:, probes])
             squares.extend(np.mean(np.delete(rows - mean, probes, axis=1) ** 2, axis=1))
         errors[type(candidate).__name__] = float(np.sqrt(np.mean(squares))) if squares else float("nan")
     return candidates[int(np.argmin(list(errors.values())))], errors

@@ -81,7 +81,7 @@ class State(Protocol):
         """
         ...
 
-    def extended(self, known: np.ndarray) -> State:
+    def extend(self, known: np.ndarray) -> State:
         """Give examples that were never measured, where `known` (N,) is False, the parameters of the average one."""
         ...
 
@@ -89,7 +89,8 @@ class State(Protocol):
 class Completion(ABC):
     """Base of all completion methods: checks, conditioning on probes, calibration on left-out tasks.
 
-    A method derives from this class and writes `_estimate`; or from `LinearGaussian`, which most methods are.
+    A new method subclasses this class, or `LinearGaussian` as most methods do, and implements `estimate`. Its constructor
+    only stores keyword settings under their own names; `prepare` checks them.
 
     Attributes
     ----------
@@ -110,15 +111,18 @@ class Completion(ABC):
     _reads_blocks: ClassVar[bool] = False
 
     @abstractmethod
-    def _estimate(self, values: Any) -> State:
-        """Learn from `values`, an array of shape (M, N), M >= 2; no row or column is all NaN.
+    def estimate(self, values: Any) -> State:
+        """Learn from `values` without changing the method, so that calibration can call it on parts of the atlas.
 
-        They are float64, unless the class sets `_reads_blocks`: then they are the matrix itself, float32 or on disk,
-        and of one on disk a row or a column may be all NaN.
+        Parameters
+        ----------
+        values : array, shape (M, N)
+            M >= 2, float64; no row or column is all NaN. If the class sets `_reads_blocks`, it is the matrix itself,
+            float32 or on disk; on disk, rows and columns may be all NaN.
         """
 
-    def _prepare(self, values: Any) -> None:  # noqa: B027  # most methods have nothing to prepare
-        """Check the settings and choose hyper-parameters once, before `_estimate` is called on parts of `values`."""
+    def prepare(self, values: Any) -> None:  # noqa: B027  # most methods have nothing to prepare
+        """Check the settings and choose hyper-parameters once per fit, before `estimate` is called on parts of `values`."""
 
     def fit(self, matrix: ForgettingMatrix | Atlas | StoredMatrix | Any) -> Self:
         """Learn from the tasks of a forgetting matrix; NaN is legal anywhere.
@@ -153,9 +157,9 @@ class Completion(ABC):
     def _learn(self, values: np.ndarray | StoredMatrix, examples: Sequence[str], known: np.ndarray | None) -> Self:
         """Learn from the measured part of a matrix; `known`, if not None, says which examples that is."""
         check_tasks(values.shape[0])
-        self._prepare(values)
-        state = self._estimate(values)
-        self.state_ = state if known is None or known.all() else state.extended(known)
+        self.prepare(values)
+        state = self.estimate(values)
+        self.state_ = state if known is None or known.all() else state.extend(known)
         self.examples_ = examples
         self._calibrate(values)
         return self
@@ -215,7 +219,7 @@ class Completion(ABC):
         ratios: list[np.ndarray] = []
         misfits: list[float] = []
         for rest, rows, probes in left_out(values):
-            mean, variance, log_misfit = self._estimate(rest).posterior(probes, rows[:, probes])
+            mean, variance, log_misfit = self.estimate(rest).posterior(probes, rows[:, probes])
             ratios.append(np.delete((rows - mean) / np.sqrt(variance), probes, axis=1).ravel())
             misfits.extend(log_misfit)
         if not ratios:

@@ -63,11 +63,13 @@ class Bayesian(LinearGaussian):
         self.prior_scale = prior_scale
         self.shift_scale = shift_scale
 
-    def _prepare(self, values: np.ndarray | StoredMatrix) -> None:  # noqa: ARG002
+    def prepare(self, values: np.ndarray | StoredMatrix) -> None:  # noqa: ARG002
+        """Check the settings."""
         if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0:
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
 
-    def _estimate(self, values: np.ndarray | StoredMatrix) -> Estimate:
+    def estimate(self, values: np.ndarray | StoredMatrix) -> Estimate:
+        """Factor the atlas and shrink the noise variances."""
         tasks, examples = values.shape
         try:
             low_rank, squares = factor_complete(values, self._rank(tasks))
@@ -79,7 +81,7 @@ class Bayesian(LinearGaussian):
         if measured.all():
             return self._of_factors(low_rank, squares, counts)
         low_rank = low_rank._replace(columns=low_rank.columns[measured], loadings=low_rank.loadings[measured])
-        return self._of_factors(low_rank, squares[measured], counts[measured]).extended(measured)
+        return self._of_factors(low_rank, squares[measured], counts[measured]).extend(measured)
 
     def _rank(self, tasks: int) -> int:
         return min(self.factors, tasks // TASKS_PER_FACTOR)

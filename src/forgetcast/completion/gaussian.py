@@ -4,7 +4,7 @@ A new task's forgetting of example j is modelled as
 
     z_j = mean_j + loadings_j . c + e_j,    c ~ N(0, diag(prior)),    e_j ~ N(0, noise_j)
 
-A method decides what these four are (`_estimate`); given the probes, the posterior of c and of every z_j follows in
+A method decides what these four are (`estimate`); given the probes, the posterior of c and of every z_j follows in
 closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 2.3.7).
 """
 
@@ -111,7 +111,7 @@ class Estimate(NamedTuple):
                 variance[row, part] += block[0]
         return mean, variance
 
-    def extended(self, known: np.ndarray) -> Estimate:
+    def extend(self, known: np.ndarray) -> Estimate:
         """Give examples that were never measured the parameters of the average one, and a noise to match."""
         mean = np.full(len(known), self.mean.mean())
         loadings = np.tile(self.loadings.mean(axis=0)[:, None], len(known)).T
@@ -187,7 +187,8 @@ class LinearGaussian(Completion):
     state_: Estimate
 
     @abstractmethod
-    def _estimate(self, values: Any) -> Estimate: ...
+    def estimate(self, values: Any) -> Estimate:
+        """Learn the four parts of the model; see `Completion.estimate`."""
 
     @property
     def mean_(self) -> np.ndarray:

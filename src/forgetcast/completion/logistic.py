@@ -53,12 +53,14 @@ class LogisticMF(Completion):
         self.rank = rank
         self.precision = precision
 
-    def _prepare(self, values: np.ndarray) -> None:
+    def prepare(self, values: np.ndarray) -> None:
+        """Check the settings, and that the entries are binary."""
         if self.rank < 0 or not self.precision > 0:
             raise ConfigError("LogisticMF: a rank >= 0 and a positive precision are needed")
         _check_binary(values)
 
-    def _estimate(self, values: np.ndarray) -> Bernoulli:
+    def estimate(self, values: np.ndarray) -> Bernoulli:
+        """Factor the matrix by penalised likelihood."""
         return fit_logistic(values, self.rank, self.precision)
 
 
@@ -89,7 +91,7 @@ class Bernoulli:
         likelihood = fit.entries.sum(axis=1) / max(len(probes), 1)
         return mean, mean * (1 - mean), np.log(np.maximum(-likelihood, 1e-12))
 
-    def extended(self, known: np.ndarray) -> Bernoulli:
+    def extend(self, known: np.ndarray) -> Bernoulli:
         """Give examples that were never measured the average logit and loadings."""
         logits = np.full(len(known), self.logits.mean())
         loadings = np.tile(self.loadings.mean(axis=0), (len(known), 1))
