@@ -11,7 +11,7 @@ import numpy as np
 import scipy  # its parts load when they are first used, which keeps starting fast
 
 from forgetcast.completion import Bayesian, Completion, Forecast
-from forgetcast.completion.base import correlation, without_alike
+from forgetcast.completion.base import clone, correlation, without_alike
 from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.errors import DataError
 from forgetcast.matrix import ForgettingMatrix
@@ -276,7 +276,7 @@ def _figures_of(
             f"{most} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
         )
     chooser = Bayesian().fit(train)
-    fitted = {name: method.fit(train) for name, method in methods.items()}
+    fitted = {name: clone(method).fit(train) for name, method in methods.items()}
     figures: dict[tuple[str, str, int], list[_Figures]] = {}
     for seed in range(seeds):
         rng = np.random.default_rng(seed)

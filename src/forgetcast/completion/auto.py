@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.additive import Additive
-from forgetcast.completion.base import UNLIKE, Completion, Forecast, State, left_out
+from forgetcast.completion.base import UNLIKE, Completion, Forecast, State, clone, left_out
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.factorisation import MatrixFactorization
 from forgetcast.completion.logistic import LogisticMF, is_binary
@@ -60,7 +60,7 @@ class Auto(Completion):
 
     def prepare(self, values: np.ndarray) -> None:
         """Prepare the candidates and compare them on left-out tasks."""
-        candidates: list[Completion] = list(self.candidates or ())
+        candidates: list[Completion] = [clone(candidate) for candidate in self.candidates or ()]
         if self.candidates is None:
             candidates = [Bayesian(), Additive(), KNN(), MatrixFactorization()]
             if is_binary(values):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from scipy import special
@@ -23,6 +24,8 @@ CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES =
 
 UNLIKE = 0.05
 """A task whose misfit is below this is taken to be unlike the atlas."""
+
+AnyCompletion = TypeVar("AnyCompletion", bound="Completion")
 
 BLOCK = 8_192
 """Examples that are worked on at once, so that they stay in the cache."""
@@ -89,8 +92,8 @@ class State(Protocol):
 class Completion(ABC):
     """Base of all completion methods: checks, conditioning on probes, calibration on left-out tasks.
 
-    A new method subclasses this class, or `LinearGaussian` as most methods do, and implements `estimate`. Its constructor
-    only stores keyword settings under their own names; `prepare` checks them.
+    A new method subclasses this class, or `LinearGaussian` as most methods do, and implements `estimate`. Its
+    constructor only stores keyword settings under their names, which `clone` and the repr read; `prepare` checks them.
 
     Attributes
     ----------
@@ -122,7 +125,7 @@ class Completion(ABC):
         """
 
     def prepare(self, values: Any) -> None:  # noqa: B027  # most methods have nothing to prepare
-        """Check the settings and choose hyper-parameters once per fit, before `estimate` is called on parts of `values`."""
+        """Check the settings and choose hyper-parameters, once per fit; `estimate` then sees parts of `values`."""
 
     def fit(self, matrix: ForgettingMatrix | Atlas | StoredMatrix | Any) -> Self:
         """Learn from the tasks of a forgetting matrix; NaN is legal anywhere.
@@ -229,6 +232,11 @@ class Completion(ABC):
         self.widths_ = np.quantile(pooled, LEVELS) / self.scale_
         self.widths_[0] = 0.0
         self._log_misfits = np.array(misfits)
+
+
+def clone(method: AnyCompletion) -> AnyCompletion:
+    """Return an unfitted copy of a method with the same settings."""
+    return type(method)(**{name: getattr(method, name) for name in inspect.signature(type(method)).parameters})
 
 
 def check_tasks(measured: int) -> None:
