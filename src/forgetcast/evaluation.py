@@ -141,6 +141,13 @@ class BenchRow:
     ratio_upper: float
     seconds: float
 
+    def __repr__(self) -> str:
+        interval = f"[{self.ratio_lower:.3f}, {self.ratio_upper:.3f}]"
+        return (
+            f"BenchRow({self.method}, {self.k} {self.probes} probes, "
+            f"RMSE {self.accuracy.rmse:.4f}, {self.ratio:.3f} {interval} of the baseline's)"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """All figures on one level, ready for JSON but for NaN."""
         figures = asdict(self)

@@ -131,6 +131,13 @@ class Comparison:
     corrected_wilcoxon_p: float
     tasks: int
 
+    def __repr__(self) -> str:
+        d = self.difference
+        return (
+            f"Comparison({self.arm} - {self.baseline}, {self.metric}: "
+            f"{d.mean:+.4f} [{d.lower:+.4f}, {d.upper:+.4f}], {d.pairs} pairs, {self.tasks} tasks)"
+        )
+
     @property
     def better(self) -> bool:
         """Whether both intervals are below zero."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import planted
-from forgetcast import ForgettingMatrix
+from forgetcast import ForgettingMatrix, analyze
 from forgetcast.completion import (
     KNN,
     METHODS,
@@ -14,11 +14,14 @@ from forgetcast.completion import (
     Auto,
     Bayesian,
     Completion,
+    LogisticMF,
     MatrixFactorization,
     Mean,
+    SoftImpute,
 )
 from forgetcast.completion.base import clone
-from forgetcast.evaluation import bench, bench_left_out
+from forgetcast.evaluation import bench, bench_left_out, paired_difference
+from forgetcast.paired import Comparison
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -66,7 +69,48 @@ def test_fit_changes_no_object_of_the_caller(values: np.ndarray) -> None:
     assert [vars(candidate) for candidate in candidates] == before
 
 
-def test_auto_may_get_one_object_twice(values: np.ndarray) -> None:
-    additive = Additive()
-    auto = Auto(candidates=[additive, additive]).fit(values)
-    assert isinstance(auto.chosen_, Additive)
+def test_auto_tells_candidates_of_one_class_apart(values: np.ndarray) -> None:
+    auto = Auto(candidates=[Mean(), KNN(k=1), KNN(k=2), Bayesian()]).fit(values)
+    assert isinstance(auto.chosen_, Bayesian)
+    assert list(auto.errors_) == ["Mean", "KNN(k=1, softening=None)", "KNN(k=2, softening=None)", "Bayesian"]
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (Bayesian(), "Bayesian(factors=8, prior_scale=0.5, shift_scale=3.0)"),
+        (KNN(k=3), "KNN(k=3, softening=None)"),
+        (SoftImpute(penalty=0.1), "SoftImpute(penalty=0.1)"),
+        (LogisticMF(), "LogisticMF(rank=5, precision=1.0)"),
+        (Mean(), "Mean()"),
+        (Auto(candidates=[Mean(), KNN()]), "Auto(candidates=[Mean(), KNN(k=40, softening=None)])"),
+    ],
+)
+def test_a_method_prints_as_it_is_written(method: Completion, text: str) -> None:
+    assert repr(method) == text
+
+
+@every_method
+def test_a_fitted_method_prints_its_settings_only(name: str, values: np.ndarray) -> None:
+    assert repr(METHODS[name]().fit(data(name, values))) == repr(METHODS[name]())
+
+
+def test_a_forecast_prints_in_one_line(values: np.ndarray) -> None:
+    model = Additive().fit(values)
+    one, rows = model.predict([0, 1], values[0, :2]), model.predict([0, 1], values[:3, :2])
+    assert repr(one) == f"Forecast(60 examples, 2 probes, mean {one.mean.mean():.3f}, misfit {one.misfit:.2f})"
+    assert repr(rows) == "Forecast(3 rows x 60 examples, 2 probes)"
+
+
+def test_results_print_in_one_line(values: np.ndarray) -> None:
+    found = analyze(ForgettingMatrix(values), max_rank=3)
+    assert repr(found).startswith("Structure(20 tasks x 60 examples, 100% observed, R^2 ")
+    assert repr(found).endswith("of rank 1 to 3)")
+    matrix = ForgettingMatrix(values[:5])
+    row = bench_left_out(matrix, {"additive": Additive()}, ks=[3], seeds=1)[0]
+    assert repr(row).startswith("BenchRow(additive, 3 random probes, RMSE ")
+    assert repr(row).endswith(", 1.000 [1.000, 1.000] of the baseline's)")
+    difference = paired_difference([1.0, 2.0, 3.0], [2.0, 2.5, 3.6])
+    comparison = Comparison("top", "random", "mean", difference, -1.0, 0.0, 0.1, 0.1, 0.1, 2)
+    interval = f"[{difference.lower:+.4f}, {difference.upper:+.4f}]"
+    assert repr(comparison) == f"Comparison(top - random, mean: -0.7000 {interval}, 3 pairs, 2 tasks)"

@@ -38,7 +38,8 @@ class Auto(Completion):
     chosen_, fallback_ : Completion
         For tasks like those of the atlas, and for others.
     errors_, errors_unlike_ : dict of str to float
-        Root mean squared error of each candidate in the two comparisons, nats per token.
+        Root mean squared error of each candidate in the two comparisons, nats per token. The key is the name of its
+        class, or its repr where several are of one class.
 
     Examples
     --------
@@ -103,11 +104,13 @@ def _best(
     candidates: Sequence[Completion], splits: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> tuple[Completion, dict[str, float]]:
     """The candidate with the smallest error, and all errors; the first, and NaN, where there is no split."""
-    errors: dict[str, float] = {}
+    names = [type(candidate).__name__ for candidate in candidates]
+    names = [repr(c) if names.count(name) > 1 else name for c, name in zip(candidates, names, strict=True)]
+    errors: list[float] = []
     for candidate in candidates:
         squares: list[float] = []
         for rest, rows, probes in splits:
             mean, _, _ = candidate.estimate(rest).posterior(probes, rows[:, probes])
             squares.extend(np.mean(np.delete(rows - mean, probes, axis=1) ** 2, axis=1))
-        errors[type(candidate).__name__] = float(np.sqrt(np.mean(squares))) if squares else float("nan")
-    return candidates[int(np.argmin(list(errors.values())))], errors
+        errors.append(float(np.sqrt(np.mean(squares))) if squares else float("nan"))
+    return candidates[int(np.argmin(errors))], dict(zip(names, errors, strict=True))

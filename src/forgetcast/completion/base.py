@@ -54,6 +54,12 @@ class Forecast:
     misfit: np.ndarray | float
     widths: np.ndarray
 
+    def __repr__(self) -> str:
+        *rows, examples = self.mean.shape
+        size = f"{rows[0]} rows x {examples} examples" if rows else f"{examples} examples"
+        figures = "" if rows else f", mean {self.mean.mean():.3f}, misfit {self.misfit:.2f}"
+        return f"Forecast({size}, {len(self.probes)} probes{figures})"
+
     def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end of the interval that should hold `level` of the truths, shapes like `mean`.
 
@@ -112,6 +118,9 @@ class Completion(ABC):
     scale_: float
     _log_misfits: np.ndarray
     _reads_blocks: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings(self).items())})"
 
     @abstractmethod
     def estimate(self, values: Any) -> State:
@@ -234,9 +243,14 @@ class Completion(ABC):
         self._log_misfits = np.array(misfits)
 
 
+def settings(method: Completion) -> dict[str, Any]:
+    """Return the parameters that a method was constructed with."""
+    return {name: getattr(method, name) for name in inspect.signature(type(method)).parameters}
+
+
 def clone(method: AnyCompletion) -> AnyCompletion:
     """Return an unfitted copy of a method with the same settings."""
-    return type(method)(**{name: getattr(method, name) for name in inspect.signature(type(method)).parameters})
+    return type(method)(**settings(method))
 
 
 def check_tasks(measured: int) -> None:
