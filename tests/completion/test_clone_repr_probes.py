@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from conftest import planted
-from forgetcast import ForgettingMatrix, analyze
+from conftest import make_atlas, make_pool, planted
+from forgetcast import DataError, ForgettingMatrix, analyze, probes
 from forgetcast.completion import (
     KNN,
     METHODS,
@@ -14,6 +16,7 @@ from forgetcast.completion import (
     Auto,
     Bayesian,
     Completion,
+    LinearGaussian,
     LogisticMF,
     MatrixFactorization,
     Mean,
@@ -114,3 +117,39 @@ def test_results_print_in_one_line(values: np.ndarray) -> None:
     comparison = Comparison("top", "random", "mean", difference, -1.0, 0.0, 0.1, 0.1, 0.1, 2)
     interval = f"[{difference.lower:+.4f}, {difference.upper:+.4f}]"
     assert repr(comparison) == f"Comparison(top - random, mean: -0.7000 {interval}, 3 pairs, 2 tasks)"
+
+
+@every_method
+def test_probes_are_chosen_with_every_method(name: str, values: np.ndarray) -> None:
+    values = data(name, values)
+    model = METHODS[name]().fit(values)
+    chosen = probes.choose(model, 5)
+    assert len(set(chosen.tolist())) == 5
+    itself = isinstance(model, LinearGaussian) and name != "mean"
+    assert (model.gaussian_ is model) == itself
+    if not itself:
+        assert chosen.tolist() == probes.choose(Bayesian().fit(values), 5).tolist()
+
+
+def test_the_model_for_probes_is_fitted_once_per_fit(values: np.ndarray) -> None:
+    model = KNN().fit(values)
+    first = model.gaussian_
+    assert model.gaussian_ is first
+    assert model.fit(values[:10]).gaussian_ is not first
+    np.testing.assert_array_equal(model.gaussian_.mean_, Bayesian().fit(values[:10]).mean_)
+
+
+@pytest.mark.parametrize("method", [KNN(), Mean(), Bayesian()])
+def test_an_unfitted_method_chooses_no_probes(method: Completion) -> None:
+    with pytest.raises(DataError, match="is not fitted; call fit first"):
+        probes.choose(method, 3)
+
+
+def test_a_matrix_with_gaps_or_on_disk(tmp_path: Path, values: np.ndarray) -> None:
+    pool = make_pool(60)
+    atlas = make_atlas(tmp_path / "a.atlas", pool)
+    model = KNN().fit(atlas)
+    assert probes.choose(model, 4).tolist() == probes.choose(Bayesian().fit(atlas), 4).tolist()
+    gaps = np.where(np.random.default_rng(0).random(values.shape) < 0.2, np.nan, values)
+    gaps[:, 3] = np.nan
+    assert probes.choose(KNN().fit(gaps), 4).tolist() == probes.choose(Bayesian().fit(gaps), 4).tolist()

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from scipy import special
@@ -15,6 +15,9 @@ from forgetcast.atlas import Atlas
 from forgetcast.atlas_columns import StoredMatrix
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.matrix import ForgettingMatrix
+
+if TYPE_CHECKING:
+    from forgetcast.completion.gaussian import LinearGaussian
 
 LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
 """Interval levels whose width is learned from left-out tasks; levels between are interpolated."""
@@ -117,6 +120,8 @@ class Completion(ABC):
     widths_: np.ndarray
     scale_: float
     _log_misfits: np.ndarray
+    _fitted_on: ForgettingMatrix | StoredMatrix
+    _gaussian: LinearGaussian | None = None
     _reads_blocks: ClassVar[bool] = False
 
     def __repr__(self) -> str:
@@ -152,12 +157,13 @@ class Completion(ABC):
         """
         if isinstance(matrix, Atlas):
             matrix = matrix.stored()
+        if not isinstance(matrix, (StoredMatrix, ForgettingMatrix)):
+            matrix = ForgettingMatrix(matrix)
+        self._fitted_on, self._gaussian = matrix, None
         if isinstance(matrix, StoredMatrix):
             if self._reads_blocks:
                 return self._learn(matrix, matrix.examples, None)
             matrix = matrix.load()
-        if not isinstance(matrix, ForgettingMatrix):
-            matrix = ForgettingMatrix(matrix)
         values, known = matrix.values, None
         flat = values.ravel()
         if np.isnan(np.vdot(flat, flat)):  # one pass without a temporary, where most matrices are complete
@@ -191,8 +197,7 @@ class Completion(ABC):
         DataError
             If a probe is out of range or repeats, or a measurement is not a finite number.
         """
-        if not hasattr(self, "state_"):
-            raise DataError(f"{type(self).__name__} is not fitted; call fit first")
+        self._check_fitted()
         probes = np.asarray(probes, dtype=np.intp).reshape(-1)
         rows = np.asarray(observed, dtype=np.float64)
         single = rows.ndim == 1
@@ -215,6 +220,23 @@ class Completion(ABC):
         if single:
             return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_)
         return Forecast(mean, std, probes, misfit, self.widths_)
+
+    @property
+    def gaussian_(self) -> LinearGaussian:
+        """Linear-Gaussian model with loadings of the same data, to choose probes with: the method or a `Bayesian`.
+
+        A `Bayesian` is fitted on first use. The matrix is kept by reference; one on disk stays there.
+        """
+        self._check_fitted()
+        if self._gaussian is None:
+            from forgetcast.completion.bayesian import Bayesian  # it derives from this module's classes
+
+            self._gaussian = Bayesian().fit(self._fitted_on)
+        return self._gaussian
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "state_"):
+            raise DataError(f"{type(self).__name__} is not fitted; call fit first")
 
     def _p_value(self, log_misfit: np.ndarray) -> np.ndarray:
         """One-sided prediction test of a new task's log misfit against those of the left-out tasks."""

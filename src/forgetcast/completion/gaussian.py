@@ -191,6 +191,12 @@ class LinearGaussian(Completion):
         """Learn the four parts of the model; see `Completion.estimate`."""
 
     @property
+    def gaussian_(self) -> LinearGaussian:
+        """The method itself, or a `Bayesian` where it has no loadings; see `Completion.gaussian_`."""
+        self._check_fitted()
+        return self if self.loadings_.shape[1] else super().gaussian_
+
+    @property
     def mean_(self) -> np.ndarray:
         """Expected row of a task that nothing is known of, shape (N,)."""
         return self.state_.mean
