@@ -12,8 +12,7 @@ import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.evaluation import worst_part
-from forgetcast.paired import wilcoxon_p
+from forgetcast.paired import wilcoxon_p, worst_part
 from forgetcast.scores import Scores, flips, forgetting
 
 RESAMPLES, BATCH_ENTRIES = 2_000, 10_000_000

@@ -218,3 +218,15 @@ def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
     pairs = np.concatenate(groups)
     independent = pairs if len(groups) == 1 else [group.mean() for group in groups]
     return paired_difference(pairs, np.zeros(len(pairs))).p_value, wilcoxon_p(independent)
+
+
+def worst_tenth(forgetting: Any) -> float:
+    """Return the mean of the most forgotten tenth (at least one example), nats per token; NaN entries are skipped."""
+    return worst_part(forgetting, 10)
+
+
+def worst_part(forgetting: Any, parts: int) -> float:
+    """Return the mean of the worst 1/`parts`, as `worst_tenth` does."""
+    values = np.asarray(forgetting, dtype=np.float64)
+    values = np.sort(values[~np.isnan(values)])
+    return float(values[-max(1, round(len(values) / parts)) :].mean())

@@ -10,6 +10,8 @@ import numpy as np
 from forgetcast.completion.base import BLOCK, Completion
 from forgetcast.errors import DataError
 
+__all__ = ["choose", "random"]
+
 
 def choose(
     model: Completion,

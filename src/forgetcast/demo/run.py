@@ -18,7 +18,7 @@ from forgetcast.completion import Additive, Bayesian, Forecast, LinearGaussian, 
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.errors import MismatchError
-from forgetcast.evaluation import Accuracy, accuracy, average
+from forgetcast.evaluation import ForecastErrors, accuracy, average
 from forgetcast.forecast import TaskForecast
 from forgetcast.pool import Pool, load_task
 from forgetcast.replay import make_plan
@@ -217,7 +217,7 @@ def _count(sources: tuple[str, ...]) -> dict[str, int]:
 
 
 def _forecast_summary(
-    accuracies: Mapping[str, Mapping[str, Accuracy]], forecasts: list[TaskForecast]
+    accuracies: Mapping[str, Mapping[str, ForecastErrors]], forecasts: list[TaskForecast]
 ) -> dict[str, Any]:
     methods = next(iter(accuracies.values()))
     mean = {method: asdict(average(by_method[method] for by_method in accuracies.values())) for method in methods}

@@ -15,7 +15,7 @@ from forgetcast._files import atomic_path
 from forgetcast.atlas import Atlas
 from forgetcast.completion.base import UNLIKE
 from forgetcast.errors import DataError, MissingExtraError
-from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
+from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
 from forgetcast.forecast import TaskForecast
 from forgetcast.matrix import ForgettingMatrix
 from forgetcast.sequence_result import METRIC_NAMES as SEQUENCE_METRIC_NAMES
@@ -45,7 +45,7 @@ def write_report(
     atlas: Atlas,
     *,
     forecasts: Sequence[TaskForecast] = (),
-    accuracies: Mapping[str, Mapping[str, Accuracy]] | None = None,
+    accuracies: Mapping[str, Mapping[str, ForecastErrors]] | None = None,
     verification: Verification | None = None,
     sequence: SequenceResult | None = None,
     title: str = "What fine-tuning makes the model forget",
@@ -59,7 +59,7 @@ def write_report(
         With at least one task.
     forecasts : sequence of TaskForecast
         Where the atlas has the row of a forecast's task, the two are compared.
-    accuracies : mapping of task to mapping of method to Accuracy, optional
+    accuracies : mapping of task to mapping of method to ForecastErrors, optional
         Errors of several methods. Default: those of the forecasts whose tasks the atlas has measured.
     verification : Verification, optional
     sequence : SequenceResult, optional
@@ -166,8 +166,8 @@ def _structure(matrix: ForgettingMatrix) -> Structure | None:
 
 def _accuracies(
     forecasts: Sequence[TaskForecast], truths: Sequence[np.ndarray | None]
-) -> dict[str, dict[str, Accuracy]]:
-    found: dict[str, dict[str, Accuracy]] = {}
+) -> dict[str, dict[str, ForecastErrors]]:
+    found: dict[str, dict[str, ForecastErrors]] = {}
     for forecast, truth in zip(forecasts, truths, strict=True):
         if truth is not None:
             others = ~forecast.probed
@@ -176,7 +176,7 @@ def _accuracies(
     return found
 
 
-def _averages(accuracies: Mapping[str, Mapping[str, Accuracy]]) -> list[dict[str, Any]]:
+def _averages(accuracies: Mapping[str, Mapping[str, ForecastErrors]]) -> list[dict[str, Any]]:
     """One row a method: its figures averaged over the tasks that it forecast."""
     rows = []
     for method in dict.fromkeys(method for by_method in accuracies.values() for method in by_method):
@@ -186,7 +186,7 @@ def _averages(accuracies: Mapping[str, Mapping[str, Accuracy]]) -> list[dict[str
     return rows
 
 
-def _by_task(accuracies: Mapping[str, Mapping[str, Accuracy]]) -> list[dict[str, Any]]:
+def _by_task(accuracies: Mapping[str, Mapping[str, ForecastErrors]]) -> list[dict[str, Any]]:
     return [
         {"task": task, "method": method} | asdict(figures_of)
         for task, by_method in accuracies.items()
