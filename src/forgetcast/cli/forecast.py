@@ -14,7 +14,7 @@ from rich.table import Table
 from forgetcast import completion, probes
 from forgetcast.atlas import Atlas
 from forgetcast.cli.app import AsJson, AtlasPath, ByAnswers, app, numbers, out, print_all, print_json, progress, show
-from forgetcast.completion.base import UNLIKE
+from forgetcast.completion.base import MISFIT_THRESHOLD
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.evaluation import bench, bench_left_out
 from forgetcast.forecast import TaskForecast, measured_probes
@@ -108,7 +108,7 @@ def forecast_(
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
         table.add_row(escape(row["id"]), f"{row['mean']:.3f}", interval)
     out.print(table)
-    if forecast.misfit < UNLIKE:
+    if forecast.misfit < MISFIT_THRESHOLD:
         out.print(
             "The probes say that this task is unlike those in the atlas: measure more of them before you rely on it"
             + (", or use --method auto, which takes what forecasts unlike tasks best." if method != "auto" else ".")
@@ -128,8 +128,8 @@ def bench_(
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(completion.METHODS)}.")] = "mean,additive,knn,"
     "mf,bayesian",
     baseline: Annotated[str, typer.Option(help="Method that the ratios are relative to.")] = "additive",
-    without_alike: Annotated[
-        float, typer.Option(help="Without --test: share of the other tasks, those most alike, that is left out too.")
+    exclude_similar: Annotated[
+        float, typer.Option(help="Without --test: share of the other tasks, the most similar ones, to leave out too.")
     ] = 0.0,
     exact_match: ByAnswers = False,
     as_json: AsJson = False,
@@ -150,14 +150,14 @@ def bench_(
     if both := set(tested).intersection(known):
         raise DataError(f"the task {min(both)!r} is in --train and in --test")
     if tested:
-        if without_alike:
-            raise DataError("--without-alike is for leaving out each task in turn; give it without --test")
+        if exclude_similar:
+            raise DataError("--exclude-similar is for leaving out each task in turn; give it without --test")
         rows = bench(values.select(known), values.select(tested), wanted, ks=ks, seeds=seeds, baseline=baseline)
     else:
         left = values.select(known)
         with progress(resumable=False) as report:
             rows = bench_left_out(
-                left, wanted, alike=without_alike, ks=ks, seeds=seeds, baseline=baseline, on_progress=report
+                left, wanted, similar=exclude_similar, ks=ks, seeds=seeds, baseline=baseline, on_progress=report
             )
     if as_json:
         print_json([_without_nan(row.as_dict()) for row in rows])

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.additive import Additive
-from forgetcast.completion.base import UNLIKE, Completion, Forecast, State, clone, left_out
+from forgetcast.completion.base import MISFIT_THRESHOLD, Completion, Forecast, State, clone, leave_tasks_out
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.factorisation import MatrixFactorization
 from forgetcast.completion.logistic import LogisticMF, is_binary
 from forgetcast.completion.neighbours import KNN
 from forgetcast.errors import ConfigError
 
-ALIKE = 1 / 3
-"""Share of the other tasks, the most alike, that is left out too where methods are compared on unlike tasks."""
+SIMILAR_SHARE = 1 / 3
+"""Share of the other tasks, the most similar, that is left out too where methods are compared on unlike tasks."""
 
 
 class Auto(Completion):
@@ -70,8 +70,8 @@ class Auto(Completion):
             raise ConfigError("Auto needs at least one candidate")
         for candidate in candidates:
             candidate.prepare(values)
-        self.chosen_, self.errors_ = _best(candidates, list(left_out(values)))
-        self.fallback_, self.errors_unlike_ = _best(candidates, list(left_out(values, alike=ALIKE)))
+        self.chosen_, self.errors_ = _best(candidates, list(leave_tasks_out(values)))
+        self.fallback_, self.errors_unlike_ = _best(candidates, list(leave_tasks_out(values, similar=SIMILAR_SHARE)))
 
     def estimate(self, values: np.ndarray) -> State:
         """Estimate with the chosen method."""
@@ -87,7 +87,7 @@ class Auto(Completion):
     def predict(self, probes: Any, observed: Any) -> Forecast:
         """Complete new rows, each by the method for its kind; see `Completion.predict`."""
         forecast = super().predict(probes, observed)
-        unlike = np.asarray(forecast.misfit) < UNLIKE
+        unlike = np.asarray(forecast.misfit) < MISFIT_THRESHOLD
         if self.fallback_ is self.chosen_ or not unlike.any():
             return forecast
         other = self.fallback_.predict(probes, observed)

@@ -23,9 +23,9 @@ LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99]
 """Interval levels whose width is learned from left-out tasks; levels between are interpolated."""
 
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
-"""Of `left_out`: groups of tasks, or single tasks where entries are missing; examples; and probes of each task."""
+"""Of `leave_tasks_out`: groups of tasks, or single tasks where entries are missing; examples; and probes of each task."""
 
-UNLIKE = 0.05
+MISFIT_THRESHOLD = 0.05
 """A task whose misfit is below this is taken to be unlike the atlas."""
 
 AnyCompletion = TypeVar("AnyCompletion", bound="Completion")
@@ -252,7 +252,7 @@ class Completion(ABC):
         self._log_misfits = np.empty(0)
         ratios: list[np.ndarray] = []
         misfits: list[float] = []
-        for rest, rows, probes in left_out(values):
+        for rest, rows, probes in leave_tasks_out(values):
             mean, variance, log_misfit = self.estimate(rest).posterior(probes, rows[:, probes])
             ratios.append(np.delete((rows - mean) / np.sqrt(variance), probes, axis=1).ravel())
             misfits.extend(log_misfit)
@@ -287,21 +287,21 @@ def correlation(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.ma.corrcoef(masked).filled(-1.0))  # type: ignore[no-untyped-call]
 
 
-def without_alike(likeness: np.ndarray, task: int, share: float) -> np.ndarray:
-    """All rows but `task` and, by their `correlation`, this share of the others, the most alike; sorted."""
+def exclude_similar(likeness: np.ndarray, task: int, share: float) -> np.ndarray:
+    """All rows but `task` and, by their `correlation`, this share of the others, the most similar; sorted."""
     others = np.argsort(-likeness[task], kind="stable")
     others = others[others != task]
     return np.sort(others[round(share * len(others)) :])
 
 
-def left_out(
-    values: np.ndarray | StoredMatrix, *, alike: float = 0.0
+def leave_tasks_out(
+    values: np.ndarray | StoredMatrix, *, similar: float = 0.0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Leave tasks out, on a part of the columns: the other rows, theirs, and random probes.
 
     Of a complete matrix, every task is left out once, in at most CALIBRATION_FOLDS groups. Where entries are missing,
     tasks are left out singly, at most CALIBRATION_TASKS of them, each on the columns that it was measured on; or where
-    a share of the other tasks, those most `alike`, is to be kept from it too. At most CALIBRATION_EXAMPLES columns are
+    a share of the other tasks, those most similar, is to be kept from it too. At most CALIBRATION_EXAMPLES columns are
     used; nothing is left out of fewer than four tasks. The choice is fixed, so that a fit is a function of the matrix
     alone.
     """
@@ -311,11 +311,13 @@ def left_out(
     part = values[:, np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])].astype(np.float64)
     present, order = ~np.isnan(part), rng.permutation(len(part))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))
-    if alike or not present.all():
+    if similar or not present.all():
         folds = list(order[:CALIBRATION_TASKS, None])
-    likeness = correlation(part) if alike else None
+    likeness = correlation(part) if similar else None
     for fold in folds:
-        known = np.delete(np.arange(len(part)), fold) if likeness is None else without_alike(likeness, fold[0], alike)
+        known = (
+            np.delete(np.arange(len(part)), fold) if likeness is None else exclude_similar(likeness, fold[0], similar)
+        )
         usable = np.flatnonzero(present[fold].all(axis=0) & present[known].any(axis=0))
         known = known[present[np.ix_(known, usable)].any(axis=1)]
         if len(usable) >= 2 * CALIBRATION_PROBES and len(known) >= 2:

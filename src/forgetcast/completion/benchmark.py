@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from forgetcast.completion.base import Completion, Forecast, clone, correlation, without_alike
+from forgetcast.completion.base import Completion, Forecast, clone, correlation, exclude_similar
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.errors import ForecastErrors, average, judge
 from forgetcast.completion.logistic import f1, is_binary
@@ -101,7 +101,7 @@ def bench_left_out(
     matrix: ForgettingMatrix,
     methods: Mapping[str, Completion],
     *,
-    alike: float = 0.0,
+    similar: float = 0.0,
     ks: Sequence[int] = (10, 30),
     seeds: int = 10,
     baseline: str = "additive",
@@ -112,7 +112,7 @@ def bench_left_out(
     Parameters
     ----------
     matrix : ForgettingMatrix, shape (M, N)
-    alike : float
+    similar : float
         Share of the other tasks that is left out too: those whose rows correlate most with the task's. It shows how a
         method does on tasks that resemble none of the atlas, which leaving out single tasks cannot.
     methods, ks, seeds, baseline
@@ -126,12 +126,14 @@ def bench_left_out(
         As in `bench`; or if fewer than two tasks remain to fit on.
     """
     tasks = matrix.shape[0]
-    if not 0 <= alike < 1 or tasks - 1 - round(alike * (tasks - 1)) < 2:
-        raise DataError(f"of {tasks} tasks, leaving out one and {alike:.0%} of the others leaves too few to learn from")
+    if not 0 <= similar < 1 or tasks - 1 - round(similar * (tasks - 1)) < 2:
+        raise DataError(
+            f"of {tasks} tasks, leaving out one and {similar:.0%} of the others leaves too few to learn from"
+        )
     correlations = correlation(matrix.values)
     splits = []
     for task, name in enumerate(matrix.tasks):
-        kept = without_alike(correlations, task, alike)
+        kept = exclude_similar(correlations, task, similar)
         splits.append((matrix.select([matrix.tasks[i] for i in kept]), matrix.select([name])))
     return _bench(splits, methods, ks, seeds, baseline, on_progress)
 

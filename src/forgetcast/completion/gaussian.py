@@ -21,7 +21,7 @@ from forgetcast.errors import DataError
 SCALE_DEGREES = 5.0
 """Observations that what is assumed of a new task's own scale of variances is worth; few, because tasks differ much."""
 
-STRANGER = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
+OUT_OF_FAMILY = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
 """Kinds of tasks that are averaged over, by how well each explains the probes, with equal weights beforehand.
 
 The first follows the atlas. The others move every example beside on its own, with a variance that is a multiple of
@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
         Variances.
     unlike : array, shape (r,), optional
         Prior variances of the coefficients whose factors a task unlike the known ones may not follow. If they are
-        given, such tasks are averaged in, as STRANGER says.
+        given, such tasks are averaged in, as OUT_OF_FAMILY says.
     unlike_average : float
         Mean over the examples of ``loadings**2 @ unlike``.
     """
@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
         """
         at_probes = self.loadings[probes].astype(np.float64)
         strange = np.zeros(len(self.prior)) if self.unlike is None else self.unlike
-        kinds = np.array(STRANGER if self.unlike is not None else STRANGER[:1])
+        kinds = np.array(OUT_OF_FAMILY if self.unlike is not None else OUT_OF_FAMILY[:1])
         own, same = kinds[:, :1], kinds[:, 1:]
         noise = self.noise[probes] + own * (at_probes**2 @ strange) + same * self.unlike_average  # (kinds, k)
         found, covariances, weights, scales, log_misfit = _condition(

@@ -13,7 +13,7 @@ import numpy as np
 import forgetcast
 from forgetcast._files import atomic_path
 from forgetcast.atlas import Atlas
-from forgetcast.completion.base import UNLIKE
+from forgetcast.completion.base import MISFIT_THRESHOLD
 from forgetcast.errors import DataError, MissingExtraError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
 from forgetcast.forecast import TaskForecast
@@ -274,7 +274,7 @@ def _shown(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, str]:
     figure = figures.forecast_alone(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
     if not forecast.probed.any():
         misfit = "Nothing was measured for this task yet: this is what the atlas expects of any task."
-    elif forecast.misfit < UNLIKE:
+    elif forecast.misfit < MISFIT_THRESHOLD:
         misfit = (
             f"The {int(forecast.probed.sum())} probes say that this task is unlike those in the atlas "
             f"(p = {forecast.misfit:.3f}): trust the forecast less, and measure more of the examples."
