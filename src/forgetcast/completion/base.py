@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
-from scipy import special
+import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.atlas import Atlas
 from forgetcast.atlas_columns import StoredMatrix
@@ -244,11 +244,11 @@ class Completion(ABC):
         if len(reference) < 3 or (spread := reference.std(ddof=1)) == 0:
             return np.ones_like(log_misfit)
         t = (log_misfit - reference.mean()) / (spread * np.sqrt(1 + 1 / len(reference)))
-        return np.asarray(special.stdtr(len(reference) - 1, -t))
+        return np.asarray(scipy.special.stdtr(len(reference) - 1, -t))
 
     def _calibrate(self, values: np.ndarray | StoredMatrix) -> None:
         """Leave tasks out, forecast them from random probes, and learn the scale and the widths."""
-        self.scale_, self.widths_ = 1.0, special.ndtri(0.5 + LEVELS / 2)
+        self.scale_, self.widths_ = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
         ratios: list[np.ndarray] = []
         misfits: list[float] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import special
+import scipy
 
 from forgetcast.atlas_columns import StoredMatrix
 from forgetcast.completion.gaussian import Estimate, LinearGaussian
@@ -126,12 +126,12 @@ def shrink_variances(squares: np.ndarray, degrees: np.ndarray) -> np.ndarray:
         return np.full_like(variances, max(average, 1e-12))
     # All alike in a complete matrix: then one evaluation of the special functions serves all.
     half = degrees[usable][: 1 if np.ptp(degrees) == 0 else None] / 2
-    logs = np.log(variances[usable]) - special.digamma(half) + np.log(half)
-    excess = float(logs.var(ddof=1) - special.polygamma(1, half).mean())
+    logs = np.log(variances[usable]) - scipy.special.digamma(half) + np.log(half)
+    excess = float(logs.var(ddof=1) - scipy.special.polygamma(1, half).mean())
     prior = 2 * _inverse_trigamma(excess) if excess > 0 else np.inf
     if np.isinf(prior):
         return np.full_like(variances, np.exp(logs.mean()))
-    common = np.exp(logs.mean() + special.digamma(prior / 2) - np.log(prior / 2))
+    common = np.exp(logs.mean() + scipy.special.digamma(prior / 2) - np.log(prior / 2))
     own = np.where(usable, degrees, 0.0).astype(variances.dtype)
     return np.asarray((variances.dtype.type(prior * common) + own * variances) / (variances.dtype.type(prior) + own))
 
@@ -140,8 +140,8 @@ def _inverse_trigamma(value: float) -> float:
     """Solve trigamma(y) = value by Newton's method on 1 / trigamma, which is convex and nearly linear."""
     y = 0.5 + 1 / value
     for _ in range(50):
-        trigamma = float(special.polygamma(1, y))
-        step = trigamma * (1 - trigamma / value) / float(special.polygamma(2, y))
+        trigamma = float(scipy.special.polygamma(1, y))
+        step = trigamma * (1 - trigamma / value) / float(scipy.special.polygamma(2, y))
         y += step
         if abs(step) < 1e-10 * y:
             break

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+import scipy
 
 from forgetcast.completion.base import Completion
 from forgetcast.completion.low_rank import truncated_svd
@@ -87,7 +87,7 @@ class Bernoulli:
         logits = self.logits + coefficients @ self.loadings.T
         covariance = np.linalg.inv(curvature)
         spread = np.stack([((self.loadings @ c) * self.loadings).sum(axis=1) for c in covariance])
-        mean = special.expit(logits / np.sqrt(1 + np.pi * spread / 8))
+        mean = scipy.special.expit(logits / np.sqrt(1 + np.pi * spread / 8))
         likelihood = fit.entries.sum(axis=1) / max(len(probes), 1)
         return mean, mean * (1 - mean), np.log(np.maximum(-likelihood, 1e-12))
 
@@ -137,7 +137,7 @@ def factor_logistic(values: np.ndarray, rank: int, precision: float) -> Factors:
     tasks, examples = values.shape
     rank = min(rank, tasks - 1, examples - 1)
     signs = np.where(np.isnan(values), 0.0, 2 * values - 1).astype(np.float32)
-    base = float(special.logit(np.clip(np.nanmean(values), 0.01, 0.99)))
+    base = float(scipy.special.logit(np.clip(np.nanmean(values), 0.01, 0.99)))
     prior = np.concatenate([[BIAS_PRECISION], np.full(rank, precision)])
     rows, columns = _start(signs, base, rank)
     fit = _evaluate(base + rows[:, :1] + columns[:, 0] + rows[:, 1:] @ columns[:, 1:].T, signs)
