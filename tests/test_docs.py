@@ -27,13 +27,12 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from conftest import make_scores, planted
 from forgetcast import Atlas, make_plan
 from forgetcast.cli import main
-from forgetcast.collect import CollectConfig
 from forgetcast.demo import run as demo
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, demo_task
+from forgetcast.experiments.collect import CollectConfig
 from forgetcast.lm import Recipe, load, score
 
 ROOT = Path(__file__).parents[1]

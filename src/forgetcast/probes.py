@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from forgetcast.completion.base import BLOCK
-from forgetcast.completion.gaussian import LinearGaussian
+from forgetcast.completion.base import BLOCK, Completion
 from forgetcast.errors import DataError
+
+__all__ = ["choose", "random"]
 
 
 def choose(
-    model: LinearGaussian,
+    model: Completion,
     k: int,
     candidates: Any = None,
     cost: Any = None,
@@ -25,8 +26,9 @@ def choose(
 
     Parameters
     ----------
-    model : LinearGaussian
-        A fitted completion method. One without loadings (`Mean`) learns nothing from probes and is refused.
+    model : Completion
+        A fitted method. The choice is made with its `gaussian_`: itself if it is linear-Gaussian with loadings,
+        otherwise a `Bayesian` model of the same data.
     k : int
     candidates : array-like of int, optional
         Columns to choose from; default all.
@@ -54,10 +56,9 @@ def choose(
     Raises
     ------
     DataError
-        If there are fewer candidates than probes, the model has no loadings, or a cost is not a positive number.
+        If there are fewer candidates than probes, the model is not fitted, or a cost is not a positive number.
     """
-    if not isinstance(model, LinearGaussian) or model.loadings_.shape[1] == 0:
-        raise DataError(f"{type(model).__name__} has no loadings to choose probes by; choose them with Bayesian")
+    model = model.gaussian_
     n = len(model.mean_)
     seen = np.flatnonzero(_among(n, measured))
     pool = _candidates(n, k, candidates, measured)

@@ -46,18 +46,6 @@ def paired_difference(a: Any, b: Any, *, level: float = 0.95) -> PairedDifferenc
     return PairedDifference(mean, float(interval.low), float(interval.high), float(test.pvalue), len(difference))
 
 
-def worst_tenth(forgetting: Any) -> float:
-    """Return the mean of the most forgotten tenth (at least one example), nats per token; NaN entries are skipped."""
-    return worst_part(forgetting, 10)
-
-
-def worst_part(forgetting: Any, parts: int) -> float:
-    """Return the mean of the worst 1 / `parts` of the values, at least one; NaN entries are skipped."""
-    values = np.asarray(forgetting, dtype=np.float64)
-    values = np.sort(values[~np.isnan(values)])
-    return float(values[-max(1, round(len(values) / parts)) :].mean())
-
-
 def wilcoxon_p(differences: Any) -> float:
     """p-value of "the differences, shape (n,), are symmetric about zero" (Wilcoxon's signed ranks); 1 if all are 0."""
     differences = np.asarray(differences, dtype=np.float64)
@@ -143,6 +131,13 @@ class Comparison:
     corrected_wilcoxon_p: float
     tasks: int
 
+    def __repr__(self) -> str:
+        d = self.difference
+        return (
+            f"Comparison({self.arm} - {self.baseline}, {self.metric}: "
+            f"{d.mean:+.4f} [{d.lower:+.4f}, {d.upper:+.4f}], {d.pairs} pairs, {self.tasks} tasks)"
+        )
+
     @property
     def better(self) -> bool:
         """Whether both intervals are below zero."""
@@ -223,3 +218,15 @@ def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
     pairs = np.concatenate(groups)
     independent = pairs if len(groups) == 1 else [group.mean() for group in groups]
     return paired_difference(pairs, np.zeros(len(pairs))).p_value, wilcoxon_p(independent)
+
+
+def worst_tenth(forgetting: Any) -> float:
+    """Return the mean of the most forgotten tenth (at least one example), nats per token; NaN entries are skipped."""
+    return worst_part(forgetting, 10)
+
+
+def worst_part(forgetting: Any, parts: int) -> float:
+    """Return the mean of the worst 1/`parts`, as `worst_tenth` does."""
+    values = np.asarray(forgetting, dtype=np.float64)
+    values = np.sort(values[~np.isnan(values)])
+    return float(values[-max(1, round(len(values) / parts)) :].mean())

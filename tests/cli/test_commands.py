@@ -212,7 +212,7 @@ def test_bench(atlas: Path, run: RunCommand, tmp_path: Path) -> None:
     code, out, _ = run(*words, "--baseline", "mean")
     assert "bayesian" in out
     assert run("bench", atlas, "--test", "adding", "-k", 3, "--seeds", 1)[0] == 0
-    in_turn = ("bench", tmp_path / "z.npy", "--without-alike", 0.25, "-k", 5, "--seeds", 1, "--json")
+    in_turn = ("bench", tmp_path / "z.npy", "--exclude-similar", 0.25, "-k", 5, "--seeds", 1, "--json")
     assert len(json.loads(run(*in_turn)[1])) == 10
     for bad, message in (
         (("--test", "nobody"), "'nobody' is unknown"),
@@ -220,8 +220,8 @@ def test_bench(atlas: Path, run: RunCommand, tmp_path: Path) -> None:
         (("--test", "1", "--train", "1,2"), "in --train and in --test"),
         (("--test", "1", "--methods", "magic"), "unknown method 'magic'"),
         (("--test", "1", "-k", "many"), "is not a number"),
-        (("--test", "1", "--without-alike", 0.5), "give it without --test"),
-        (("--without-alike", 0.9), "too few to learn from"),
+        (("--test", "1", "--exclude-similar", 0.5), "give it without --test"),
+        (("--exclude-similar", 0.9), "too few to learn from"),
     ):
         code, _, err = run("bench", tmp_path / "z.npy", *bad)
         assert code == 2

@@ -371,16 +371,16 @@ class TestBench:
         matrix = ForgettingMatrix(patterns + 0.1 * rng.normal(size=(10, 200)))
         errors = [
             bench_left_out(
-                matrix, {"mean": Mean(), "bayesian": Bayesian()}, alike=alike, ks=[20], seeds=1, baseline="mean"
+                matrix, {"mean": Mean(), "bayesian": Bayesian()}, similar=similar, ks=[20], seeds=1, baseline="mean"
             )
-            for alike in (0.0, 4 / 9)
+            for similar in (0.0, 4 / 9)
         ]
         own, other = (next(r for r in rows if r.method == "bayesian").accuracy.rmse for rows in errors)
         assert own < 0.3
         assert other > 1.0
-        for alike in (-0.1, 0.9, 1.0):
+        for similar in (-0.1, 0.9, 1.0):
             with pytest.raises(DataError, match="too few to learn from"):
-                bench_left_out(matrix, {"additive": Additive()}, alike=alike)
+                bench_left_out(matrix, {"additive": Additive()}, similar=similar)
 
     def test_binary_forgetting_has_an_f1(self, binary: np.ndarray) -> None:
         rows = bench(

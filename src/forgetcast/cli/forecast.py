@@ -70,7 +70,7 @@ def forecast(
     import numpy as np
 
     from forgetcast.atlas import Atlas
-    from forgetcast.completion.base import UNLIKE
+    from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, measured_probes
     from forgetcast.measure import Scores
 
@@ -105,7 +105,7 @@ def forecast(
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
         table.add_row(escape(row["id"]), f"{row['mean']:.3f}", interval)
     out.print(table)
-    if completed.misfit < UNLIKE:
+    if completed.misfit < MISFIT_THRESHOLD:
         out.print(
             "The probes say that this task is unlike those in the atlas: measure more before you rely on the forecast"
             + ("." if method is Method.AUTO else ", or use the method that forecasts unlike tasks best: --method auto.")
@@ -124,8 +124,8 @@ def bench(
     seeds: Annotated[int, typer.Option(min=1, help="Halvings of the examples.")] = 10,
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(Method)}.")] = "mean,additive,knn,mf,bayesian",
     baseline: Annotated[str, typer.Option(help="Method that the ratios are relative to.")] = "additive",
-    without_alike: Annotated[
-        float, typer.Option(help="Without --test: share of the other tasks, those most alike, that is left out too.")
+    exclude_similar: Annotated[
+        float, typer.Option(help="Without --test: fraction of the other tasks, the most similar, that is excluded too.")
     ] = 0.0,
     exact_match: ByAnswers = False,
     as_json: AsJson = False,
@@ -152,14 +152,14 @@ def bench(
     if both := set(tested).intersection(known):
         raise ConfigError(f"the task {min(both)!r} is in --train and in --test")
     if tested:
-        if without_alike:
-            raise ConfigError("--without-alike is for leaving out each task in turn; give it without --test")
+        if exclude_similar:
+            raise ConfigError("--exclude-similar is for leaving out each task in turn; give it without --test")
         rows = compare(values.select(known), values.select(tested), wanted, ks=ks, seeds=seeds, baseline=baseline)
     else:
         left = values.select(known)
         with progress(resumable=False) as report:
             rows = bench_left_out(
-                left, wanted, alike=without_alike, ks=ks, seeds=seeds, baseline=baseline, on_progress=report
+                left, wanted, similar=exclude_similar, ks=ks, seeds=seeds, baseline=baseline, on_progress=report
             )
     if as_json:
         print_json([plain(row.as_dict()) for row in rows])

@@ -18,7 +18,8 @@ class Mean(LinearGaussian):
     array([5., 1., 3.])
     """
 
-    def _estimate(self, values: np.ndarray) -> Estimate:
+    def estimate(self, values: np.ndarray) -> Estimate:
+        """Compute the examples' means."""
         mean = np.nanmean(values, axis=0)
         noise = column_variance(values - mean, lost=1.0, shrinkage=0.0)
         return Estimate(mean, np.empty((len(mean), 0)), np.empty(0), noise)
@@ -37,7 +38,8 @@ class Additive(LinearGaussian):
     array([5., 6., 7.])
     """
 
-    def _estimate(self, values: np.ndarray) -> Estimate:
+    def estimate(self, values: np.ndarray) -> Estimate:
+        """Compute the examples' effects and the pooled residual variance."""
         rows, columns = additive_effects(values)
         pooled = column_variance(values - rows[:, None] - columns, lost=1.0, shrinkage=1.0)
         return Estimate(columns, np.ones((len(columns), 1)), np.array([np.inf]), pooled)

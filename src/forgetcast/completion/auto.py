@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.additive import Additive
-from forgetcast.completion.base import UNLIKE, Completion, Forecast, State, left_out
+from forgetcast.completion.base import MISFIT_THRESHOLD, Completion, Forecast, State, clone, leave_tasks_out
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.factorisation import MatrixFactorization
 from forgetcast.completion.logistic import LogisticMF, is_binary
 from forgetcast.completion.neighbours import KNN
 from forgetcast.errors import ConfigError
 
-ALIKE = 1 / 3
-"""Share of the other tasks, the most alike, that is left out too where methods are compared on unlike tasks."""
+SIMILAR_SHARE = 1 / 3
+"""Share of the other tasks, the most similar, that is left out too where methods are compared on unlike tasks."""
 
 
 class Auto(Completion):
@@ -38,7 +38,8 @@ class Auto(Completion):
     chosen_, fallback_ : Completion
         For tasks like those of the atlas, and for others.
     errors_, errors_unlike_ : dict of str to float
-        Root mean squared error of each candidate in the two comparisons, nats per token.
+        Root mean squared error of each candidate in the two comparisons, nats per token. The key is the name of its
+        class, or its repr where several are of one class.
 
     Examples
     --------
@@ -58,8 +59,9 @@ class Auto(Completion):
     def __init__(self, *, candidates: Sequence[Completion] | None = None) -> None:
         self.candidates = candidates
 
-    def _prepare(self, values: np.ndarray) -> None:
-        candidates: list[Completion] = list(self.candidates or ())
+    def prepare(self, values: np.ndarray) -> None:
+        """Prepare the candidates and compare them on left-out tasks."""
+        candidates: list[Completion] = [clone(candidate) for candidate in self.candidates or ()]
         if self.candidates is None:
             candidates = [Bayesian(), Additive(), KNN(), MatrixFactorization()]
             if is_binary(values):
@@ -67,12 +69,13 @@ class Auto(Completion):
         if not candidates:
             raise ConfigError("Auto needs at least one candidate")
         for candidate in candidates:
-            candidate._prepare(values)
-        self.chosen_, self.errors_ = _best(candidates, list(left_out(values)))
-        self.fallback_, self.errors_unlike_ = _best(candidates, list(left_out(values, alike=ALIKE)))
+            candidate.prepare(values)
+        self.chosen_, self.errors_ = _best(candidates, list(leave_tasks_out(values)))
+        self.fallback_, self.errors_unlike_ = _best(candidates, list(leave_tasks_out(values, similar=SIMILAR_SHARE)))
 
-    def _estimate(self, values: np.ndarray) -> State:
-        return self.chosen_._estimate(values)
+    def estimate(self, values: np.ndarray) -> State:
+        """Estimate with the chosen method."""
+        return self.chosen_.estimate(values)
 
     def fit(self, matrix: Any) -> Auto:
         """Choose, and learn; see `Completion.fit`."""
@@ -84,7 +87,7 @@ class Auto(Completion):
     def predict(self, probes: Any, observed: Any) -> Forecast:
         """Complete new rows, each by the method for its kind; see `Completion.predict`."""
         forecast = super().predict(probes, observed)
-        unlike = np.asarray(forecast.misfit) < UNLIKE
+        unlike = np.asarray(forecast.misfit) < MISFIT_THRESHOLD
         if self.fallback_ is self.chosen_ or not unlike.any():
             return forecast
         other = self.fallback_.predict(probes, observed)
@@ -101,11 +104,13 @@ def _best(
     candidates: Sequence[Completion], splits: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> tuple[Completion, dict[str, float]]:
     """The candidate with the smallest error, and all errors; the first, and NaN, where there is no split."""
-    errors: dict[str, float] = {}
+    names = [type(candidate).__name__ for candidate in candidates]
+    names = [repr(c) if names.count(name) > 1 else name for c, name in zip(candidates, names, strict=True)]
+    errors: list[float] = []
     for candidate in candidates:
         squares: list[float] = []
         for rest, rows, probes in splits:
-            mean, _, _ = candidate._estimate(rest).posterior(probes, rows[:, probes])
+            mean, _, _ = candidate.estimate(rest).posterior(probes, rows[:, probes])
             squares.extend(np.mean(np.delete(rows - mean, probes, axis=1) ** 2, axis=1))
-        errors[type(candidate).__name__] = float(np.sqrt(np.mean(squares))) if squares else float("nan")
-    return candidates[int(np.argmin(list(errors.values())))], errors
+        errors.append(float(np.sqrt(np.mean(squares))) if squares else float("nan"))
+    return candidates[int(np.argmin(errors))], dict(zip(names, errors, strict=True))

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
-from scipy import special
+import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.atlas.columns import StoredMatrix
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.store import Atlas
 from forgetcast.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from forgetcast.completion.gaussian import LinearGaussian
+
 LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
 """Interval levels whose width is learned from left-out tasks; levels between are interpolated."""
 
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
-"""Of `left_out`: groups of tasks, or single tasks where entries are missing; examples; and probes of each task."""
+"""Of `leave_tasks_out`: groups of tasks (or tasks, where entries are missing), examples, and probes of each task."""
 
-UNLIKE = 0.05
+MISFIT_THRESHOLD = 0.05
 """A task whose misfit is below this is taken to be unlike the atlas."""
+
+AnyCompletion = TypeVar("AnyCompletion", bound="Completion")
 
 BLOCK = 8_192
 """Examples that are worked on at once, so that they stay in the cache."""
@@ -50,6 +56,12 @@ class Forecast:
     probes: np.ndarray
     misfit: np.ndarray | float
     widths: np.ndarray
+
+    def __repr__(self) -> str:
+        *rows, examples = self.mean.shape
+        size = f"{rows[0]} rows x {examples} examples" if rows else f"{examples} examples"
+        figures = "" if rows else f", mean {self.mean.mean():.3f}, misfit {self.misfit:.2f}"
+        return f"Forecast({size}, {len(self.probes)} probes{figures})"
 
     def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end of the interval that should hold `level` of the truths, shapes like `mean`.
@@ -81,7 +93,7 @@ class State(Protocol):
         """
         ...
 
-    def extended(self, known: np.ndarray) -> State:
+    def extend(self, known: np.ndarray) -> State:
         """Give examples that were never measured, where `known` (N,) is False, the parameters of the average one."""
         ...
 
@@ -89,7 +101,8 @@ class State(Protocol):
 class Completion(ABC):
     """Base of all completion methods: checks, conditioning on probes, calibration on left-out tasks.
 
-    A method derives from this class and writes `_estimate`; or from `LinearGaussian`, which most methods are.
+    A new method subclasses this class, or `LinearGaussian` as most methods do, and implements `estimate`. Its
+    constructor only stores keyword settings under their names, which `clone` and the repr read; `prepare` checks them.
 
     Attributes
     ----------
@@ -107,18 +120,26 @@ class Completion(ABC):
     widths_: np.ndarray
     scale_: float
     _log_misfits: np.ndarray
+    _fitted_on: ForgettingMatrix | StoredMatrix
+    _gaussian: LinearGaussian | None = None
     _reads_blocks: ClassVar[bool] = False
 
-    @abstractmethod
-    def _estimate(self, values: Any) -> State:
-        """Learn from `values`, an array of shape (M, N), M >= 2; no row or column is all NaN.
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings(self).items())})"
 
-        They are float64, unless the class sets `_reads_blocks`: then they are the matrix itself, float32 or on disk,
-        and of one on disk a row or a column may be all NaN.
+    @abstractmethod
+    def estimate(self, values: Any) -> State:
+        """Learn from `values` without changing the method, so that calibration can call it on parts of the atlas.
+
+        Parameters
+        ----------
+        values : array, shape (M, N)
+            M >= 2, float64; no row or column is all NaN. If the class sets `_reads_blocks`, it is the matrix itself,
+            float32 or on disk; on disk, rows and columns may be all NaN.
         """
 
-    def _prepare(self, values: Any) -> None:  # noqa: B027  # most methods have nothing to prepare
-        """Check the settings and choose hyper-parameters once, before `_estimate` is called on parts of `values`."""
+    def prepare(self, values: Any) -> None:  # noqa: B027  # most methods have nothing to prepare
+        """Check the settings and choose hyper-parameters, once per fit; `estimate` then sees parts of `values`."""
 
     def fit(self, matrix: ForgettingMatrix | Atlas | StoredMatrix | Any) -> Self:
         """Learn from the tasks of a forgetting matrix; NaN is legal anywhere.
@@ -136,12 +157,13 @@ class Completion(ABC):
         """
         if isinstance(matrix, Atlas):
             matrix = matrix.stored()
+        if not isinstance(matrix, (StoredMatrix, ForgettingMatrix)):
+            matrix = ForgettingMatrix(matrix)
+        self._fitted_on, self._gaussian = matrix, None
         if isinstance(matrix, StoredMatrix):
             if self._reads_blocks:
                 return self._learn(matrix, matrix.examples, None)
             matrix = matrix.load()
-        if not isinstance(matrix, ForgettingMatrix):
-            matrix = ForgettingMatrix(matrix)
         values, known = matrix.values, None
         flat = values.ravel()
         if np.isnan(np.vdot(flat, flat)):  # one pass without a temporary, where most matrices are complete
@@ -153,9 +175,9 @@ class Completion(ABC):
     def _learn(self, values: np.ndarray | StoredMatrix, examples: Sequence[str], known: np.ndarray | None) -> Self:
         """Learn from the measured part of a matrix; `known`, if not None, says which examples that is."""
         check_tasks(values.shape[0])
-        self._prepare(values)
-        state = self._estimate(values)
-        self.state_ = state if known is None or known.all() else state.extended(known)
+        self.prepare(values)
+        state = self.estimate(values)
+        self.state_ = state if known is None or known.all() else state.extend(known)
         self.examples_ = examples
         self._calibrate(values)
         return self
@@ -175,8 +197,7 @@ class Completion(ABC):
         DataError
             If a probe is out of range or repeats, or a measurement is not a finite number.
         """
-        if not hasattr(self, "state_"):
-            raise DataError(f"{type(self).__name__} is not fitted; call fit first")
+        self._check_fitted()
         probes = np.asarray(probes, dtype=np.intp).reshape(-1)
         rows = np.asarray(observed, dtype=np.float64)
         single = rows.ndim == 1
@@ -200,22 +221,39 @@ class Completion(ABC):
             return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_)
         return Forecast(mean, std, probes, misfit, self.widths_)
 
+    @property
+    def gaussian_(self) -> LinearGaussian:
+        """Linear-Gaussian model with loadings of the same data, to choose probes with: the method or a `Bayesian`.
+
+        A `Bayesian` is fitted on first use. The matrix is kept by reference; one on disk stays there.
+        """
+        self._check_fitted()
+        if self._gaussian is None:
+            from forgetcast.completion.bayesian import Bayesian  # it derives from this module's classes
+
+            self._gaussian = Bayesian().fit(self._fitted_on)
+        return self._gaussian
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "state_"):
+            raise DataError(f"{type(self).__name__} is not fitted; call fit first")
+
     def _p_value(self, log_misfit: np.ndarray) -> np.ndarray:
         """One-sided prediction test of a new task's log misfit against those of the left-out tasks."""
         reference = self._log_misfits
         if len(reference) < 3 or (spread := reference.std(ddof=1)) == 0:
             return np.ones_like(log_misfit)
         t = (log_misfit - reference.mean()) / (spread * np.sqrt(1 + 1 / len(reference)))
-        return np.asarray(special.stdtr(len(reference) - 1, -t))
+        return np.asarray(scipy.special.stdtr(len(reference) - 1, -t))
 
     def _calibrate(self, values: np.ndarray | StoredMatrix) -> None:
         """Leave tasks out, forecast them from random probes, and learn the scale and the widths."""
-        self.scale_, self.widths_ = 1.0, special.ndtri(0.5 + LEVELS / 2)
+        self.scale_, self.widths_ = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
         ratios: list[np.ndarray] = []
         misfits: list[float] = []
-        for rest, rows, probes in left_out(values):
-            mean, variance, log_misfit = self._estimate(rest).posterior(probes, rows[:, probes])
+        for rest, rows, probes in leave_tasks_out(values):
+            mean, variance, log_misfit = self.estimate(rest).posterior(probes, rows[:, probes])
             ratios.append(np.delete((rows - mean) / np.sqrt(variance), probes, axis=1).ravel())
             misfits.extend(log_misfit)
         if not ratios:
@@ -225,6 +263,16 @@ class Completion(ABC):
         self.widths_ = np.quantile(pooled, LEVELS) / self.scale_
         self.widths_[0] = 0.0
         self._log_misfits = np.array(misfits)
+
+
+def settings(method: Completion) -> dict[str, Any]:
+    """Return the parameters that a method was constructed with."""
+    return {name: getattr(method, name) for name in inspect.signature(type(method)).parameters}
+
+
+def clone(method: AnyCompletion) -> AnyCompletion:
+    """Return an unfitted copy of a method with the same settings."""
+    return type(method)(**settings(method))
 
 
 def check_tasks(measured: int) -> None:
@@ -239,21 +287,21 @@ def correlation(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.ma.corrcoef(masked).filled(-1.0))  # type: ignore[no-untyped-call]
 
 
-def without_alike(likeness: np.ndarray, task: int, share: float) -> np.ndarray:
-    """All rows but `task` and, by their `correlation`, this share of the others, the most alike; sorted."""
+def exclude_similar(likeness: np.ndarray, task: int, share: float) -> np.ndarray:
+    """All rows but `task` and, by their `correlation`, this share of the others, the most similar; sorted."""
     others = np.argsort(-likeness[task], kind="stable")
     others = others[others != task]
     return np.sort(others[round(share * len(others)) :])
 
 
-def left_out(
-    values: np.ndarray | StoredMatrix, *, alike: float = 0.0
+def leave_tasks_out(
+    values: np.ndarray | StoredMatrix, *, similar: float = 0.0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Leave tasks out, on a part of the columns: the other rows, theirs, and random probes.
 
     Of a complete matrix, every task is left out once, in at most CALIBRATION_FOLDS groups. Where entries are missing,
     tasks are left out singly, at most CALIBRATION_TASKS of them, each on the columns that it was measured on; or where
-    a share of the other tasks, those most `alike`, is to be kept from it too. At most CALIBRATION_EXAMPLES columns are
+    a share of the other tasks, those most similar, is to be kept from it too. At most CALIBRATION_EXAMPLES columns are
     used; nothing is left out of fewer than four tasks. The choice is fixed, so that a fit is a function of the matrix
     alone.
     """
@@ -263,11 +311,13 @@ def left_out(
     part = values[:, np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])].astype(np.float64)
     present, order = ~np.isnan(part), rng.permutation(len(part))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))
-    if alike or not present.all():
+    if similar or not present.all():
         folds = list(order[:CALIBRATION_TASKS, None])
-    likeness = correlation(part) if alike else None
+    likeness = correlation(part) if similar else None
     for fold in folds:
-        known = np.delete(np.arange(len(part)), fold) if likeness is None else without_alike(likeness, fold[0], alike)
+        known = (
+            np.delete(np.arange(len(part)), fold) if likeness is None else exclude_similar(likeness, fold[0], similar)
+        )
         usable = np.flatnonzero(present[fold].all(axis=0) & present[known].any(axis=0))
         known = known[present[np.ix_(known, usable)].any(axis=1)]
         if len(usable) >= 2 * CALIBRATION_PROBES and len(known) >= 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import special
+import scipy
 
 from forgetcast.atlas.columns import StoredMatrix
 from forgetcast.completion.gaussian import Estimate, LinearGaussian
@@ -63,11 +63,13 @@ class Bayesian(LinearGaussian):
         self.prior_scale = prior_scale
         self.shift_scale = shift_scale
 
-    def _prepare(self, values: np.ndarray | StoredMatrix) -> None:  # noqa: ARG002
+    def prepare(self, values: np.ndarray | StoredMatrix) -> None:  # noqa: ARG002
+        """Check the settings."""
         if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0:
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
 
-    def _estimate(self, values: np.ndarray | StoredMatrix) -> Estimate:
+    def estimate(self, values: np.ndarray | StoredMatrix) -> Estimate:
+        """Factor the atlas and shrink the noise variances."""
         tasks, examples = values.shape
         try:
             low_rank, squares = factor_complete(values, self._rank(tasks))
@@ -79,7 +81,7 @@ class Bayesian(LinearGaussian):
         if measured.all():
             return self._of_factors(low_rank, squares, counts)
         low_rank = low_rank._replace(columns=low_rank.columns[measured], loadings=low_rank.loadings[measured])
-        return self._of_factors(low_rank, squares[measured], counts[measured]).extended(measured)
+        return self._of_factors(low_rank, squares[measured], counts[measured]).extend(measured)
 
     def _rank(self, tasks: int) -> int:
         return min(self.factors, tasks // TASKS_PER_FACTOR)
@@ -124,12 +126,12 @@ def shrink_variances(squares: np.ndarray, degrees: np.ndarray) -> np.ndarray:
         return np.full_like(variances, max(average, 1e-12))
     # All alike in a complete matrix: then one evaluation of the special functions serves all.
     half = degrees[usable][: 1 if np.ptp(degrees) == 0 else None] / 2
-    logs = np.log(variances[usable]) - special.digamma(half) + np.log(half)
-    excess = float(logs.var(ddof=1) - special.polygamma(1, half).mean())
+    logs = np.log(variances[usable]) - scipy.special.digamma(half) + np.log(half)
+    excess = float(logs.var(ddof=1) - scipy.special.polygamma(1, half).mean())
     prior = 2 * _inverse_trigamma(excess) if excess > 0 else np.inf
     if np.isinf(prior):
         return np.full_like(variances, np.exp(logs.mean()))
-    common = np.exp(logs.mean() + special.digamma(prior / 2) - np.log(prior / 2))
+    common = np.exp(logs.mean() + scipy.special.digamma(prior / 2) - np.log(prior / 2))
     own = np.where(usable, degrees, 0.0).astype(variances.dtype)
     return np.asarray((variances.dtype.type(prior * common) + own * variances) / (variances.dtype.type(prior) + own))
 
@@ -138,8 +140,8 @@ def _inverse_trigamma(value: float) -> float:
     """Solve trigamma(y) = value by Newton's method on 1 / trigamma, which is convex and nearly linear."""
     y = 0.5 + 1 / value
     for _ in range(50):
-        trigamma = float(special.polygamma(1, y))
-        step = trigamma * (1 - trigamma / value) / float(special.polygamma(2, y))
+        trigamma = float(scipy.special.polygamma(1, y))
+        step = trigamma * (1 - trigamma / value) / float(scipy.special.polygamma(2, y))
         y += step
         if abs(step) < 1e-10 * y:
             break

@@ -54,12 +54,14 @@ class MatrixFactorization(LinearGaussian):
         self.rank = rank
         self.penalty = penalty
 
-    def _prepare(self, values: np.ndarray) -> None:
+    def prepare(self, values: np.ndarray) -> None:
+        """Check the settings and choose the penalty."""
         if self.rank < 1 or (self.penalty is not None and not 0 < self.penalty < 1):
             raise ConfigError(f"{type(self).__name__}: a rank >= 1 and a penalty between 0 and 1 are needed")
         self.penalty_ = choose_penalty(values, self.rank) if self.penalty is None else self.penalty
 
-    def _estimate(self, values: np.ndarray) -> Estimate:
+    def estimate(self, values: np.ndarray) -> Estimate:
+        """Factor the matrix with the chosen penalty."""
         penalty = self.penalty_ * _largest(values)
         found = fit_low_rank(values, self.rank, centred=True, penalty=penalty)
         residuals = values - found.fit

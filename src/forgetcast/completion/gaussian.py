@@ -4,7 +4,7 @@ A new task's forgetting of example j is modelled as
 
     z_j = mean_j + loadings_j . c + e_j,    c ~ N(0, diag(prior)),    e_j ~ N(0, noise_j)
 
-A method decides what these four are (`_estimate`); given the probes, the posterior of c and of every z_j follows in
+A method decides what these four are (`estimate`); given the probes, the posterior of c and of every z_j follows in
 closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 2.3.7).
 """
 
@@ -21,7 +21,7 @@ from forgetcast.errors import DataError
 SCALE_DEGREES = 5.0
 """Observations that what is assumed of a new task's own scale of variances is worth; few, because tasks differ much."""
 
-STRANGER = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
+OUT_OF_FAMILY = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
 """Kinds of tasks that are averaged over, by how well each explains the probes, with equal weights beforehand.
 
 The first follows the atlas. The others move every example beside on its own, with a variance that is a multiple of
@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
         Variances.
     unlike : array, shape (r,), optional
         Prior variances of the coefficients whose factors a task unlike the known ones may not follow. If they are
-        given, such tasks are averaged in, as STRANGER says.
+        given, such tasks are averaged in, as OUT_OF_FAMILY says.
     unlike_average : float
         Mean over the examples of ``loadings**2 @ unlike``.
     """
@@ -68,7 +68,7 @@ class Estimate(NamedTuple):
         """
         at_probes = self.loadings[probes].astype(np.float64)
         strange = np.zeros(len(self.prior)) if self.unlike is None else self.unlike
-        kinds = np.array(STRANGER if self.unlike is not None else STRANGER[:1])
+        kinds = np.array(OUT_OF_FAMILY if self.unlike is not None else OUT_OF_FAMILY[:1])
         own, same = kinds[:, :1], kinds[:, 1:]
         noise = self.noise[probes] + own * (at_probes**2 @ strange) + same * self.unlike_average  # (kinds, k)
         found, covariances, weights, scales, log_misfit = _condition(
@@ -111,7 +111,7 @@ class Estimate(NamedTuple):
                 variance[row, part] += block[0]
         return mean, variance
 
-    def extended(self, known: np.ndarray) -> Estimate:
+    def extend(self, known: np.ndarray) -> Estimate:
         """Give examples that were never measured the parameters of the average one, and a noise to match."""
         mean = np.full(len(known), self.mean.mean())
         loadings = np.tile(self.loadings.mean(axis=0)[:, None], len(known)).T
@@ -187,7 +187,14 @@ class LinearGaussian(Completion):
     state_: Estimate
 
     @abstractmethod
-    def _estimate(self, values: Any) -> Estimate: ...
+    def estimate(self, values: Any) -> Estimate:
+        """Learn the four parts of the model; see `Completion.estimate`."""
+
+    @property
+    def gaussian_(self) -> LinearGaussian:
+        """The method itself, or a `Bayesian` where it has no loadings; see `Completion.gaussian_`."""
+        self._check_fitted()
+        return self if self.loadings_.shape[1] else super().gaussian_
 
     @property
     def mean_(self) -> np.ndarray:

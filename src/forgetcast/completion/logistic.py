@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+import scipy
 
 from forgetcast.completion.base import Completion
 from forgetcast.completion.low_rank import truncated_svd
@@ -53,12 +53,14 @@ class LogisticMF(Completion):
         self.rank = rank
         self.precision = precision
 
-    def _prepare(self, values: np.ndarray) -> None:
+    def prepare(self, values: np.ndarray) -> None:
+        """Check the settings, and that the entries are binary."""
         if self.rank < 0 or not self.precision > 0:
             raise ConfigError("LogisticMF: a rank >= 0 and a positive precision are needed")
         _check_binary(values)
 
-    def _estimate(self, values: np.ndarray) -> Bernoulli:
+    def estimate(self, values: np.ndarray) -> Bernoulli:
+        """Factor the matrix by penalised likelihood."""
         return fit_logistic(values, self.rank, self.precision)
 
 
@@ -85,11 +87,11 @@ class Bernoulli:
         logits = self.logits + coefficients @ self.loadings.T
         covariance = np.linalg.inv(curvature)
         spread = np.stack([((self.loadings @ c) * self.loadings).sum(axis=1) for c in covariance])
-        mean = special.expit(logits / np.sqrt(1 + np.pi * spread / 8))
+        mean = scipy.special.expit(logits / np.sqrt(1 + np.pi * spread / 8))
         likelihood = fit.entries.sum(axis=1) / max(len(probes), 1)
         return mean, mean * (1 - mean), np.log(np.maximum(-likelihood, 1e-12))
 
-    def extended(self, known: np.ndarray) -> Bernoulli:
+    def extend(self, known: np.ndarray) -> Bernoulli:
         """Give examples that were never measured the average logit and loadings."""
         logits = np.full(len(known), self.logits.mean())
         loadings = np.tile(self.loadings.mean(axis=0), (len(known), 1))
@@ -135,7 +137,7 @@ def factor_logistic(values: np.ndarray, rank: int, precision: float) -> Factors:
     tasks, examples = values.shape
     rank = min(rank, tasks - 1, examples - 1)
     signs = np.where(np.isnan(values), 0.0, 2 * values - 1).astype(np.float32)
-    base = float(special.logit(np.clip(np.nanmean(values), 0.01, 0.99)))
+    base = float(scipy.special.logit(np.clip(np.nanmean(values), 0.01, 0.99)))
     prior = np.concatenate([[BIAS_PRECISION], np.full(rank, precision)])
     rows, columns = _start(signs, base, rank)
     fit = _evaluate(base + rows[:, :1] + columns[:, 0] + rows[:, 1:] @ columns[:, 1:].T, signs)

@@ -42,11 +42,13 @@ class KNN(Completion):
         self.k = k
         self.softening = softening
 
-    def _prepare(self, values: np.ndarray) -> None:  # noqa: ARG002
+    def prepare(self, values: np.ndarray) -> None:  # noqa: ARG002
+        """Check the settings."""
         if self.k < 1 or (self.softening is not None and not self.softening >= 0):
             raise ConfigError("KNN: k >= 1 and a softening that is not negative are needed")
 
-    def _estimate(self, values: np.ndarray) -> Neighbours:
+    def estimate(self, values: np.ndarray) -> Neighbours:
+        """Compute the additive residuals of the tasks."""
         rows, columns = additive_effects(values)
         residuals = values - rows[:, None] - columns
         noise = column_variance(residuals, lost=1.0, shrinkage=0.0)
@@ -80,7 +82,7 @@ class Neighbours:
         log_misfit = np.log(np.maximum((own**2 / self.noise[probes]).sum(axis=1) / count, 1e-12))
         return mean, self.noise, log_misfit
 
-    def extended(self, known: np.ndarray) -> Neighbours:
+    def extend(self, known: np.ndarray) -> Neighbours:
         """Give examples that were never measured the average effect, and a noise to match."""
         columns = np.full(len(known), self.columns.mean())
         residuals = np.zeros((len(self.residuals), len(known)))

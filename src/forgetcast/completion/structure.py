@@ -77,6 +77,13 @@ class Structure:
     rank_f1: tuple[float, ...]
     components: tuple[Component, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"Structure({self.tasks} tasks x {self.examples} examples, {self.measured:.0%} observed, "
+            f"R^2 {self.additive_r2:.2f} additive, {self.rank_r2[0]:.2f} to {self.rank_r2[-1]:.2f} "
+            f"of rank 1 to {len(self.rank_r2)})"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

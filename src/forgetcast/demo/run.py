@@ -21,7 +21,7 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.errors import MismatchError
-from forgetcast.evaluation import Accuracy, accuracy, average
+from forgetcast.evaluation import ForecastErrors, accuracy, average
 from forgetcast.experiments.collect import collect, collection_units, prepare_atlas
 from forgetcast.experiments.runs import OnProgress, Stages, units
 from forgetcast.experiments.verify import ReplayComparison, arms, verify
@@ -215,7 +215,7 @@ def _count(sources: tuple[str, ...]) -> dict[str, int]:
 
 
 def _forecast_summary(
-    accuracies: Mapping[str, Mapping[str, Accuracy]], forecasts: list[TaskForecast]
+    accuracies: Mapping[str, Mapping[str, ForecastErrors]], forecasts: list[TaskForecast]
 ) -> dict[str, Any]:
     methods = next(iter(accuracies.values()))
     mean = {method: asdict(average(by_method[method] for by_method in accuracies.values())) for method in methods}

@@ -15,11 +15,11 @@ import plotly.offline
 import forgetcast
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.store import Atlas
-from forgetcast.completion.base import UNLIKE
+from forgetcast.completion.base import MISFIT_THRESHOLD
 from forgetcast.completion.forecast import TaskForecast
 from forgetcast.completion.structure import Structure, analyze
 from forgetcast.errors import DataError
-from forgetcast.evaluation import Accuracy, average, judge, worst_tenth
+from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
 from forgetcast.files import atomic_path
@@ -42,7 +42,7 @@ def write_report(
     atlas: Atlas,
     *,
     forecasts: Sequence[TaskForecast] = (),
-    accuracies: Mapping[str, Mapping[str, Accuracy]] | None = None,
+    accuracies: Mapping[str, Mapping[str, ForecastErrors]] | None = None,
     verification: Verification | None = None,
     sequence: SequenceResult | None = None,
     title: str = "What fine-tuning makes the model forget",
@@ -56,7 +56,7 @@ def write_report(
         With at least one task.
     forecasts : sequence of TaskForecast
         Compared with the row of the forecast's task where the atlas has it.
-    accuracies : mapping of task to mapping of method to Accuracy, optional
+    accuracies : mapping of task to mapping of method to ForecastErrors, optional
         Errors of several methods. Default: those of the forecasts whose tasks the atlas has measured.
     verification : Verification, optional
     sequence : SequenceResult, optional
@@ -198,9 +198,9 @@ def _truth(matrix: ForgettingMatrix, forecast: TaskForecast) -> np.ndarray | Non
 
 def _accuracies(
     forecasts: Sequence[TaskForecast], truths: Sequence[np.ndarray | None]
-) -> dict[str, dict[str, Accuracy]]:
+) -> dict[str, dict[str, ForecastErrors]]:
     """Errors by task and method on the examples that are not probes."""
-    errors: dict[str, dict[str, Accuracy]] = {}
+    errors: dict[str, dict[str, ForecastErrors]] = {}
     for forecast, truth in zip(forecasts, truths, strict=True):
         if truth is not None:
             others = ~forecast.probed
@@ -209,7 +209,7 @@ def _accuracies(
     return errors
 
 
-def _averages(accuracies: Mapping[str, Mapping[str, Accuracy]]) -> list[dict[str, Any]]:
+def _averages(accuracies: Mapping[str, Mapping[str, ForecastErrors]]) -> list[dict[str, Any]]:
     """One row per method: its errors averaged over the tasks that it forecast."""
     rows = []
     for method in dict.fromkeys(method for by_method in accuracies.values() for method in by_method):
@@ -237,7 +237,7 @@ def _forecast_finding(forecasts: Sequence[TaskForecast], averages: Sequence[Mapp
 def _forecast(
     forecasts: Sequence[TaskForecast],
     truths: Sequence[np.ndarray | None],
-    accuracies: Mapping[str, Mapping[str, Accuracy]],
+    accuracies: Mapping[str, Mapping[str, ForecastErrors]],
     averages: list[dict[str, Any]],
 ) -> dict[str, Any]:
     by_task = [
@@ -257,7 +257,7 @@ def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, 
     figure = figures.forecast_only(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
     if not forecast.probed.any():
         misfit = "No probe was measured for this task: this is the forecast for any new task."
-    elif forecast.misfit < UNLIKE:
+    elif forecast.misfit < MISFIT_THRESHOLD:
         misfit = (
             f"The {int(forecast.probed.sum())} probes suggest that this task is unlike those in the atlas "
             f"(p = {forecast.misfit:.3f}): trust the forecast less, and measure more examples."
