@@ -14,7 +14,7 @@ import typer
 
 import forgetcast
 from forgetcast.cli import app
-from forgetcast.strategies import STRATEGIES
+from forgetcast.replay import STRATEGIES
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -37,7 +37,10 @@ MEASURED: dict[str, tuple[str, str]] = {
     "loss": ("1.178 / 1.095", "Worse than `random`: what is predicted badly is not what is forgotten."),
     "median-loss": ("1.043 / 1.007", "Worse than `random` on the mean."),
     "gradient": ("1.016 / 0.976", "Not better than `random`."),
-    "mir": ("0.864 / 0.852", "Better than `random`, but costs forward passes of four candidates per replayed example."),
+    "most-forgotten": (
+        "0.864 / 0.852",
+        "Better than `random`, but costs forward passes of four candidates per replayed example.",
+    ),
     "truth": ("0.891 / 0.874", "Upper bound of `forecast`; it needs the forgetting to be measured."),
 }
 
@@ -47,7 +50,7 @@ def strategies() -> str:
     if odd := set(MEASURED) ^ set(STRATEGIES):
         raise SystemExit(f"{__file__}: MEASURED and the registry differ in: {', '.join(sorted(odd))}")
     rows = [
-        f"| `{name}` | {_cell(strategy.text)} | {', '.join(strategy.needs) or '-'} | {figures} | {_cell(pays)} |"
+        f"| `{name}` | {_cell(strategy.summary)} | {', '.join(sorted(strategy.needs)) or '-'} | {figures} | {_cell(pays)} |"
         for name, strategy in STRATEGIES.items()
         for figures, pays in [MEASURED[name]]
     ]

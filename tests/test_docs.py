@@ -34,6 +34,7 @@ from forgetcast.demo.corpus import demo_pool
 from forgetcast.demo.tasks import KNOWN_TASKS, demo_task
 from forgetcast.experiments.collect import CollectConfig
 from forgetcast.lm import Recipe, load, score
+from support.data import make_scores, planted
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -152,7 +153,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     atlas = Atlas.create(folder / "runs.atlas", pool, before, model="./model", recipe=recipe.model_dump())
     for i, row in enumerate(planted(6, len(pool), 1, 0.05)):
         atlas.add(f"t{i}", make_scores(pool, before.nll + np.abs(row)))
-    make_plan(pool, "random", 0.5, held_out=pool.hold_out(0.2)).save(folder / "plan.parquet")
+    make_plan(pool, "random", ratio=0.5, held_out=pool.hold_out(0.2)).save(folder / "plan.parquet")
     with torch.no_grad():
         for parameter in base.model.parameters():
             parameter.mul_(1.01)

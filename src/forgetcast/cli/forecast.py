@@ -36,7 +36,7 @@ def probes(
 
     from forgetcast import completion
     from forgetcast.atlas import Atlas
-    from forgetcast.probes import choose, random
+    from forgetcast.completion.probes import choose, random
 
     opened = Atlas.open(atlas)
     # An example without a base loss cannot be a probe.

@@ -14,8 +14,8 @@ from forgetcast.completion.base import Completion, Forecast, clone, correlation,
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.errors import ForecastErrors, average, judge
 from forgetcast.completion.logistic import f1, is_binary
+from forgetcast.completion.probes import choose
 from forgetcast.errors import DataError
-from forgetcast.probes import choose
 
 
 @dataclass(frozen=True)

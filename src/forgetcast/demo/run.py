@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from forgetcast import probes
-from forgetcast.completion import Additive, Bayesian, Forecast, LinearGaussian, Mean
+from forgetcast.completion import Additive, Bayesian, Forecast, LinearGaussian, Mean, probes
 from forgetcast.completion.forecast import TaskForecast
 from forgetcast.completion.structure import analyze
 from forgetcast.data.pool import Pool, load_task

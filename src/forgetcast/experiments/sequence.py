@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from forgetcast import probes
 from forgetcast.atlas.store import Atlas
-from forgetcast.completion import Bayesian
+from forgetcast.completion import Bayesian, probes
 from forgetcast.data.pool import Pool
 from forgetcast.defaults import PROBES, RATIO
 from forgetcast.errors import ConfigError, DataError

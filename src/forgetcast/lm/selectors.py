@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from forgetcast import probes
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.store import Atlas
-from forgetcast.completion import Bayesian, Forecast
+from forgetcast.completion import Bayesian, Forecast, probes
 from forgetcast.completion.gaussian import LinearGaussian
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError
