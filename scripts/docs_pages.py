@@ -39,7 +39,7 @@ MEASURED: dict[str, tuple[str, str]] = {
     "gradient": ("1.016 / 0.976", "Not better than `random`."),
     "most-forgotten": (
         "0.864 / 0.852",
-        "Better than `random`, but costs forward passes of four candidates per replayed example.",
+        "Better than `random`; costs the forward passes of four candidates each.",
     ),
     "truth": ("0.891 / 0.874", "Upper bound of `forecast`; it needs the forgetting to be measured."),
 }
@@ -50,8 +50,8 @@ def strategies() -> str:
     if odd := set(MEASURED) ^ set(STRATEGIES):
         raise SystemExit(f"{__file__}: MEASURED and the registry differ in: {', '.join(sorted(odd))}")
     rows = [
-        f"| `{name}` | {_cell(strategy.summary)} | {', '.join(sorted(strategy.needs)) or '-'} | {figures} | {_cell(pays)} |"
-        for name, strategy in STRATEGIES.items()
+        f"| `{name}` | {_cell(rule.summary)} | {', '.join(sorted(rule.needs)) or '-'} | {figures} | {_cell(pays)} |"
+        for name, rule in STRATEGIES.items()
         for figures, pays in [MEASURED[name]]
     ]
     return _page(
