@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import make_atlas, make_pool, planted
 from forgetcast import DataError, ForgettingMatrix, analyze, probes
 from forgetcast.completion import (
     KNN,
@@ -25,6 +24,7 @@ from forgetcast.completion import (
 from forgetcast.completion.base import clone
 from forgetcast.evaluation import bench, bench_left_out, paired_difference
 from forgetcast.stats import Comparison
+from support.data import make_atlas, make_pool, planted
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
