@@ -49,11 +49,12 @@ def strategies() -> str:
     """Return the page of replay strategies, from the registry."""
     if odd := set(MEASURED) ^ set(STRATEGIES):
         raise SystemExit(f"{__file__}: MEASURED and the registry differ in: {', '.join(sorted(odd))}")
-    rows = [
-        f"| `{name}` | {_cell(rule.summary)} | {', '.join(sorted(rule.needs)) or '-'} | {figures} | {_cell(pays)} |"
-        for name, rule in STRATEGIES.items()
-        for figures, pays in [MEASURED[name]]
-    ]
+    rows = []
+    for name, strategy in STRATEGIES.items():
+        figures, pays = MEASURED[name]
+        needs = ", ".join(sorted(strategy.needs)) or "-"
+        figures = figures.replace(" ", "&nbsp;")  # not broken over lines
+        rows.append(f"| `{name}` | {_cell(strategy.summary)} | {needs} | {figures} | {_cell(pays)} |")
     return _page(
         "Replay strategies",
         "Select one with `forgetcast plan --strategy NAME`. The default is `top`. *Needs* names the signals that a "

@@ -40,9 +40,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MODEL = files("forgetcast.demo") / "model"
 SMALL = demo.DemoSettings(
-    known=7, new=4, examples=40, task_size=32, test_size=8, steps=2, batch_size=4, ratio=0.5, seeds=1
+    known=7, new=3, examples=40, task_size=32, test_size=8, steps=2, batch_size=4, ratio=0.5, seeds=1
 )
-HOW_TO = sorted(page for page in (DOCS / "how-to").glob("*.md"))
+HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>no-run|exit):(?P<value>.*?)-->\n)?"
