@@ -1,4 +1,4 @@
-"""Which examples to measure after a new task: `forgetcast.completion.probes`."""
+"""Choice of the examples to measure after a new task: `forgetcast.completion.probes`."""
 
 from forgetcast.completion.probes import choose, random
 

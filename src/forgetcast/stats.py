@@ -1,4 +1,4 @@
-"""Paired comparisons: the same runs under two arms, grouped where they are not independent, and of several arms."""
+"""Statistics of paired experiments: intervals, tests and comparisons of arms, and means of the worst examples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import scipy
 from forgetcast.errors import DataError
 
 RESAMPLES = 10_000
-"""Of a bootstrap."""
+"""Number of bootstrap resamples."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of paired differences, with a Student-t interval and the p-value of "there is none"."""
+    """Mean of paired differences, with a Student-t interval and the p-value of "the mean is zero"."""
 
     mean: float
     lower: float
@@ -28,7 +28,7 @@ class PairedDifference:
 
 
 def paired_difference(a: Any, b: Any, *, level: float = 0.95) -> PairedDifference:
-    """Interval for the mean of a - b over pairs (Student's t).
+    """Compute the interval of the mean of a - b over pairs (Student's t).
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def paired_difference(a: Any, b: Any, *, level: float = 0.95) -> PairedDifferenc
 
 
 def wilcoxon_p(differences: Any) -> float:
-    """p-value of "the differences, shape (n,), are symmetric about zero" (Wilcoxon's signed ranks); 1 if all are 0."""
+    """Test that the differences (n,) are symmetric about zero (Wilcoxon's signed ranks): p-value, 1 if all are 0."""
     differences = np.asarray(differences, dtype=np.float64)
     return float(scipy.stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
 
@@ -55,9 +55,9 @@ def wilcoxon_p(differences: Any) -> float:
 def bootstrap_interval(
     groups: Sequence[np.ndarray], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval for the mean of grouped values: groups are drawn again, then the values within each drawn.
+    """Compute a percentile interval of the mean of grouped values: resample the groups, then the values in each.
 
-    A single group is not drawn again, only its values.
+    Of a single group, only the values are resampled.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def bootstrap_interval(
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """p-values of one family, shape (m,), corrected so that the chance of any false finding stays at the level.
+    """Correct the p-values (m,) of one family, so that the chance of any false positive stays at the level.
 
     References
     ----------
@@ -111,12 +111,12 @@ class Comparison:
     difference : PairedDifference
         Over all pairs, as if they were independent.
     bootstrap_lower, bootstrap_upper : float
-        95 % interval of the mean by drawing tasks again, then seeds within each; only seeds where there is one task.
+        95 % interval of the mean, by resampling tasks, then seeds within each; with one task, only seeds.
     wilcoxon_p : float
-        By Wilcoxon's signed ranks of the tasks' means; of the seeds where there is one task.
+        By Wilcoxon's signed ranks of the tasks' means; with one task, of the seeds.
     corrected_p, corrected_wilcoxon_p : float
-        `difference.p_value` and `wilcoxon_p` after Holm's correction for all arms that are compared with this baseline
-        on this metric.
+        `difference.p_value` and `wilcoxon_p` after Holm's correction over all arms compared with this baseline on
+        this metric.
     tasks : int
     """
 
@@ -149,7 +149,7 @@ class Comparison:
         return min(self.difference.lower, self.bootstrap_lower) > 0
 
     def verdict(self) -> str:
-        """Say in a sentence what the intervals allow to be said."""
+        """State the conclusion that the intervals support."""
         if self.better:
             return f"{self.arm} replay is better than {self.baseline}"
         if self.worse:
@@ -157,13 +157,13 @@ class Comparison:
         return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures on one level, and the verdict."""
+        """Return all figures on one level, and the verdict."""
         others = {name: value for name, value in asdict(self).items() if name != "difference"}
         return {"verdict": self.verdict()} | asdict(self.difference) | others
 
 
 class Compared(ABC):
-    """Base of results whose arms are compared, pair by pair."""
+    """Base of results whose arms are compared in pairs."""
 
     @property
     @abstractmethod
@@ -173,11 +173,11 @@ class Compared(ABC):
     @property
     @abstractmethod
     def metrics(self) -> tuple[str, ...]:
-        """What the arms are compared on; lower is better for each."""
+        """Metrics of the comparison; lower is better for each."""
 
     @abstractmethod
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
-        """Arm minus baseline of every pair, in groups of pairs that are not independent of each other."""
+        """Return arm minus baseline of every pair, in groups of dependent pairs."""
 
     def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
         """Compare two arms; None if fewer than two pairs were run."""
@@ -186,8 +186,8 @@ class Compared(ABC):
         if len(pairs) < 2:
             return None
         family = dict.fromkeys([arm, *self._rivals(baseline)])
-        found = [self._differences(name, baseline, metric) for name in family]
-        tests = np.array([_p_values(name) for name in found if sum(map(len, name)) >= 2])
+        rivals = [self._differences(name, baseline, metric) for name in family]
+        tests = np.array([_p_values(each) for each in rivals if sum(map(len, each)) >= 2])
         lower, upper = bootstrap_interval(groups)
         return Comparison(
             arm=arm,
@@ -203,18 +203,18 @@ class Compared(ABC):
         )
 
     def _rivals(self, baseline: str) -> tuple[str, ...]:
-        """Arms that are compared with a baseline: all others, but not what is without replay."""
+        """Return the arms to compare with a baseline: all others, except the no-replay arm."""
         return tuple(arm for arm in self.arms if arm not in ("none", baseline))
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Every arm with a plan against 'none', and all but 'random' against 'random', on every metric."""
+        """Compare every arm with 'none' and, except 'random', with 'random', on every metric."""
         wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
-        found = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
-        return tuple(comparison for comparison in found if comparison is not None)
+        results = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
+        return tuple(comparison for comparison in results if comparison is not None)
 
 
 def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Of Student's t over all pairs, and of Wilcoxon's ranks over what is independent."""
+    """Compute the p-values of Student's t over all pairs, and of Wilcoxon's ranks over independent values."""
     pairs = np.concatenate(groups)
     independent = pairs if len(groups) == 1 else [group.mean() for group in groups]
     return paired_difference(pairs, np.zeros(len(pairs))).p_value, wilcoxon_p(independent)

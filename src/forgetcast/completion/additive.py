@@ -1,4 +1,4 @@
-"""The two baselines: each example's own average, and that plus one shift per task."""
+"""The two baselines: each example's average, and that plus one shift per task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from forgetcast.completion.gaussian import Estimate, LinearGaussian, column_vari
 
 
 class Mean(LinearGaussian):
-    """Predict each example's mean over the known tasks, whatever the probes say.
+    """Predict each example's mean over the tasks of the atlas, independent of the probes.
 
     Examples
     --------
@@ -46,19 +46,19 @@ class Additive(LinearGaussian):
 
 
 def additive_effects(values: np.ndarray, *, tolerance: float = 1e-10) -> tuple[np.ndarray, np.ndarray]:
-    """Least-squares a_i + b_j over the measured entries: row effects (M,) of mean zero, column effects (N,).
+    """Fit a_i + b_j to the observed entries by least squares: row effects (M,) of mean zero, column effects (N,).
 
-    Alternates the two exact conditional solutions; without NaN the first round is the answer.
+    Alternates the two exact conditional solutions; without NaN the first round converges.
     """
-    present = ~np.isnan(values)
-    filled = np.where(present, values, 0.0)
-    in_row, in_column = np.maximum(present.sum(axis=1), 1), np.maximum(present.sum(axis=0), 1)
+    observed = ~np.isnan(values)
+    filled = np.where(observed, values, 0.0)
+    in_row, in_column = np.maximum(observed.sum(axis=1), 1), np.maximum(observed.sum(axis=0), 1)
     rows, columns = np.zeros(len(values)), np.zeros(values.shape[1])
     scale = max(float(np.abs(filled).max(initial=0.0)), 1e-300)
     for _ in range(1000):
         before = rows
-        columns = (filled - present * rows[:, None]).sum(axis=0) / in_column
-        rows = (filled - present * columns).sum(axis=1) / in_row
+        columns = (filled - observed * rows[:, None]).sum(axis=0) / in_column
+        rows = (filled - observed * columns).sum(axis=1) / in_row
         if np.abs(rows - before).max(initial=0.0) <= tolerance * scale:
             break
     shift = rows.mean()

@@ -1,4 +1,4 @@
-"""Let the atlas choose the method."""
+"""Choose the method on left-out tasks of the atlas."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from forgetcast.completion.neighbours import KNN
 from forgetcast.errors import ConfigError
 
 SIMILAR_SHARE = 1 / 3
-"""Share of the other tasks, the most similar, that is left out too where methods are compared on unlike tasks."""
+"""Share of the other tasks, the most similar, to leave out too for the comparison on tasks unlike the atlas."""
 
 
 class Auto(Completion):
     """Use the method that forecasts left-out tasks of this atlas best, by mean squared error from ten random probes.
 
-    Candidates are `Bayesian`, `Additive`, `KNN` and `MatrixFactorization`; for an atlas of zeros and ones, `LogisticMF`
-    too. They are compared twice: on tasks that are left out alone, and on tasks that are left out together with a third
-    of the others, those most alike. A new task whose probes say that it is unlike the atlas (misfit below 0.05) is
-    forecast by the second winner instead of the first. With fewer than four tasks there is nothing to choose by, and
-    the first candidate is used.
+    Candidates are `Bayesian`, `Additive`, `KNN` and `MatrixFactorization`; for a binary atlas, also `LogisticMF`. They
+    are compared twice: on tasks that are left out alone, and on tasks that are left out together with the most similar
+    third of the others. A new task that is unlike the atlas (misfit below 0.05) is forecast by the second winner. With
+    fewer than four tasks the first candidate is used, because no comparison is possible.
 
     Parameters
     ----------
@@ -36,7 +35,7 @@ class Auto(Completion):
     Attributes
     ----------
     chosen_, fallback_ : Completion
-        For tasks like those of the atlas, and for others.
+        The winners for tasks like those of the atlas, and for others.
     errors_, errors_unlike_ : dict of str to float
         Root mean squared error of each candidate in the two comparisons, nats per token. The key is the name of its
         class, or its repr where several are of one class.
@@ -85,7 +84,7 @@ class Auto(Completion):
         return self
 
     def predict(self, probes: Any, observed: Any) -> Forecast:
-        """Complete new rows, each by the method for its kind; see `Completion.predict`."""
+        """Complete new rows, each by the winner for its misfit; see `Completion.predict`."""
         forecast = super().predict(probes, observed)
         unlike = np.asarray(forecast.misfit) < MISFIT_THRESHOLD
         if self.fallback_ is self.chosen_ or not unlike.any():
@@ -94,8 +93,8 @@ class Auto(Completion):
         if unlike.ndim == 0:
             return replace(other, misfit=forecast.misfit)
         mean, std, widths = (
-            np.where(unlike[:, None], theirs, own)
-            for theirs, own in ((other.mean, forecast.mean), (other.std, forecast.std), (other.widths, forecast.widths))
+            np.where(unlike[:, None], getattr(other, name), getattr(forecast, name))
+            for name in ("mean", "std", "widths")
         )
         return Forecast(mean, std, forecast.probes, forecast.misfit, widths)
 
@@ -103,7 +102,7 @@ class Auto(Completion):
 def _best(
     candidates: Sequence[Completion], splits: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> tuple[Completion, dict[str, float]]:
-    """The candidate with the smallest error, and all errors; the first, and NaN, where there is no split."""
+    """Return the candidate with the smallest error, and all errors; the first, and NaN, where there is no split."""
     names = [type(candidate).__name__ for candidate in candidates]
     names = [repr(c) if names.count(name) > 1 else name for c, name in zip(candidates, names, strict=True)]
     errors: list[float] = []

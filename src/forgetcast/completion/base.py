@@ -1,4 +1,4 @@
-"""What all completion methods share: the contract, the forecast, and calibration on left-out tasks."""
+"""Base of all completion methods: the contract, the forecast, and calibration on left-out tasks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
+from forgetcast.atlas import Atlas
 from forgetcast.atlas.columns import StoredMatrix
 from forgetcast.atlas.matrix import ForgettingMatrix
-from forgetcast.atlas.store import Atlas
 from forgetcast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from forgetcast.completion.gaussian import LinearGaussian
 
 LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
-"""Interval levels whose width is learned from left-out tasks; levels between are interpolated."""
+"""Interval levels whose widths are estimated on left-out tasks; others are interpolated."""
 
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
-"""Of `leave_tasks_out`: groups of tasks (or tasks, where entries are missing), examples, and probes of each task."""
+"""Of `leave_tasks_out`: groups of tasks, or single tasks where entries are missing; examples; probes of each task."""
 
 MISFIT_THRESHOLD = 0.05
-"""A task whose misfit is below this is taken to be unlike the atlas."""
+"""A task whose misfit is below this counts as unlike the atlas."""
 
 AnyCompletion = TypeVar("AnyCompletion", bound="Completion")
 
 BLOCK = 8_192
-"""Examples that are worked on at once, so that they stay in the cache."""
+"""Examples processed at once, so that they fit the cache."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Forecast:
         Columns that were measured.
     misfit : float or array, shape () or (B,)
         p-value of "this task is like those in the atlas", from how well the model explains the probes together.
-        Small (say below .05) says: unlike the atlas, so trust the forecast less. 1.0 where there are no probes.
+        Small (say below .05) means unlike the atlas, so trust the forecast less. 1.0 where there are no probes.
     widths : array, shape (len(LEVELS),) or (B, len(LEVELS))
         Half-width of the interval at each level of LEVELS, in standard deviations.
     """
@@ -64,7 +64,7 @@ class Forecast:
         return f"Forecast({size}, {len(self.probes)} probes{figures})"
 
     def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper end of the interval that should hold `level` of the truths, shapes like `mean`.
+        """Return the ends of the interval that should contain `level` of the true values, shapes like `mean`.
 
         Raises
         ------
@@ -73,13 +73,13 @@ class Forecast:
         """
         if not 0 <= level <= LEVELS[-1]:
             raise ConfigError(f"an interval's level must be between 0 and {LEVELS[-1]}, not {level}")
-        widths = np.array([np.interp(level, LEVELS, own) for own in np.atleast_2d(self.widths)], self.std.dtype)
+        widths = np.array([np.interp(level, LEVELS, row) for row in np.atleast_2d(self.widths)], self.std.dtype)
         half = (widths[:, None] if self.widths.ndim == 2 else widths[0]) * self.std
         return self.mean - half, self.mean + half
 
 
 class State(Protocol):
-    """What a method has learned: enough to complete new rows."""
+    """Fitted parameters of a method: enough to complete new rows."""
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Condition on rows (B, k) measured at the probes (k,).
@@ -93,8 +93,8 @@ class State(Protocol):
         """
         ...
 
-    def extend(self, known: np.ndarray) -> State:
-        """Give examples that were never measured, where `known` (N,) is False, the parameters of the average one."""
+    def extend(self, observed: np.ndarray) -> State:
+        """Give examples without any entry, where `observed` (N,) is False, the parameters of the average one."""
         ...
 
 
@@ -107,12 +107,12 @@ class Completion(ABC):
     Attributes
     ----------
     state_ : State
-        What was learned.
+        Fitted parameters.
     examples_ : sequence of str, length N
     widths_ : array, shape (len(LEVELS),)
         Interval half-widths in standard deviations, from left-out tasks.
     scale_ : float
-        What the model's own standard deviation is multiplied by, so that left-out tasks have variance one.
+        Factor of the model's standard deviations that gives standardised errors on left-out tasks variance one.
     """
 
     state_: State
@@ -144,11 +144,11 @@ class Completion(ABC):
     def fit(self, matrix: ForgettingMatrix | Atlas | StoredMatrix | Any) -> Self:
         """Learn from the tasks of a forgetting matrix; NaN is legal anywhere.
 
-        Of an atlas, all tasks are used; `Atlas.stored` gives a part of them. `Bayesian` reads them a few columns at a
-        time, so that there may be more than the memory holds; other methods read them as a whole.
+        Of an atlas, all tasks are used; `Atlas.stored` selects some of them. `Bayesian` reads a few columns at a time,
+        so the matrix may exceed memory; other methods load it whole.
 
-        A row without any entry is passed over. An example that was never measured is given the average example's
-        parameters and a noise that covers the spread of all examples.
+        Rows without entries are skipped. An example without entries gets the average example's parameters and a noise
+        that covers the spread of all examples.
 
         Raises
         ------
@@ -164,20 +164,20 @@ class Completion(ABC):
             if self._reads_blocks:
                 return self._learn(matrix, matrix.examples, None)
             matrix = matrix.load()
-        values, known = matrix.values, None
+        values, observed = matrix.values, None
         flat = values.ravel()
         if np.isnan(np.vdot(flat, flat)):  # one pass without a temporary, where most matrices are complete
             values = values[matrix.observed.any(axis=1)]
-            known = np.any(~np.isnan(values), axis=0)
-            values = values[:, known]
-        return self._learn(values if self._reads_blocks else values.astype(np.float64), matrix.examples, known)
+            observed = np.any(~np.isnan(values), axis=0)
+            values = values[:, observed]
+        return self._learn(values if self._reads_blocks else values.astype(np.float64), matrix.examples, observed)
 
-    def _learn(self, values: np.ndarray | StoredMatrix, examples: Sequence[str], known: np.ndarray | None) -> Self:
-        """Learn from the measured part of a matrix; `known`, if not None, says which examples that is."""
+    def _learn(self, values: np.ndarray | StoredMatrix, examples: Sequence[str], observed: np.ndarray | None) -> Self:
+        """Learn from the observed columns of a matrix; `observed` (N,) says which those are, None all."""
         check_tasks(values.shape[0])
         self.prepare(values)
         state = self.estimate(values)
-        self.state_ = state if known is None or known.all() else state.extend(known)
+        self.state_ = state if observed is None or observed.all() else state.extend(observed)
         self.examples_ = examples
         self._calibrate(values)
         return self
@@ -239,7 +239,7 @@ class Completion(ABC):
             raise DataError(f"{type(self).__name__} is not fitted; call fit first")
 
     def _p_value(self, log_misfit: np.ndarray) -> np.ndarray:
-        """One-sided prediction test of a new task's log misfit against those of the left-out tasks."""
+        """Compute the one-sided p-value of a new task's log misfit, given those of the left-out tasks."""
         reference = self._log_misfits
         if len(reference) < 3 or (spread := reference.std(ddof=1)) == 0:
             return np.ones_like(log_misfit)
@@ -247,7 +247,7 @@ class Completion(ABC):
         return np.asarray(scipy.special.stdtr(len(reference) - 1, -t))
 
     def _calibrate(self, values: np.ndarray | StoredMatrix) -> None:
-        """Leave tasks out, forecast them from random probes, and learn the scale and the widths."""
+        """Estimate scale and widths on left-out tasks, forecast from random probes."""
         self.scale_, self.widths_ = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
         ratios: list[np.ndarray] = []
@@ -276,20 +276,20 @@ def clone(method: AnyCompletion) -> AnyCompletion:
 
 
 def check_tasks(measured: int) -> None:
-    """Raise DataError if there are fewer than two tasks to learn from."""
+    """Raise DataError for fewer than two tasks."""
     if measured < 2:
         raise DataError(f"completion needs at least two measured tasks; the matrix has {measured}")
 
 
 def correlation(values: np.ndarray) -> np.ndarray:
-    """Correlation of each two rows over the columns that both have, shape (M, M); -1 where there is none."""
+    """Compute the correlation of each two rows over their common columns, shape (M, M); -1 where it is undefined."""
     masked = np.ma.masked_invalid(values)
     return np.asarray(np.ma.corrcoef(masked).filled(-1.0))  # type: ignore[no-untyped-call]
 
 
-def exclude_similar(likeness: np.ndarray, task: int, share: float) -> np.ndarray:
-    """All rows but `task` and, by their `correlation`, this share of the others, the most similar; sorted."""
-    others = np.argsort(-likeness[task], kind="stable")
+def exclude_similar(correlations: np.ndarray, task: int, share: float) -> np.ndarray:
+    """Return all rows except `task` and, by `correlation`, the most similar share of the others; sorted."""
+    others = np.argsort(-correlations[task], kind="stable")
     others = others[others != task]
     return np.sort(others[round(share * len(others)) :])
 
@@ -297,29 +297,28 @@ def exclude_similar(likeness: np.ndarray, task: int, share: float) -> np.ndarray
 def leave_tasks_out(
     values: np.ndarray | StoredMatrix, *, similar: float = 0.0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Leave tasks out, on a part of the columns: the other rows, theirs, and random probes.
+    """Yield splits on a part of the columns: the remaining rows, the left-out rows, and random probes.
 
-    Of a complete matrix, every task is left out once, in at most CALIBRATION_FOLDS groups. Where entries are missing,
-    tasks are left out singly, at most CALIBRATION_TASKS of them, each on the columns that it was measured on; or where
-    a share of the other tasks, those most similar, is to be kept from it too. At most CALIBRATION_EXAMPLES columns are
-    used; nothing is left out of fewer than four tasks. The choice is fixed, so that a fit is a function of the matrix
-    alone.
+    A complete matrix is split into at most CALIBRATION_FOLDS groups, so that every task is left out once. Where entries
+    are missing, at most CALIBRATION_TASKS are left out singly, each on its observed columns; so too for `similar`, the
+    share of the other tasks, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used.
+    Fewer than four tasks yield nothing. The splits are fixed, so that a fit is a function of the matrix alone.
     """
     if values.shape[0] < 4:
         return
     rng = np.random.default_rng(0)
     part = values[:, np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])].astype(np.float64)
-    present, order = ~np.isnan(part), rng.permutation(len(part))
+    observed, order = ~np.isnan(part), rng.permutation(len(part))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))
-    if similar or not present.all():
+    if similar or not observed.all():
         folds = list(order[:CALIBRATION_TASKS, None])
-    likeness = correlation(part) if similar else None
+    correlations = correlation(part) if similar else None
     for fold in folds:
-        known = (
-            np.delete(np.arange(len(part)), fold) if likeness is None else exclude_similar(likeness, fold[0], similar)
-        )
-        usable = np.flatnonzero(present[fold].all(axis=0) & present[known].any(axis=0))
-        known = known[present[np.ix_(known, usable)].any(axis=1)]
-        if len(usable) >= 2 * CALIBRATION_PROBES and len(known) >= 2:
+        kept = np.delete(np.arange(len(part)), fold)
+        if correlations is not None:
+            kept = exclude_similar(correlations, fold[0], similar)
+        usable = np.flatnonzero(observed[fold].all(axis=0) & observed[kept].any(axis=0))
+        kept = kept[observed[np.ix_(kept, usable)].any(axis=1)]
+        if len(usable) >= 2 * CALIBRATION_PROBES and len(kept) >= 2:
             probes = rng.permutation(len(usable))[:CALIBRATION_PROBES]
-            yield part[np.ix_(known, usable)], part[np.ix_(fold, usable)], probes
+            yield part[np.ix_(kept, usable)], part[np.ix_(fold, usable)], probes

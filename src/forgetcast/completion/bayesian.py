@@ -16,27 +16,27 @@ TASKS_PER_FACTOR = 4
 class Bayesian(LinearGaussian):
     """Low-rank Gaussian model of a new task's row.
 
-    The row is the examples' means, plus a shift of the whole task, plus a multiple of the means' own pattern (a harsher
-    task makes forgotten what is mostly forgotten), plus a few principal factors of the doubly centred atlas, plus noise
-    that differs by example. The shift has a wide prior, because a new task may be milder or harsher than any known one;
-    the others a narrow one, because the known tasks' coordinates were fitted to their own noise. That the task is
-    unlike the atlas, and moves every example on its own beside, is averaged in as far as the probes speak for it.
+    The row is the examples' means, plus a shift of the whole task, plus a multiple of the means' pattern (a harsher
+    task amplifies what is mostly forgotten), plus a few principal factors of the doubly centred atlas, plus noise that
+    differs by example. The shift has a wide prior, because a new task may be milder or harsher than all of the atlas;
+    the others have a narrow one, because the atlas tasks' coordinates were fitted to their noise. An out-of-family
+    task, which adds independent variance to every example, is mixed in by its posterior weight.
 
     Parameters
     ----------
     factors : int
-        Principal factors beside shift and scale; at most a quarter of the tasks are used, because more would leave too
-        few degrees of freedom to tell loadings from noise.
+        Principal factors in addition to shift and scale; at most a quarter of the number of tasks, because more leave
+        too few degrees of freedom to separate loadings from noise.
     prior_scale : float
-        Prior standard deviation of a factor and of the scale, as a multiple of what the known tasks show.
+        Prior standard deviation of a factor and of the scale, as a multiple of that of the atlas tasks.
     shift_scale : float
         The same for the shift.
 
     Notes
     -----
-    Factors are determined up to their sign. Where entries of the atlas are missing, they are found by alternating ridge
-    regressions on those that are there.
-    The noise variances are drawn together as far as their spread says that they are alike (Smyth 2004).
+    Factors are determined up to their sign. Where entries of the atlas are missing, alternating ridge regressions on
+    the observed ones estimate them. The noise variances are shrunk towards a common value by empirical Bayes (Smyth
+    2004).
 
     Examples
     --------
@@ -77,19 +77,19 @@ class Bayesian(LinearGaussian):
             low_rank, squares, counts = factor_incomplete(values, self._rank(tasks))
         else:
             counts = np.full(examples, tasks, dtype=np.float32)
-        measured = counts > 0
-        if measured.all():
+        observed = counts > 0
+        if observed.all():
             return self._of_factors(low_rank, squares, counts)
-        low_rank = low_rank._replace(columns=low_rank.columns[measured], loadings=low_rank.loadings[measured])
-        return self._of_factors(low_rank, squares[measured], counts[measured]).extend(measured)
+        low_rank = low_rank._replace(columns=low_rank.columns[observed], loadings=low_rank.loadings[observed])
+        return self._of_factors(low_rank, squares[observed], counts[observed]).extend(observed)
 
     def _rank(self, tasks: int) -> int:
         return min(self.factors, tasks // TASKS_PER_FACTOR)
 
     def _of_factors(self, low_rank: LowRank, squares: np.ndarray, counts: np.ndarray) -> Estimate:
-        """Parts of the model from the factors, and from each column's squared residuals and number of entries."""
+        """Compute the model from the factors, and from each column's squared residuals and number of entries."""
         tasks, examples, rank = len(low_rank.rows), len(low_rank.columns), self._rank(len(low_rank.rows))
-        # A column loses one degree of freedom to its mean, its loadings, and its part of the tasks' coordinates.
+        # A column loses degrees of freedom to its mean, its loadings, and its part of the tasks' coordinates.
         degrees = np.maximum(counts - (1.0 + rank + (rank + 1) * tasks / examples), 0.0)
         noise = shrink_variances(squares, degrees)
         shift = max(float(low_rank.rows.var(ddof=1)), float(noise.mean()) / 10)
@@ -101,22 +101,22 @@ class Bayesian(LinearGaussian):
         squares_of_loadings = np.einsum("nr,nr->r", loadings, loadings, dtype=np.float64) / examples
         scales = low_rank.coordinates @ (low_rank.loadings.T @ loadings[:, 1]) / examples
         prior = np.concatenate([[0.0, max(float(scales.var(ddof=1)), 1e-12)], np.ones(low_rank.loadings.shape[1])])
-        unlike = self.prior_scale**2 * prior
+        out_of_family = self.prior_scale**2 * prior
         return Estimate(
             mean=low_rank.columns,
             loadings=loadings,
-            prior=unlike + self.shift_scale**2 * shift * (np.arange(len(unlike)) == 0),
+            prior=out_of_family + self.shift_scale**2 * shift * (np.arange(len(out_of_family)) == 0),
             noise=noise.astype(low_rank.columns.dtype),
-            unlike=unlike,
-            unlike_average=float(squares_of_loadings @ unlike),
+            out_of_family=out_of_family,
+            out_of_family_mean=float(squares_of_loadings @ out_of_family),
         )
 
 
 def shrink_variances(squares: np.ndarray, degrees: np.ndarray) -> np.ndarray:
-    """Variances of columns from their sums of squares (N,) with these degrees of freedom (N,), drawn together, (N,).
+    """Estimate variances (N,) from sums of squares (N,) and degrees of freedom (N,), shrunk towards a common value.
 
-    The true variances are taken to be scaled inverse chi-squared; its two parameters follow from the mean and the
-    variance of the logarithms (Smyth 2004, section 6.2), so variances that differ much are hardly changed.
+    The prior of the variances is a scaled inverse chi-squared; its two parameters follow from the mean and the variance
+    of the logarithms (Smyth 2004, section 6.2), so variances that differ much hardly change.
     """
     average = float(squares.sum(dtype=np.float64) / max(degrees.sum(), 1.0))
     # A matrix without any noise still needs a positive variance to divide by.
@@ -124,7 +124,7 @@ def shrink_variances(squares: np.ndarray, degrees: np.ndarray) -> np.ndarray:
     usable = degrees >= 1
     if usable.sum() < 3:
         return np.full_like(variances, max(average, 1e-12))
-    # All alike in a complete matrix: then one evaluation of the special functions serves all.
+    # Equal in a complete matrix: then one evaluation of the special functions is enough.
     half = degrees[usable][: 1 if np.ptp(degrees) == 0 else None] / 2
     logs = np.log(variances[usable]) - scipy.special.digamma(half) + np.log(half)
     excess = float(logs.var(ddof=1) - scipy.special.polygamma(1, half).mean())
@@ -132,8 +132,10 @@ def shrink_variances(squares: np.ndarray, degrees: np.ndarray) -> np.ndarray:
     if np.isinf(prior):
         return np.full_like(variances, np.exp(logs.mean()))
     common = np.exp(logs.mean() + scipy.special.digamma(prior / 2) - np.log(prior / 2))
-    own = np.where(usable, degrees, 0.0).astype(variances.dtype)
-    return np.asarray((variances.dtype.type(prior * common) + own * variances) / (variances.dtype.type(prior) + own))
+    weights = np.where(usable, degrees, 0.0).astype(variances.dtype)
+    return np.asarray(
+        (variances.dtype.type(prior * common) + weights * variances) / (variances.dtype.type(prior) + weights)
+    )
 
 
 def _inverse_trigamma(value: float) -> float:

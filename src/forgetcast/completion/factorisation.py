@@ -13,10 +13,10 @@ from forgetcast.completion.low_rank import fit_low_rank, sum_of, truncated_svd
 from forgetcast.errors import ConfigError
 
 PENALTIES = 0.5 ** np.arange(1, 9)
-"""Penalties that are tried, as shares of the largest singular value."""
+"""Penalties to try, as shares of the largest singular value."""
 
 HELD_OUT = 0.1
-"""Share of the measured entries that the penalty is chosen on."""
+"""Share of the observed entries that the penalty is chosen on."""
 
 
 class MatrixFactorization(LinearGaussian):
@@ -63,20 +63,20 @@ class MatrixFactorization(LinearGaussian):
     def estimate(self, values: np.ndarray) -> Estimate:
         """Factor the matrix with the chosen penalty."""
         penalty = self.penalty_ * _largest(values)
-        found = fit_low_rank(values, self.rank, centred=True, penalty=penalty)
-        residuals = values - found.fit
+        low_rank = fit_low_rank(values, self.rank, centred=True, penalty=penalty)
+        residuals = values - low_rank.fit
         noise = max(float(np.nanmean(residuals**2)), 1e-12)
-        # Loadings come scaled to tasks' coordinates of variance one; the ridge is on p = U sqrt(S) and q = V sqrt(S).
-        strength = np.sqrt(len(values) - 1) * np.linalg.norm(found.loadings, axis=0)
-        loadings = found.loadings * np.sqrt(len(values) - 1) / np.sqrt(strength)
+        # Loadings are scaled to coordinates of variance one; the ridge is on p = U sqrt(S) and q = V sqrt(S).
+        S = np.sqrt(len(values) - 1) * np.linalg.norm(low_rank.loadings, axis=0)
+        loadings = low_rank.loadings * np.sqrt(len(values) - 1) / np.sqrt(S)
         prior = np.concatenate([[np.inf], np.full(loadings.shape[1], noise / penalty)])
         return Estimate(
-            found.columns, np.column_stack([np.ones(len(loadings)), loadings]), prior, np.full(len(loadings), noise)
+            low_rank.columns, np.column_stack([np.ones(len(loadings)), loadings]), prior, np.full(len(loadings), noise)
         )
 
 
 class SoftImpute(MatrixFactorization):
-    """Nuclear-norm completion: matrix factorisation of any rank, with the penalty alone to keep it simple.
+    """Nuclear-norm completion: matrix factorisation of any rank, regularised by the penalty alone.
 
     Mazumder, Hastie and Tibshirani 2010; the penalty is chosen on held-out entries along a path from strong to weak.
 
@@ -99,7 +99,7 @@ class SoftImpute(MatrixFactorization):
 
 
 def choose_penalty(values: np.ndarray, rank: int) -> float:
-    """Penalty, as a share of the largest singular value, with the least error on a tenth of the entries, held out.
+    """Choose the penalty, as a share of the largest singular value, by the error on a tenth of the entries, held out.
 
     On at most CALIBRATION_EXAMPLES columns; the choice is fixed, so that a fit is a function of the matrix alone.
     """
@@ -115,7 +115,7 @@ def choose_penalty(values: np.ndarray, rank: int) -> float:
 
 
 class HeldOut(NamedTuple):
-    """A part of a matrix, which of its entries are held out, and what is left: all of shape (M, n)."""
+    """Part of a matrix, which of its entries are held out, and the remaining ones: all of shape (M, n)."""
 
     values: np.ndarray
     held_out: np.ndarray
@@ -123,9 +123,9 @@ class HeldOut(NamedTuple):
 
 
 def held_out_entries(values: np.ndarray) -> HeldOut | None:
-    """Hold out a tenth of the measured entries of at most CALIBRATION_EXAMPLES columns.
+    """Hold out a tenth of the observed entries of at most CALIBRATION_EXAMPLES columns.
 
-    None where nothing could be held out, or a row would be left empty.
+    Return None where nothing could be held out, or a row would become empty.
     """
     rng = np.random.default_rng(0)
     part = values[:, rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]]
@@ -139,7 +139,7 @@ def held_out_entries(values: np.ndarray) -> HeldOut | None:
 
 
 def _largest(values: np.ndarray) -> float:
-    """Largest singular value of the doubly centred matrix, with zero for what is missing; never zero itself."""
+    """Return the largest singular value of the doubly centred matrix, missing entries set to zero; always positive."""
     residuals = np.nan_to_num(values - sum_of(*additive_effects(values)))
-    strength = truncated_svd(residuals, 1)[1]
-    return float(strength[0]) if len(strength) and strength[0] > 0 else 1e-6
+    S = truncated_svd(residuals, 1)[1]
+    return float(S[0]) if len(S) and S[0] > 0 else 1e-6

@@ -4,7 +4,7 @@ A new task's forgetting of example j is modelled as
 
     z_j = mean_j + loadings_j . c + e_j,    c ~ N(0, diag(prior)),    e_j ~ N(0, noise_j)
 
-A method decides what these four are (`estimate`); given the probes, the posterior of c and of every z_j follows in
+A method estimates these four (`estimate`); given the probes, the posterior of c and of every z_j follows in
 closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 2.3.7).
 """
 
@@ -19,13 +19,13 @@ from forgetcast.completion.base import BLOCK, Completion
 from forgetcast.errors import DataError
 
 SCALE_DEGREES = 5.0
-"""Observations that what is assumed of a new task's own scale of variances is worth; few, because tasks differ much."""
+"""Prior degrees of freedom of a new task's scale of the variances; few, because tasks differ much."""
 
 OUT_OF_FAMILY = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
-"""Kinds of tasks that are averaged over, by how well each explains the probes, with equal weights beforehand.
+"""Components of a mixture over classes of tasks, with equal prior weights, because the atlas cannot estimate them.
 
-The first follows the atlas. The others move every example beside on its own, with a variance that is a multiple of
-what the factors explain of this example, or of the average one. Known tasks cannot tell how likely such ones are."""
+The first follows the atlas. The others, out-of-family tasks, add independent variance to every example: a multiple of
+the variance that the factors explain of this example (first number), or of the average one (second number)."""
 
 
 class Estimate(NamedTuple):
@@ -35,31 +35,31 @@ class Estimate(NamedTuple):
     ----------
     mean : array, shape (N,)
     loadings : array, shape (N, r)
-        Best in Fortran's order, in which one coefficient's loadings lie together.
+        Preferably in Fortran order, in which one coefficient's loadings are contiguous.
     prior : array, shape (r,)
         Prior variances of the coefficients.
     noise : array, shape (N,)
         Variances.
-    unlike : array, shape (r,), optional
-        Prior variances of the coefficients whose factors a task unlike the known ones may not follow. If they are
-        given, such tasks are averaged in, as OUT_OF_FAMILY says.
-    unlike_average : float
-        Mean over the examples of ``loadings**2 @ unlike``.
+    out_of_family : array, shape (r,), optional
+        Prior variances of the coefficients whose factors an out-of-family task may not follow. If given, such tasks
+        are mixed in by their posterior weight; see OUT_OF_FAMILY.
+    out_of_family_mean : float
+        Mean over the examples of ``loadings**2 @ out_of_family``.
     """
 
     mean: np.ndarray
     loadings: np.ndarray
     prior: np.ndarray
     noise: np.ndarray
-    unlike: np.ndarray | None = None
-    unlike_average: float = 0.0
+    out_of_family: np.ndarray | None = None
+    out_of_family_mean: float = 0.0
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Condition on rows (B, k) measured at the probes (k,): mean (B, N), variance (B, N), log_misfit (B,).
 
-        A task's variances have a scale of their own, known as SCALE_DEGREES observations would tell it, so the
-        posterior is Student's t: with the probes' squared surprise s, standardised by their joint covariance, all
-        variances are multiplied by (SCALE_DEGREES + s) / (SCALE_DEGREES + k).
+        A task's variances share a scale with a prior of SCALE_DEGREES degrees of freedom, so the posterior is Student's
+        t: with the squared residual s of the probes, standardised by their joint covariance, all variances are
+        multiplied by (SCALE_DEGREES + s) / (SCALE_DEGREES + k).
 
         Raises
         ------
@@ -67,73 +67,73 @@ class Estimate(NamedTuple):
             If the probes leave a coefficient undetermined: an infinite prior and no probe.
         """
         at_probes = self.loadings[probes].astype(np.float64)
-        strange = np.zeros(len(self.prior)) if self.unlike is None else self.unlike
-        kinds = np.array(OUT_OF_FAMILY if self.unlike is not None else OUT_OF_FAMILY[:1])
-        own, same = kinds[:, :1], kinds[:, 1:]
-        noise = self.noise[probes] + own * (at_probes**2 @ strange) + same * self.unlike_average  # (kinds, k)
-        found, covariances, weights, scales, log_misfit = _condition(
+        deviation = np.zeros(len(self.prior)) if self.out_of_family is None else self.out_of_family
+        components = np.array(OUT_OF_FAMILY if self.out_of_family is not None else OUT_OF_FAMILY[:1])
+        proportional, uniform = components[:, :1], components[:, 1:]
+        noise = self.noise[probes] + proportional * (at_probes**2 @ deviation) + uniform * self.out_of_family_mean
+        means, covariances, weights, scales, log_misfit = _condition(
             at_probes, self.prior, noise, rows - self.mean[probes]
         )
-        average = np.einsum("hb,hbr->br", weights, found)
-        # Of the coefficients, for each row (B, r, r): within each kind of task, and between the kinds' means.
+        average = np.einsum("hb,hbr->br", weights, means)
+        # Covariance of the coefficients, for each row (B, r, r): within each component, and between their means.
         scaled = weights * scales
-        apart = np.sqrt(weights)[:, :, None] * (found - average)
+        apart = np.sqrt(weights)[:, :, None] * (means - average)
         spread = np.tensordot(scaled, covariances, (0, 0)) + np.einsum("hbr,hbs->brs", apart, apart)
-        spread += np.einsum("hb,r->br", own * scaled, strange)[:, :, None] * np.eye(len(strange))
-        floor = (same * scaled).sum(axis=0) * self.unlike_average
-        mean, variance = self._spread_out(average, spread, scaled.sum(axis=0), floor)
+        spread += np.einsum("hb,r->br", proportional * scaled, deviation)[:, :, None] * np.eye(len(deviation))
+        floor = (uniform * scaled).sum(axis=0) * self.out_of_family_mean
+        mean, variance = self._project(average, spread, scaled.sum(axis=0), floor)
         return mean, variance, log_misfit
 
-    def _spread_out(
+    def _project(
         self, coefficients: np.ndarray, spread: np.ndarray, noise: np.ndarray, floor: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance (B, N) of the examples from those of the coefficients, (B, r) and (B, r, r).
+        """Compute mean and variance (B, N) of the examples from those of the coefficients, (B, r) and (B, r, r).
 
-        `noise` (B,) multiplies the examples' own; `floor` (B,) is added to all.
+        `noise` (B,) multiplies the noise of the examples; `floor` (B,) is added to all.
         """
-        kind = self.loadings.dtype
+        dtype = self.loadings.dtype
         size, count = len(self.mean), len(coefficients)
-        mean, variance = np.empty((count, size), kind), np.empty((count, size), kind)
+        mean, variance = np.empty((count, size), dtype), np.empty((count, size), dtype)
         values, directions = np.linalg.eigh(spread)
-        # Squares of these give the variance, so one product brings both it and the mean.
+        # The squares of these give the variance, so one product yields mean and variance.
         halves = np.sqrt(np.maximum(values, 0.0))[:, :, None] * directions.transpose(0, 2, 1)
-        factors = np.concatenate([coefficients[:, None, :], halves], axis=1).astype(kind)  # (B, 1 + r, r)
-        told = np.empty((factors.shape[1], min(BLOCK, size)), kind)
-        for start in range(0, size, BLOCK):  # small enough for the cache
+        factors = np.concatenate([coefficients[:, None, :], halves], axis=1).astype(dtype)  # (B, 1 + r, r)
+        projection = np.empty((factors.shape[1], min(BLOCK, size)), dtype)
+        for start in range(0, size, BLOCK):  # blocks fit the cache
             part = slice(start, min(start + BLOCK, size))
-            block = told[:, : part.stop - start]
+            block = projection[:, : part.stop - start]
             for row in range(count):
                 np.matmul(factors[row], self.loadings[part].T, out=block)
                 np.add(block[0], self.mean[part], out=mean[row, part])
                 np.einsum("rn,rn->n", block[1:], block[1:], out=variance[row, part])
-                np.multiply(self.noise[part], kind.type(noise[row]), out=block[0])
-                block[0] += kind.type(floor[row])
+                np.multiply(self.noise[part], dtype.type(noise[row]), out=block[0])
+                block[0] += dtype.type(floor[row])
                 variance[row, part] += block[0]
         return mean, variance
 
-    def extend(self, known: np.ndarray) -> Estimate:
-        """Give examples that were never measured the parameters of the average one, and a noise to match."""
-        mean = np.full(len(known), self.mean.mean())
-        loadings = np.tile(self.loadings.mean(axis=0)[:, None], len(known)).T
-        # What its own mean and loadings would be is as uncertain as the examples differ.
+    def extend(self, observed: np.ndarray) -> Estimate:
+        """Give unobserved examples the average parameters, and a noise that covers the spread of all; see `State`."""
+        mean = np.full(len(observed), self.mean.mean())
+        loadings = np.tile(self.loadings.mean(axis=0)[:, None], len(observed)).T
+        # Their mean and loadings are as uncertain as the examples differ.
         priors = np.where(np.isinf(self.prior), 0.0, self.prior)
-        noise = np.full(len(known), self.noise.mean() + self.mean.var() + self.loadings.var(axis=0) @ priors)
-        mean[known], loadings[known], noise[known] = self.mean, self.loadings, self.noise
+        noise = np.full(len(observed), self.noise.mean() + self.mean.var() + self.loadings.var(axis=0) @ priors)
+        mean[observed], loadings[observed], noise[observed] = self.mean, self.loadings, self.noise
         return self._replace(mean=mean, loadings=loadings, noise=noise)
 
 
 class Conditioned(NamedTuple):
-    """Coefficients given the probes, for H kinds of noise and B rows.
+    """Coefficients given the probes, for H components of noise and B rows.
 
     Attributes
     ----------
     means : array, shape (H, B, r)
     covariances : array, shape (H, r, r)
-        Without the rows' own scale of variances.
+        Without the rows' scale of variances.
     weights, scales : arrays, shape (H, B)
-        Posterior probability of each kind of noise, and what its variances are multiplied by.
+        Posterior probability of each component, and the factor of its variances.
     log_misfit : array, shape (B,)
-        Log of the mean squared surprise under the first kind.
+        Log of the mean squared standardised residual under the first component.
     """
 
     means: np.ndarray
@@ -143,25 +143,25 @@ class Conditioned(NamedTuple):
     log_misfit: np.ndarray
 
 
-def _condition(loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray, surprise: np.ndarray) -> Conditioned:
-    """Condition the coefficients on probes with loadings (k, r), noise (H, k) and surprises (B, k)."""
+def _condition(loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray, residual: np.ndarray) -> Conditioned:
+    """Condition the coefficients on probes with loadings (k, r), noise (H, k) and residuals (B, k)."""
     k = len(loadings)
-    weighted = surprise / noise[:, None, :]  # (H, B, k)
+    weighted = residual / noise[:, None, :]  # (H, B, k)
     information = (loadings.T / noise[:, None, :]) @ loadings  # (H, r, r)
     projected = weighted @ loadings  # (H, B, r)
-    # In units of the prior's standard deviations, so that the inverse is of matrices near one; where nothing is
-    # assumed, in units of what the probes tell.
-    flat, told = np.isinf(prior), np.diagonal(information[0])
-    if (flat & (told <= 0)).any():
+    # In units of the prior's standard deviations, so that the inverse is of matrices near one; where the prior is flat,
+    # in units of the information.
+    flat, diagonal = np.isinf(prior), np.diagonal(information[0])
+    if (flat & (diagonal <= 0)).any():
         raise DataError("this method needs at least one probe")
-    units = np.sqrt(np.where(flat, 1.0 / np.where(told > 0, told, 1.0), prior))
+    units = np.sqrt(np.where(flat, 1.0 / np.where(diagonal > 0, diagonal, 1.0), prior))
     both = np.outer(units, units)
     precision = np.diag(1.0 - flat) + information * both
     covariances = np.linalg.inv(precision) * both
     means = projected @ covariances  # (H, B, r)
     # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
-    squared = np.maximum((surprise * weighted).sum(axis=2) - (projected * means).sum(axis=2), 1e-12)  # (H, B)
-    # Density of the probes under Student's t, without what the kinds of noise share.
+    squared = np.maximum((residual * weighted).sum(axis=2) - (projected * means).sum(axis=2), 1e-12)  # (H, B)
+    # Log density of the probes under Student's t, up to a constant that the components share.
     evidence = -0.5 * (np.linalg.slogdet(precision)[1] + np.log(noise).sum(axis=1))[:, None]
     evidence = evidence - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared)
     weights = np.exp(evidence - evidence.max(axis=0))
@@ -179,7 +179,7 @@ class LinearGaussian(Completion):
     mean_ : array, shape (N,)
     loadings_ : array, shape (N, r)
     prior_ : array, shape (r,)
-        Prior variances of the coefficients; infinite where nothing is assumed.
+        Prior variances of the coefficients; infinite where the prior is flat.
     noise_ : array, shape (N,)
         Variance, around the model, of each example.
     """
@@ -198,7 +198,7 @@ class LinearGaussian(Completion):
 
     @property
     def mean_(self) -> np.ndarray:
-        """Expected row of a task that nothing is known of, shape (N,)."""
+        """Expected row of a task without probes, shape (N,)."""
         return self.state_.mean
 
     @property
@@ -218,20 +218,20 @@ class LinearGaussian(Completion):
 
 
 def column_variance(residuals: np.ndarray, lost: float, shrinkage: float) -> np.ndarray:
-    """Variance of each column of residuals with NaN, drawn towards the mean of all columns, shape (N,).
+    """Compute the variance of each column of residuals with NaN, shrunk towards the mean of all columns, shape (N,).
 
     Parameters
     ----------
     residuals : array, shape (M, N)
     lost : float
-        Degrees of freedom that each column's residuals have lost to the fit.
+        Degrees of freedom of each column that the fit has used.
     shrinkage : float
         Weight of the mean over columns, in [0, 1].
     """
     counts = (~np.isnan(residuals)).sum(axis=0)
     sums = np.nansum(residuals**2, axis=0)
     average = sums.sum() / max(np.maximum(counts - lost, 0).sum(), 1.0)
-    own = np.where(counts > lost, sums / np.maximum(counts - lost, 1e-9), average)
-    variance = (1 - shrinkage) * own + shrinkage * average
+    variance = np.where(counts > lost, sums / np.maximum(counts - lost, 1e-9), average)
+    variance = (1 - shrinkage) * variance + shrinkage * average
     # A matrix without any noise still needs a positive variance to divide by.
     return np.maximum(variance, max(1e-12, 1e-9 * average))

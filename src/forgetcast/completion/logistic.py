@@ -17,16 +17,16 @@ FIT_TOLERANCE, ROW_TOLERANCE = 1e-6, 1e-7
 """When to stop: relative gain in likelihood of a round over the matrix; largest change of a row's coefficients."""
 
 BIAS_PRECISION = 0.01
-"""Of a task's and an example's own effect: weak, so that only what was always or never forgotten is held back."""
+"""Of a task's and an example's effect: weak, so that it only bounds those always or never forgotten."""
 
 
 class LogisticMF(Completion):
     """P(z_ij = 1) = 1 / (1 + exp(-(a_i + b_j + p_i . q_j))), for entries that are 0, 1 or NaN.
 
-    Maximises the likelihood with a Gaussian prior on p and q, by Newton steps on all tasks and on all examples in turn
-    (each a small convex problem, never left worse than before). A new row's a and p are found in the same way from its
-    probes; the forecast is the probability, averaged over their Laplace posterior (MacKay 1992), and its variance that
-    of a coin with that probability.
+    Maximises the likelihood with a Gaussian prior on p and q, by Newton steps that alternate between all tasks and all
+    examples (each a small convex problem that never gets worse). A new row's a and p are estimated in the same way from
+    its probes. The forecast is the probability, averaged over their Laplace posterior (MacKay 1992); its variance is
+    that of a Bernoulli variable.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class LogisticMF(Completion):
     Raises
     ------
     DataError
-        When fitted on, or given, anything but 0 and 1.
+        When fitted on, or given, values other than 0 and 1.
 
     Examples
     --------
@@ -66,7 +66,7 @@ class LogisticMF(Completion):
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Logits (N,) of a task that nothing is known of, loadings (N, r + 1), and the coefficients' precision (r + 1,)."""
+    """Logits (N,) of a task without probes, loadings (N, r + 1), and the coefficients' precision (r + 1,)."""
 
     logits: np.ndarray
     loadings: np.ndarray
@@ -77,7 +77,7 @@ class Bernoulli:
         _check_binary(rows)
         design, signs = self.loadings[probes], 2 * rows - 1
         coefficients = np.zeros((len(rows), design.shape[1]))
-        fit = _logits_evaluated(coefficients, design, self.logits[probes], signs)
+        fit = _evaluate_at(coefficients, design, self.logits[probes], signs)
         for _ in range(ROUNDS):
             before = coefficients
             coefficients, fit = _newton(coefficients, design, self.logits[probes], signs, self.precision, fit)
@@ -91,29 +91,29 @@ class Bernoulli:
         likelihood = fit.entries.sum(axis=1) / max(len(probes), 1)
         return mean, mean * (1 - mean), np.log(np.maximum(-likelihood, 1e-12))
 
-    def extend(self, known: np.ndarray) -> Bernoulli:
-        """Give examples that were never measured the average logit and loadings."""
-        logits = np.full(len(known), self.logits.mean())
-        loadings = np.tile(self.loadings.mean(axis=0), (len(known), 1))
-        logits[known], loadings[known] = self.logits, self.loadings
+    def extend(self, observed: np.ndarray) -> Bernoulli:
+        """Give unobserved examples the average logit and loadings."""
+        logits = np.full(len(observed), self.logits.mean())
+        loadings = np.tile(self.loadings.mean(axis=0), (len(observed), 1))
+        logits[observed], loadings[observed] = self.logits, self.loadings
         return Bernoulli(logits, loadings, self.precision)
 
 
 def fit_logistic(values: np.ndarray, rank: int, precision: float) -> Bernoulli:
-    """Learn what new tasks are completed with from known ones, (M, N) of 0, 1 and NaN."""
-    found = factor_logistic(values, rank, precision)
+    """Learn the model of a new task from a matrix (M, N) of 0, 1 and NaN."""
+    factors = factor_logistic(values, rank, precision)
     return Bernoulli(
-        found.base + found.rows[:, 0].mean() + found.columns[:, 0],
-        _with_ones(found.columns),
-        # The shift of a new task is as wide as four times what the known ones show: it may be harsher or milder.
+        factors.base + factors.rows[:, 0].mean() + factors.columns[:, 0],
+        _with_ones(factors.columns),
+        # The shift has four times the variance of the atlas tasks: a new task may be harsher or milder.
         np.concatenate(
-            [[1 / (4.0 * max(float(found.rows[:, 0].var()), 1e-6))], np.full(found.rows.shape[1] - 1, precision)]
+            [[1 / (4.0 * max(float(factors.rows[:, 0].var()), 1e-6))], np.full(factors.rows.shape[1] - 1, precision)]
         ),
     )
 
 
 class Factors(NamedTuple):
-    """Logits base + a_i + b_j + p_i . q_j and what they give.
+    """Logits base + a_i + b_j + p_i . q_j, their probabilities and likelihood.
 
     Attributes
     ----------
@@ -122,7 +122,7 @@ class Factors(NamedTuple):
         a and p; b and q.
     probability : array, shape (M, N)
     log_likelihood : float
-        Of the known entries, nats in all.
+        Summed over the observed entries, nats.
     """
 
     base: float
@@ -144,8 +144,8 @@ def factor_logistic(values: np.ndarray, rank: int, precision: float) -> Factors:
     best = likelihood = -np.inf
     for _ in range(ROUNDS):
         rows, fit = _newton(rows, _with_ones(columns), base + columns[:, 0], signs, prior, fit)
-        columns, turned = _newton(columns, _with_ones(rows), base + rows[:, 0], signs.T, prior, fit.turned)
-        fit = turned.turned
+        columns, transposed = _newton(columns, _with_ones(rows), base + rows[:, 0], signs.T, prior, fit.transposed)
+        fit = transposed.transposed
         rows, columns = _balanced(rows, columns)
         likelihood = float(fit.entries.sum(dtype=np.float64))
         reached = likelihood - 0.5 * float((prior * rows**2).sum() + (prior * columns**2).sum())
@@ -156,43 +156,43 @@ def factor_logistic(values: np.ndarray, rank: int, precision: float) -> Factors:
 
 
 def _start(signs: np.ndarray, base: float, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Effects and factors to start from, (M, r + 1) and (N, r + 1): one Newton step on the margins, then an SVD."""
+    """Initialise effects and factors, (M, r + 1) and (N, r + 1), by one Newton step on the margins and an SVD."""
     rows, columns = (
         _newton(np.zeros((len(side), 1)), np.ones((size := side.shape[1], 1)), np.full(size, base), side, np.ones(1))[0]
         for side in (signs, signs.T)
     )
-    left = _evaluate(base + rows + columns.T, signs)
-    slopes = left.probability * (1 - left.probability)
-    # What the effects leave over, on the scale of the logits.
-    residuals = ((signs > 0) - left.probability) * np.abs(signs) / max(float(slopes.mean()), 1e-6)
-    outer, strength, inner = truncated_svd(residuals.astype(np.float64), rank)
-    halves = np.sqrt(strength) / 2  # the fit pulls it up where that is too little
-    missing = np.zeros((1, rank - len(strength)))
+    fit = _evaluate(base + rows + columns.T, signs)
+    slopes = fit.probability * (1 - fit.probability)
+    # Residuals of the effects, on the scale of the logits.
+    residuals = ((signs > 0) - fit.probability) * np.abs(signs) / max(float(slopes.mean()), 1e-6)
+    U, S, Vt = truncated_svd(residuals.astype(np.float64), rank)
+    scales = np.sqrt(S) / 2  # the fit enlarges it where that is too small
+    missing = np.zeros((1, rank - len(S)))
     return (
-        np.column_stack([rows, outer * halves, np.repeat(missing, len(rows), 0)]),
-        np.column_stack([columns, inner.T * halves, np.repeat(missing, len(columns), 0)]),
+        np.column_stack([rows, U * scales, np.repeat(missing, len(rows), 0)]),
+        np.column_stack([columns, Vt.T * scales, np.repeat(missing, len(columns), 0)]),
     )
 
 
 def _balanced(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Effects and factors with the same logits and a smaller penalty, which alternating steps approach but slowly.
+    """Rebalance effects and factors: the same logits with a smaller penalty, which alternating steps approach slowly.
 
-    The factors' means are given to the effects, whose prior is weaker; then, of all factors with the same product, the
-    ones with the smallest sum of squares are taken.
+    The factors' means move to the effects, whose prior is weaker; then, of all factors with the same product, those
+    with the smallest sum of squares are used.
     """
     rows, columns = rows.copy(), columns.copy()
     for one, other in ((rows, columns), (columns, rows)):
         mean = one[:, 1:].mean(axis=0)
         one[:, 1:] -= mean
         other[:, 0] += other[:, 1:] @ mean
-    (left, upper), (right, lower) = np.linalg.qr(rows[:, 1:]), np.linalg.qr(columns[:, 1:])
-    outer, strength, inner = np.linalg.svd(upper @ lower.T)
-    rows[:, 1:], columns[:, 1:] = left @ outer * np.sqrt(strength), right @ inner.T * np.sqrt(strength)
+    (Q_rows, R_rows), (Q_columns, R_columns) = np.linalg.qr(rows[:, 1:]), np.linalg.qr(columns[:, 1:])
+    U, S, Vt = np.linalg.svd(R_rows @ R_columns.T)
+    rows[:, 1:], columns[:, 1:] = Q_rows @ U * np.sqrt(S), Q_columns @ Vt.T * np.sqrt(S)
     return rows, columns
 
 
 def _with_ones(effects_and_factors: np.ndarray) -> np.ndarray:
-    """Design of the other side: its effect has the loading one."""
+    """Build the design of the other side, whose effect has the loading one."""
     return np.column_stack([np.ones(len(effects_and_factors)), effects_and_factors[:, 1:]])
 
 
@@ -203,13 +203,13 @@ class _Evaluated(NamedTuple):
     probability: np.ndarray
 
     @property
-    def turned(self) -> _Evaluated:
-        """With the two sides exchanged."""
+    def transposed(self) -> _Evaluated:
+        """The same with tasks and examples swapped."""
         return _Evaluated(self.entries.T, self.probability.T)
 
 
 def _evaluate(logits: np.ndarray, signs: np.ndarray) -> _Evaluated:
-    """Evaluate entries with these logits; `signs` is 1 for a one, -1 for a zero, and 0 where nothing is known."""
+    """Evaluate entries with these logits; `signs` is 1 for a one, -1 for a zero, and 0 where it is missing."""
     logits = logits.astype(signs.dtype, copy=False)
     small = np.exp(-np.abs(logits))
     entries = np.minimum(signs * logits, 0)
@@ -220,18 +220,18 @@ def _evaluate(logits: np.ndarray, signs: np.ndarray) -> _Evaluated:
     return _Evaluated(entries, np.copysign(above, logits, out=above) + signs.dtype.type(0.5))
 
 
-def _logits_evaluated(weights: np.ndarray, design: np.ndarray, offset: np.ndarray, signs: np.ndarray) -> _Evaluated:
-    kind = signs.dtype
-    logits = weights.astype(kind, copy=False) @ design.T.astype(kind, copy=False)
-    logits += offset.astype(kind, copy=False)
+def _evaluate_at(weights: np.ndarray, design: np.ndarray, offset: np.ndarray, signs: np.ndarray) -> _Evaluated:
+    dtype = signs.dtype
+    logits = weights.astype(dtype, copy=False) @ design.T.astype(dtype, copy=False)
+    logits += offset.astype(dtype, copy=False)
     return _evaluate(logits, signs)
 
 
-def _curvature(probability: np.ndarray, present: np.ndarray, design: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """Negative Hessians (n, r, r) of n logistic regressions on one design (m, r)."""
+def _curvature(probability: np.ndarray, observed: np.ndarray, design: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """Compute negative Hessians (n, r, r) of n logistic regressions on one design (m, r)."""
     size = design.shape[1]
     products = (design[:, :, None] * design[:, None, :]).reshape(len(design), size**2).astype(probability.dtype)
-    slopes = probability * (1 - probability) * present
+    slopes = probability * (1 - probability) * observed
     return (slopes @ products).astype(np.float64).reshape(-1, size, size) + np.diag(precision)
 
 
@@ -243,7 +243,7 @@ def _newton(
     precision: np.ndarray,
     fit: _Evaluated | None = None,
 ) -> tuple[np.ndarray, _Evaluated]:
-    """One Newton step for each of n penalised logistic regressions, shortened where it would not be uphill.
+    """Take one Newton step of each of n penalised logistic regressions, halved until the likelihood does not fall.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ def _newton(
     design : array, shape (m, r)
     offset : array, shape (m,)
     signs : array, shape (n, m)
-        As `_evaluate` takes them.
+        As in `_evaluate`.
     precision : array, shape (r,)
     fit : _Evaluated, optional
         At `weights`.
@@ -262,40 +262,40 @@ def _newton(
     _Evaluated
         There.
     """
-    fit = _logits_evaluated(weights, design, offset, signs) if fit is None else fit
-    present = np.abs(signs)
+    fit = _evaluate_at(weights, design, offset, signs) if fit is None else fit
+    observed = np.abs(signs)
 
-    def objective(candidate: np.ndarray, found: _Evaluated) -> np.ndarray:
-        return found.entries.sum(axis=1, dtype=np.float64) - 0.5 * (precision * candidate**2).sum(axis=1)
+    def objective(candidate: np.ndarray, at: _Evaluated) -> np.ndarray:
+        return at.entries.sum(axis=1, dtype=np.float64) - 0.5 * (precision * candidate**2).sum(axis=1)
 
-    left = (signs + present) / 2  # one where there is a one
-    left -= fit.probability
-    left *= present
-    gradient = left @ design.astype(signs.dtype) - precision * weights
-    step = np.linalg.solve(_curvature(fit.probability, present, design, precision), gradient[:, :, None])[:, :, 0]
+    residual = (signs + observed) / 2  # 1 where the entry is 1
+    residual -= fit.probability
+    residual *= observed
+    gradient = residual @ design.astype(signs.dtype) - precision * weights
+    step = np.linalg.solve(_curvature(fit.probability, observed, design, precision), gradient[:, :, None])[:, :, 0]
     reached = objective(weights, fit)
-    slack = 10 * np.finfo(signs.dtype).eps * np.abs(reached)  # what rounding alone may take away
+    slack = 10 * np.finfo(signs.dtype).eps * np.abs(reached)  # rounding error
     length = np.ones((len(weights), 1))
     for _ in range(HALVINGS):
         candidate = weights + length * step
-        found = _logits_evaluated(candidate, design, offset, signs)
-        worse = objective(candidate, found) < reached - slack
+        proposal = _evaluate_at(candidate, design, offset, signs)
+        worse = objective(candidate, proposal) < reached - slack
         if not worse.any():
-            return candidate, found
+            return candidate, proposal
         length[worse] /= 2
     length[worse] = 0.0
     candidate = weights + length * step
-    return candidate, _logits_evaluated(candidate, design, offset, signs)
+    return candidate, _evaluate_at(candidate, design, offset, signs)
 
 
 def is_binary(values: np.ndarray) -> bool:
-    """Whether every measured entry is 0 or 1."""
+    """Return whether every observed entry is 0 or 1."""
     return bool(np.isin(values[~np.isnan(values)], (0.0, 1.0)).all())
 
 
-def f1(hits: int, forgotten: int, said: int) -> float:
-    """F1 from the numbers of entries that were forgotten and said to be, that were, and that were said to be."""
-    return 2 * hits / max(forgotten + said, 1)
+def f1(hits: int, forgotten: int, predicted: int) -> float:
+    """Compute F1 from the numbers of hits, of forgotten entries, and of entries predicted to be forgotten."""
+    return 2 * hits / max(forgotten + predicted, 1)
 
 
 def _check_binary(values: np.ndarray) -> None:

@@ -16,18 +16,17 @@ SKETCH = 16_384
 """Columns that the coordinates of the tasks are learned from, where a large matrix has missing entries."""
 
 ROUNDS, RIDGE = 20, 3.0
-"""Of alternating regressions on entries that are not all there. On OLMo's 46 known tasks with entries taken away, five
-rounds told as much as fifty, and a ridge of three times the noise more than one or ten."""
+"""Of alternating regressions where entries are missing. On OLMo's 46 known tasks with entries removed, five rounds were
+as accurate as fifty, and a ridge of three times the noise was better than one or ten times."""
 
 SMALL = 2**22
-"""Entries up to which a matrix is factored in double precision; larger ones are in the one they come in."""
+"""Entries up to which a matrix is factored in double precision; larger ones keep their dtype."""
 
 
 class LowRank(NamedTuple):
     """Reconstruction of a matrix: rows_i + columns_j + coordinates_i . loadings_j.
 
-    The tasks' coordinates have variance one; factors without any variance are left out, so r may be less than the rank
-    asked for.
+    The tasks' coordinates have variance one. Factors without variance are dropped, so r may be less than the rank.
 
     Attributes
     ----------
@@ -42,7 +41,7 @@ class LowRank(NamedTuple):
 
     @property
     def fit(self) -> np.ndarray:
-        """The reconstruction, shape (M, N)."""
+        """Reconstructed matrix, shape (M, N)."""
         return sum_of(self.rows, self.columns) + self.coordinates @ self.loadings.T
 
 
@@ -51,12 +50,12 @@ class IncompleteError(ValueError):
 
 
 def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRank, np.ndarray]:
-    """Best reconstruction of a matrix without NaN, around row and column effects, in two passes over its columns.
+    """Reconstruct a matrix without NaN optimally, around row and column effects, in two passes over its columns.
 
     Parameters
     ----------
     values : array, shape (M, N)
-        Or a matrix on disk, of which a few columns are in memory at a time.
+        Or a matrix on disk, read a few columns at a time.
     rank : int
 
     Returns
@@ -72,16 +71,16 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
 
     Notes
     -----
-    The first pass adds up the Gram matrix of the rows, the second projects the columns on its eigenvectors, both on
-    blocks that stay in the cache: the cost is little more than that of ``values @ values.T``.
+    The first pass sums the Gram matrix of the rows, the second projects the columns on its eigenvectors. Both work on
+    blocks that fit the cache: the cost is little more than that of ``values @ values.T``.
     """
     tasks, examples = values.shape
-    kind = np.float64 if values.size <= SMALL else values.dtype
-    columns, squares = np.empty(examples, kind), np.empty(examples, kind)
+    dtype = np.float64 if values.size <= SMALL else values.dtype
+    columns, squares = np.empty(examples, dtype), np.empty(examples, dtype)
     gram, sums = np.zeros((tasks, tasks)), np.zeros(tasks)
-    ones = np.full(tasks, 1 / tasks, kind)
+    ones = np.full(tasks, 1 / tasks, dtype)
     for part, stored in _blocks(values):
-        block = stored.astype(kind, copy=False)
+        block = stored.astype(dtype, copy=False)
         columns[part] = ones @ block
         block = block - columns[part]
         gram += block @ block.T
@@ -90,31 +89,31 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
         if np.isnan(sums).any():
             raise IncompleteError
     rows = sums / examples
-    left, strength = _leading(gram - examples * np.outer(rows, rows), min(rank, tasks, examples))
-    projector = np.column_stack([left, rows]).astype(kind)
+    U, S = _leading(gram - examples * np.outer(rows, rows), min(rank, tasks, examples))
+    projector = np.column_stack([U, rows]).astype(dtype)
     shares = projector.sum(axis=0)
-    loadings = np.empty((len(strength), examples), kind).T  # so that one factor's lie together
+    loadings = np.empty((len(S), examples), dtype).T  # one factor's loadings are contiguous
     for part, stored in _blocks(values):
-        told = projector.T @ stored.astype(kind, copy=False) - shares[:, None] * columns[part]
-        told[:-1] -= (left.T @ rows)[:, None].astype(kind)
-        squares[part] += rows @ rows - 2 * told[-1] - np.einsum("rn,rn->n", told[:-1], told[:-1])
-        loadings[part] = told[:-1].T
+        projection = projector.T @ stored.astype(dtype, copy=False) - shares[:, None] * columns[part]
+        projection[:-1] -= (U.T @ rows)[:, None].astype(dtype)
+        squares[part] += rows @ rows - 2 * projection[-1] - np.einsum("rn,rn->n", projection[:-1], projection[:-1])
+        loadings[part] = projection[:-1].T
     scale = np.sqrt(max(tasks - 1, 1))
     loadings /= scale
-    return LowRank(rows, columns, left * scale, loadings), np.maximum(squares, 0.0)
+    return LowRank(rows, columns, U * scale, loadings), np.maximum(squares, 0.0)
 
 
 def factor_incomplete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRank, np.ndarray, np.ndarray]:
-    """Reconstruction of a matrix with missing entries; a large one is read in two passes over its columns.
+    """Reconstruct a matrix with missing entries; a large one is read in two passes over its columns.
 
-    The tasks' effects and coordinates are learned by `alternate`, from at most SKETCH columns drawn at random and, for
-    each partly measured task, its share of as many that it has entries in: more columns tell little more of a hundred
-    tasks. Given those, each column's mean and loadings are a ridge regression of its own entries.
+    `alternate` estimates the tasks' effects and coordinates from at most SKETCH columns drawn at random, plus up to
+    SKETCH / M columns in which each partly observed task has entries: for a hundred tasks, more columns add little.
+    Given those, each column's mean and loadings are a ridge regression on its entries.
 
     Returns
     -------
     LowRank
-        Tasks without any entry are left out; columns without any are zero.
+        Tasks without entries are dropped; columns without entries are zero.
     squares, counts : array, shape (N,)
         Sum of squared residuals and number of entries of each column.
     """
@@ -123,42 +122,42 @@ def factor_incomplete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[Low
     drawn[np.random.default_rng(0).choice(examples, min(SKETCH, examples), replace=False)] = True
     wanted, sketch = np.full(tasks, SKETCH // tasks), []
     for part, block in _blocks(values):
-        present, taken = ~np.isnan(block), drawn[part]
-        for task in np.flatnonzero(~present.all(axis=1) & (wanted > 0)):
-            own = np.flatnonzero(present[task])[: wanted[task]]
-            taken[own] = True
-            wanted[task] -= len(own)
-        sketch.append(block[:, taken & present.any(axis=0)])
-    known = np.concatenate(sketch, axis=1).astype(np.float64)
-    usable = ~np.isnan(known).all(axis=1)
+        observed, taken = ~np.isnan(block), drawn[part]
+        for task in np.flatnonzero(~observed.all(axis=1) & (wanted > 0)):
+            added = np.flatnonzero(observed[task])[: wanted[task]]
+            taken[added] = True
+            wanted[task] -= len(added)
+        sketch.append(block[:, taken & observed.any(axis=0)])
+    sketched = np.concatenate(sketch, axis=1).astype(np.float64)
+    usable = ~np.isnan(sketched).all(axis=1)
     check_tasks(int(usable.sum()))
-    learned, ridge = alternate(known[usable], rank)
+    learned, ridge = alternate(sketched[usable], rank)
 
-    kind = np.float64 if values.size <= SMALL else np.float32
-    columns, squares, counts = (np.zeros(examples, kind) for _ in range(3))
-    loadings = np.zeros((learned.loadings.shape[1], examples), kind).T
+    dtype = np.float64 if values.size <= SMALL else np.float32
+    columns, squares, counts = (np.zeros(examples, dtype) for _ in range(3))
+    loadings = np.zeros((learned.loadings.shape[1], examples), dtype).T
     for part, stored in _blocks(values):
         block = stored[usable] - learned.rows[:, None]
-        present = ~np.isnan(block)
-        block[~present] = 0.0
-        counts[part] = present.sum(axis=0)
-        found = _regressed(block, present, learned.coordinates, ridge)
-        left = np.where(present, block - found[:, 0] - learned.coordinates @ found[:, 1:].T, 0.0)
-        squares[part] = np.einsum("mn,mn->n", left, left)
-        columns[part], loadings[part] = found[:, 0], found[:, 1:]
+        observed = ~np.isnan(block)
+        block[~observed] = 0.0
+        counts[part] = observed.sum(axis=0)
+        coefficients = _ridge(block, observed, learned.coordinates, ridge)
+        columns[part], loadings[part] = coefficients[:, 0], coefficients[:, 1:]
+        residual = np.where(observed, block - coefficients[:, 0] - learned.coordinates @ coefficients[:, 1:].T, 0.0)
+        squares[part] = np.einsum("mn,mn->n", residual, residual)
     return LowRank(learned.rows, columns, learned.coordinates, loadings), squares, counts
 
 
 def alternate(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]:
     """Factor a matrix with missing entries by alternating ridge regressions of its columns and of its rows.
 
-    Where nothing is missing from a row or a column there is no penalty; otherwise it is RIDGE times what the Gaussian
-    prior of `Bayesian` asks for, by the share that is missing.
+    The penalty is RIDGE times that of the Gaussian prior of `Bayesian`, times the share of the row or column that is
+    missing, so a complete one has none.
 
     Parameters
     ----------
     values : array, shape (M, N)
-        NaN where not measured; no row or column is all NaN.
+        NaN where missing; no row or column is all NaN.
     rank : int
 
     Returns
@@ -168,54 +167,55 @@ def alternate(values: np.ndarray, rank: int) -> tuple[LowRank, np.ndarray]:
         Penalty on a column's loadings.
     """
     tasks, examples = values.shape
-    present = ~np.isnan(values)
-    found = fit_low_rank(np.where(present, values, sum_of(*additive_effects(values))), rank, centred=True)
-    known = np.where(present, values, 0.0)
+    observed = ~np.isnan(values)
+    low_rank = fit_low_rank(np.where(observed, values, sum_of(*additive_effects(values))), rank, centred=True)
+    filled = np.where(observed, values, 0.0)
     for _ in range(ROUNDS):
-        before = found.fit
-        parameters = (tasks + examples) * (found.loadings.shape[1] + 1)
-        noise = ((known - before)[present] ** 2).sum() / max(present.sum() - parameters, 0.1 * present.sum())
-        ridge = RIDGE * noise / np.maximum(np.mean(found.loadings**2, axis=0), 1e-30)
-        of_columns = _regressed(known - found.rows[:, None] * present, present, found.coordinates, ridge)
+        before = low_rank.fit
+        parameters = (tasks + examples) * (low_rank.loadings.shape[1] + 1)
+        noise = ((filled - before)[observed] ** 2).sum() / max(observed.sum() - parameters, 0.1 * observed.sum())
+        ridge = RIDGE * noise / np.maximum(np.mean(low_rank.loadings**2, axis=0), 1e-30)
+        of_columns = _ridge(filled - low_rank.rows[:, None] * observed, observed, low_rank.coordinates, ridge)
         columns, loadings = of_columns[:, 0], of_columns[:, 1:]
         narrow = np.full(loadings.shape[1], RIDGE * noise)
-        of_rows = _regressed((known - columns * present).T, present.T, loadings, narrow)
-        found = _centred(of_rows, of_columns)
-        if np.abs(found.fit - before).max() <= 1e-3 * np.abs(found.fit).max():
+        of_rows = _ridge((filled - columns * observed).T, observed.T, loadings, narrow)
+        low_rank = _centred(of_rows, of_columns)
+        if np.abs(low_rank.fit - before).max() <= 1e-3 * np.abs(low_rank.fit).max():
             break
-    return found, RIDGE * noise / np.maximum(np.mean(found.loadings**2, axis=0), 1e-30)
+    return low_rank, RIDGE * noise / np.maximum(np.mean(low_rank.loadings**2, axis=0), 1e-30)
 
 
-def _regressed(values: np.ndarray, present: np.ndarray, design: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """Intercept and slopes (n, r + 1) of each column of `values` (m, n) on a design (m, r), by its present entries."""
+def _ridge(values: np.ndarray, observed: np.ndarray, design: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """Regress each column of `values` (m, n), where observed, on a design (m, r): intercepts and slopes (n, r + 1)."""
     design = np.column_stack([np.ones(len(design)), design])
     size = design.shape[1]
     products = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
-    gram = (present.T @ products).reshape(-1, size, size)
-    penalty = np.multiply.outer(1 - present.mean(axis=0), np.concatenate([[0.0], ridge]))
-    # What an entry cannot tell is left at zero.
+    gram = (observed.T @ products).reshape(-1, size, size)
+    penalty = np.multiply.outer(1 - observed.mean(axis=0), np.concatenate([[0.0], ridge]))
+    # Coefficients that the entries do not determine stay at zero.
     penalty += 1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None] + 1e-30
     gram += penalty[:, :, None] * np.eye(size)
     return np.asarray(np.linalg.solve(gram, (design.T @ values).T[:, :, None])[:, :, 0])
 
 
 def _centred(of_rows: np.ndarray, of_columns: np.ndarray) -> LowRank:
-    """The same reconstruction with centred effects and orthogonal factors; an array has effects first, then factors."""
+    """Centre the effects and orthogonalise the factors of a reconstruction; the arrays hold effects, then factors."""
     rows, columns = of_rows[:, 0], of_columns[:, 0]
     coordinates, loadings = of_rows[:, 1:], of_columns[:, 1:]
     columns = columns + loadings @ coordinates.mean(axis=0) + rows.mean()
     coordinates, rows = coordinates - coordinates.mean(axis=0), rows - rows.mean()
     rows = rows + coordinates @ loadings.mean(axis=0)
     loadings = loadings - loadings.mean(axis=0)
-    (left, upper), (right, lower) = np.linalg.qr(coordinates), np.linalg.qr(loadings)
-    outer, strength, inner = np.linalg.svd(upper @ lower.T)
-    kept = strength > 1e-6 * max(strength.max(initial=0.0), 1e-30)
+    (Q_rows, R_rows), (Q_columns, R_columns) = np.linalg.qr(coordinates), np.linalg.qr(loadings)
+    U, S, Vt = np.linalg.svd(R_rows @ R_columns.T)
+    negligible = 1e-6 * max(S.max(initial=0.0), 1e-30)
+    keep = negligible < S
     scale = np.sqrt(max(len(rows) - 1, 1))
-    return LowRank(rows, columns, left @ outer[:, kept] * scale, right @ inner[kept].T * (strength[kept] / scale))
+    return LowRank(rows, columns, Q_rows @ U[:, keep] * scale, Q_columns @ Vt[keep].T * (S[keep] / scale))
 
 
 def _blocks(values: np.ndarray | StoredMatrix) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks of columns that stay in the cache, read from the disk in the wider ones that lie together there."""
+    """Yield blocks of columns that fit the cache, read from disk in the wider blocks that are contiguous there."""
     examples = values.shape[1]
     for wide in range(0, examples, STORED_BLOCK):
         stored = values[:, wide : wide + STORED_BLOCK]
@@ -225,70 +225,70 @@ def _blocks(values: np.ndarray | StoredMatrix) -> Iterator[tuple[slice, np.ndarr
 
 
 def fit_low_rank(values: np.ndarray, rank: int, *, centred: bool, penalty: float = 0.0, rounds: int = 500) -> LowRank:
-    """Best rank-`rank` reconstruction of the measured entries, around row and column effects if `centred`.
+    """Reconstruct the observed entries by the best rank-`rank` fit, around row and column effects if `centred`.
 
     With a penalty l it minimises the squared error plus 2 l times the sum of the singular values, which is alternating
     ridge regression with the ridge l on both factors (Hastie, Mazumder, Lee and Zadeh 2015, theorem 1): every singular
-    value is lowered by l, and those below it are gone.
+    value is lowered by l, and those below l vanish.
 
     Parameters
     ----------
     values : array, shape (M, N)
-        NaN where not measured. Such entries are filled with the reconstruction until it stops changing.
+        NaN where missing. Such entries are filled with the reconstruction until it stops changing.
     rank : int
     centred : bool
-        Whether the factors come on top of a_i + b_j (effects of rows and columns) or stand alone.
+        Whether the factors are added to a_i + b_j (effects of rows and columns) or are the whole fit.
     penalty : float
         In the values' unit.
     """
     tasks, examples = values.shape
-    present = ~np.isnan(values)
+    observed = ~np.isnan(values)
     rows, columns = np.zeros(tasks), np.zeros(examples)
-    filled = values if present.all() else np.where(present, values, sum_of(*additive_effects(values)))
+    filled = values if observed.all() else np.where(observed, values, sum_of(*additive_effects(values)))
     fit = filled
-    for _ in range(1 if present.all() else rounds):
+    for _ in range(1 if observed.all() else rounds):
         before = fit
         if centred:
             columns = filled.mean(axis=0)
             rows = filled.mean(axis=1) - columns.mean()
-        left, strength, right = truncated_svd(filled - sum_of(rows, columns), rank)
-        kept = strength > penalty
-        left, strength, right = left[:, kept], strength[kept] - penalty, right[kept]
-        fit = sum_of(rows, columns) + (left * strength) @ right
+        U, S, Vt = truncated_svd(filled - sum_of(rows, columns), rank)
+        keep = penalty < S
+        U, S, Vt = U[:, keep], S[keep] - penalty, Vt[keep]
+        fit = sum_of(rows, columns) + (U * S) @ Vt
         if np.abs(fit - before).max() <= 1e-5 * np.abs(fit).max():
             break
-        filled = np.where(present, values, fit)
+        filled = np.where(observed, values, fit)
     scale = np.sqrt(max(tasks - 1, 1))
-    return LowRank(rows, columns, left * scale, (right * strength[:, None] / scale).T)
+    return LowRank(rows, columns, U * scale, (Vt * S[:, None] / scale).T)
 
 
 def sum_of(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """a_i + b_j, shape (M, N)."""
+    """Return a_i + b_j, shape (M, N)."""
     return np.asarray(rows[:, None] + columns)
 
 
 def truncated_svd(values: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Leading singular triplets of a wide matrix by its small Gram matrix: (M, r), (r,), (r, N); no zero ones.
+    """Compute U (M, r), S (r,) and Vt (r, N) of a wide matrix by its small Gram matrix, without zero singular values.
 
-    Costs one product of the matrix with its transpose, and is as exact as needed for factors that stand clear of
-    rounding: singular values below 1e-6 of the first are left out.
+    Costs one product of the matrix with its transpose. Exact enough for factors well above rounding error: singular
+    values below 1e-6 of the first are dropped.
     """
     tasks = len(values)
     rank = min(rank, tasks, values.shape[1])
     if rank == 0:
         return np.empty((tasks, 0)), np.empty(0), np.empty((0, values.shape[1]))
-    left, strength = _leading(values @ values.T, rank)
-    return left, strength, (left.T @ values) / strength[:, None]
+    U, S = _leading(values @ values.T, rank)
+    return U, S, (U.T @ values) / S[:, None]
 
 
 def _leading(gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Leading eigenvectors (M, r) of a Gram matrix and the square roots (r,) of their eigenvalues, no zero ones."""
+    """Compute leading eigenvectors (M, r) of a Gram matrix and the roots (r,) of their eigenvalues, without zeros."""
     tasks = len(gram)
     if rank == 0:
         return np.empty((tasks, 0)), np.empty(0)
-    # All of them and NumPy's, though SciPy could stop at the rank: SciPy brings a second pool of BLAS threads, which
-    # fights with the first over the cores.
-    squares, left = np.linalg.eigh(gram)
-    squares, left = squares[: -rank - 1 : -1], left[:, : -rank - 1 : -1]
-    kept = squares > max(squares[0], 0.0) * 1e-12
-    return left[:, kept], np.sqrt(squares[kept])
+    # NumPy computes all of them, and SciPy could stop at the rank; but SciPy starts a second pool of BLAS threads,
+    # which competes with the first for the cores.
+    squares, U = np.linalg.eigh(gram)
+    squares, U = squares[: -rank - 1 : -1], U[:, : -rank - 1 : -1]
+    keep = squares > max(squares[0], 0.0) * 1e-12
+    return U[:, keep], np.sqrt(squares[keep])

@@ -1,4 +1,4 @@
-"""Nearest neighbours among the known tasks."""
+"""Nearest neighbours among the tasks of the atlas."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from forgetcast.errors import ConfigError
 
 
 class KNN(Completion):
-    """Complete a new task from the known tasks that look most like it at the probes.
+    """Complete a new task from the tasks of the atlas that are most similar to it at the probes.
 
-    On the residuals e_ij of the additive model, a known task i has the weight 1 / (d_i + softening), with d_i the mean
+    On the residuals e_ij of the additive model, a task i has the weight 1 / (d_i + softening), with d_i the mean
     squared difference of its residuals and the new task's at the probes (arXiv 2406.14026, where softening is 1, in
     squared nats). The forecast is a + b_j plus the weighted mean of the k nearest tasks' residuals.
 
@@ -28,7 +28,7 @@ class KNN(Completion):
 
     Notes
     -----
-    A known task's residual that was not measured counts as zero: its additive prediction.
+    A missing residual counts as zero: the entry's additive prediction.
 
     Examples
     --------
@@ -58,7 +58,7 @@ class KNN(Completion):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Example effects (N,), the known tasks' residuals (M, N), their variance (N,), and how neighbours are weighed."""
+    """Example effects (N,), the tasks' residuals (M, N), their variance (N,), and how neighbours are weighted."""
 
     columns: np.ndarray
     residuals: np.ndarray
@@ -68,24 +68,24 @@ class Neighbours:
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Complete rows (B, k) measured at the probes (k,); the variance (N,) is that of the additive residuals."""
-        surprise = rows - self.columns[probes]
-        shift = surprise.mean(axis=1, keepdims=True) if len(probes) else np.zeros((len(rows), 1))
-        own = surprise - shift
+        residual = rows - self.columns[probes]
+        shift = residual.mean(axis=1, keepdims=True) if len(probes) else np.zeros((len(rows), 1))
+        centred = residual - shift
         count = max(len(probes), 1)
-        distance = ((own[:, None, :] - self.residuals[None, :, probes]) ** 2).sum(axis=2) / count  # (B, M)
+        distance = ((centred[:, None, :] - self.residuals[None, :, probes]) ** 2).sum(axis=2) / count  # (B, M)
         weights = 1.0 / (distance + self.softening)
         if self.k < weights.shape[1]:
             farther = np.argsort(distance, axis=1, kind="stable")[:, self.k :]
             np.put_along_axis(weights, farther, 0.0, axis=1)
         weights /= weights.sum(axis=1, keepdims=True)
         mean = self.columns + shift + weights @ self.residuals
-        log_misfit = np.log(np.maximum((own**2 / self.noise[probes]).sum(axis=1) / count, 1e-12))
+        log_misfit = np.log(np.maximum((centred**2 / self.noise[probes]).sum(axis=1) / count, 1e-12))
         return mean, self.noise, log_misfit
 
-    def extend(self, known: np.ndarray) -> Neighbours:
-        """Give examples that were never measured the average effect, and a noise to match."""
-        columns = np.full(len(known), self.columns.mean())
-        residuals = np.zeros((len(self.residuals), len(known)))
-        noise = np.full(len(known), self.noise.mean() + self.columns.var())
-        columns[known], residuals[:, known], noise[known] = self.columns, self.residuals, self.noise
+    def extend(self, observed: np.ndarray) -> Neighbours:
+        """Give unobserved examples the average effect, and a noise that covers the spread of all."""
+        columns = np.full(len(observed), self.columns.mean())
+        residuals = np.zeros((len(self.residuals), len(observed)))
+        noise = np.full(len(observed), self.noise.mean() + self.columns.var())
+        columns[observed], residuals[:, observed], noise[observed] = self.columns, self.residuals, self.noise
         return Neighbours(columns, residuals, noise, self.k, self.softening)

@@ -1,4 +1,4 @@
-"""Which examples to measure after a new task: those that tell most about all the others."""
+"""Choice of the examples to measure after a new task: the most informative about all others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose(
     measured: Any = (),
     audit: int = 0,
 ) -> np.ndarray:
-    """Choose probes greedily: each one leaves the smallest summed posterior variance over all examples (A-optimal).
+    """Choose probes greedily: each minimises the summed posterior variance over all examples (A-optimal).
 
     Parameters
     ----------
@@ -33,12 +33,11 @@ def choose(
     candidates : array-like of int, optional
         Columns to choose from; default all.
     cost : array-like, shape (N,), optional
-        What measuring each example costs, such as its tokens; then each probe lowers the variance most for its cost.
+        Cost of measuring each example, such as its tokens; then each probe maximises the reduction per cost.
     measured : array-like of int
-        Columns that were measured already: they are not chosen again, and what they tell is not asked for again.
+        Columns that were measured already: they are not chosen, and the model is conditioned on them.
     audit : int
-        How many of the k are drawn at random instead (they come last): they keep the error that is seen at the probes
-        an honest sample of the others'.
+        Number of the k probes that are drawn at random instead (they come last): their errors are an unbiased sample.
 
     Returns
     -------
@@ -49,9 +48,8 @@ def choose(
     -----
     With the posterior covariance S of the coefficients, measuring column j lowers the summed variance by
     ``l' S G S l / (noise_j + l' S l)`` with ``l = loadings_j`` and ``G = loadings' loadings``, and S becomes
-    ``S - S l l' S / (noise_j + l' S l)``. Both forms are kept for every candidate and brought up to date by two
-    products with its loadings, so a probe costs 4 N r operations; some 50 bytes a candidate are needed beside the
-    model.
+    ``S - S l l' S / (noise_j + l' S l)``. Both forms are kept for every candidate and updated by two products with its
+    loadings, so a probe costs 4 N r operations; memory is about 50 bytes per candidate in addition to the model.
 
     Raises
     ------
@@ -60,7 +58,7 @@ def choose(
     """
     model = model.gaussian_
     n = len(model.mean_)
-    seen = np.flatnonzero(_among(n, measured))
+    observed = np.flatnonzero(_among(n, measured))
     pool = _candidates(n, k, candidates, measured)
     price = np.ones(n) if cost is None else np.asarray(cost, dtype=np.float64)
     if price.shape != (n,) or not (np.isfinite(price) & (price > 0)).all():
@@ -69,12 +67,12 @@ def choose(
         raise DataError(f"of {k} probes, {audit} cannot be drawn at random")
     total = model.loadings_.T @ model.loadings_
     noise = model.noise_[pool]
-    # An infinite prior has no finite covariance to start from; a very wide one leads to the same choice.
+    # An infinite prior has no finite covariance; a very wide one leads to the same choice.
     widest = 1e6 * (noise.max() + np.abs(model.mean_).max() ** 2 + 1.0)
     covariance = np.diag(np.minimum(model.prior_, widest))
-    for loading, own in zip(model.loadings_[seen], model.noise_[seen], strict=True):
-        told = covariance @ loading
-        covariance -= np.outer(told, told) / (own + loading @ told)
+    for loading, variance in zip(model.loadings_[observed], model.noise_[observed], strict=True):
+        projection = covariance @ loading
+        covariance -= np.outer(projection, projection) / (variance + loading @ projection)
     spread, gain = np.empty(len(pool)), np.empty(len(pool))  # l' S l and l' S G S l
     price, free = price[pool], np.ones(len(pool), dtype=bool)
     chosen: list[int] = []
@@ -82,7 +80,7 @@ def choose(
     for i in range(k - audit):
         best, most = -1, -np.inf
         for part, loadings in _blocks(model.loadings_, pool):
-            if i < 2:  # the first probe may lower a wide prior by so much that an update would leave its rounding
+            if i < 2:  # an update from a very wide prior would lose precision
                 projected = loadings.astype(np.float64) @ covariance
                 spread[part] = np.einsum("nr,nr->n", projected, loadings)
                 gain[part] = np.einsum("nr,nr->n", projected @ total, projected)
@@ -96,21 +94,21 @@ def choose(
                 best, most = part.start + at, float(score[at])
         free[best] = False
         chosen.append(best)
-        told = covariance @ model.loadings_[pool[best]]
-        scale, curvature = 1 / (noise[best] + spread[best]), told @ total @ told
-        towards = np.array([told, covariance @ (total @ told)])
-        covariance -= np.outer(told, told) * scale
+        projection = covariance @ model.loadings_[pool[best]]
+        scale, curvature = 1 / (noise[best] + spread[best]), projection @ total @ projection
+        towards = np.array([projection, covariance @ (total @ projection)])
+        covariance -= np.outer(projection, projection) * scale
     drawn = np.random.default_rng(0).choice(np.flatnonzero(free), size=audit, replace=False)
     return pool[np.concatenate([np.array(chosen, dtype=np.intp), drawn])]
 
 
 def _blocks(loadings: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Loadings of these columns, as many at once as stay in the cache."""
+    """Yield the loadings of these columns in blocks that fit the cache."""
     for start in range(0, len(columns), BLOCK):
         part = slice(start, start + BLOCK)
         first, last = columns[part][0], columns[part][-1]
-        together = last - first == len(columns[part]) - 1  # then a view does
-        yield part, loadings[first : last + 1] if together else loadings.T[:, columns[part]].T
+        contiguous = last - first == len(columns[part]) - 1  # then a view is enough
+        yield part, loadings[first : last + 1] if contiguous else loadings.T[:, columns[part]].T
 
 
 def random(n: int, k: int, *, seed: int = 0, candidates: Any = None) -> np.ndarray:
@@ -118,9 +116,9 @@ def random(n: int, k: int, *, seed: int = 0, candidates: Any = None) -> np.ndarr
     return np.random.default_rng(seed).choice(_candidates(n, k, candidates), size=k, replace=False)
 
 
-def _candidates(n: int, k: int, candidates: Any, besides: Any = ()) -> np.ndarray:
-    """Columns among `candidates` and not among `besides`, in their order and each once; at least k of them."""
-    usable = ~_among(n, besides)
+def _candidates(n: int, k: int, candidates: Any, excluded: Any = ()) -> np.ndarray:
+    """Return the columns among `candidates` and not among `excluded`, sorted and unique; at least k of them."""
+    usable = ~_among(n, excluded)
     pool = np.flatnonzero(usable if candidates is None else usable & _among(n, candidates))
     if not 1 <= k <= len(pool):
         raise DataError(f"{k} probes cannot be chosen from {len(pool)} candidates")
@@ -128,10 +126,10 @@ def _candidates(n: int, k: int, candidates: Any, besides: Any = ()) -> np.ndarra
 
 
 def _among(n: int, columns: Any) -> np.ndarray:
-    """Whether each of n columns is among these, shape (n,)."""
+    """Return the mask of these columns among n, shape (n,)."""
     columns = np.asarray(columns, dtype=np.intp)
     if len(columns) and not (columns.min() >= 0 and columns.max() < n):
         raise DataError(f"a candidate is outside the {n} examples of the atlas")
-    found = np.zeros(n, dtype=bool)
-    found[columns] = True
-    return found
+    mask = np.zeros(n, dtype=bool)
+    mask[columns] = True
+    return mask

@@ -1,4 +1,4 @@
-"""Structure of a forgetting matrix: how nearly low-rank it is, and what its components load on."""
+"""Structure of a forgetting matrix: its approximate rank, and the loadings of its components."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ F1_RANKS, F1_PRECISION = 5, 0.1
 
 @dataclass(frozen=True)
 class Component:
-    """One component of the rank-r fit and where it acts.
+    """One component of the rank-r fit and its loadings by source.
 
     Attributes
     ----------
     share : float
-        Share of the fit's sum of squares that is this component's.
+        Share of the fit's sum of squares.
     by_source : dict
         Mean loading of each source's examples, in units of the loadings' root mean square; the sign is chosen so
         that the average task has a positive coordinate, so positive means "forgotten when this component acts".
@@ -43,20 +43,20 @@ class Component:
 
 @dataclass(frozen=True)
 class Structure:
-    """What `analyze` finds. R^2 is over measured entries, with the sum of squares around the grand mean.
+    """Result of `analyze`. R^2 is over observed entries, with the sum of squares around the grand mean.
 
     Attributes
     ----------
     tasks, examples : int
     measured : float
-        Share of the entries that are measured.
+        Share of the entries that are observed.
     mean_by_task : dict
         Mean forgetting of each task, nats per token.
     rank_r2 : tuple of float
         R^2 of the best rank-1, rank-2, ... reconstruction (truncated SVD, not centred, as in arXiv 2406.14026).
     held_out_r2 : tuple of float
-        The same on a tenth of the entries that the reconstruction was not shown, on at most 1,000 examples. It falls
-        where a rank explains noise. Empty where too little is measured to hold any out.
+        The same on a held-out tenth of the entries, on at most 1,000 examples. It falls where a rank explains noise.
+        Empty where too few entries are observed to hold any out.
     row_r2, column_r2, additive_r2 : float
         R^2 of a_i alone, b_j alone, and a_i + b_j. That of a_i b_j, the multiplicative fit, is `rank_r2[0]`.
     rank_f1 : tuple of float
@@ -85,7 +85,7 @@ class Structure:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, ready for JSON."""
+        """Return plain numbers and strings, ready for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
@@ -95,19 +95,19 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
     Parameters
     ----------
     matrix : ForgettingMatrix, shape (M, N)
-        NaN is legal; rows and columns without any entry are passed over.
+        NaN is legal; rows and columns without entries are skipped.
     max_rank : int
-        Highest rank that is fitted; at most min(M, N).
+        Highest rank to fit; at most min(M, N).
     components : int
-        How many components are described.
+        Number of components to describe.
 
     Raises
     ------
     DataError
-        If nothing is measured, or all measurements are the same number.
+        If nothing is observed, or all observed entries are equal.
     """
-    seen = matrix.observed
-    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    observed = matrix.observed
+    rows, columns = np.flatnonzero(observed.any(axis=1)), np.flatnonzero(observed.any(axis=0))
     values = matrix.values[np.ix_(rows, columns)].astype(np.float64)
     if values.size == 0:
         raise DataError("the matrix has no measured entry")
@@ -141,12 +141,12 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
 def _binary_f1(values: np.ndarray, ranks: int) -> tuple[float, ...]:
     if not is_binary(values):
         return ()
-    present, forgotten = ~np.isnan(values), values == 1
-    found = []
+    observed, forgotten = ~np.isnan(values), values == 1
+    scores = []
     for rank in range(1, ranks + 1):
-        said = (factor_logistic(values, rank, F1_PRECISION).probability >= 0.5) & present
-        found.append(f1(int((said & forgotten).sum()), int(forgotten.sum()), int(said.sum())))
-    return tuple(found)
+        predicted = (factor_logistic(values, rank, F1_PRECISION).probability >= 0.5) & observed
+        scores.append(f1(int((predicted & forgotten).sum()), int(forgotten.sum()), int(predicted.sum())))
+    return tuple(scores)
 
 
 def _held_out_r2(values: np.ndarray, ranks: int) -> tuple[float, ...]:
@@ -163,12 +163,12 @@ def _components(low_rank: np.ndarray, loadings: np.ndarray, sources: Sequence[st
     labels = np.array(sources)
     names = sorted(set(sources))
     squares = (loadings**2).sum(axis=0)
-    found = []
+    components = []
     for loading, square in zip(loadings.T, squares, strict=True):
         unit = loading / np.sqrt(np.mean(loading**2))
         if (low_rank @ unit).mean() < 0:
             unit = -unit
         means = {name: float(unit[labels == name].mean()) for name in names}
         between = sum(float((labels == name).mean()) * (means[name] - unit.mean()) ** 2 for name in names)
-        found.append(Component(float(square / squares.sum()), means, float(between / max(unit.var(), 1e-30))))
-    return tuple(found)
+        components.append(Component(float(square / squares.sum()), means, float(between / max(unit.var(), 1e-30))))
+    return tuple(components)
