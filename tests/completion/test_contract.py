@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from forgetcast import ConfigError, DataError, probes
+from forgetcast import ConfigError, DataError
 from forgetcast.completion import (
     KNN,
     Additive,
@@ -16,6 +16,7 @@ from forgetcast.completion import (
     MatrixFactorization,
     Mean,
     SoftImpute,
+    probes,
 )
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import LEVELS

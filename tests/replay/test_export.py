@@ -191,7 +191,7 @@ def test_the_count_of_the_command(tmp_path: Path, pool: Pool, plan: ReplayPlan, 
     for more, count in ((), 17), (("--count", 3), 3), (("--steps", 6, "--batch-size", 2), 6):
         assert run(*words, *more)[0] == 0
         assert len(lines(tmp_path / "out.jsonl")) == count
-    assert "unknown format 'csv'" in run(*words, "--format", "csv")[2]
+    assert "'csv' is not one of" in run(*words, "--format", "csv")[2]
     assert "should end in .parquet" in run(*words, "--format", "parquet")[2]
 
 

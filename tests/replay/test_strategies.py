@@ -106,7 +106,7 @@ def test_padding_replays_nothing_but_has_a_ratio(tmp_path: Path, pool: Pool) -> 
     assert ReplayPlan.load(tmp_path / "plan.parquet").ratio == 0.25
     with pytest.raises(DataError, match="no replay weights"):
         replace(plan, weights=np.where(plan.held_out, 0, 0.05))
-    with pytest.raises(ConfigError, match="does not go with"):
+    with pytest.raises(ConfigError, match="is incompatible with"):
         plan_for(pool, "padding", 0.0)
 
 
@@ -133,7 +133,7 @@ def test_what_was_not_measured_is_not_replayed(pool: Pool, strategy: str, name: 
     known[name][[1, 7]] = np.nan
     plan = plan_for(pool, strategy, 0.1, held_out=["e0"], **known)
     assert set(plan.order(21)) == set(pool.ids) - {"e0", "e1", "e7"}
-    with pytest.raises(DataError, match="nothing to go by"):
+    with pytest.raises(DataError, match="has no signal to use"):
         plan_for(pool, strategy, 0.1, **known | {name: np.full(24, np.nan)})
 
 
@@ -408,7 +408,7 @@ def test_bad_ranks_and_strata(tmp_path: Path, pool: Pool) -> None:
             replace(plan, rank=rank)
     with pytest.raises(DataError, match="at most 1, not 0"):
         replace(plan, ranked_share=0.0)
-    with pytest.raises(DataError, match="no rank beside"):
+    with pytest.raises(DataError, match="exclude a rank"):
         replace(plan, strata=pool.sources)
     stratified = plan_for(pool, "stratified", 0.1)
     with pytest.raises(DataError, match="a label for every id"):
@@ -434,7 +434,7 @@ def test_plans_from_an_atlas(tmp_path: Path, atlas: Atlas, run: RunCommand, stra
     after = make_scores(atlas.pool.subset(atlas.pool.ids[5:]), 3 + atlas.matrix(["t3"]).values[0, 5:])
     after.save(tmp_path / "after.parquet")
     if strategy == "truth":
-        assert "needs --truth" in run(*words)[2]
+        assert "need --truth" in run(*words)[2]
         words += ["--truth", tmp_path / "after.parquet"]
     code, out, err = run(*words)
     assert (code, err) == (0, "")
@@ -466,7 +466,7 @@ def test_plans_that_cannot_be_made(tmp_path: Path, atlas: Atlas, run: RunCommand
     assert "unknown replay strategy 'best'; choose one of none, padding" in run(*words, "best")[2]
     make_scores(make_pool(50), np.ones(50)).save(tmp_path / "other.parquet")
     assert "doesn't know" in run(*words, "truth", "--truth", tmp_path / "other.parquet")[2]
-    assert "and only it" in run(*words, "random", "--truth", tmp_path / "other.parquet")[2]
+    assert "and only they" in run(*words, "random", "--truth", tmp_path / "other.parquet")[2]
     assert not (tmp_path / "plan.parquet").exists()
     code, out, _ = run("plan", "--help")
     text = " ".join(out.replace("│", " ").split())

@@ -293,7 +293,9 @@ def make_plan(
         raise ConfigError("every example is held out: nothing is left to replay")
     signals = Signals(pool.ids) if signals is None else signals
     if missing := rule.needs - signals.names:
-        raise DataError(f"the strategy {rule.name!r} needs {min(missing)}, a value for each example of the pool")
+        raise DataError(
+            f"the strategy {rule.name!r} needs {min(missing)}, a value for each example; the pool has {len(pool)}"
+        )
     if len(signals) != len(pool) or tuple(signals.ids) != pool.ids:
         raise MismatchError(f"the signals are of {len(signals)} other examples than the pool's {len(pool)}")
     restricted, rows = signals.restrict(usable, rule.needs)
