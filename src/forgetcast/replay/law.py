@@ -47,6 +47,8 @@ DRAWS = 4000
 MAX_RATIO = 1.0
 """Largest ratio that is advised: half of all examples are replayed ones."""
 
+MOST = MAX_RATIO  # the earlier name, until cli/plan.py has the new one
+
 ADVISED_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
