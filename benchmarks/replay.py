@@ -343,7 +343,7 @@ def advice_rows(results: list[Verification]) -> list[dict[str, Any]]:
                 line = y0 + (y1 - y0) * np.log(ratio / x0) / np.log(x1 / x0)
                 found.setdefault("a pilot, on a straight line", []).append((truth, line, np.nan, np.nan))
                 for name, (law, of) in laws.items():
-                    found.setdefault(name, []).append((truth, *law.left("random", ratio, task=of)))
+                    found.setdefault(name, []).append((truth, *law.remaining("random", ratio, task=of)))
         for name, quadruples in found.items():
             truth_, mean, lower, upper = np.array(quadruples).T
             error = float(np.sqrt(((mean - truth_) ** 2).mean()))

@@ -153,12 +153,12 @@ def _check_inputs(rule: Strategy, *, truth: Path | None, model: str | None, task
 
 def _advised_ratio(advice: Advice) -> float:
     """Return the advised ratio, if there is one."""
-    from forgetcast.replay.law import MOST
+    from forgetcast.replay.law import MAX_RATIO
 
     if advice.needed is None:
         raise ConfigError(
-            f"no ratio up to {MOST:g} is expected to keep {advice.target:.0%} with {advice.strategy} replay; "
-            f"at {MOST:g} it is {1 - advice.most.mean:.0%}. Aim lower, or give --ratio"
+            f"no ratio up to {MAX_RATIO:g} is expected to keep {advice.target:.0%} with {advice.strategy} replay; "
+            f"at {MAX_RATIO:g} it is {1 - advice.most.mean:.0%}. Aim lower, or give --ratio"
         )
     return advice.needed.mean
 

@@ -204,12 +204,12 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
 
 def advice_tables(advice: Advice) -> Iterator[RenderableType]:
     """Yield a table of the expected remaining forgetting by ratio and strategy, and the advice."""
-    strategies = list(dict.fromkeys(strategy for strategy, _ in advice.left))
+    strategies = list(dict.fromkeys(strategy for strategy, _ in advice.remaining))
     columns = [(strategy, metric) for strategy in strategies for metric in LAW_METRICS]
     table = Table("ratio", *(f"{escape(strategy)}, {METRICS[metric]}" for strategy, metric in columns))
     table.title = "Remaining forgetting as a fraction (90 % interval of a run)"
-    for ratio in dict.fromkeys(ratio for _, ratio in advice.left):
-        cells = (advice.left[strategy, ratio][metric] for strategy, metric in columns)
+    for ratio in dict.fromkeys(ratio for _, ratio in advice.remaining):
+        cells = (advice.remaining[strategy, ratio][metric] for strategy, metric in columns)
         table.add_row(f"1/{1 / ratio:.0f}", *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells))
     yield table
     for sentence in advice.sentences():

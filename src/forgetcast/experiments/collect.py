@@ -36,7 +36,7 @@ _TASK_FILES = {".jsonl", ".json", ".ndjson", ".parquet"}
 
 
 class CollectConfig(BaseModel):
-    """What `forgetcast collect` reads from its YAML file; paths are relative to that file.
+    """Contents of the YAML file of `forgetcast collect`; paths are relative to that file.
 
     Attributes
     ----------
@@ -145,19 +145,19 @@ def prepare_atlas(
     pool : Pool
         Upstream examples.
     recipe : Recipe
-        Of every row.
+        Recipe of every row.
     exact_match : bool
         Whether the models also answer the pool's prompts, so that flips are counted.
     max_new_tokens : int
         Longest answer.
     metric : callable, optional
-        From an answer and the expected one to 1 or 0; default: exact match.
+        Maps an answer and the expected one to 1 or 0; default: exact match.
     on_progress : callable, optional
 
     Raises
     ------
     MismatchError
-        If the atlas is of another model, pool or recipe, or was measured in another way.
+        If the atlas has another model, pool, recipe or way to measure answers.
     """
     if Path(path).exists():
         atlas = Atlas.open(path)
@@ -181,7 +181,7 @@ def collect(
     metric: Metric | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
-    """Measure what every task makes the base model forget.
+    """Measure the base model's forgetting after each task.
 
     Parameters
     ----------
@@ -215,18 +215,18 @@ def collect(
 
 
 def collection_units(tasks: int, pool: Pool, recipe: Recipe, *, answered: bool = False) -> int:
-    """Count the work of `tasks` rows."""
+    """Return the units of work of `tasks` rows."""
     return tasks * units(recipe, len(pool) * (1 + answered))
 
 
 def _answers(max_new_tokens: int, metric: Metric | None) -> dict[str, Any]:
-    """Arguments of `lm.exact_match`."""
+    """Return the arguments of `lm.exact_match`."""
     return {"max_new_tokens": max_new_tokens, **({} if metric is None else {"metric": metric})}
 
 
 def _check_answers(atlas: Atlas, max_new_tokens: int | None) -> None:
-    """Raise MismatchError if the atlas has answers and none are wanted, or vice versa, or of another length."""
+    """Raise MismatchError if the atlas was collected with other settings of the answers."""
     stored = atlas.before.metadata.get("max_new_tokens") if atlas.has_answers else None
     if atlas.has_answers != (max_new_tokens is not None) or stored not in (None, max_new_tokens):
         has = f"exact_match: true and max_new_tokens: {stored}" if atlas.has_answers else "exact_match: false"
-        raise MismatchError(f"the atlas {atlas.path} was collected with {has}; keep to that, or begin a new one")
+        raise MismatchError(f"the atlas {atlas.path} was collected with {has}; use that, or create a new atlas")

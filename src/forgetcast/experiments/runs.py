@@ -1,9 +1,9 @@
-"""Resumable fine-tuning runs: each is made once, kept with its settings, reused, or refused if they differ."""
+"""Resumable fine-tuning runs: each is made once, stored with its settings, reused, and refused if they differ."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ from forgetcast.measure.scores import Scores
 from forgetcast.replay.plan import ReplayPlan
 
 if TYPE_CHECKING:
-    from forgetcast.lm import FineTuner, LanguageModel, ReplaySelector
+    from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with a description, the units of work done, and the units in all.
+"""Called with a description, the finished units of work, and their total.
 
 A unit is one example's forward pass; training on an example counts as TRAINING_UNITS."""
 
@@ -66,24 +66,22 @@ class FineTune:
     Attributes
     ----------
     name : str
-        What the progress display calls it.
+        Label in the progress display.
     task : Pool
         New examples to train on.
     recipe : Recipe
     judged : Pool
         Upstream examples that are scored after the training.
     tests : mapping of str to Pool
-        Test examples of tasks, by task; their mean losses are kept.
+        Test examples by task; their mean losses are stored.
     plan, pool : optional
-        What to replay, and the pool that it is taken from.
+        What to replay, and its pool.
     selector : ReplaySelector, optional
-        What decides during training which examples of the plan come next.
-    start : mapping of str to Tensor, optional
-        Weights to start from; default: the base model's.
-    already_replayed : sequence of str
-        Ids that earlier fine-tunes replayed.
+        Selects during training which examples of the plan come next.
+    initial : InitialState, optional
+        Where earlier fine-tunes ended; default: the base model, with nothing replayed.
     answers : mapping, optional
-        Arguments of `lm.exact_match`, if the judged prompts are to be answered too.
+        Arguments of `lm.exact_match` to answer the judged prompts too; default: no answers.
     """
 
     name: str
@@ -94,8 +92,7 @@ class FineTune:
     plan: ReplayPlan | None = None
     pool: Pool | None = None
     selector: ReplaySelector | None = None
-    start: Mapping[str, Any] | None = None
-    already_replayed: Sequence[str] = ()
+    initial: InitialState | None = None
     answers: Mapping[str, Any] | None = None
 
     def run(self, tuner: FineTuner, settings: Mapping[str, Any], meter: Meter) -> Scores:
@@ -113,8 +110,7 @@ class FineTune:
             plan=self.plan,
             pool=self.pool,
             selector=self.selector,
-            start=self.start,
-            already_replayed=self.already_replayed,
+            initial=self.initial,
             on_step=lambda *_: meter.advance(f"{self.name}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),
         )
         after = score_with_progress(tuned.language_model, self.judged, meter, self.name, self.answers)
@@ -132,12 +128,12 @@ class FineTune:
 
 
 def units(recipe: Recipe, scored: int, replayed: int = 0) -> int:
-    """Count the work of one fine-tune that scores and answers `scored` examples and replays `replayed`."""
+    """Return the units of work of a fine-tune that scores and answers `scored` examples and replays `replayed`."""
     return (recipe.steps * recipe.batch_size + replayed) * TRAINING_UNITS + scored
 
 
 class RunStore(ABC):
-    """Where finished runs are kept, each under a name and with the settings that its outcome depends on."""
+    """A store of finished runs, each with a name and the settings that its outcome depends on."""
 
     @abstractmethod
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
@@ -151,7 +147,7 @@ class RunStore(ABC):
 
     @abstractmethod
     def save(self, name: str, scores: Scores) -> None:
-        """Keep a finished run; its settings are in the metadata."""
+        """Store a finished run; its settings are in the metadata."""
 
     def ensure(self, name: str, settings: Mapping[str, Any], run: Callable[[], Scores]) -> None:
         """Make the run unless it is finished."""
@@ -166,7 +162,7 @@ class ScoreFiles(RunStore):
         self.directory = Path(directory)
 
     def path(self, name: str) -> Path:
-        """Return where a run is kept."""
+        """Return the path of a run's file."""
         return self.directory / f"{name}.parquet"
 
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
@@ -209,8 +205,8 @@ class AtlasRows(RunStore):
 
 
 def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-    """Raise MismatchError if a stored recipe, unless it is empty, is another one."""
-    # Fields that an older version did not have had their default.
+    """Raise MismatchError if a stored recipe is not empty and differs."""
+    # A field that an older version lacked had its default value.
     earlier = {name: field.default for name, field in Recipe.model_fields.items()} | dict(stored)
     if changed := [name for name, value in recipe.items() if stored and earlier[name] != value]:
         raise MismatchError(

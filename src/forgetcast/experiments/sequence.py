@@ -1,8 +1,8 @@
-"""Fine-tune on tasks one after another, each from the last one's weights, and measure the forgetting on the way.
+"""Fine-tune on tasks one after another, each from the last one's weights, and measure the forgetting after each.
 
 The tasks come in several random orders, each without replay, with random replay and with replay by forecast. Before
-every task the forecast is made again, from probes of the current model. Every finished stage is one score file, and its
-final weights are kept until the next stage is finished, so an interrupted sequence continues where it stopped.
+every task, probes of the current model update the forecast. Every finished stage is one score file, and its final
+weights are kept until the next stage is finished, so an interrupted sequence continues where it stopped.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from forgetcast.lm import FineTuner
 
 AVAILABLE = frozenset({"losses", "forecast", "loadings"})
-"""Signals that are known before every task of a sequence."""
+"""Signals that are available before every task of a sequence."""
 
 
 class SequenceSettings(BaseModel):
-    """Settings of a sequence besides its tasks and recipe. An unknown key is an error.
+    """Settings of a sequence except its tasks and recipe. An unknown key is an error.
 
     Attributes
     ----------
@@ -54,12 +54,12 @@ class SequenceSettings(BaseModel):
     probes : int
         Examples measured before every task but the first, to forecast the others.
     hold_out : float
-        Fraction of the pool that is never replayed, and is judged on after every task. Half, more than a plan holds
-        out by default: over several tasks the arms replay most of the rest, so only these examples tell them apart.
+        Fraction of the pool that is judged on after every task and never replayed. Larger than a plan's default: over
+        several tasks the arms replay most of the rest, so only these examples distinguish them.
     repeat : bool
         Whether one task may replay an example more than once.
     seed : int
-        Of the orders and of the hold-out.
+        Seed of the orders and of the hold-out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,7 +91,7 @@ class SequenceSettings(BaseModel):
 def task_orders(tasks: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, ...]]:
     """Draw random orders of at least two tasks; none repeats until all possible orders were drawn.
 
-    More orders from the same seed begin with the fewer.
+    With the same seed, a longer list starts with the shorter one.
 
     Raises
     ------
@@ -126,23 +126,22 @@ def run_sequence(
     tuner : FineTuner
         With the base model that the atlas was measured on.
     atlas : Atlas
-        What the forecasts learn from; its pool is replayed and judged on.
+        The forecasts are fitted to it; its pool is replayed and judged on.
     recipe : Recipe
-        Of every fine-tune; its seed is replaced by the number of the order, which also seeds the replay.
+        Used by every fine-tune; its seed is replaced by the number of the order, which also seeds the replay.
     tasks : mapping of str to pair of Pool
         Training and test examples by task name.
     settings : SequenceSettings
     directory : path
-        Where the score file of every stage is kept, and the weights of the running sequence. Finished stages are not
-        repeated.
+        Keeps the score file of every stage, and the weights of the running sequence. Finished stages are not repeated.
     on_progress : callable, optional
 
     Raises
     ------
     ConfigError
-        If the ratio is too small for a batch, or nothing is left to judge on or to replay.
+        If the ratio is too small for a batch, or no example remains to judge on or to replay.
     DataError
-        If there are fewer than two tasks, or an atlas to forecast from has fewer.
+        If there are fewer than two tasks, or the atlas has fewer and a forecast is needed.
     MismatchError
         If the atlas is of another base model, or a stage in `directory` was made with other settings.
     """
@@ -173,7 +172,7 @@ class _Chain(NamedTuple):
 
 @dataclass(frozen=True)
 class _SequenceRunner:
-    """What all chains share. Stages count from 1; `weights` None are the base model's."""
+    """The state that all chains share. Stages count from 1; `weights` None means the base model's."""
 
     tuner: FineTuner
     tasks: Mapping[str, tuple[Pool, Pool]]
@@ -185,10 +184,10 @@ class _SequenceRunner:
     @cached_property
     def judged(self) -> Pool:
         """Upstream examples that are never replayed."""
-        share, pool = self.settings.hold_out, self.atlas.pool
-        held_out = self.atlas.hold_out(share, seed=self.settings.seed)
+        fraction, pool = self.settings.hold_out, self.atlas.pool
+        held_out = self.atlas.hold_out(fraction, seed=self.settings.seed)
         if not held_out:
-            raise ConfigError(f"holding out {share:g} of {len(pool)} examples leaves none to judge on")
+            raise ConfigError(f"holding out {fraction:g} of {len(pool)} examples leaves none to judge on")
         return pool.subset(held_out)
 
     @cached_property
@@ -213,7 +212,7 @@ class _SequenceRunner:
         return self.settings.ratio if self.settings.arms[arm].replays else 0.0
 
     def check(self) -> None:
-        """Make the first plan of every arm, so that what cannot be planned is an error before any training."""
+        """Make the first plan of every arm, so that an impossible plan is an error before any training."""
         check_base(self.atlas, self.tuner.base)
         for arm in self.settings.arms:
             self.plan(_Chain(0, arm, ()), None, ()).count(self.recipe.steps, self.recipe.batch_size)
@@ -223,7 +222,7 @@ class _SequenceRunner:
         return f"{chain.arm}.{chain.order}.{stage}"
 
     def weights_file(self, chain: _Chain, stage: int) -> Path:
-        """Where the weights after a stage are kept."""
+        """Return the path of the weights after a stage."""
         return self.runs.directory / f"{self.name(chain, stage)}.safetensors"
 
     def stage_settings(self, chain: _Chain, stage: int) -> dict[str, Any]:
@@ -256,7 +255,7 @@ class _SequenceRunner:
             self.name(chain, done + 1), self.stage_settings(chain, done + 1)
         ):
             done += 1
-        # Without its final weights, a stage cannot be continued from.
+        # A stage without its final weights cannot be followed by another.
         while 0 < done < len(chain.tasks) and not self.weights_file(chain, done).exists():
             done -= 1
         return done
@@ -283,6 +282,8 @@ class _SequenceRunner:
         self, chain: _Chain, stage: int, weights: Mapping[str, Any] | None, replayed: Sequence[str], meter: Meter
     ) -> Scores:
         """Fine-tune on a stage's task, and judge."""
+        from forgetcast.lm import InitialState
+
         name = chain.tasks[stage - 1]
         job = FineTune(
             name=f"{name} ({stage} of {len(chain.tasks)}), {chain.arm} replay, order {chain.order}",
@@ -292,13 +293,12 @@ class _SequenceRunner:
             tests={task: self.tasks[task][1] for task in chain.tasks[:stage]},
             plan=self.plan(chain, weights, replayed),
             pool=self.atlas.pool,
-            start=weights,
-            already_replayed=tuple(replayed),
+            initial=InitialState(weights, tuple(replayed)),
         )
         return job.run(self.tuner, self.stage_settings(chain, stage), meter)
 
     def plan(self, chain: _Chain, weights: Mapping[str, Any] | None, replayed: Sequence[str]) -> ReplayPlan:
-        """Plan what the next stage replays, from what is known of the current model."""
+        """Plan the replay of the next stage from the current model's forecast."""
         strategy = self.settings.arms[chain.arm]
         signals = Signals(
             self.atlas.pool.ids,
@@ -320,19 +320,19 @@ class _SequenceRunner:
         """Forecast the forgetting of every example since the base model, shape (N,), nats per token.
 
         The probes are chosen again among the examples that were not replayed: a replayed one no longer represents the
-        others. Without any, and before the first task, the forecast is what the atlas expects of any task.
+        others. Without such examples, and before the first task, the forecast is the prior one of the atlas.
         """
-        pool, before, kept = self.atlas.pool, self.atlas.nll_before, {*replayed, *self.judged.ids}
-        usable = [i for i, id_ in enumerate(pool.ids) if id_ not in kept and not np.isnan(before[i])]
+        pool, before, excluded = self.atlas.pool, self.atlas.nll_before, {*replayed, *self.judged.ids}
+        usable = [i for i, id_ in enumerate(pool.ids) if id_ not in excluded and not np.isnan(before[i])]
         if weights is None or not usable:
             return self.model.predict([], []).mean
         from forgetcast.lm.score import losses
 
-        chosen = probes.choose(self.model, min(self.settings.probes, len(usable)), usable)
+        columns = probes.choose(self.model, min(self.settings.probes, len(usable)), usable)
         # The merged weights, not an adapter on top of them, so that a resumed sequence measures the same.
         tuned, longest = self.tuner.restore(weights), self.atlas.before.metadata.get("max_length")
-        measured = losses(tuned, (pool[i] for i in chosen.tolist()), longest)
-        return self.model.predict(chosen, measured - before[chosen]).mean
+        measured = losses(tuned, (pool[i] for i in columns.tolist()), longest)
+        return self.model.predict(columns, measured - before[columns]).mean
 
     def outcome(self, chain: _Chain, stage: int) -> Stage:
         """Compute the figures of a finished stage."""
@@ -352,7 +352,7 @@ class _SequenceRunner:
         )
 
     def _remove_weights(self, chain: _Chain, keep: int | None = None) -> None:
-        """Delete a chain's weights except those after stage `keep`, and what a killed process wrote halfway."""
+        """Delete a chain's weights except those after stage `keep`, and files that a killed process left incomplete."""
         pattern = f"{chain.arm}.{chain.order}.*.safetensors"
         for file in (*self.runs.directory.glob(pattern), *self.runs.directory.glob(f".{pattern}")):
             if keep is None or file != self.weights_file(chain, keep):

@@ -1,4 +1,4 @@
-"""What was measured while tasks were learned one after another, and how the arms compare at the end."""
+"""Results of learning tasks in sequence, and the comparison of the arms at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forgetcast.results import Result, plain
 from forgetcast.stats import Compared
 
 SEQUENCE_METRICS = ("mean", "worst_tenth", "earlier_tasks", "new_task_loss")
-"""Those of `METRICS` that are compared at the end of a sequence."""
+"""The `METRICS` that are compared at the end of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Stage:
     Attributes
     ----------
     order : int
-        Which of the orders, from 0; also the seed of its fine-tunes.
+        Number of the order, from 0; also the seed of its fine-tunes.
     arm : str
     position : int
-        Tasks learned so far, this one included.
+        Number of tasks learned so far, including this one.
     task : str
     mean, worst_tenth : float
         Forgetting of the judged upstream examples since the base model, nats per token: all of them, and the most
@@ -36,7 +36,7 @@ class Stage:
     losses : mapping of str to float
         Mean loss on the test part of every task learned so far, nats per target token.
     replayed, steps : int
-        Of this stage.
+        Replayed examples and optimiser steps of this stage.
     seconds : float
         Wall time of its training.
     """
@@ -63,14 +63,14 @@ class SequenceResult(Result, Compared):
     ----------
     stages : tuple of Stage
     judged : int
-        Upstream examples that were judged after every stage.
+        Number of upstream examples judged after every stage.
     ratio : float
         Replayed examples per new one.
 
     Raises
     ------
     DataError
-        If the stages of an arm and order are not those of a whole sequence.
+        If the stages of an arm and order are not a complete sequence.
     """
 
     kind: ClassVar[str] = "sequence"
@@ -84,17 +84,17 @@ class SequenceResult(Result, Compared):
         return f"SequenceResult({self.length} tasks, arms {', '.join(self.arms)}, {self.judged} examples judged)"
 
     def __post_init__(self) -> None:
-        """Check that every sequence is whole."""
+        """Check that every sequence is complete."""
         longest = max((stage.position for stage in self.stages), default=0)
         if longest < 2:
             raise DataError("a sequence has at least two stages")
         for (arm, order), chain in self._chains.items():
             where = f"{arm} replay, order {order}"
             if [stage.position for stage in chain] != list(range(1, longest + 1)):
-                raise DataError(f"{where}: a stage is missing, or there twice")
+                raise DataError(f"{where}: a stage is missing or duplicated")
             for i, stage in enumerate(chain, 1):
                 if set(stage.losses) != (learned := {earlier.task for earlier in chain[:i]}) or len(learned) < i:
-                    raise DataError(f"{where}: stage {i} needs the losses of the tasks learned until then")
+                    raise DataError(f"{where}: stage {i} needs the losses of exactly the tasks learned so far")
 
     @cached_property
     def _chains(self) -> dict[tuple[str, int], list[Stage]]:
@@ -115,11 +115,11 @@ class SequenceResult(Result, Compared):
 
     @property
     def length(self) -> int:
-        """Tasks of a sequence."""
+        """Number of tasks of a sequence."""
         return max(stage.position for stage in self.stages)
 
     def orders(self, arm: str) -> tuple[int, ...]:
-        """Orders that an arm was run in."""
+        """Return the orders that an arm was run in."""
         return tuple(sorted(order for name, order in self._chains if name == arm))
 
     def value(self, arm: str, order: int, metric: str, position: int | None = None) -> float:
@@ -146,7 +146,7 @@ class SequenceResult(Result, Compared):
         return float(getattr(last, metric))
 
     def average(self, arm: str, metric: str, position: int | None = None) -> float:
-        """Mean of a figure over an arm's orders, as in `value`."""
+        """Return the mean of a metric over an arm's orders, as in `value`."""
         return float(np.mean([self.value(arm, order, metric, position) for order in self.orders(arm)]))
 
     def total(self, arm: str, field: str) -> float:

@@ -75,7 +75,7 @@ class Verification(Result, Compared):
         return tuple(name for name in METRICS if all(getattr(run, name, None) is not None for run in self.runs))
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
-        """Of each task with pairs, those of its seeds."""
+        """Return the paired differences of each task, one per seed."""
         value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
         groups: dict[str, list[float]] = {}
         for task, seed, name in value:
@@ -146,21 +146,21 @@ def pilot_comparison(
     ----------
     atlas : Atlas
     name : str
-        Of the task.
+        Name of the task.
     examples : Pool
-        Fine-tuning data, of which TEST_SHARE is held out for the new-task loss.
+        Fine-tuning data; TEST_SHARE of it is held out for the new-task loss.
     strategies : sequence of Strategy
         In addition to random replay.
     ratios : sequence of float
     hold_out : float
-        Fraction of the pool that is judged on and never replayed.
+        Fraction of the pool that is never replayed, so that it can be judged on.
     repeat : bool
         As in `make_plan`.
 
     Raises
     ------
     ConfigError
-        If a strategy needs more than the atlas, or does not replay.
+        If a strategy does not replay, or needs signals that the atlas lacks.
     """
     wanted = list({strategy.name: strategy for strategy in (Random(), *strategies)}.values())
     for strategy in wanted:
@@ -194,15 +194,15 @@ def verify(
     tuner : FineTuner
         With the base model.
     atlas : Atlas
-        With the pool and the base scores. If it has the base model's answers, the tuned models answer too, and flips
-        are counted.
+        Provides the pool and the base scores. If it has the base model's answers, the tuned models answer too, and
+        flips are counted.
     recipe : Recipe
         Its seed is replaced by each of `seeds`, which also sets the order of replay.
     comparisons : sequence of ReplayComparison
         The plans of a comparison must hold out the same examples.
     seeds : iterable of int
     directory : path
-        Where the score file of every run is kept. Finished runs are not repeated.
+        Keeps the score file of every run. Finished runs are not repeated.
     on_progress : callable, optional
 
     Raises
@@ -210,7 +210,7 @@ def verify(
     MismatchError
         If the atlas is of another base model, a plan of another pool, or a run in `directory` has other settings.
     ConfigError
-        If the plans of a comparison hold out other examples, or one does not fit the recipe: `ReplayPlan.count`.
+        If the plans of a comparison hold out different examples, or the recipe cannot replay one: `ReplayPlan.count`.
     """
     check_base(atlas, tuner.base)
     seeds, before, runs = tuple(seeds), atlas.before, ScoreFiles(directory)
@@ -221,7 +221,7 @@ def verify(
         for seed in seeds
         for arm in comparison.plans
     ]
-    work = {job.name: job.units for job in jobs}  # a plan that cannot be replayed is an error before any training
+    work = {job.name: job.units for job in jobs}  # raises for a plan that cannot be replayed, before any training
     missing = [job for job in jobs if not runs.has(job.name, job.settings(tuner))]
     meter = Meter(sum(work[job.name] for job in missing), on_progress)
     for job in jobs:

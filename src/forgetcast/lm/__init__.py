@@ -17,10 +17,11 @@ from forgetcast.lm.load import LanguageModel, load
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score
 from forgetcast.lm.selectors import MostForgottenSelector, OnlineSelector, ReplaySelector
-from forgetcast.lm.train import FineTuner, Tuned
+from forgetcast.lm.train import FineTuner, InitialState, Tuned
 
 __all__ = [
     "FineTuner",
+    "InitialState",
     "LanguageModel",
     "MostForgottenSelector",
     "OnlineSelector",

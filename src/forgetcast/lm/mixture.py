@@ -1,4 +1,4 @@
-"""Replay as a data set: the new task's batches with whole batches of upstream examples spread evenly between them."""
+"""Replay as a data set: the new task's batches with whole batches of upstream examples spread evenly among them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,6 @@ class ReplayMixture(Dataset[Encoded]):
         In the phase 'padding', more new examples are added instead of upstream ones.
     pool : Pool, optional
         Required with a plan; the pool that the plan was made for.
-    already_replayed : iterable of str
-        Ids that earlier fine-tunes replayed, as in `ReplayPlan.order`.
 
     Attributes
     ----------
@@ -75,7 +73,6 @@ class ReplayMixture(Dataset[Encoded]):
         seed: int = 0,
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
-        already_replayed: Iterable[str] = (),
     ) -> None:
         count = 0
         if plan is not None and plan.ratio > 0:
@@ -84,22 +81,24 @@ class ReplayMixture(Dataset[Encoded]):
             plan.check_pool(pool)
             count = plan.count(steps, batch_size) // batch_size
         padding = plan is not None and plan.phase == "padding"
-        replayed = (
-            plan.order(count * batch_size, already_replayed=already_replayed) if plan and count and not padding else ()
-        )
+        replayed = plan.order(count * batch_size) if plan and count and not padding else ()
         self.steps, self.batch_size, self.plan = steps + count, batch_size, plan
         self.tokenizer, self._max_length, self._task, self._pool = tokenizer, max_length, task, pool
         self._padding = pad_id(tokenizer)
-        # Every arm of a comparison sees the same new batches; those that pad are drawn on their own.
+        # Every arm of a comparison sees the same new batches, so those that pad are drawn separately.
         new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(replayed)
         self._order = [
             (False, task.ids[next(more if extra else new)]) if padding or not extra else (True, next(old))
             for extra in spread(steps, count)
             for _ in range(batch_size)
         ]
-        # Once each and before training, so that what cannot be trained on is an error here.
+        # Before training, so that an example that cannot be trained on is an error here.
         self._encoded = dict[tuple[bool, str], Encoded]()
         self._encode(self._order)
+
+    def __repr__(self) -> str:
+        replayed = sum(replay for replay, _ in self._order)
+        return f"ReplayMixture(steps={self.steps}, batch_size={self.batch_size}, {replayed} examples replayed)"
 
     def _encode(self, keys: Iterable[tuple[bool, str]]) -> None:
         for replay, id_ in dict.fromkeys(keys):
@@ -107,33 +106,32 @@ class ReplayMixture(Dataset[Encoded]):
                 continue
             source = self._pool if replay and self._pool is not None else self._task
             example = source[int(source.positions([id_])[0])]
-            self._encoded[replay, id_] = found = encode(example, self.tokenizer, self._max_length, end=True)
-            if not found.targets:
+            self._encoded[replay, id_] = encoded = encode(example, self.tokenizer, self._max_length, end=True)
+            if not encoded.targets:
                 raise DataError(f"example {id_!r} has no token to train on: its text is a single token")
 
     @property
     def replayed(self) -> tuple[str, ...]:
-        """Ids of the upstream examples in it, in order."""
+        """Ids of the replayed examples, in order."""
         return self.replayed_before(self.steps)
 
     def replayed_before(self, step: int) -> tuple[str, ...]:
-        """Ids of the upstream examples in the steps before this one, counted from 0."""
+        """Return the ids replayed in the steps before this one, counted from 0."""
         return tuple(id_ for replay, id_ in self._order[: step * self.batch_size] if replay)
 
     def replays(self, step: int) -> bool:
-        """Whether the batch of a step, counted from 0, is of upstream examples."""
+        """Say whether the batch of a step, counted from 0, is replayed."""
         return step < self.steps and self._order[step * self.batch_size][0]
 
     def revise(self, step: int, ids: Sequence[str]) -> None:
-        """Replay these examples next, from a step on, counted from 0; after them comes what would have come without.
+        """Replay these examples first from a step on, counted from 0, followed by the others in their earlier order.
 
-        What is replayed before the step stays. The Trainer has read a batch ahead, so that the step that comes next
-        cannot be changed.
+        A Trainer reads one batch ahead, so its next step can no longer be changed.
 
         Raises
         ------
         ConfigError
-            If an example may not be replayed: it has no weight in the plan.
+            If an example has no weight in the plan.
         """
         if self.plan is None:
             raise ConfigError("without a replay plan there is nothing to revise")
@@ -150,32 +148,31 @@ class ReplayMixture(Dataset[Encoded]):
             self._order[i] = key
 
     def __len__(self) -> int:
-        """Count the examples: steps times batch size."""
+        """Return the number of examples: steps times batch size."""
         return len(self._order)
 
     def __getitem__(self, index: int) -> Encoded:
-        """Tokens of the example at a position."""
+        """Return the tokens of the example at a position."""
         return self._encoded[self._order[index]]
 
     def collate(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """Pad a batch to what a causal language model is trained on."""
+        """Pad a batch to the inputs of a causal language model."""
         ids, mask, labels = pad(batch, self._padding)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def dataset(self) -> datasets.Dataset:
-        """Show it as a data set of the library datasets, which TRL's `SFTTrainer` asks for.
+        """Return a view as a `datasets.Dataset`, which TRL's `SFTTrainer` needs.
 
-        Its rows are the `input_ids` and `labels` of one example each, read when the Trainer asks for them: it is the
-        mixture, not a copy. The `SFTTrainer` must leave it as it is, `dataset_kwargs={"skip_prepare_dataset": True}`.
-        With `packing=True`, or `padding_free=True` and `max_length=None`, it then lays the examples of a batch end to
-        end instead of padding them.
+        Its rows are the `input_ids` and `labels` of one example each, read from the mixture on access. The `SFTTrainer`
+        must not change it: `dataset_kwargs={"skip_prepare_dataset": True}`. With `packing=True`, or `padding_free=True`
+        and `max_length=None`, it then concatenates the examples of a batch instead of padding them.
         """
-        # The column's name is one that a Trainer keeps, and the transform puts tokens in place of the positions.
+        # A Trainer keeps a column of this name; the transform replaces the positions by tokens.
         return datasets.Dataset.from_dict({"input_ids": list(range(len(self)))}).with_transform(_Rows(self))
 
 
 class _Rows:
-    """From positions to the mixture's tokens, as they are when they are asked for."""
+    """Transform from positions to the mixture's current tokens."""
 
     def __init__(self, mixture: ReplayMixture) -> None:
         self.mixture, self._name = mixture, uuid4().hex
@@ -185,22 +182,22 @@ class _Rows:
         return {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}
 
     def __deepcopy__(self, _: Any) -> _Rows:
-        """Stay the same: a Trainer copies its data set, and a copy of the mixture would not see what is revised."""
+        """Return self: a Trainer copies its data set, and a copy of the mixture would miss its revisions."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be pickled as a name: datasets pickles a transform to hash it, which all the tokens would make slow."""
-        return _elsewhere, (self._name,)
+        """Pickle a name only: datasets pickles a transform to hash it, which is slow with all tokens."""
+        return _refuse_unpickling, (self._name,)
 
 
-def _elsewhere(_: str) -> NoReturn:
-    raise ConfigError("a mixture's data set is read in the process that made it: set dataloader_num_workers=0")
+def _refuse_unpickling(_: str) -> NoReturn:
+    raise ConfigError("a mixture's data set can be read only in the process that made it: set dataloader_num_workers=0")
 
 
 class ReplayCallback(TrainerCallback, ExportableState):
-    """Refuse a Trainer that would not train on a mixture as it is laid out, and let a selector change what is to come.
+    """Refuse a Trainer that would not train on the mixture in its order, and let a selector change the next examples.
 
-    What was chosen is kept in the Trainer's checkpoints, so that a run that is resumed replays in the same order.
+    The selection is kept in the Trainer's checkpoints, so that a resumed run replays in the same order.
 
     Parameters
     ----------
@@ -211,21 +208,22 @@ class ReplayCallback(TrainerCallback, ExportableState):
     Raises
     ------
     ConfigError, MismatchError
-        If the selector and the mixture do not go together.
+        If the selector is incompatible with the mixture.
     """
 
     def __init__(self, mixture: ReplayMixture, selector: ReplaySelector | None = None) -> None:
-        self._mixture, self._chooser = mixture, selector
+        self._mixture, self._selector = mixture, selector
         if selector is not None:
             selector.check(mixture)
         elif mixture.plan is not None and mixture.plan.phase == "in-training":
             raise ConfigError(
-                f"the strategy {mixture.plan.strategy!r} selects during training: give a MostForgottenSelector"
+                f"the strategy {mixture.plan.strategy!r} selects during training: "
+                "give MostForgottenSelector as the selector"
             )
 
     def state(self) -> dict[str, Any]:
-        """Is called by the Trainer for what a checkpoint has to hold."""
-        return {"args": {}, "attributes": {"replayed": self._mixture.replayed if self._chooser is not None else None}}
+        """Trainer hook: return the state to keep in a checkpoint."""
+        return {"args": {}, "attributes": {"replayed": self._mixture.replayed if self._selector is not None else None}}
 
     def on_train_begin(
         self,
@@ -235,34 +233,34 @@ class ReplayCallback(TrainerCallback, ExportableState):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        """Is called by the Trainer, with arguments of these names.
+        """Trainer hook.
 
         Raises
         ------
         ConfigError
-            If the Trainer has a sampler of its own, or other data, batches or steps than the mixture.
+            If the Trainer shuffles, or its data, batches or steps differ from the mixture's.
         """
         if not self._reads_the_mixture(train_dataloader.dataset):
             raise ConfigError(
-                "the Trainer trains on something else than the mixture: give it the mixture itself, or TRL's "
+                "the Trainer does not train on the mixture: give it the mixture itself, or TRL's "
                 'SFTTrainer the mixture\'s dataset() and dataset_kwargs={"skip_prepare_dataset": True}'
             )
         batches = train_dataloader.batch_sampler
-        while hasattr(batches, "batch_sampler"):  # Accelerate's, around that of the Trainer
+        while hasattr(batches, "batch_sampler"):  # Accelerate wraps the Trainer's
             batches = batches.batch_sampler
         if not isinstance(batches.sampler, SequentialSampler):
             raise ConfigError(
-                'replay has an order to keep: set train_sampling_strategy="sequential" in TrainingArguments'
+                'the order of replay must be kept: set train_sampling_strategy="sequential" in TrainingArguments'
             )
         examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if examples != self._mixture.batch_size:
             raise ConfigError(f"a step of the Trainer is {examples} examples, the mixture's {self._mixture.batch_size}")
         if state.max_steps != self._mixture.steps:
             raise ConfigError(f"set max_steps={self._mixture.steps}: the Trainer would take {state.max_steps} steps")
-        if self._chooser is not None:
+        if self._selector is not None:
             if args.dataloader_num_workers:
                 raise ConfigError(
-                    "set dataloader_num_workers=0: what is chosen in training does not reach other workers"
+                    "set dataloader_num_workers=0: a selection during training does not reach other workers"
                 )
             kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("replayed")
             if kept is not None:
@@ -283,19 +281,19 @@ class ReplayCallback(TrainerCallback, ExportableState):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Is called by the Trainer, with arguments of these names."""
+        """Trainer hook."""
         step = state.global_step
-        if self._chooser is None or not self._chooser.due(step, self._mixture):
+        if self._selector is None or not self._selector.due(step, self._mixture):
             return
-        # The Trainer has read the first batch of the next step already.
+        # The Trainer has already read the first batch of the next step.
         replayed = self._mixture.replayed_before(step + 1)
         language_model = LanguageModel(model, self._mixture.tokenizer, "the model in training")
-        chosen = self._chooser.select(language_model, self._mixture, replayed)
-        self._mixture.revise(step + 1, processes.from_first(chosen))
+        selected = self._selector.select(language_model, self._mixture, replayed)
+        self._mixture.revise(step + 1, processes.from_first(selected))
 
 
 def spread(new: int, old: int) -> Iterator[bool]:
-    """Say for each of new + old batches whether it is an old one: as evenly spaced as whole numbers allow."""
+    """Yield for each of new + old batches whether it is an old one, spaced as evenly as whole numbers allow."""
     total = new + old
     for i in range(total):
         yield ((2 * i + 2) * old + total) // (2 * total) > (2 * i * old + total) // (2 * total)

@@ -23,7 +23,7 @@ from forgetcast.replay.strategies import available_strategies, get_strategy
 
 
 class Layout(Protocol):
-    """What a selector may ask a `ReplayMixture`."""
+    """The part of a `ReplayMixture` that a selector uses."""
 
     plan: ReplayPlan | None
     steps: int
@@ -31,19 +31,19 @@ class Layout(Protocol):
 
     @property
     def replayed(self) -> tuple[str, ...]:
-        """Ids of all upstream examples in it, in order."""
+        """Ids of the replayed examples, in order."""
         ...
 
     def replays(self, step: int) -> bool:
-        """Whether the batch of a step, counted from 0, is of upstream examples."""
+        """Say whether the batch of a step, counted from 0, is replayed."""
         ...
 
 
 class ReplaySelector(Protocol):
-    """Selects during training what is replayed next; for a `ReplayCallback` or `FineTuner.tune`."""
+    """Selects the next replayed examples during training; for a `ReplayCallback` or `FineTuner.tune`."""
 
     def settings(self) -> dict[str, Any]:
-        """Return what the selection depends on besides plan and model, as plain values."""
+        """Return what the selection depends on in addition to plan and model, as plain values."""
         ...
 
     def check(self, mixture: Layout) -> None:
@@ -55,15 +55,15 @@ class ReplaySelector(Protocol):
         ...
 
     def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
-        """Return ids of the mixture's plan to replay next, most urgent first; `replayed` came already."""
+        """Return ids of the mixture's plan to replay next, most urgent first; `replayed` are the ids so far."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OnlineSelector:
     """Forecast again from probes of the model in training, and revise the rest of the plan.
 
-    Probes that were replayed meanwhile are excluded: they no longer represent the others.
+    Replayed probes are excluded: they no longer represent the other examples.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class OnlineSelector:
     probes : array of int, shape (k,)
         Columns of the probes.
     at : sequence of float
-        Fractions of all steps, each in (0, 1), after which to do it.
+        Fractions of all steps, each in (0, 1), after which to revise.
     max_length : int, optional
         Longest input that the base model was scored with; default: its context.
     temperature : float, optional
@@ -92,11 +92,14 @@ class OnlineSelector:
 
     def __post_init__(self) -> None:
         """Check the fractions."""
-        for share in self.at:
-            if not 0 < share < 1:
+        for fraction in self.at:
+            if not 0 < fraction < 1:
                 raise ConfigError(
-                    f"online replay is revised after a fraction of the steps between 0 and 1, not {share}"
+                    f"online replay is revised after a fraction of the steps between 0 and 1, not {fraction}"
                 )
+
+    def __repr__(self) -> str:
+        return f"OnlineSelector({type(self.model).__name__}, {len(self.probes)} probes, at={tuple(self.at)})"
 
     @classmethod
     def from_atlas(
@@ -105,13 +108,13 @@ class OnlineSelector:
         """Fit `Bayesian` to an atlas, and choose k probes among the examples that a plan may replay."""
         model = Bayesian().fit(atlas)
         usable = np.flatnonzero((plan.weights > 0) & ~np.isnan(atlas.nll_before))
-        chosen = probes.choose(model, min(k, len(usable)), usable)
-        return cls(model, atlas.pool, atlas.nll_before, chosen, at, atlas.before.metadata.get("max_length"))
+        columns = probes.choose(model, min(k, len(usable)), usable)
+        return cls(model, atlas.pool, atlas.nll_before, columns, at, atlas.before.metadata.get("max_length"))
 
     def settings(self) -> dict[str, Any]:
         """As in `ReplaySelector`."""
         return {
-            "at": [float(share) for share in self.at],
+            "at": [float(fraction) for fraction in self.at],
             "probes": [self.pool.ids[i] for i in self.probes.tolist()],
             "temperature": self.temperature,
         }
@@ -128,12 +131,12 @@ class OnlineSelector:
 
     def due(self, step: int, mixture: Layout) -> bool:
         """As in `ReplaySelector`."""
-        return step in {max(round(share * mixture.steps), 1) for share in self.at}
+        return step in {max(round(fraction * mixture.steps), 1) for fraction in self.at}
 
     def forecast(self, language_model: LanguageModel, replayed: Sequence[str] = ()) -> Forecast:
         """Forecast the current model's forgetting of every example from the probes that were not replayed."""
-        gone = set(replayed)
-        kept = np.array([i for i in self.probes.tolist() if self.pool.ids[i] not in gone], dtype=np.intp)
+        excluded = set(replayed)
+        kept = np.array([i for i in self.probes.tolist() if self.pool.ids[i] not in excluded], dtype=np.intp)
         measured = losses(language_model, (self.pool[i] for i in kept.tolist()), self.max_length)
         return self.model.predict(kept, measured - self.before[kept])
 
@@ -160,18 +163,18 @@ class OnlineSelector:
         return plan.order(len(mixture.replayed) - len(replayed), already_replayed=replayed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MostForgottenSelector:
-    """Before every replayed batch, sample candidates and take, of every few, the most forgotten one.
+    """Before every replayed batch, sample groups of candidates and take the most forgotten one of each.
 
     Forgetting is the loss increase since the base model. Maximally interfered retrieval (Aljundi et al. 2019) ranks by
-    the loss increase of one virtual step instead. It costs the forward passes of the candidates.
+    the loss increase of one virtual step instead. The cost is the candidates' forward passes.
 
     Parameters
     ----------
     pool : Pool
     before : array, shape (N,)
-        Losses of the base model, nats per token; examples without one are no candidates.
+        Losses of the base model, nats per token; NaN excludes an example.
     candidates : int
         Number of candidates per replayed example.
     max_length : int, optional
@@ -179,7 +182,7 @@ class MostForgottenSelector:
 
     References
     ----------
-    Aljundi et al. (2019), OnlineSelector continual learning with maximally interfered retrieval.
+    Aljundi et al. (2019), Online continual learning with maximally interfered retrieval.
     """
 
     pool: Pool
@@ -191,6 +194,9 @@ class MostForgottenSelector:
         """Check the number of candidates."""
         if self.candidates < 2:
             raise ConfigError(f"at least 2 candidates are needed, not {self.candidates}")
+
+    def __repr__(self) -> str:
+        return f"MostForgottenSelector(candidates={self.candidates})"
 
     def settings(self) -> dict[str, Any]:
         """As in `ReplaySelector`."""
@@ -206,13 +212,13 @@ class MostForgottenSelector:
 
     def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
         """As in `ReplaySelector`."""
-        plan, gone = _plan_of(mixture, self.pool), set(replayed)
-        fresh = [i for i in np.flatnonzero(plan.weights > 0).tolist() if self.pool.ids[i] not in gone]
+        plan, excluded = _plan_of(mixture, self.pool), set(replayed)
+        fresh = [i for i in np.flatnonzero(plan.weights > 0).tolist() if self.pool.ids[i] not in excluded]
         fresh = [i for i in fresh if not np.isnan(self.before[i])]
         each = min(self.candidates, len(fresh) // mixture.batch_size)
         if each < 2:  # nearly all were replayed: keep the plan's order
             return ()
-        # Seeded by the position, so that a resumed run draws the same candidates.
+        # Seeded by the number replayed, so that a resumed run draws the same candidates.
         rng = np.random.default_rng([plan.seed, len(replayed)])
         drawn = rng.choice(fresh, size=(mixture.batch_size, each), replace=False)
         measured = losses(language_model, (self.pool[i] for i in drawn.ravel().tolist()), self.max_length)
@@ -221,7 +227,7 @@ class MostForgottenSelector:
 
 
 def _plan_of(mixture: Layout, pool: Pool) -> ReplayPlan:
-    """Return the mixture's plan, checked to be of this pool."""
+    """Return the mixture's plan; raise MismatchError if it is of another pool."""
     if mixture.plan is None or not mixture.replayed:
         raise ConfigError("there is nothing to select during training: the mixture replays nothing")
     check_fingerprint("the replay plan", mixture.plan.pool_fingerprint, pool)

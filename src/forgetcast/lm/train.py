@@ -65,6 +65,27 @@ class Tuned:
         self.language_model.tokenizer.save_pretrained(directory)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class InitialState:
+    """What earlier fine-tunes pass on to the next one.
+
+    Attributes
+    ----------
+    weights : mapping of str to Tensor, optional
+        Initial weights, from `FineTuner.weights`; default: the base model's.
+    already_replayed : sequence of str
+        Ids that earlier fine-tunes replayed: they are replayed again only after all others were replayed equally
+        often, unless a selector decides otherwise.
+    """
+
+    weights: Mapping[str, torch.Tensor] | None = None
+    already_replayed: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        start = "base" if self.weights is None else "other"
+        return f"InitialState({start} weights, {len(self.already_replayed)} already replayed)"
+
+
 class FineTuner:
     """Fine-tunes a base model repeatedly, with its weights kept in memory.
 
@@ -84,6 +105,9 @@ class FineTuner:
         self.base_hash = base.weights_hash
         self._weights = {name: tensor.detach().clone() for name, tensor in base.model.state_dict().items()}
         self._adapted: PeftModel | None = None
+
+    def __repr__(self) -> str:
+        return f"FineTuner({self.base.name!r})"
 
     def restore(self, weights: Mapping[str, torch.Tensor] | None = None) -> LanguageModel:
         """Return the base model with its original weights, or with those that `weights` returned."""
@@ -123,10 +147,9 @@ class FineTuner:
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
         selector: ReplaySelector | None = None,
+        initial: InitialState | None = None,
         checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
-        start: Mapping[str, torch.Tensor] | None = None,
-        already_replayed: Sequence[str] = (),
     ) -> Tuned:
         """Fine-tune the base model on a task.
 
@@ -138,16 +161,13 @@ class FineTuner:
             What to replay, and its pool.
         selector : ReplaySelector, optional
             Selects during training which examples of the plan come next.
+        initial : InitialState, optional
+            Where earlier fine-tunes ended; default: the base model, with nothing replayed.
         checkpoints : path, optional
             Directory for the training state, saved every few minutes. A run of the same model, task, plan and recipe
             resumes from it, with the same result as without the interruption.
         on_step : callable, optional
             Called with the number of finished steps and their total.
-        start : mapping of str to Tensor, optional
-            Initial weights, from `weights` after an earlier fine-tune; default: the base model's.
-        already_replayed : sequence of str
-            Ids that earlier fine-tunes replayed: they are replayed again only after all others were replayed equally
-            often, unless a selector decides otherwise.
 
         Raises
         ------
@@ -158,7 +178,8 @@ class FineTuner:
         DataError
             If the loss stops being finite.
         """
-        language_model = self.restore(start)
+        initial = initial or InitialState()
+        language_model, already_replayed = self.restore(initial.weights), list(initial.already_replayed)
         devices = processes.count()
         micro = recipe.micro_batch_size or max(recipe.batch_size // devices, 1)
         if recipe.batch_size % (micro * devices):
@@ -173,8 +194,9 @@ class FineTuner:
             seed=recipe.seed,
             plan=plan,
             pool=pool,
-            already_replayed=already_replayed,
         )
+        if plan is not None and already_replayed and mixture.replayed:
+            mixture.revise(0, plan.order(len(mixture.replayed), already_replayed=already_replayed))
         model: Any = language_model.model
         torch.manual_seed(recipe.seed)
         if recipe.method == "lora":
@@ -189,7 +211,7 @@ class FineTuner:
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
             "selector": selector.settings() if selector is not None else None,
             "recipe": recipe.model_dump(),
-        } | ({"already_replayed": list(already_replayed)} if already_replayed else {})
+        } | ({"already_replayed": already_replayed} if already_replayed else {})
         with (
             _checkpoints(checkpoints, run) as (directory, latest),
             _recomputing(self.base.model, recipe),

@@ -1,7 +1,7 @@
-"""How much to replay: a law of forgetting against the share of replayed examples, learned from fine-tunes with replay.
+"""How much to replay: a law of forgetting by the fraction of replayed examples, fitted to fine-tunes with replay.
 
-Forgetting that is left with a share p of replayed examples, relative to no replay, falls as a power of 1 + B p. One
-fine-tune without replay and two with it, a pilot, already say much about one task; each verification says more.
+With a fraction p of replayed examples, forgetting relative to no replay falls as a power of 1 + B p. A pilot, one
+fine-tune without replay and two with it, already says much about one task; each verification adds more.
 """
 
 from __future__ import annotations
@@ -22,74 +22,73 @@ from forgetcast.results import Result, plain
 REFERENCE = 1 / 8
 """Replayed examples per new one at which the law's strength is defined."""
 
-STRENGTH = (np.log(0.6), 0.8)
-"""Mean and standard deviation beforehand of the logarithm of the strength: at the reference ratio exp(-strength) of the
-forgetting is left, 55 % at the mean, and between 6 % and 88 % in 19 of 20 cases."""
+STRENGTH_PRIOR = (np.log(0.6), 0.8)
+"""Prior mean and standard deviation of the log strength: at the reference ratio a fraction exp(-strength) of the
+forgetting remains, 55 % at the mean, and between 6 % and 88 % in 19 of 20 cases."""
 
-BEND = (np.log(300.0), 2.0)
-"""The same of log B: from 6 (nearly a straight line) to 15,000; at 300, a share of 1 % does half of what 11 % does."""
+CURVATURE_PRIOR = (np.log(300.0), 2.0)
+"""The same for log B: from 6 (nearly a straight line) to 15,000; at 300, replaying 1 % has half the effect of 11 %."""
 
-EFFICIENCY = 0.35
-"""Standard deviation beforehand of the logarithm of a strategy's efficiency: within a factor of 2 in 19 of 20 cases."""
+EFFICIENCY_SCALE = 0.35
+"""Prior standard deviation of a strategy's log efficiency: within a factor of 2 in 19 of 20 cases."""
 
 NOISE = np.geomspace(0.01, 0.4, 8)
-"""Standard deviations of one run's share of forgetting left that are averaged over; NOISE_BEFORE is log-normal."""
+"""Grid of standard deviations of one run's remaining forgetting, averaged over; the prior is log-normal."""
 
-NOISE_BEFORE = (np.log(0.03), 0.8)
+NOISE_PRIOR = (np.log(0.03), 0.8)
 
 SPREAD = np.geomspace(0.05, 0.8, 5)
-"""Standard deviations of log strength between tasks that are averaged over; SPREAD_BEFORE is log-normal."""
+"""Grid of standard deviations of log strength between tasks, averaged over; the prior is log-normal."""
 
-SPREAD_BEFORE = (np.log(0.3), 0.6)
+SPREAD_PRIOR = (np.log(0.3), 0.6)
 
 DRAWS = 4000
 
-MOST = 1.0
+MAX_RATIO = 1.0
 """Largest ratio that is advised: half of all examples are replayed ones."""
 
 
-SHOWN = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Ratios that advice is given for."""
+ADVISED_RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
 class Expected(NamedTuple):
-    """An expectation, and the interval that a run should be in."""
+    """An estimate with its interval."""
 
     mean: float
     lower: float
     upper: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReplayLaw:
-    """Share of the forgetting without replay that is left, against ratio and strategy.
+    """Remaining forgetting as a function of ratio and strategy.
 
-    With p = ratio / (1 + ratio), the share of replayed examples in all, and P that at the `REFERENCE`, a run of task t
-    with strategy s leaves::
+    With p = ratio / (1 + ratio), the fraction of replayed examples among all, and P its value at the `REFERENCE`, the
+    remaining forgetting of a run of task t with strategy s is::
 
         exp(-strength_t * log(1 + B e_s p) / log(1 + B P)) + noise,    e_random = 1
 
-    which is (1 + B e_s p) to a negative power. A strategy's efficiency e_s says that it needs 1 / e_s times as many
-    replayed examples as random replay. The strength varies from task to task. Posterior by Laplace's approximation at
-    each noise and each spread between tasks on a grid, averaged by their evidence.
+    which is (1 + B e_s p) to a negative power. A strategy of efficiency e_s needs 1 / e_s times as many replayed
+    examples as random replay. The strength varies from task to task. The posterior is a Laplace approximation at each
+    noise and each spread between tasks on a grid, averaged with the evidence as weight.
 
     Parameters
     ----------
     metric : 'mean' or 'worst_tenth'
     tasks : tuple of str
-        Those that the law was learned from.
+        Tasks that the law was fitted to.
     strategies : tuple of str
-        The same; 'random' comes first whether or not it was run.
+        Strategies that the law was fitted to; 'random' comes first whether or not it was run.
     runs : int
-        With replay.
+        Number of runs with replay.
     draws : array, shape (DRAWS, 2 + S - 1 + T + 2)
-        Of the posterior: log strength, log B, log efficiency of each strategy but random, deviation of each task's log
+        Posterior samples: log strength, log B, log efficiency of each strategy but random, deviation of each task's log
         strength, and the standard deviations of noise and of the deviations.
 
     References
     ----------
     Bethune et al. (2025), Scaling laws for forgetting during finetuning with pretraining data injection,
-    arXiv 2502.06042: loss rises by a term with (1 + B p) to a negative power in it.
+    arXiv 2502.06042: the loss increase has a factor (1 + B p) to a negative power.
     """
 
     metric: str
@@ -98,143 +97,149 @@ class ReplayLaw:
     runs: int
     draws: np.ndarray
 
+    def __repr__(self) -> str:
+        strategies = ", ".join(self.strategies)
+        return f"ReplayLaw({self.metric!r}, {self.runs} runs of {len(self.tasks)} tasks, strategies {strategies})"
+
     @classmethod
     def fit(cls, runs: Iterable[Run], metric: str = "mean", *, seed: int = 0) -> ReplayLaw:
-        """Learn from runs; without any, the law is what is known beforehand.
+        """Fit the law to runs; without any, it is the prior.
 
         Parameters
         ----------
         runs : iterable of Run
-            A run with replay counts where there is one without, of the same task, setup and seed, that forgot anything.
+            Those with replay whose run without replay, of the same task, setup and seed, has positive forgetting.
+            Others are ignored.
         metric : 'mean' or 'worst_tenth'
         seed : int
-            Of the draws.
+            Seed of the posterior samples.
         """
         if metric not in LAW_METRICS:
-            raise ConfigError(f"a replay law is of the metric 'mean' or 'worst_tenth', not {metric!r}")
-        data = _Data.of(list(runs), metric)
+            raise ConfigError(f"a replay law is fitted to the metric 'mean' or 'worst_tenth', not {metric!r}")
+        data = _Data.from_runs(list(runs), metric)
         rng = np.random.default_rng(seed)
         fits = [(*_fit(data, noise, spread), noise, spread) for noise in NOISE for spread in SPREAD]
         evidence = np.array([fit[2] for fit in fits])
         weights = np.exp(evidence - evidence.max())
         counts = rng.multinomial(DRAWS, weights / weights.sum())
         parts = []
-        for (at, root, _, noise, spread), count in zip(fits, counts, strict=True):
-            standard = rng.standard_normal((count, len(at)))
-            points = (at + standard @ root.T) * data.scales(spread)
-            points[:, 0] += STRENGTH[0]
-            points[:, 1] += BEND[0]
+        for (mode, root, _, noise, spread), count in zip(fits, counts, strict=True):
+            standard = rng.standard_normal((count, len(mode)))
+            points = (mode + standard @ root.T) * data.scales(spread)
+            points[:, 0] += STRENGTH_PRIOR[0]
+            points[:, 1] += CURVATURE_PRIOR[0]
             parts.append(np.column_stack([points, np.full(count, noise), np.full(count, spread)]))
-        return cls(metric, data.tasks, data.strategies, len(data.left), np.concatenate(parts))
+        return cls(metric, data.tasks, data.strategies, len(data.remaining), np.concatenate(parts))
 
-    def left(self, strategy: str, ratio: float, *, task: str | None = None, level: float = 0.9) -> Expected:
-        """Share of the forgetting without replay that a run will leave; zero is none, below zero is better than before.
+    def remaining(self, strategy: str, ratio: float, *, task: str | None = None, level: float = 0.9) -> Expected:
+        """Predict a run's remaining forgetting; below zero means better than before the fine-tune.
 
         Parameters
         ----------
         strategy : str
-            One that was not run yet may be as good or bad as any.
+            One that was not run has the prior efficiency.
         ratio : float
             Replayed examples per new one.
         task : str, optional
-            One of `tasks`, or None for a task that no run was made of.
+            One of `tasks`, or None for a task without runs.
         level : float
-            Of the interval of a single run.
+            Probability that the interval contains a single run.
         """
         if not ratio >= 0:
             raise ConfigError(f"the replay ratio must not be negative, but is {ratio}")
-        left = self._left(strategy, ratio, task)
-        noise = self.draws[:, -2] * np.random.default_rng(1).standard_normal(len(left)) if ratio else 0.0
-        lower, upper = np.quantile(left + noise, [(1 - level) / 2, (1 + level) / 2])
-        return Expected(float(left.mean()), float(lower), float(upper))
+        remaining = self._remaining(strategy, ratio, task)
+        noise = self.draws[:, -2] * np.random.default_rng(1).standard_normal(len(remaining)) if ratio else 0.0
+        lower, upper = np.quantile(remaining + noise, [(1 - level) / 2, (1 + level) / 2])
+        return Expected(float(remaining.mean()), float(lower), float(upper))
 
     def ratio_for(
         self, retention: float, strategy: str = "random", *, task: str | None = None, level: float = 0.9
     ) -> Expected | None:
-        """Replayed examples per new one at which the expected retention is this, with an interval.
+        """Return the ratio at which the expected retention is reached, with an interval.
 
         Parameters
         ----------
         retention : float
-            Share of the forgetting without replay that is to be avoided, in (0, 1).
+            Fraction of the forgetting without replay to avoid, in (0, 1).
         strategy, task, level :
-            As in `left`; the interval is of what is not known of the law, and an end of it may be infinite.
+            As in `remaining`; the interval is that of the law, without the noise of a run, and may be infinite.
 
         Returns
         -------
         Expected or None
-            None where no ratio up to `MOST` is expected to do.
+            None if no ratio up to `MAX_RATIO` is expected to suffice.
         """
         if not 0 < retention < 1:
-            raise ConfigError(f"the retention to aim at must be between 0 and 1, not {retention}")
+            raise ConfigError(f"the retention must be between 0 and 1, not {retention}")
 
-        def short(log_ratio: float) -> float:
-            return retention - 1 + float(self._left(strategy, float(np.exp(log_ratio)), task).mean())
+        def excess(log_ratio: float) -> float:
+            return retention - 1 + float(self._remaining(strategy, float(np.exp(log_ratio)), task).mean())
 
-        least = np.log(1e-6)
-        if short(np.log(MOST)) > 0:
+        low, high = np.log(1e-6), np.log(MAX_RATIO)
+        if excess(high) > 0:
             return None
-        found = float(np.exp(scipy.optimize.brentq(short, least, np.log(MOST)))) if short(least) > 0 else 1e-6
-        bend, strength, efficiency = self._parts(strategy, task)
+        ratio = float(np.exp(scipy.optimize.brentq(excess, low, high))) if excess(low) > 0 else 1e-6
+        curvature, strength, efficiency = self._parts(strategy, task)
         with np.errstate(over="ignore"):
-            share = np.expm1(-np.log1p(-retention) * np.log1p(bend * _share(REFERENCE)) / strength) / bend / efficiency
-        needed = np.where(share < 1, share / np.maximum(1 - share, 1e-12), np.inf)
+            unit = np.log1p(curvature * _fraction(REFERENCE))
+            fraction = np.expm1(-np.log1p(-retention) * unit / strength) / curvature / efficiency
+        needed = np.where(fraction < 1, fraction / np.maximum(1 - fraction, 1e-12), np.inf)
         lower, upper = np.quantile(needed, [(1 - level) / 2, (1 + level) / 2], method="nearest")
-        return Expected(found, float(lower), float(upper))
+        return Expected(ratio, float(lower), float(upper))
 
     def efficiency(self, strategy: str, *, level: float = 0.9) -> Expected:
-        """How many examples of random replay one of this strategy's is worth: median and interval."""
+        """Return the median of a strategy's efficiency, and its interval."""
         *_, efficiency = self._parts(strategy, None)
-        lower, middle, upper = np.quantile(efficiency, [(1 - level) / 2, 0.5, (1 + level) / 2])
-        return Expected(float(middle), float(lower), float(upper))
+        lower, median, upper = np.quantile(efficiency, [(1 - level) / 2, 0.5, (1 + level) / 2])
+        return Expected(float(median), float(lower), float(upper))
 
     def _parts(self, strategy: str, task: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every draw: B, the task's strength, and the strategy's efficiency."""
+        """Return B, the task's strength and the strategy's efficiency in every sample, shape (DRAWS,) each."""
         rng, n = np.random.default_rng(0), len(self.draws)
         if strategy == "random":
             log_efficiency = np.zeros(n)
         elif strategy in self.strategies:
             log_efficiency = self.draws[:, 1 + self.strategies.index(strategy)]
         else:
-            log_efficiency = EFFICIENCY * rng.standard_normal(n)
+            log_efficiency = EFFICIENCY_SCALE * rng.standard_normal(n)
         if task is None:
             deviation = self.draws[:, -1] * rng.standard_normal(n)
         elif task in self.tasks:
             deviation = self.draws[:, 1 + len(self.strategies) + self.tasks.index(task)]
         else:
-            raise DataError(f"no run with replay is known of the task {task!r}, only of {', '.join(self.tasks)}")
+            raise DataError(f"there is no run with replay of the task {task!r}, only of {', '.join(self.tasks)}")
         return np.exp(self.draws[:, 1]), np.exp(self.draws[:, 0] + deviation), np.exp(log_efficiency)
 
-    def _left(self, strategy: str, ratio: float, task: str | None) -> np.ndarray:
-        bend, strength, efficiency = self._parts(strategy, task)
-        doses = np.log1p(bend * efficiency * _share(ratio)) / np.log1p(bend * _share(REFERENCE))
+    def _remaining(self, strategy: str, ratio: float, task: str | None) -> np.ndarray:
+        curvature, strength, efficiency = self._parts(strategy, task)
+        doses = np.log1p(curvature * efficiency * _fraction(ratio)) / np.log1p(curvature * _fraction(REFERENCE))
         return np.asarray(np.exp(-strength * doses))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Advice(Result):
-    """What the runs that an atlas has kept tell of ratios and strategies.
+    """What the runs in an atlas say about ratios and strategies.
 
     Attributes
     ----------
     strategy : str
-        The one that is to be used.
+        Strategy that will be used.
     task : str or None
-        The task that the figures are of; None for one that no run was made of.
+        Task that the estimates are for; None for one without runs.
     target : float or None
-        Share of the forgetting without replay that is to be avoided.
+        Retention to reach.
     runs, tasks : int
-        With replay, that it was learned from.
+        Number of runs with replay, and of their tasks.
     largest : float
         Largest ratio that was run; 0 without runs.
-    left : mapping of (strategy, ratio) to mapping of metric to Expected
-        Share of the forgetting without replay that is left.
+    remaining : mapping of (strategy, ratio) to mapping of metric to Expected
+        Remaining forgetting.
     efficiency : mapping of strategy to mapping of metric to Expected
-        Examples of random replay that one of the strategy's is worth, for those that were run.
+        Efficiency of each strategy that was run.
     needed : Expected or None
-        Ratio at which the target is expected to be met on the mean; None where there is no target, or no such ratio.
+        Ratio at which the mean forgetting is expected to meet the target; None without a target or such a ratio.
     most : Expected
-        Share left at the ratio `MOST`.
+        Remaining forgetting at `MAX_RATIO`.
     """
 
     strategy: str
@@ -243,60 +248,73 @@ class Advice(Result):
     runs: int
     tasks: int
     largest: float
-    left: Mapping[tuple[str, float], Mapping[str, Expected]]
+    remaining: Mapping[tuple[str, float], Mapping[str, Expected]]
     efficiency: Mapping[str, Mapping[str, Expected]]
     needed: Expected | None
     most: Expected
 
+    def __repr__(self) -> str:
+        needed = "None" if self.needed is None else f"{self.needed.mean:.3g}"
+        return (
+            f"Advice({self.strategy!r}, {self.runs} runs of {self.tasks} tasks, target={self.target}, needed={needed})"
+        )
+
     def sentences(self) -> list[str]:
-        """Say plainly what is known, and what is not."""
-        of = f"of {self.task}" if self.task else "of a task like those that were run"
+        """State what the runs show, and what remains unknown."""
         if self.runs:
-            found = [f"Learned from {self.runs} runs with replay of {self.tasks} task(s); the figures are {of}."]
+            which = self.task or "a new task like these"
+            lines = [f"Based on {self.runs} runs with replay of {self.tasks} task(s); the estimates are for {which}."]
         else:
-            found = [
-                "No run with replay is kept in this atlas, so this is a wide guess from what is published: "
-                "`forgetcast pilot` makes three runs, and narrows it."
+            lines = [
+                "This atlas has no runs with replay, so this is a rough estimate from published results; "
+                "`forgetcast pilot` makes three runs and narrows it."
             ]
         for strategy, by_metric in self.efficiency.items():
-            found += [self._compared(strategy, metric, worth) for metric, worth in by_metric.items()]
+            lines += [self._compared(strategy, metric, efficiency) for metric, efficiency in by_metric.items()]
         if self.runs and not self.efficiency:
-            found.append("Only random replay was run here: whether another strategy needs fewer examples is not known.")
-        elif self.efficiency and all(worth.lower <= 1 for by in self.efficiency.values() for worth in by.values()):
-            found.append("Random replay is good enough: nothing here is shown to need fewer examples.")
+            lines.append("Only random replay was run; whether another strategy needs fewer examples is unknown.")
+        elif self.efficiency and all(
+            e.lower <= 1 for by_metric in self.efficiency.values() for e in by_metric.values()
+        ):
+            lines.append("Random replay is good enough: no strategy is shown to need fewer examples.")
         if self.target is None:
-            return found
+            return lines
         aim = f"To avoid {self.target:.0%} of the forgetting with {self.strategy} replay"
         if self.needed is None:
-            found.append(
-                f"{aim}, no ratio up to {MOST:g} is expected to do; at {MOST:g} it is {1 - self.most.mean:.0%}."
+            lines.append(
+                f"{aim}, no ratio up to {MAX_RATIO:g} is expected to suffice; "
+                f"a ratio of {MAX_RATIO:g} avoids {1 - self.most.mean:.0%}."
             )
         else:
-            found.append(
+            lines.append(
                 f"{aim}, expect a ratio of {self.needed.mean:.3g} "
                 f"(90 % interval {self.needed.lower:.2g} to {self.needed.upper:.2g})."
             )
             if self.needed.mean > self.largest > 0:
-                found.append(f"That is beyond the largest ratio that was run, {self.largest:.3g}: a guess by the law.")
-        return found
+                lines.append(f"This extrapolates beyond the largest ratio that was run, {self.largest:.3g}.")
+        return lines
 
-    def _compared(self, strategy: str, metric: str, worth: Expected) -> str:
-        on = f"On the {METRICS[metric]}, {strategy} replay"
-        needs = f"{1 / worth.mean:.2f} times as many examples as random (90 % interval {1 / worth.upper:.2f} to "
-        needs += f"{1 / worth.lower:.2f})"
-        if worth.lower > 1:
-            return f"{on} needs fewer: {needs}."
-        if worth.upper < 1:
-            return f"{on} needs more: {needs}."
-        return f"{on} is not shown to need fewer than random: {needs}."
+    def _compared(self, strategy: str, metric: str, efficiency: Expected) -> str:
+        if efficiency.lower > 1:
+            verdict = "needs fewer examples"
+        elif efficiency.upper < 1:
+            verdict = "needs more examples"
+        else:
+            verdict = "is not shown to need fewer examples"
+        return (
+            f"{METRICS[metric].capitalize()}: {strategy} replay {verdict} than random replay "
+            f"(estimate {1 / efficiency.mean:.2f} times as many, "
+            f"90 % interval {1 / efficiency.upper:.2f} to {1 / efficiency.lower:.2f})."
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures and the sentences, ready for JSON; an infinite end of an interval is None."""
-        named = ("strategy", "task", "target", "runs", "tasks", "largest")
+        """Return the estimates and the sentences, ready for JSON; an infinite end of an interval is None."""
+        names = ("strategy", "task", "target", "runs", "tasks", "largest")
         return {
-            **{name: getattr(self, name) for name in named},
-            "left": [
-                {"strategy": strategy, "ratio": ratio} | plain(found) for (strategy, ratio), found in self.left.items()
+            **{name: getattr(self, name) for name in names},
+            "remaining": [
+                {"strategy": strategy, "ratio": ratio} | plain(by_metric)
+                for (strategy, ratio), by_metric in self.remaining.items()
             ],
             "efficiency": plain(self.efficiency),
             "needed": plain(self.needed),
@@ -306,22 +324,22 @@ class Advice(Result):
 
 
 def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: str | None = None) -> Advice:
-    """Say what the runs that an atlas has kept tell of ratios and strategies.
+    """Return what the runs in an atlas say about ratios and strategies.
 
     Parameters
     ----------
     atlas : Atlas
     strategy : str
-        The one that is to be used.
+        Strategy that will be used.
     target : float, optional
-        Share of the forgetting without replay that is to be avoided, in (0, 1).
+        Retention to reach, in (0, 1).
     task : str, optional
-        If runs of it were made, the figures are its own.
+        The estimates are for this task if the atlas has runs of it, otherwise for a new one.
 
     Raises
     ------
     DataError
-        If the runs in the atlas are not what `verify` and `pilot` keep there.
+        If the atlas has runs that `verify` and `pilot` did not write.
     """
     try:
         runs = TypeAdapter(list[Run]).validate_python(atlas.replays)
@@ -331,46 +349,46 @@ def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: st
         raise DataError(f"{atlas.path / 'replays.json'}: {place}{first['msg']}") from None
     laws = {metric: ReplayLaw.fit(runs, metric) for metric in LAW_METRICS}
     mean = laws["mean"]
-    own = task if task in mean.tasks else None
+    task = task if task in mean.tasks else None
     strategies = dict.fromkeys([*mean.strategies, strategy])
     return Advice(
         strategy=strategy,
-        task=own,
+        task=task,
         target=target,
         runs=mean.runs,
         tasks=len(mean.tasks),
         largest=max((run.ratio or 0.0 for run in runs), default=0.0),
-        left={
-            (name, ratio): {metric: law.left(name, ratio, task=own) for metric, law in laws.items()}
+        remaining={
+            (name, ratio): {metric: law.remaining(name, ratio, task=task) for metric, law in laws.items()}
             for name in strategies
-            for ratio in SHOWN
+            for ratio in ADVISED_RATIOS
         },
         efficiency={
             name: {metric: law.efficiency(name) for metric, law in laws.items()} for name in mean.strategies[1:]
         },
-        needed=mean.ratio_for(target, strategy, task=own) if target is not None else None,
-        most=mean.left(strategy, MOST, task=own),
+        needed=mean.ratio_for(target, strategy, task=task) if target is not None else None,
+        most=mean.remaining(strategy, MAX_RATIO, task=task),
     )
 
 
-def _share(ratio: float | np.ndarray) -> float | np.ndarray:
-    """Share of replayed examples in all, from their ratio to new ones."""
+def _fraction(ratio: float | np.ndarray) -> float | np.ndarray:
+    """Convert a ratio of replayed to new examples to the fraction of replayed ones among all."""
     return ratio / (1 + ratio)
 
 
 @dataclass(frozen=True)
 class _Data:
-    """Runs with replay, beside those without: share of forgetting left, share replayed, and codes of who ran it."""
+    """Runs with replay, relative to those without: remaining forgetting, fraction replayed, strategy and task codes."""
 
-    left: np.ndarray
-    share: np.ndarray
+    remaining: np.ndarray
+    fraction: np.ndarray
     strategy: np.ndarray
     task: np.ndarray
     strategies: tuple[str, ...]
     tasks: tuple[str, ...]
 
     @classmethod
-    def of(cls, runs: Sequence[Run], metric: str) -> _Data:
+    def from_runs(cls, runs: Sequence[Run], metric: str) -> _Data:
         without = {(run.task, run.setup, run.seed): getattr(run, metric) for run in runs if run.ratio == 0}
         rows = [
             (getattr(run, metric) / before, run.ratio, run.strategy, run.task)
@@ -380,8 +398,8 @@ class _Data:
         names = tuple(dict.fromkeys(["random", *(row[2] for row in rows)]))
         tasks = tuple(dict.fromkeys(row[3] for row in rows))
         return cls(
-            left=np.array([row[0] for row in rows]),
-            share=np.asarray(_share(np.array([row[1] for row in rows]))),
+            remaining=np.array([row[0] for row in rows]),
+            fraction=np.asarray(_fraction(np.array([row[1] for row in rows]))),
             strategy=np.array([names.index(row[2]) for row in rows], dtype=np.intp),
             task=np.array([tasks.index(row[3]) for row in rows], dtype=np.intp),
             strategies=names,
@@ -389,42 +407,43 @@ class _Data:
         )
 
     def scales(self, spread: float) -> np.ndarray:
-        """Standard deviations beforehand of log strength, log B, log efficiencies, and deviations of the tasks."""
-        return np.array([STRENGTH[1], BEND[1], *[EFFICIENCY] * (len(self.strategies) - 1), *[spread] * len(self.tasks)])
+        """Prior standard deviations of log strength, log B, log efficiencies, and deviations of the tasks."""
+        efficiencies = [EFFICIENCY_SCALE] * (len(self.strategies) - 1)
+        return np.array([STRENGTH_PRIOR[1], CURVATURE_PRIOR[1], *efficiencies, *[spread] * len(self.tasks)])
 
 
 def _fit(data: _Data, noise: float, spread: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Most probable parameters in units of their prior, a root of their covariance, and the log evidence."""
-    scales, n = data.scales(spread), len(data.left)
-    rows, reference = np.arange(n), float(_share(REFERENCE))
+    """Return the posterior mode in prior standard deviations, a root of the covariance, and the log evidence."""
+    scales, n = data.scales(spread), len(data.remaining)
+    rows, reference = np.arange(n), float(_fraction(REFERENCE))
     first_task = 1 + len(data.strategies)
 
     def curve(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Share left of each run, and its derivatives by the parameters."""
+        """Return the remaining forgetting of each run, shape (n,), and its derivatives by x, shape (n, len(x))."""
         point = x * scales
         log_efficiency = np.concatenate([[0.0], point[2:first_task]])[data.strategy]
-        strength = np.exp(STRENGTH[0] + point[0] + point[first_task:][data.task])
-        bend = np.exp(BEND[0] + point[1])
-        dose, unit = bend * np.exp(log_efficiency) * data.share, np.log1p(bend * reference)
-        log_left = -strength * np.log1p(dose) / unit
+        strength = np.exp(STRENGTH_PRIOR[0] + point[0] + point[first_task:][data.task])
+        curvature = np.exp(CURVATURE_PRIOR[0] + point[1])
+        dose, unit = curvature * np.exp(log_efficiency) * data.fraction, np.log1p(curvature * reference)
+        log_remaining = -strength * np.log1p(dose) / unit
         by_dose = -strength * dose / (1 + dose) / unit
         slopes = np.zeros((n, len(x)))
-        slopes[:, 0] = slopes[rows, first_task + data.task] = log_left
-        slopes[:, 1] = by_dose - log_left * bend * reference / (1 + bend * reference) / unit
-        chosen = data.strategy > 0
-        slopes[rows[chosen], 1 + data.strategy[chosen]] = by_dose[chosen]
-        left = np.exp(log_left)
-        return left, left[:, None] * slopes * scales
+        slopes[:, 0] = slopes[rows, first_task + data.task] = log_remaining
+        slopes[:, 1] = by_dose - log_remaining * curvature * reference / (1 + curvature * reference) / unit
+        other = data.strategy > 0
+        slopes[rows[other], 1 + data.strategy[other]] = by_dose[other]
+        remaining = np.exp(log_remaining)
+        return remaining, remaining[:, None] * slopes * scales
 
-    found = scipy.optimize.least_squares(
-        lambda x: np.concatenate([(curve(x)[0] - data.left) / noise, x]),
+    solution = scipy.optimize.least_squares(
+        lambda x: np.concatenate([(curve(x)[0] - data.remaining) / noise, x]),
         np.zeros(len(scales)),
         jac=lambda x: np.concatenate([curve(x)[1] / noise, np.eye(len(x))]),
         method="lm",
     )
-    precision = np.linalg.cholesky(found.jac.T @ found.jac)
+    precision = np.linalg.cholesky(solution.jac.T @ solution.jac)
     root = scipy.linalg.solve_triangular(precision, np.eye(len(scales)), lower=True).T
-    evidence = -found.cost - n * np.log(noise) - np.log(np.diag(precision)).sum()
-    for value, (center, width) in ((noise, NOISE_BEFORE), (spread, SPREAD_BEFORE)):
+    evidence = -solution.cost - n * np.log(noise) - np.log(np.diag(precision)).sum()
+    for value, (center, width) in ((noise, NOISE_PRIOR), (spread, SPREAD_PRIOR)):
         evidence -= 0.5 * ((np.log(value) - center) / width) ** 2
-    return found.x, root, float(evidence)
+    return solution.x, root, float(evidence)
