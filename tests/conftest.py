@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose by more threads, and threads that wait use a core
 
 from forgetcast import Pool
 from support.cli import RunCommand, run_command

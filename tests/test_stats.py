@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from rich.console import Console
 from scipy import stats
 
 from forgetcast import DataError
 from forgetcast.cli.tables import verification_tables
-from forgetcast.evaluation import worst_part
+from forgetcast.evaluation import worst_part, worst_tenth
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.scores import count_flips
 from forgetcast.replay import METRICS, Run
@@ -69,7 +70,7 @@ def test_bootstrap_draws_groups_and_then_their_values() -> None:
     assert clustered[1] - clustered[0] > 1.2 * (pooled[1] - pooled[0])
 
 
-def test_the_clustered_interval_holds_what_it_says_where_the_pairs_do_not() -> None:
+def test_clustered_interval_covers_where_the_paired_one_does_not() -> None:
     """Tasks differ, seeds hardly: pairs taken as independent promise too much."""
     rng = np.random.default_rng(0)
     held = np.zeros(2)
@@ -135,7 +136,7 @@ def test_a_comparison_clusters_by_task_and_corrects_for_the_arms() -> None:
     assert backwards.verdict() == "none replay is worse than random"
 
 
-def test_seeds_stand_for_themselves_where_there_is_one_task() -> None:
+def test_single_task_is_paired_by_seed() -> None:
     result = verification(tasks=1, seeds=8)
     found = result.compare("forecast", "random", "mean")
     assert found is not None
@@ -183,7 +184,7 @@ def test_the_table_has_a_column_for_all_that_was_measured() -> None:
     assert f"p = {found.corrected_wilcoxon_p:.2g}" in text
 
 
-def test_flips_are_counted_over_those_that_were_asked_twice() -> None:
+def test_flips_are_counted_over_examples_answered_twice() -> None:
     pool = make_pool(6)
     before, after = make_scores(pool, np.ones(6)), make_scores(pool.subset(pool.ids[::-1]), np.ones(6))
     assert count_flips(before, after) is None
@@ -194,3 +195,44 @@ def test_flips_are_counted_over_those_that_were_asked_twice() -> None:
     assert count_flips(before, after) == 2
     assert count_flips(before, replace(after, exact_match=np.full(6, np.nan))) is None
     assert worst_part(np.arange(300.0), 100) == 298
+
+
+numbers = st.floats(-5, 5, allow_nan=False, width=32)
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 60), elements=numbers))
+def test_worst_tenth_is_the_mean_of_the_largest(values: np.ndarray) -> None:
+    count = max(1, round(len(values) / 10))
+    assert worst_tenth(values) == pytest.approx(sum(sorted(values, reverse=True)[:count]) / count, abs=1e-9)
+    assert worst_tenth(np.append(values, np.nan)) == worst_tenth(values)
+    assert worst_tenth(values) >= values.mean() - 1e-9
+
+
+def test_paired_difference_is_the_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 1, 12), rng.normal(0.5, 1, 12)
+    found = paired_difference(a, b)
+    test = stats.ttest_rel(a, b)
+    interval = test.confidence_interval(0.95)
+    assert found.mean == pytest.approx((a - b).mean())
+    assert (found.lower, found.upper) == pytest.approx((interval.low, interval.high))
+    assert found.p_value == pytest.approx(test.pvalue)
+    assert found.pairs == 12
+
+
+def test_paired_interval_covers_at_its_level() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        found = paired_difference(rng.normal(0.3, 1, 8), np.zeros(8))
+        inside += found.lower <= 0.3 <= found.upper
+    # 950 expected; four standard deviations are 28.
+    assert 922 <= inside <= 978
+
+
+def test_degenerate_pairs() -> None:
+    same = paired_difference([1.0, 2.0], [0.0, 1.0])
+    assert (same.mean, same.lower, same.upper, same.p_value) == (1.0, 1.0, 1.0, 0.0)
+    assert paired_difference([1.0, 2.0], [1.0, 2.0]).p_value == 1
+    with pytest.raises(DataError, match="two pairs"):
+        paired_difference([1.0], [2.0])

@@ -27,7 +27,7 @@ def test_rows_survive_a_file(tmp_path: Path, pool: Pool) -> None:
     assert dict(dataset.sizes) == {"task": 8, "example": len(pool)}
 
 
-def test_a_row_may_be_measured_in_parts(tmp_path: Path, pool: Pool) -> None:
+def test_row_can_be_measured_in_parts(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
     part = pool.subset(["e7", "e2"])
     atlas.add("probed", make_scores(part, np.array([3.5, 4.0])))
@@ -80,7 +80,7 @@ def test_a_right_answer_that_becomes_wrong_is_forgotten(tmp_path: Path, pool: Po
     np.testing.assert_array_equal(Atlas.open(atlas.path).matrix(measure="exact_match").values[0], found.values[0])
 
 
-def test_answers_that_are_not_there(tmp_path: Path, pool: Pool) -> None:
+def test_missing_answers(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
     atlas.add("answered", replace(make_scores(pool, np.full(len(pool), 4.0)), exact_match=np.ones(len(pool))))
     assert atlas.is_complete("answered")
@@ -93,7 +93,7 @@ def test_answers_that_are_not_there(tmp_path: Path, pool: Pool) -> None:
         empty.matrix(measure="exact_match")
 
 
-def test_what_does_not_belong_is_refused_and_changes_nothing(tmp_path: Path, pool: Pool) -> None:
+def test_mismatched_scores_are_rejected_without_a_change(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool)
     before = {p: p.read_bytes() for p in atlas.path.rglob("*") if p.is_file()}
     changed = Pool([Example("e0", text="another text"), *pool[1:]])
@@ -109,7 +109,7 @@ def test_what_does_not_belong_is_refused_and_changes_nothing(tmp_path: Path, poo
     assert not (tmp_path / "b.atlas").exists()
 
 
-def test_open_names_what_is_wrong(tmp_path: Path, pool: Pool) -> None:
+def test_open_reports_invalid_files(tmp_path: Path, pool: Pool) -> None:
     with pytest.raises(DataError, match="not an atlas"):
         Atlas.open(tmp_path)
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
@@ -132,7 +132,7 @@ def test_open_names_what_is_wrong(tmp_path: Path, pool: Pool) -> None:
         Atlas.open(atlas.path)
 
 
-def test_two_writers_are_not_let_in(tmp_path: Path, pool: Pool) -> None:
+def test_second_writer_is_rejected(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=2)
     process, connection = start(add_row_slowly, atlas.path)
     assert connection.recv() == "writing"

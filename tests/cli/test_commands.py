@@ -174,7 +174,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_bad_pools_are_one_line_and_exit_code_2(work: Path, run: RunCommand, tmp_path: Path) -> None:
+def test_bad_pools_give_one_line_and_exit_code_2(work: Path, run: RunCommand, tmp_path: Path) -> None:
     good = '{"id": "a", "text": "some text"}\n'
     cases = {
         "no id": (good + '{"text": "x y"}\n', "line 2: the field 'id' is missing"),
@@ -253,7 +253,7 @@ def test_bad_probe_scores_change_nothing(atlas: Path, run: RunCommand, tmp_path:
     assert not (tmp_path / "forecast.parquet").exists()
 
 
-def test_other_bad_input(work: Path, atlas: Path, run: RunCommand, tmp_path: Path) -> None:
+def test_other_invalid_input_is_rejected(work: Path, atlas: Path, run: RunCommand, tmp_path: Path) -> None:
     def refused(*words: object) -> str:
         code, out, err = run(*words)
         assert code == 2
@@ -309,7 +309,7 @@ def test_other_bad_input(work: Path, atlas: Path, run: RunCommand, tmp_path: Pat
     assert not (tmp_path / "t").exists()
 
 
-def test_usage_errors_and_help(run: RunCommand) -> None:
+def test_usage_errors_and_help_texts(run: RunCommand) -> None:
     for command in COMMANDS:
         code, out, _ = run(command, "--help")
         assert code == 0
@@ -319,7 +319,7 @@ def test_usage_errors_and_help(run: RunCommand) -> None:
     assert run("no-such-command")[0] == 2
 
 
-def test_words_from_data_are_not_markup(
+def test_data_is_not_interpreted_as_markup(
     work: Path, run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

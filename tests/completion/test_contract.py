@@ -59,7 +59,7 @@ class TestContract:
         assert 0 <= one.misfit <= 1
 
     @every_method
-    def test_order_of_rows_columns_and_probes_is_nothing(self, method: type[Completion], values: np.ndarray) -> None:
+    def test_invariant_to_permutation(self, method: type[Completion], values: np.ndarray) -> None:
         rng = np.random.default_rng(0)
         rows, columns = rng.permutation(29), rng.permutation(120)
         at = np.array([3, 50, 7])
@@ -113,14 +113,14 @@ class TestContract:
             model.predict([4], [1.0]).interval(1.5)
 
     @every_method
-    def test_fitting_again_changes_nothing(self, method: type[Completion], values: np.ndarray) -> None:
+    def test_fitting_is_deterministic(self, method: type[Completion], values: np.ndarray) -> None:
         at = [3, 50, 7]
         first, second = (method().fit(values[:-1]).predict(at, values[-1, at]) for _ in range(2))
         np.testing.assert_array_equal(first.mean, second.mean)
         np.testing.assert_array_equal(first.std, second.std)
 
     @every_method
-    def test_intervals_cover_tasks_that_were_not_seen(self, method: type[Completion]) -> None:
+    def test_intervals_cover_unseen_tasks(self, method: type[Completion]) -> None:
         truth = planted(140, 200, 2, 0.3)
         model = method().fit(truth[:40])
         at = np.arange(10)
@@ -172,7 +172,7 @@ def test_posterior_is_dense_conditioning(values: np.ndarray) -> None:
     np.testing.assert_allclose(forecast.std[rest], np.sqrt(variance[rest]) * model.scale_, rtol=1e-6)
 
 
-def test_a_task_that_only_shifts_is_completed_by_its_shift(values: np.ndarray) -> None:
+def test_out_of_family_task_is_completed_by_its_shift(values: np.ndarray) -> None:
     """Its pattern is unlike the atlas's, so the atlas's factors must not be read into it."""
     rng = np.random.default_rng(5)
     odd = 20.0 + rng.normal(0, 1.0, 120)
@@ -183,7 +183,7 @@ def test_a_task_that_only_shifts_is_completed_by_its_shift(values: np.ndarray) -
     assert np.mean(np.abs(forecast.mean - odd)[10:] < half) > 0.8
 
 
-def test_variances_are_drawn_together_as_far_as_they_are_alike() -> None:
+def test_variances_are_shrunk_by_empirical_bayes() -> None:
     rng = np.random.default_rng(0)
     degrees = np.full(4000, 12.0)
     same = shrink_variances(2.0 * rng.chisquare(12, 4000), degrees)
@@ -196,7 +196,7 @@ def test_variances_are_drawn_together_as_far_as_they_are_alike() -> None:
     assert with_nothing[-1] == pytest.approx(1.0, rel=0.1)
 
 
-def test_mean_and_additive_are_what_they_say(values: np.ndarray) -> None:
+def test_mean_and_additive_match_plain_numpy(values: np.ndarray) -> None:
     at = [3, 50, 7]
     means = values[:-1].mean(axis=0)
     rest = np.setdiff1d(np.arange(120), at)
@@ -269,7 +269,7 @@ def test_missing_entries_are_filled_by_the_low_rank_truth() -> None:
     assert np.abs(fit - truth).max() < 0.05 * np.abs(truth).max()
 
 
-def test_misfit_tells_a_strange_task() -> None:
+def test_misfit_detects_an_out_of_family_task() -> None:
     truth = planted(60, 200, 1, 0.2)
     model = Bayesian().fit(truth[:50])
     at = probes.choose(model, 20)
@@ -301,7 +301,7 @@ def test_settings_are_checked_when_fitting(values: np.ndarray) -> None:
             Bayesian(**bad).fit(values)
 
 
-def test_interval_is_symmetric_and_empty_at_level_zero(values: np.ndarray) -> None:
+def test_interval_is_symmetric_and_has_no_width_at_level_zero(values: np.ndarray) -> None:
     forecast = Bayesian().fit(values[:-1]).predict([0], values[-1, :1])
     for level in LEVELS:
         lower, upper = forecast.interval(level)
@@ -360,7 +360,7 @@ class TestProbes:
             with pytest.raises(DataError, match="cost"):
                 probes.choose(model, 3, cost=bad)
 
-    def test_going_on_from_what_was_measured(self, values: np.ndarray) -> None:
+    def test_continuing_from_measured_probes(self, values: np.ndarray) -> None:
         model = Bayesian().fit(values)
         straight = probes.choose(model, 8)
         assert probes.choose(model, 3, measured=straight[:5]).tolist() == straight[5:].tolist()

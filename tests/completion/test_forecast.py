@@ -41,7 +41,7 @@ def test_probes_are_measured_against_the_base_scores_by_id(tmp_path: Path, pool:
     np.testing.assert_allclose(forgetting, [0.5, 0.25, -1.0, 0.0])
 
 
-def test_probe_files_that_cannot_be_used(tmp_path: Path, pool: Pool) -> None:
+def test_invalid_probe_files_are_rejected(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool)
     other = make_pool(30).subset(["e1", "e29"])
     with pytest.raises(MismatchError, match="'e29'"):

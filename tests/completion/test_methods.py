@@ -71,7 +71,7 @@ class TestBlocks:
     """A complete matrix is factored in blocks; the general way is the oracle."""
 
     @pytest.mark.parametrize("block", [7, 64, 8192])
-    def test_two_passes_give_the_same_as_the_whole(
+    def test_blocked_factorisation_matches_the_full_one(
         self, values: np.ndarray, block: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("forgetcast.completion.low_rank.BLOCK", block)
@@ -203,7 +203,7 @@ class TestFactorisation:
         found = fit_low_rank(holes, 100, centred=False, penalty=penalty, rounds=3000).fit
         np.testing.assert_allclose(found, low_rank, atol=2e-3)
 
-    def test_more_noise_asks_for_more_penalty(self) -> None:
+    def test_more_noise_gives_a_larger_penalty(self) -> None:
         calm, loud = (choose_penalty(planted(30, 200, 2, noise), 10_000) for noise in (0.01, 2.0))
         assert calm < loud
 
@@ -255,7 +255,7 @@ class TestLogistic:
             errors[name] = np.mean((forecast.mean - binary[30:])[:, rest] ** 2)
         assert errors["logistic"] < 0.9 * errors["mean"]
 
-    def test_missing_entries_and_columns_of_one_kind(self, binary: np.ndarray) -> None:
+    def test_missing_entries_and_constant_columns(self, binary: np.ndarray) -> None:
         holes = binary.copy()
         holes[np.random.default_rng(0).random(holes.shape) < 0.3] = np.nan
         holes[:, 0], holes[:, 1], holes[:, 2] = 0.0, 1.0, np.nan
@@ -264,7 +264,7 @@ class TestLogistic:
         assert forecast.mean[0] < 0.1
         assert forecast.mean[1] > 0.9
 
-    def test_real_values_are_refused(self, values: np.ndarray, binary: np.ndarray) -> None:
+    def test_real_values_are_rejected(self, values: np.ndarray, binary: np.ndarray) -> None:
         with pytest.raises(DataError, match="0 or 1, not"):
             LogisticMF().fit(values)
         with pytest.raises(DataError, match=r"0 or 1, not 0\.5"):
@@ -290,7 +290,7 @@ class TestAuto:
     def test_zeros_and_ones(self, binary: np.ndarray) -> None:
         assert "LogisticMF" in Auto().fit(binary[:12, :40]).errors_
 
-    def test_too_few_tasks_to_choose_by(self, values: np.ndarray) -> None:
+    def test_too_few_tasks_to_select_a_method(self, values: np.ndarray) -> None:
         assert isinstance(Auto(candidates=[Additive(), Mean()]).fit(values[:3]).chosen_, Additive)
         with pytest.raises(ConfigError, match="at least one candidate"):
             Auto(candidates=[]).fit(values)
@@ -305,7 +305,7 @@ class TestFallBack:
         patterns = np.repeat(rng.normal(size=(6, 200)), 3, axis=0)
         return rng.normal(size=(18, 1)) + patterns + 0.05 * rng.normal(size=(18, 200))
 
-    def test_unlike_tasks_go_to_the_winner_among_unlike_tasks(self, families: np.ndarray) -> None:
+    def test_out_of_family_tasks_use_the_fallback(self, families: np.ndarray) -> None:
         model = Auto(candidates=[KNN(k=2), Additive()]).fit(families[:-1])
         assert (type(model.chosen_), type(model.fallback_)) == (KNN, Additive)
         assert model.errors_["KNN"] < 0.5 * model.errors_["Additive"]
@@ -364,7 +364,7 @@ class TestBench:
         for i, row in enumerate(rows):
             assert row.accuracy.mae == pytest.approx(np.mean([found[i].accuracy.mae for found in singly]), rel=1e-6)
 
-    def test_without_the_most_alike_a_family_is_left_out_whole(self) -> None:
+    def test_excluding_similar_tasks_leaves_out_a_whole_family(self) -> None:
         """Two families of five tasks; with its own family known, a task is completed well."""
         rng = np.random.default_rng(0)
         patterns = np.repeat(rng.normal(size=(2, 200)), 5, axis=0)
@@ -389,7 +389,7 @@ class TestBench:
         )  # fmt: skip
         assert all(0.5 < row.f1 < 1 for row in rows)
 
-    def test_what_cannot_be_compared(self, values: np.ndarray) -> None:
+    def test_invalid_comparisons_are_rejected(self, values: np.ndarray) -> None:
         train, test = ForgettingMatrix(values[:20]), ForgettingMatrix(values[20:])
         with pytest.raises(DataError, match="same examples"):
             bench(train, ForgettingMatrix(values[20:, :50]), {"additive": Additive()})
@@ -397,20 +397,6 @@ class TestBench:
             bench(train, test, {"mean": Mean()})
         with pytest.raises(DataError, match="61 probes cannot be taken"):
             bench(train, test, {"additive": Additive()}, ks=[61])
-
-
-def test_matrices_from_files(tmp_path: Path, values: np.ndarray) -> None:
-    np.save(tmp_path / "z.npy", values)
-    np.testing.assert_array_equal(ForgettingMatrix.load(tmp_path / "z.npy").values, values.astype(np.float32))
-    (tmp_path / "z.json").write_text('{"arr": [[1, null], [2.5, 3]]}')
-    np.testing.assert_array_equal(ForgettingMatrix.load(tmp_path / "z.json").values, [[1, np.nan], [2.5, 3]])
-    (tmp_path / "rows.json").write_text("[[1, 2], [3, 4]]")
-    assert ForgettingMatrix.load(tmp_path / "rows.json").shape == (2, 2)
-    (tmp_path / "bad.json").write_text("[[1, 2], [3]]")
-    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    for name in ("bad.json", "objects.npy", "z.csv"):
-        with pytest.raises(DataError, match=name.replace(".", r"\.")):
-            ForgettingMatrix.load(tmp_path / name)
 
 
 def degenerate() -> dict[str, np.ndarray]:

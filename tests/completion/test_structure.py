@@ -65,7 +65,7 @@ def test_components_load_on_the_sources_they_were_planted_on() -> None:
     assert first.share > second.share
 
 
-def test_missing_entries_and_empty_rows_are_passed_over() -> None:
+def test_missing_entries_and_empty_rows_are_skipped() -> None:
     values = planted(20, 80, 2, 0.02)
     holes = values.copy()
     holes[np.random.default_rng(1).random(values.shape) < 0.25] = np.nan

@@ -59,7 +59,7 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[object], message: str) ->
     assert "\n" not in str(error.value)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         Pool.load(tmp_path / "absent.jsonl")
     (tmp_path / "pool.csv").write_text("id,text")

@@ -46,7 +46,7 @@ def test_every_output_is_there(demo: tuple[Path, dict[str, Any]]) -> None:
     assert len(Pool.load(folder / "probes.jsonl")) == 5
 
 
-def test_the_summary_says_what_the_files_hold(demo: tuple[Path, dict[str, Any]]) -> None:
+def test_summary_agrees_with_the_files(demo: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = demo
     atlas = Atlas.open(folder / "demo.atlas")
     values = atlas.matrix().values.astype(float)
@@ -113,7 +113,7 @@ def test_what_is_printed(demo: tuple[Path, dict[str, Any]], capsys: pytest.Captu
         assert f"{figures['rmse']:.3f}" in printed
 
 
-def test_running_again_repeats_nothing(demo: tuple[Path, dict[str, Any]]) -> None:
+def test_second_run_reuses_all_results(demo: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = demo
     kept = [folder / "pool.jsonl", folder / "demo.atlas" / "atlas.json", *(folder / "runs").iterdir()]
     times = {file: file.stat().st_mtime_ns for file in kept}
@@ -130,7 +130,7 @@ def test_progress_ends_at_its_total(progress: list[tuple[int, int]]) -> None:
     assert 0.9 < progress[-1][0] / progress[-1][1] <= 1
 
 
-def test_the_pool_is_the_same_each_time_and_even_over_sources() -> None:
+def test_pool_is_deterministic_and_balanced_over_sources() -> None:
     pool = demo_pool(35)
     assert pool.fingerprint == demo_pool(35).fingerprint
     assert set(Counter(pool.sources).values()) == {5}
@@ -140,7 +140,7 @@ def test_the_pool_is_the_same_each_time_and_even_over_sources() -> None:
         documents("the web")
 
 
-def test_tasks_are_the_same_each_time() -> None:
+def test_tasks_are_deterministic() -> None:
     for name in (KNOWN_TASKS[0], NEW_TASKS[2], "bf"):  # "bf" writes to the standard output as it is made
         assert list(demo_task(name, 3)) == list(demo_task(name, 3))
         assert list(demo_task(name, 3)) != list(demo_task(name, 3, seed=1))
@@ -159,7 +159,7 @@ def test_sizes_of_the_demo() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"known": 1}, {"known": 37}, {"new": 0}, {"new": 5}, {"ratio": 0.0}, {"taskz": 3}])
-def test_settings_that_cannot_be_used(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DemoSettings(**wrong)
 

@@ -125,7 +125,7 @@ def test_adapters_are_chained_too(tmp_path: Path, atlas: Atlas) -> None:
     agrees(result, tmp_path, "top", by_hand(atlas, "top", recipe))
 
 
-def test_nothing_held_out_is_replayed_and_nothing_twice_too_early(whole: tuple[Path, SequenceResult]) -> None:
+def test_held_out_examples_are_never_replayed_and_others_once(whole: tuple[Path, SequenceResult]) -> None:
     folder, result = whole
     held_out = set(POOL.hold_out(0.5))
     for arm in ("random", "top"):
@@ -136,7 +136,7 @@ def test_nothing_held_out_is_replayed_and_nothing_twice_too_early(whole: tuple[P
     assert list(folder.glob("*.safetensors")) == []
 
 
-def test_an_unfinished_run_from_other_weights_or_after_other_replay_is_another_run(tmp_path: Path) -> None:
+def test_checkpoint_of_other_weights_or_replay_is_rejected(tmp_path: Path) -> None:
     tuner, plan = FineTuner(tiny()), plan_for(POOL, "random", 0.5)
     weights = {name: value + 0.01 for name, value in tuner.weights().items()}
     given: dict[str, Any] = {"plan": plan, "pool": POOL, "checkpoints": tmp_path}
@@ -149,7 +149,7 @@ def test_an_unfinished_run_from_other_weights_or_after_other_replay_is_another_r
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_an_adapter_is_added_to_what_it_adapts(tmp_path: Path, family: str) -> None:
+def test_adapter_is_merged_into_the_weights(tmp_path: Path, family: str) -> None:
     """GPT-2 keeps its matrices the other way round."""
     base = tiny(family)
     tuner = FineTuner(base)
@@ -178,7 +178,7 @@ def same(found: SequenceResult, expected: SequenceResult) -> None:
     assert timeless(found) == timeless(expected)
 
 
-def test_a_killed_sequence_goes_on_after_the_last_stage(
+def test_killed_sequence_resumes_after_the_last_stage(
     whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs"
@@ -217,7 +217,7 @@ def test_an_interruption_between_the_weights_and_the_scores(
     assert not any("random" in what for what in done)
 
 
-def test_other_settings_are_another_sequence(
+def test_runs_with_other_settings_are_not_reused(
     whole: tuple[Path, SequenceResult], atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = whole
@@ -304,7 +304,7 @@ def test_the_figures_of_a_sequence() -> None:
     assert (result.total("top", "replayed"), result.total("top", "steps"), result.total("top", "seconds")) == (8, 20, 4)
 
 
-def test_arms_are_compared_at_the_end_order_by_order() -> None:
+def test_arms_are_compared_at_the_end_paired_by_order() -> None:
     result = made(**ENDS)
     found = {(c.arm, c.baseline, c.metric): c for c in result.comparisons()}
     pairs = (("random", "none"), ("top", "none"), ("top", "random"))
@@ -370,12 +370,12 @@ def test_a_result_as_a_file() -> None:
         ({"hold_out": 1.0}, "above 0 and below 1"),
     ],
 )
-def test_settings_that_cannot_be_used(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SequenceSettings(**wrong)
 
 
-def test_what_cannot_be_run_is_refused_before_anything_is_trained(tmp_path: Path, atlas: Atlas) -> None:
+def test_invalid_sequences_are_rejected_before_training(tmp_path: Path, atlas: Atlas) -> None:
     empty = Atlas.create(tmp_path / "empty.atlas", POOL, atlas.before, model="tiny")
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (DataError, "at least two tasks, not 1", {"tasks": {"adding": TASKS["adding"]}}),
@@ -460,7 +460,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     assert not (tmp_path / "bad.html").exists()
 
 
-def test_one_order_is_said_to_show_nothing() -> None:
+def test_one_order_gives_no_comparison() -> None:
     shown = list(sequence_tables(made(none=[0.5], random=[0.3])))
     assert shown[-1] == "With one order, arms cannot be compared: use at least two."
 
@@ -492,7 +492,7 @@ def test_strings_from_a_result_are_escaped_in_the_report(tmp_path: Path) -> None
         assert part is not None
 
 
-def test_unscored_examples_are_neither_judged_nor_probed(tmp_path: Path) -> None:
+def test_unscored_examples_are_not_judged_or_probed(tmp_path: Path) -> None:
     pool = make_pool(30)
     nll = score(tiny(), pool).nll
     odd = pool.hold_out(0.5)[0]

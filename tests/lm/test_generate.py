@@ -39,7 +39,7 @@ def greedy(language_model: LanguageModel, prompt: str, count: int) -> str:
     return answer.lstrip().split("\n")[0].rstrip()
 
 
-def test_a_taught_model_answers_and_an_untaught_one_does_not(taught: LanguageModel) -> None:
+def test_trained_model_answers_and_untrained_model_does_not(taught: LanguageModel) -> None:
     pool = Pool([*asked(QUESTIONS), Example("text", text="no question")])
     right, answers = exact_match(taught, pool, max_new_tokens=8)
     np.testing.assert_array_equal(right, [1, 1, 1, np.nan])
@@ -48,7 +48,7 @@ def test_a_taught_model_answers_and_an_untaught_one_does_not(taught: LanguageMod
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neox", "gemma", "qwen3"])
-def test_answers_are_greedy_whatever_the_batch(family: str) -> None:
+def test_answers_are_greedy_for_any_batch_size(family: str) -> None:
     language_model = tiny(family)
     pool = asked(QUESTIONS | {"Why": "so", "A much longer question about the loss of a model, which ends here:": "x"})
     _, answers = exact_match(language_model, pool, max_new_tokens=6, batch_size=2)
@@ -56,7 +56,7 @@ def test_answers_are_greedy_whatever_the_batch(family: str) -> None:
     assert len(set(answers)) > 1
 
 
-def test_a_metric_of_ones_own(taught: LanguageModel) -> None:
+def test_custom_metric(taught: LanguageModel) -> None:
     seen: list[tuple[str, str]] = []
     right, _ = exact_match(
         taught,
@@ -76,7 +76,7 @@ def test_a_metric_of_ones_own(taught: LanguageModel) -> None:
         ("1,000", "1000.", True), ("3.5", "35", False),
     ],
 )  # fmt: skip
-def test_what_counts_as_the_same(answer: str, expected: str, same: bool) -> None:
+def test_answer_normalisation(answer: str, expected: str, same: bool) -> None:
     assert bool(same_answer(answer, expected)) == same
 
 
@@ -86,7 +86,7 @@ def test_no_room_for_an_answer(taught: LanguageModel) -> None:
             exact_match(taught, asked(QUESTIONS), max_new_tokens=count)
 
 
-def test_the_command_keeps_answers_beside_the_losses(taught: LanguageModel, tmp_path: Path, run: RunCommand) -> None:
+def test_command_saves_answers_and_losses(taught: LanguageModel, tmp_path: Path, run: RunCommand) -> None:
     save(taught, tmp_path / "model")
     Pool([*asked(QUESTIONS), Example("text", text="no question")]).save(tmp_path / "pool.jsonl")
     words = ("score", tmp_path / "model", tmp_path / "pool.jsonl", "-o", tmp_path / "s.parquet", "--exact-match")

@@ -69,7 +69,7 @@ def test_the_examples_train_as_the_command_does(
         ({"max_steps": 5}, "set max_steps=6: the Trainer would take 5 steps"),
     ],
 )
-def test_a_trainer_that_would_not_keep_to_the_mixture(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_incompatible_trainer_settings_are_rejected(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     base, pool = tiny(), make_pool(24)
     plan = plan_for(pool, "random", 0.5)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=4, max_length=64, plan=plan, pool=pool)
@@ -86,7 +86,7 @@ def test_a_trainer_that_would_not_keep_to_the_mixture(tmp_path: Path, options: d
     ratio=st.sampled_from([0.25, 1.0, 3.0]),
     seed=st.integers(0, 9),
 )
-def test_what_is_held_out_never_reaches_a_batch(
+def test_held_out_examples_never_reach_a_batch(
     tmp_path_factory: pytest.TempPathFactory, held: set[int], strategy: str, ratio: float, seed: int
 ) -> None:
     base, pool = tiny(), make_pool(24)
@@ -172,9 +172,7 @@ def plain_gradients(base: LanguageModel, examples: Sequence[Example]) -> dict[st
 @pytest.mark.parametrize(
     ("family", "layout"), [*(("llama", layout) for layout in LAYOUTS), ("gpt2", "packing"), ("gemma", "packing")]
 )
-def test_an_sft_trainer_learns_completions_alone_however_it_lays_them_out(
-    tmp_path: Path, family: str, layout: str
-) -> None:
+def test_sft_trainer_trains_on_completions_only_in_every_layout(tmp_path: Path, family: str, layout: str) -> None:
     base, twin, pool, task = tiny(family), tiny(family), make_pool(24), Pool(TASK[:4])
     plan = plan_for(pool, "random", 1.0, seed=3)
     mixture = ReplayMixture(task, base.tokenizer, steps=1, batch_size=4, max_length=96, plan=plan, pool=pool)
@@ -212,7 +210,7 @@ class Backwards:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_what_is_chosen_in_training_reaches_an_sft_trainer(tmp_path: Path, packing: bool) -> None:
+def test_selection_during_training_reaches_an_sft_trainer(tmp_path: Path, packing: bool) -> None:
     base, pool = tiny(), make_pool(24)
     plan = plan_for(pool, "random", 1.0, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=4, batch_size=2, max_length=96, plan=plan, pool=pool)
@@ -228,7 +226,7 @@ def test_what_is_chosen_in_training_reaches_an_sft_trainer(tmp_path: Path, packi
     assert seen == [mixture[i].ids + mixture[i + 1].ids for i in range(0, len(mixture), 2)]
 
 
-def test_an_sft_trainer_that_would_train_on_something_else(tmp_path: Path) -> None:
+def test_sft_trainer_with_other_data_is_rejected(tmp_path: Path) -> None:
     base, pool = tiny(), make_pool(24)
     plan = plan_for(pool, "random", 0.5)
     mixture, twin = (

@@ -100,7 +100,7 @@ def test_other_commands_refuse_several_processes(
         "verify", folder / "model", folder / "task.jsonl", "--atlas", "a", "--plan", "p", "-o", folder / "v"
     )
     assert code == 2
-    assert "`verify` is one process's work" in err
+    assert "`verify` runs in one process" in err
 
 
 def test_layers_may_be_spread_over_devices(folder: Path, run: RunCommand) -> None:

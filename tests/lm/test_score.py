@@ -67,7 +67,7 @@ def test_scores_are_those_of_a_plain_forward_pass_in_double_precision(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batch_size_order_and_padding_change_nothing(family: str) -> None:
+def test_invariant_to_batch_size_order_and_padding(family: str) -> None:
     language_model, pool = tiny(family), make_pool(12)
     reference = score(language_model, pool, batch_tokens=1).nll  # one example a batch, no padding
     for batch_tokens in (100, 300, 8192):
@@ -76,7 +76,7 @@ def test_batch_size_order_and_padding_change_nothing(family: str) -> None:
     np.testing.assert_allclose(score(language_model, reverse).nll[::-1], reference, rtol=1e-6)
 
 
-def test_the_padding_token_changes_nothing(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invariant_to_the_padding_token(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(12)
     reference = score(llama, pool).nll
     for padding in (0, 17, 4095):
@@ -93,7 +93,7 @@ def test_only_the_completion_counts(llama: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
-def test_an_empty_prompt_is_no_prompt(bos: bool) -> None:
+def test_empty_prompt_equals_no_prompt(bos: bool) -> None:
     """Without a token to begin with, the first token has nothing before it, so the rest is scored."""
     language_model = tiny(bos=bos)
     bare = score(language_model, Pool([Example("a", prompt="", completion="return 3 * r")]))
@@ -101,7 +101,7 @@ def test_an_empty_prompt_is_no_prompt(bos: bool) -> None:
     np.testing.assert_allclose(bare.nll, text.nll, rtol=1e-6)
 
 
-def test_a_single_token_is_not_scored_and_says_why() -> None:
+def test_single_token_is_not_scored_with_a_reason() -> None:
     scores = score(tiny(bos=False), Pool([Example("one", text="a"), Example("more", text="a model of the world")]))
     assert np.isnan(scores.nll[0])
     assert scores.tokens[0] == 0
@@ -110,7 +110,7 @@ def test_a_single_token_is_not_scored_and_says_why() -> None:
     assert scores.reasons[1] is None
 
 
-def test_long_texts_are_cut_and_say_so(llama: LanguageModel) -> None:
+def test_long_texts_are_marked_as_truncated(llama: LanguageModel) -> None:
     long = "the loss of a model " * 60
     scores = score(llama, Pool([Example("long", text=long), Example("short", text="the loss")]))
     assert scores.truncated.tolist() == [True, False]
@@ -152,7 +152,7 @@ def tiny_tokenizer(cache: list[Any] = []) -> Any:  # noqa: B006  # loaded once f
     return cache[0]
 
 
-def test_a_model_that_gives_no_numbers_is_refused() -> None:
+def test_model_with_nan_losses_is_rejected() -> None:
     broken = tiny()
     with torch.no_grad():
         next(broken.model.parameters())[:] = float("nan")
@@ -175,7 +175,7 @@ def test_an_example_without_a_finite_loss_keeps_the_reason() -> None:
     assert "the model's loss is" in str(scores.reasons[6])
 
 
-def test_an_output_layer_that_is_not_understood_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_output_layer_falls_back_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(LlamaForCausalLM):
         def forward(self, *arguments: Any, **options: Any) -> Any:
             found = super().forward(*arguments, **options)
@@ -283,7 +283,7 @@ def test_a_batch_that_does_not_fit_is_halved(llama: LanguageModel, monkeypatch: 
     np.testing.assert_allclose(scores.nll[:-1], expected, rtol=1e-6)
 
 
-def test_a_killed_run_goes_on_where_it_stopped(llama: LanguageModel, tmp_path: Path) -> None:
+def test_killed_run_resumes_where_it_stopped(llama: LanguageModel, tmp_path: Path) -> None:
     partial, pool = tmp_path / "out.partial", make_pool(12)
     assert exit_code(score_pool, partial) == 9
     with partial.open("a") as file:
@@ -324,7 +324,7 @@ def test_scoring_leaves_the_model_as_it_was(llama: LanguageModel) -> None:
     llama.model.eval()
 
 
-def test_places_without_a_usable_model(llama: LanguageModel, tmp_path: Path) -> None:
+def test_invalid_model_directories_are_rejected(llama: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such directory"):
         load(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"config\.json is missing"):
@@ -370,6 +370,6 @@ def test_an_adapter_without_its_base(tmp_path: Path) -> None:
         load(tmp_path / "adapter")
 
 
-def test_a_model_on_the_hub_that_is_not_here() -> None:
+def test_model_missing_from_the_cache_is_an_error() -> None:
     with pytest.raises(DataError, match="cannot be loaded"):
         load("nobody/no-such-model")

@@ -105,7 +105,7 @@ def batches(base: LanguageModel, mixture: ReplayMixture, folder: Path, selector:
 
 @pytest.mark.parametrize("strategy", ["forecast", "top", "coverage-herding"])
 @pytest.mark.parametrize("in_parts", [False, True])
-def test_what_is_to_come_follows_the_new_forecast(atlas: Atlas, tmp_path: Path, strategy: str, in_parts: bool) -> None:
+def test_remaining_replay_follows_the_new_forecast(atlas: Atlas, tmp_path: Path, strategy: str, in_parts: bool) -> None:
     base, model = tiny(), completion.Bayesian().fit(atlas)
     forecast = model.predict([], []).mean
     loadings = np.random.default_rng(0).normal(size=(len(POOL), 2))
@@ -157,7 +157,7 @@ def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypat
 
 
 @pytest.mark.parametrize("strategy", ["forecast", "top"])
-def test_what_the_plan_leaves_out_is_not_chosen_in_training(atlas: Atlas, strategy: str) -> None:
+def test_excluded_examples_are_not_selected_during_training(atlas: Atlas, strategy: str) -> None:
     among = POOL.ids[1:29:2]  # the mixture replays 12 of these 14
     forecast = completion.Bayesian().fit(atlas).predict([], []).mean
     plan = plan_for(POOL, strategy, 0.5, held_out=HELD_OUT, among=among, forecast=forecast)
@@ -176,7 +176,7 @@ def test_an_exhausted_pool_is_replayed_evenly(atlas: Atlas) -> None:
     assert (min(counts), max(counts), sum(counts)) == (2, 3, 48)
 
 
-def test_most_interfered_takes_the_most_forgotten_of_each_few(atlas: Atlas, tmp_path: Path) -> None:
+def test_most_forgotten_selects_the_worst_of_its_candidates(atlas: Atlas, tmp_path: Path) -> None:
     base = tiny()
     before = atlas.nll_before.copy()
     before[1] = np.nan  # an example that the base model could not score is no candidate
@@ -201,7 +201,7 @@ def test_most_interfered_takes_the_most_forgotten_of_each_few(atlas: Atlas, tmp_
 
 
 @pytest.mark.parametrize("kind", ["online", "most-forgotten"])
-def test_a_killed_run_goes_on_in_the_same_order(atlas: Atlas, tmp_path: Path, kind: str) -> None:
+def test_killed_run_resumes_in_the_same_order(atlas: Atlas, tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "out.partial"
     assert exit_code(tune_with_selector, kind, atlas.path, folder) == 9
     given = arguments(kind, atlas)
@@ -229,7 +229,7 @@ def other_chooser(selector: OnlineSelector | MostForgottenSelector) -> OnlineSel
     )
 
 
-def test_what_does_not_go_together(atlas: Atlas, tmp_path: Path) -> None:
+def test_invalid_combinations_are_rejected(atlas: Atlas, tmp_path: Path) -> None:
     base, plan = tiny(), atlas_plan(atlas)
     online = OnlineSelector.from_atlas(atlas, plan, k=6)
     for wrong in (0.0, 1.0, -1.0):
@@ -297,7 +297,7 @@ def test_gradient_products_leave_the_weights_as_they_were() -> None:
         gradient_products(LanguageModel(base.model, base.tokenizer), TASK, POOL)
 
 
-def test_texts_that_the_model_writes_itself() -> None:
+def test_self_generated_texts() -> None:
     base = tiny()
     first, again = (sample_texts(base, 20, max_new_tokens=12, batch_size=8) for _ in range(2))
     assert first.ids == tuple(f"self-{i}" for i in range(20))
@@ -370,7 +370,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     assert by_gradient.order(30) == expected.order(30)
 
 
-def test_a_pool_that_the_model_writes(tmp_path: Path, run: RunCommand) -> None:
+def test_pool_generated_by_the_model(tmp_path: Path, run: RunCommand) -> None:
     model_files(tmp_path)
     words = ["generate", tmp_path / "model", "-n", "10", "--max-new-tokens", "12", "-o", tmp_path / "own.jsonl"]
     code, out, err = run(*words)

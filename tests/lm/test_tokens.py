@@ -53,7 +53,7 @@ def counted(language_model: LanguageModel, messages: list[dict[str, Any]], conte
     return [language_model.tokenizer.decode(run) for run in runs if run]
 
 
-def test_what_the_assistant_says_counts_as_the_template_marks_it() -> None:
+def test_target_tokens_match_the_templates_generation_marks() -> None:
     """Oracle: the template's own generation marks, read by Transformers."""
     language_model = chat_model()
     tokenizer: Any = language_model.tokenizer
@@ -68,7 +68,7 @@ def test_what_the_assistant_says_counts_as_the_template_marks_it() -> None:
     assert encode(Example("c", messages=CHAT), tokenizer, None, end=True) == whole
 
 
-def test_a_weight_of_0_and_the_first_word_of_the_assistant() -> None:
+def test_weight_zero_and_conversation_opened_by_the_assistant() -> None:
     language_model = chat_model()
     eos = language_model.tokenizer.eos_token
     silent = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
@@ -77,7 +77,7 @@ def test_a_weight_of_0_and_the_first_word_of_the_assistant() -> None:
     assert opening.endswith(f"Hello.{eos}")
 
 
-def test_a_template_that_ends_the_last_turn_in_another_way() -> None:
+def test_template_with_a_different_last_turn() -> None:
     language_model = chat_model(THINKING)
     eos = language_model.tokenizer.eos_token
     assert counted(language_model, CHAT) == ["Four.", f"<think></think>It is six.{eos}"]
@@ -91,7 +91,7 @@ def test_a_template_that_ends_the_last_turn_in_another_way() -> None:
         (NUMBERED, CHAT, "changes earlier messages of 'c' once later ones follow"),
     ],
 )
-def test_what_cannot_be_written_is_not_scored_and_says_why(template: Any, messages: Any, reason: str) -> None:
+def test_unencodable_conversations_are_not_scored_with_a_reason(template: Any, messages: Any, reason: str) -> None:
     language_model = chat_model(template)
     bad, good = Example("c", messages=messages), Example("t", text="the loss of a model")
     scores = score(language_model, Pool([bad, good]))
@@ -106,7 +106,7 @@ def test_what_cannot_be_written_is_not_scored_and_says_why(template: Any, messag
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_one_answer_scores_as_a_prompt_with_its_completion(bos: bool) -> None:
+def test_single_turn_scores_as_prompt_and_completion(bos: bool) -> None:
     language_model = chat_model("{{ bos_token }}" * bos + PLAIN, bos=bos)
     eos = language_model.tokenizer.eos_token
     pair = Example("p", prompt=f"<|user|>\nWhat is two and two?{eos}\n<|assistant|>\n", completion=f"Four.{eos}")
@@ -144,7 +144,7 @@ def test_a_long_conversation_is_cut_before_its_answers() -> None:
     assert counted(language_model, said("Hi.", "the loss of a model " * 60), 10)[0].startswith("the loss")
 
 
-def test_a_taught_assistant_answers(tmp_path: Path, run: RunCommand) -> None:
+def test_trained_assistant_answers(tmp_path: Path, run: RunCommand) -> None:
     pool = Pool(
         [
             Example("a", messages=said("What is two and two?", "four")),

@@ -48,7 +48,7 @@ def test_tuning_learns_the_task_and_restoring_undoes_it(method: str) -> None:
     assert same_weights(base.model, weights)
 
 
-def test_batches_in_parts_give_the_same_model() -> None:
+def test_micro_batches_give_the_same_model() -> None:
     whole = FineTuner(tiny()).tune(TASK, RECIPE).language_model
     in_parts = FineTuner(tiny()).tune(TASK, RECIPE.model_copy(update={"micro_batch_size": 2})).language_model
     np.testing.assert_allclose(score(in_parts, TASK).nll, score(whole, TASK).nll, rtol=1e-3)
@@ -88,7 +88,7 @@ def test_a_saved_model_scores_as_the_one_in_memory(tmp_path: Path, method: str) 
     np.testing.assert_allclose(score(load(tmp_path / "tuned"), TASK).nll, expected, rtol=1e-5)
 
 
-def test_replay_comes_on_top_in_whole_batches_that_are_never_held_out() -> None:
+def test_replay_adds_whole_batches_without_held_out_examples() -> None:
     pool, base = make_pool(24), tiny()
     plan = plan_for(pool, "random", 0.5, held_out=pool.ids[:12], repeat=True, seed=3)
     mixture = ReplayMixture(TASK, base.tokenizer, steps=8, batch_size=4, max_length=64, plan=plan, pool=pool)
@@ -116,7 +116,7 @@ def test_replayed_batches_are_evenly_spread(new: int, old: int) -> None:
     assert np.abs(counted).max() <= 0.5 + 1e-9
 
 
-def test_padding_is_more_of_the_task() -> None:
+def test_padding_repeats_the_task() -> None:
     pool, base = make_pool(24), tiny()
     sizes = {"steps": 8, "batch_size": 4, "max_length": 64}
     padded = ReplayMixture(TASK, base.tokenizer, **sizes, plan=plan_for(pool, "padding", 0.5), pool=pool)
@@ -134,7 +134,7 @@ def test_padding_is_more_of_the_task() -> None:
     assert (tuned.steps, tuned.replayed) == (12, ())
 
 
-def test_replay_keeps_what_it_replays() -> None:
+def test_replay_reduces_forgetting_of_replayed_examples() -> None:
     """Examples that are replayed are forgotten less than without replay; else the mixture is not trained on."""
     pool = make_pool(16)
     plan = plan_for(pool, "random", 1.0, repeat=True)
@@ -144,7 +144,7 @@ def test_replay_keeps_what_it_replays() -> None:
     assert with_replay < without - 0.3
 
 
-def test_replay_that_cannot_be() -> None:
+def test_invalid_replay_is_rejected() -> None:
     pool, base = make_pool(24), tiny()
     plan = plan_for(pool, "random", 0.01)
     sizes = {"steps": 8, "batch_size": 4, "max_length": 64}
@@ -164,13 +164,13 @@ def test_a_loss_that_explodes_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("text", ["stepz: 3", "steps: 0", "learning_rate: -1", "method: qlora"])
-def test_recipes_refuse_what_they_do_not_know(tmp_path: Path, text: str) -> None:
+def test_invalid_recipes_are_rejected(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(f"batch_size: 4\n{text}\n")
     with pytest.raises(ConfigError, match=rf"recipe\.yaml: {text.partition(':')[0]}: "):
         Recipe.load(tmp_path / "recipe.yaml")
 
 
-def test_recipes_that_ship() -> None:
+def test_built_in_recipes() -> None:
     paper = Recipe.load("paper")
     assert (paper.method, paper.learning_rate, paper.steps, paper.max_length) == ("full", 2e-6, 1000, 1024)
     assert paper.batch_size == 8
@@ -180,7 +180,7 @@ def test_recipes_that_ship() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_activations_computed_again_give_the_same_model(method: str) -> None:
+def test_gradient_checkpointing_gives_the_same_model(method: str) -> None:
     recipe = RECIPE.model_copy(update={"method": method})
     base = tiny()
     calls: list[bool] = []
@@ -196,7 +196,7 @@ def test_activations_computed_again_give_the_same_model(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, method: str) -> None:
+def test_killed_run_resumes_to_the_same_model(tmp_path: Path, method: str) -> None:
     folder, pool = tmp_path / "out.partial", make_pool(24)
     assert exit_code(tune_with_replay, RECIPE.model_copy(update={"method": method}), folder) == 9
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
@@ -233,7 +233,7 @@ def test_a_tokenizer_without_a_padding_token() -> None:
     assert np.isfinite(score(FineTuner(bare).tune(TASK, RECIPE).language_model, TASK).nll).all()
 
 
-def test_a_loaded_model_without_its_own_limit_has_the_tokenizers() -> None:
+def test_context_falls_back_to_the_tokenizers_limit() -> None:
     language_model: LanguageModel = tiny()
     assert language_model.context == 96
     language_model.tokenizer.model_max_length = 50

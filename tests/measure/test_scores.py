@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forgetcast import DataError, ForgettingMatrix, MismatchError, Pool, Scores
+from forgetcast import DataError, MismatchError, Pool, Scores
 from forgetcast.measure.scores import flips, forgetting
 from support.data import make_scores
 
@@ -28,7 +28,7 @@ def test_scores_survive_a_file(tmp_path: Path, pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(("bad", "message"), [(np.inf, "inf"), (-np.inf, "-inf"), (np.nan, "no reason"), (-1.0, "-1")])
-def test_unusable_losses_are_refused(pool: Pool, bad: float, message: str) -> None:
+def test_invalid_losses_are_rejected(pool: Pool, bad: float, message: str) -> None:
     nll = np.ones(len(pool))
     nll[2] = bad
     with pytest.raises(DataError, match=message) as error:
@@ -36,7 +36,7 @@ def test_unusable_losses_are_refused(pool: Pool, bad: float, message: str) -> No
     assert "'e2'" in str(error.value)
 
 
-def test_a_file_that_is_no_score_file(tmp_path: Path) -> None:
+def test_invalid_score_files_are_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "loss": [1.0]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x\.parquet is not a score file: the column 'nll' is missing"):
         Scores.load(tmp_path / "x.parquet")
@@ -47,61 +47,6 @@ def test_a_file_that_is_no_score_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({**table, "id": pa.array([None], pa.string())}), tmp_path / "z.parquet")
     with pytest.raises(DataError, match="an id is missing"):
         Scores.load(tmp_path / "z.parquet")
-
-
-def test_matrix_from_scores_is_after_minus_before(pool: Pool) -> None:
-    rng = np.random.default_rng(0)
-    before, first, second = rng.uniform(1, 3, (3, len(pool)))
-    shuffled = pool.subset(pool.ids[::-1])
-    matrix = ForgettingMatrix.from_scores(
-        make_scores(pool, before), {"a": make_scores(pool, first), "b": make_scores(shuffled, second[::-1])}, pool=pool
-    )
-    np.testing.assert_allclose(matrix.values, [first - before, second - before], rtol=0, atol=1e-6)
-    assert matrix.sources == pool.sources
-
-
-def test_nan_stays_nan(pool: Pool) -> None:
-    nll = np.full(len(pool), 2.0)
-    nll[5] = np.nan
-    reasons = [None if np.isfinite(value) else "why" for value in nll]
-    after = replace(make_scores(pool, np.full(len(pool), 3.0)), nll=nll, reasons=reasons)
-    matrix = ForgettingMatrix.from_scores(make_scores(pool, np.full(len(pool), 3.0)), {"a": after})
-    assert np.flatnonzero(~matrix.observed[0]).tolist() == [5]
-    assert np.isnan(matrix.values[0, 5])
-
-
-def test_scores_of_another_pool_are_refused(pool: Pool) -> None:
-    other = pool.subset(pool.ids[:-1])
-    nll = np.ones(len(other))
-    with pytest.raises(MismatchError, match="another pool"):
-        ForgettingMatrix.from_scores(make_scores(pool, np.ones(len(pool))), {"a": make_scores(other, nll)})
-    matrix = ForgettingMatrix(np.ones((1, len(pool))), pool_fingerprint=pool.fingerprint)
-    with pytest.raises(MismatchError, match="another pool"):
-        matrix.check_pool(other)
-    matrix.check_pool(pool)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"values": [1.0, 2.0]}, "two dimensions"),
-        ({"values": [["a"]]}, "needs numbers"),
-        ({"values": [[1.0, np.inf]], "examples": ["x", "y"]}, "'y' after '0' is infinite"),
-        ({"values": [[1.0, 2.0]], "examples": ["x"]}, "1 names are given"),
-        ({"values": [[1.0, 2.0]], "examples": ["x", "x"]}, "'x' occurs twice"),
-        ({"values": [[1.0, 2.0]], "sources": ["x"]}, "1 sources"),
-    ],
-)
-def test_unusable_matrices_are_refused(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        ForgettingMatrix(**arguments)
-
-
-def test_selection_by_name() -> None:
-    matrix = ForgettingMatrix([[1.0, 2.0], [3.0, 4.0]], tasks=["a", "b"], examples=["x", "y"])
-    np.testing.assert_array_equal(matrix.select(["b"], ["y", "x"]).values, [[4.0, 3.0]])
-    with pytest.raises(MismatchError, match="no task 'c'"):
-        matrix.select(["c"])
 
 
 def test_forgetting_and_flips_are_aligned_by_id(pool: Pool) -> None:

@@ -90,7 +90,7 @@ def test_drawn_examples_come_in_the_order_of_replay(tmp_path: Path, pool: Pool, 
     assert pq.read_table(tmp_path / "random.parquet")["rank"].null_count == 24
 
 
-def test_a_mixture_is_even(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
+def test_mixture_is_evenly_spread(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
     assert export_mixture(plan, pool, task, tmp_path / "mixed", 5) == 15
     mixed = load_from_disk(str(tmp_path / "mixed"))
     # Texts and prompts, but no conversation: a column of nothing but None would mislead a trainer.
@@ -145,7 +145,7 @@ def test_llama_factory(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool)
     assert seen == [e.full_text for e in task] + [pool[pool.ids.index(id_)].full_text for id_ in plan.order(8)]
 
 
-def test_exports_that_cannot_be_made(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
+def test_invalid_exports_are_rejected(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
     other = Pool([Example("a", text="b")])
     with pytest.raises(MismatchError, match="another pool"):
         export_weighted(plan, other, tmp_path / "a.jsonl")
@@ -195,7 +195,7 @@ def test_the_count_of_the_command(tmp_path: Path, pool: Pool, plan: ReplayPlan, 
     assert "should end in .parquet" in run(*words, "--format", "parquet")[2]
 
 
-def test_conversations_are_exported_where_they_can_be(tmp_path: Path) -> None:
+def test_conversations_are_exported_where_supported(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
     pool = Pool([Example("c", messages=chat), Example("t", text="a text")])
     plan = plan_for(pool, "random", 0.5)

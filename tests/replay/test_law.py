@@ -52,7 +52,7 @@ class Planted:
         return found
 
 
-def test_intervals_hold_a_new_tasks_runs_as_often_as_they_say() -> None:
+def test_intervals_cover_new_runs_at_their_level() -> None:
     """The law is learned from six tasks, or from a pilot of the task itself, and meets runs it has not seen."""
     held: dict[str, list[bool]] = {"new": [], "own": []}
     for seed in range(20):
@@ -75,7 +75,7 @@ def test_intervals_hold_a_new_tasks_runs_as_often_as_they_say() -> None:
     assert np.mean(held["own"]) >= 0.85  # without noise of its own, a truth is held more often
 
 
-def test_it_learns_what_was_planted() -> None:
+def test_fit_recovers_planted_parameters() -> None:
     planted = Planted(3)
     law = ReplayLaw.fit(planted.runs(40, ("random", "top")))
     assert (law.runs, law.strategies, len(law.tasks)) == (400, ("random", "top"), 40)
@@ -136,7 +136,7 @@ def test_the_posterior_is_that_of_a_plain_sampler() -> None:
         assert (expected.lower, expected.upper) == pytest.approx(np.quantile(truth_run, [0.05, 0.95]), abs=0.06)
 
 
-def test_without_runs_it_is_what_is_known_beforehand() -> None:
+def test_without_runs_it_is_the_prior() -> None:
     law = ReplayLaw.fit([])
     assert (law.runs, law.tasks, law.strategies) == (0, (), ("random",))
     # At the reference ratio the strength alone counts, with the spread between tasks on top.
@@ -166,7 +166,7 @@ def test_the_ratio_for_a_retention_is_where_it_is_expected() -> None:
             law.ratio_for(retention)
 
 
-def test_what_does_not_count() -> None:
+def test_excluded_runs() -> None:
     """Runs without their counterpart, of tasks that forget nothing, and of files of earlier versions."""
     runs = [
         one("a", "random", 0.1, 0.2),
@@ -196,7 +196,7 @@ def said(**parts: Any) -> str:
     return " ".join(Advice(**(given | parts)).sentences())
 
 
-def test_the_sentences_say_no_more_than_is_known() -> None:
+def test_advice_matches_its_intervals() -> None:
     worse, same, better = Expected(0.5, 0.3, 0.9), Expected(1.1, 0.8, 1.5), Expected(1.6, 1.2, 2.0)
     assert "a wide guess" in said(runs=0)
     assert "is not known" in said()
@@ -232,7 +232,7 @@ def test_the_atlas_keeps_runs(tmp_path: Path) -> None:
         advise(kept, "random")
 
 
-def test_strategies_that_cannot_be_piloted(tmp_path: Path) -> None:
+def test_invalid_pilot_strategies_are_rejected(tmp_path: Path) -> None:
     kept = make_atlas(tmp_path / "a.atlas", make_pool())
     for strategy in ("none", "padding", "most-forgotten", "truth", "gradient", "what"):
         with pytest.raises(ConfigError, match=f"{strategy!r} cannot be piloted"):

@@ -17,7 +17,7 @@ from support.data import make_pool
 from support.plans import plan_for
 
 
-def test_random_replay_weighs_all_alike_but_the_held_out(pool: Pool) -> None:
+def test_random_replay_is_uniform_over_examples_not_held_out(pool: Pool) -> None:
     plan = plan_for(pool, "random", 0.1, held_out=pool.ids[:4])
     np.testing.assert_array_equal(plan.weights, [0.0] * 4 + [1 / 20] * 20)
     assert plan.held_out_ids == pool.ids[:4]
@@ -59,7 +59,7 @@ def test_default_weights_do_not_depend_on_origin_or_scale(forecast: np.ndarray, 
     np.testing.assert_allclose(moved, softmax_weights(forecast), rtol=1e-4, atol=1e-9)
 
 
-def test_equal_forecasts_are_replayed_alike() -> None:
+def test_equal_forecasts_have_equal_weights() -> None:
     np.testing.assert_allclose(softmax_weights(np.full(10, 2.0)), 0.1)
     assert softmax_weights(np.array([1.0])).tolist() == [1.0]
 
@@ -137,7 +137,7 @@ def test_bad_plans(pool: Pool, arguments: dict[str, object], message: str) -> No
         plan_for(pool, **arguments)  # type: ignore[arg-type]
 
 
-def test_a_plan_file_that_was_tampered_with(tmp_path: Path, pool: Pool) -> None:
+def test_invalid_plans_and_plan_files_are_rejected(tmp_path: Path, pool: Pool) -> None:
     plan = plan_for(pool, "random", 0.1, held_out=pool.ids[:4])
     weights = plan.weights.copy()
     weights[0] = 0.5

@@ -73,7 +73,7 @@ class TestContract:
         assert again.fingerprint == plan.fingerprint
         assert again.held_out_ids == held
 
-    def test_what_is_held_out_has_no_say(self, pool: Pool, strategy: str) -> None:
+    def test_held_out_signals_have_no_effect(self, pool: Pool, strategy: str) -> None:
         held = np.arange(24) % 3 == 0
         held_out = [id_ for id_, out in zip(pool.ids, held, strict=True) if out]
         known = inputs(24)
@@ -84,7 +84,7 @@ class TestContract:
         assert plans[0].order(30) == plans[1].order(30)
         assert plans[0].fingerprint == plans[1].fingerprint
 
-    def test_its_needs_are_checked(self, pool: Pool, strategy: str) -> None:
+    def test_required_signals_are_checked(self, pool: Pool, strategy: str) -> None:
         for name in STRATEGIES[strategy].needs:
             known = inputs(24)
             with pytest.raises(DataError, match=f"'{strategy}' needs {name}.*the pool has 24"):
@@ -97,7 +97,7 @@ class TestContract:
             plan_for(pool, strategy, 0.1, held_out=["e5"], **known)
 
 
-def test_padding_replays_nothing_but_has_a_ratio(tmp_path: Path, pool: Pool) -> None:
+def test_padding_has_a_ratio_but_no_replay(tmp_path: Path, pool: Pool) -> None:
     plan = plan_for(pool, "padding", 0.25, held_out=pool.ids[:4])
     assert plan.order(0) == ()
     with pytest.raises(ConfigError, match="replays nothing"):
@@ -128,7 +128,7 @@ def test_top_and_losses_are_sorted(pool: Pool) -> None:
 @pytest.mark.parametrize(
     ("strategy", "name"), [("loss", "losses"), ("median-loss", "losses"), ("gradient", "gradients"), ("truth", "truth")]
 )
-def test_what_was_not_measured_is_not_replayed(pool: Pool, strategy: str, name: str) -> None:
+def test_unmeasured_examples_are_not_replayed(pool: Pool, strategy: str, name: str) -> None:
     known = inputs(24)
     known[name][[1, 7]] = np.nan
     plan = plan_for(pool, strategy, 0.1, held_out=["e0"], **known)
@@ -137,7 +137,7 @@ def test_what_was_not_measured_is_not_replayed(pool: Pool, strategy: str, name: 
         plan_for(pool, strategy, 0.1, **known | {name: np.full(24, np.nan)})
 
 
-def test_half_takes_turns(pool: Pool) -> None:
+def test_half_alternates(pool: Pool) -> None:
     forecast = inputs(24)["forecast"]
     plan = plan_for(pool, "half", 0.1, held_out=pool.ids[:4], forecast=forecast)
     best = [pool.ids[i] for i in np.argsort(-forecast) if i >= 4]
@@ -173,7 +173,7 @@ def test_interleave(n: int, share: float) -> None:
 
 
 @given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=60))
-def test_every_prefix_is_shared_out_by_webster(labels: list[str]) -> None:
+def test_every_prefix_is_apportioned_by_webster(labels: list[str]) -> None:
     order = np.random.default_rng(len(labels)).permutation(len(labels))
     found = stratified_order(order, labels)
     assert sorted(found) == list(range(len(labels)))
@@ -186,7 +186,7 @@ def test_every_prefix_is_shared_out_by_webster(labels: list[str]) -> None:
         assert [i for i in found if labels[i] == name] == [i for i in order if labels[i] == name]
 
 
-def test_stratified_replay_draws_anew_for_every_seed(pool: Pool) -> None:
+def test_stratified_replay_is_uniform_within_strata_over_seeds(pool: Pool) -> None:
     plan = plan_for(pool, "stratified", 0.1)
     sources = dict(zip(pool.ids, pool.sources, strict=True))
     counts = Counter[str]()
@@ -198,14 +198,14 @@ def test_stratified_replay_draws_anew_for_every_seed(pool: Pool) -> None:
 
 
 @given(hnp.arrays(np.int64, st.integers(8, 200), elements=st.integers(-300, 300), unique=True))
-def test_ranked_weights_see_nothing_but_the_order(forecast: np.ndarray) -> None:
+def test_ranked_weights_depend_on_ranks_only(forecast: np.ndarray) -> None:
     weights = softmax_weights(normal_scores(forecast))
     np.testing.assert_array_equal(weights, softmax_weights(normal_scores(forecast.astype(float) ** 3)))
     assert 1 / (weights**2).sum() == pytest.approx(EFFECTIVE_SHARE * len(forecast), rel=1e-6)
     assert (np.diff(weights[np.argsort(forecast)]) > 0).all()
 
 
-def test_an_outlier_does_not_rule_ranked_weights(pool: Pool) -> None:
+def test_ranked_weights_are_robust_to_an_outlier(pool: Pool) -> None:
     forecast = inputs(24)["forecast"]
     forecast[3] = 1000.0
     ranked, plain = (plan_for(pool, name, 0.1, forecast=forecast) for name in ("ranked", "forecast"))
@@ -269,7 +269,7 @@ def test_the_objectives_are_submodular(objective: type, seed: int) -> None:
 
 
 @pytest.mark.parametrize("objective", [Facility, Diminishing])
-def test_putting_off_evaluations_changes_nothing(objective: type) -> None:
+def test_lazy_greedy_matches_eager(objective: type) -> None:
     rng = np.random.default_rng(0)
     loadings, demand = rng.normal(size=(300, 5)) / 3, rng.exponential(size=300)
     plain, every = objective(loadings, demand), []
@@ -281,7 +281,7 @@ def test_putting_off_evaluations_changes_nothing(objective: type) -> None:
     assert greedy(objective(loadings, demand), 300, 60).tolist() == every
 
 
-def test_a_choice_with_nothing_left_to_gain_ends_at_once() -> None:
+def test_greedy_stops_when_no_gain_remains() -> None:
     """Many examples, three directions: after one of each, all gains are zero and none is computed again."""
 
     class Counting(Facility):
@@ -353,7 +353,7 @@ def test_herding_is_closer_to_the_weights_than_sampling() -> None:
     hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 9).map(lambda x: 0.0 if x < 1 else x)),
     st.integers(1, 20),
 )
-def test_a_sample_of_targets_stands_for_all(demand: np.ndarray, most: int) -> None:
+def test_sampled_targets_represent_all(demand: np.ndarray, most: int) -> None:
     rows, need = sample_targets(demand, most)
     assert need.sum() == pytest.approx(demand.sum())
     assert (demand[rows] > 0).all()
@@ -461,7 +461,7 @@ def test_plans_from_an_atlas(tmp_path: Path, atlas: Atlas, run: RunCommand, stra
         np.testing.assert_array_equal(plan.rank, expected.rank)
 
 
-def test_plans_that_cannot_be_made(tmp_path: Path, atlas: Atlas, run: RunCommand) -> None:
+def test_invalid_plans_are_rejected(tmp_path: Path, atlas: Atlas, run: RunCommand) -> None:
     words = ("plan", atlas.path, "-o", tmp_path / "plan.parquet", "--strategy")
     assert "unknown replay strategy 'best'; choose one of none, padding" in run(*words, "best")[2]
     make_scores(make_pool(50), np.ones(50)).save(tmp_path / "other.parquet")

@@ -83,7 +83,7 @@ def test_a_forecast_without_the_truth(tmp_path: Path, atlas: Atlas) -> None:
     assert "against the truth" not in page.text
 
 
-def test_a_task_unlike_the_atlas_is_said_to_be(tmp_path: Path, atlas: Atlas) -> None:
+def test_report_flags_a_task_unlike_the_atlas(tmp_path: Path, atlas: Atlas) -> None:
     forecast = replace(forecast_of(atlas, "t7"), misfit=0.01)
     write_report(tmp_path / "report.html", atlas, forecasts=[forecast])
     assert "suggest that this task is unlike those in the atlas" in Page(tmp_path / "report.html").text
@@ -120,7 +120,7 @@ def test_text_from_data_is_escaped(tmp_path: Path, atlas: Atlas) -> None:
     assert "49 &amp;" not in content  # the template language is not applied to data
 
 
-def test_pages_are_refused_for_what_does_not_belong(tmp_path: Path, atlas: Atlas) -> None:
+def test_mismatched_inputs_are_rejected(tmp_path: Path, atlas: Atlas) -> None:
     write_report(tmp_path / "report.html", atlas)
     kept = (tmp_path / "report.html").read_bytes()
     other = replace(forecast_of(atlas, "t7"), pool_fingerprint="0" * 64)

@@ -11,13 +11,15 @@ from transformers import Trainer, TrainingArguments
 
 from forgetcast import Atlas, Example, Pool
 from forgetcast.lm import LanguageModel, Recipe, ReplayCallback, ReplayMixture, ReplaySelector, score
-from support.data import make_pool, planted
+from support.data import make_pool, make_task, planted
 from support.models import save, tiny
 
 TASK = Pool(
     [Example(f"q{i}", prompt=f"Question: what is {i} + 1?\nAnswer:", completion=f" {i + 1}") for i in range(12)]
 )
 POOL = make_pool(40)
+TASKS = {name: make_task(name, 6) for name in ("adding", "naming", "spelling")}
+QUESTIONS = Pool([Example(f"q{i}", prompt=f"Item {i} is", completion=f" {w}") for i, w in enumerate("abcdefgh")])
 
 
 def make_recipe(**changes: Any) -> Recipe:
