@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import typer
 
 from forgetcast import Atlas, Example, Pool, ReplayPlan, Scores
 from forgetcast.cli import app
@@ -314,7 +315,7 @@ def test_usage_errors_and_help_texts(run: RunCommand) -> None:
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"Example: forgetcast {command}" in " ".join(out.split())
-    assert {command.name for command in app.registered_commands} == set(COMMANDS)
+    assert set(typer.main.get_command(app).commands) == set(COMMANDS)
     assert run("score")[0] == 2
     assert run("no-such-command")[0] == 2
 

@@ -20,10 +20,11 @@ from forgetcast.data.pool import split_task
 from forgetcast.evaluation import worst_tenth
 from forgetcast.experiments.sequence import SequenceSettings, task_orders
 from forgetcast.experiments.sequence_result import SEQUENCE_METRICS, SequenceResult, Stage
-from forgetcast.lm import FineTuner, LanguageModel, Recipe, score
+from forgetcast.lm import FineTuner, InitialState, LanguageModel, Recipe, score
 from forgetcast.lm.train import load_weights, save_weights
 from forgetcast.measure.scores import Scores
 from forgetcast.report import write_report
+from forgetcast.settings import check_settings
 from forgetcast.stats import paired_difference
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool, make_scores, make_task, planted
@@ -140,11 +141,11 @@ def test_checkpoint_of_other_weights_or_replay_is_rejected(tmp_path: Path) -> No
     tuner, plan = FineTuner(tiny()), plan_for(POOL, "random", 0.5)
     weights = {name: value + 0.01 for name, value in tuner.weights().items()}
     given: dict[str, Any] = {"plan": plan, "pool": POOL, "checkpoints": tmp_path}
-    tuned = tuner.tune(TASKS["adding"][0], RECIPE, start=weights, besides=POOL.ids[:36], **given)
+    tuned = tuner.tune(TASKS["adding"][0], RECIPE, initial=InitialState(weights, POOL.ids[:36]), **given)
     assert set(tuned.replayed) == set(POOL.ids[36:])
-    for other in ({"besides": POOL.ids[:36]}, {"start": weights}):
+    for other in (InitialState(already_replayed=POOL.ids[:36]), InitialState(weights)):
         with pytest.raises(MismatchError, match="unfinished run of another model"):
-            tuner.tune(TASKS["adding"][0], RECIPE, **other, **given)
+            tuner.tune(TASKS["adding"][0], RECIPE, initial=other, **given)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
@@ -224,9 +225,9 @@ def test_runs_with_other_settings_are_not_reused(
     monkeypatch.setattr(FineTuner, "tune", stop_at(""))  # nothing may be trained
     others: list[dict[str, Any]] = [
         {"recipe": RECIPE.model_copy(update={"steps": 6})},
-        {"settings": replace(SETTINGS, ratio=1.0)},
-        {"settings": replace(SETTINGS, hold_out=0.4)},
-        {"settings": replace(SETTINGS, probes=7)},
+        {"settings": SETTINGS.model_copy(update={"ratio": 1.0})},
+        {"settings": SETTINGS.model_copy(update={"hold_out": 0.4})},
+        {"settings": SETTINGS.model_copy(update={"probes": 7})},
         {"tasks": {**TASKS, "naming": split_task(make_task("naming", 9), 0.25)}},
     ]
     for other in others:
@@ -338,7 +339,7 @@ def test_a_result_as_a_file() -> None:
         return content | {"stages": [content["stages"][0] | fields, *content["stages"][1:]]}
 
     for bad, message in (
-        ({}, "this is not a sequence: 'stages'"),
+        ({}, "this is not a sequence: stages: Field required"),
         ([], "this is not a sequence"),
         (content | {"stages": []}, "has at least two stages"),
         (content | {"judged": "many"}, "judged: "),
@@ -357,32 +358,45 @@ def test_a_result_as_a_file() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"strategies": ("best",)}, "unknown replay strategy 'best'; choose one of random, stratified, forecast"),
-        ({"strategies": ("truth",)}, "'truth' is not for a sequence: it needs the forgetting of the whole pool"),
-        ({"strategies": ("gradient",)}, "'gradient' is not for a sequence: it needs the gradients"),
-        ({"strategies": ("most-forgotten",)}, "'most-forgotten' is not for a sequence: it chooses during training"),
-        ({"strategies": ("none",)}, "'none' is not for a sequence: it is one of the arms anyhow"),
-        ({"strategies": ("top", "padding")}, "'padding' is not for a sequence: it replays no upstream example"),
-        ({"orders": 0}, "at least 1 order"),
-        ({"probes": 0}, "and 1 probe"),
-        ({"ratio": 0.0}, "the replay ratio must be finite and above 0"),
-        ({"ratio": float("inf")}, "the replay ratio must be finite"),
-        ({"hold_out": 1.0}, "above 0 and below 1"),
+        (
+            {"strategies": ("best",)},
+            "strategies: unknown replay strategy 'best'; choose one of none, padding, random, stratified, forecast",
+        ),
+        ({"strategies": ("truth",)}, "'truth' cannot be used in a sequence: it needs truth"),
+        ({"strategies": ("gradient",)}, "'gradient' cannot be used in a sequence: it needs gradients"),
+        (
+            {"strategies": ("most-forgotten",)},
+            "'most-forgotten' cannot be used in a sequence: it selects examples during training",
+        ),
+        (
+            {"strategies": ("none",)},
+            "'none' cannot be used in a sequence: it replays nothing, and is a baseline anyway",
+        ),
+        ({"strategies": ("top", "padding")}, "'padding' cannot be used in a sequence: it replays no upstream example"),
+        ({"orders": 0}, "orders: Input should be greater than or equal to 1"),
+        ({"probes": 0}, "probes: Input should be greater than or equal to 1"),
+        ({"ratio": 0.0}, "ratio: Input should be greater than 0"),
+        ({"ratio": float("inf")}, "ratio: Input should be a finite number"),
+        ({"hold_out": 1.0}, "hold_out: Input should be less than 1"),
     ],
 )
 def test_invalid_settings_are_rejected(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SequenceSettings(**wrong)
+        check_settings(wrong, SequenceSettings, where="the sequence")
 
 
 def test_invalid_sequences_are_rejected_before_training(tmp_path: Path, atlas: Atlas) -> None:
     empty = Atlas.create(tmp_path / "empty.atlas", POOL, atlas.before, model="tiny")
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (DataError, "at least two tasks, not 1", {"tasks": {"adding": TASKS["adding"]}}),
-        (ConfigError, "replays no batch", {"settings": replace(SETTINGS, ratio=0.01)}),
-        (ConfigError, "examples are to be replayed, and the plan has", {"settings": replace(SETTINGS, ratio=50.0)}),
-        (ConfigError, "leaves none to judge on", {"settings": replace(SETTINGS, hold_out=0.01)}),
-        (ConfigError, "every example is held out", {"settings": replace(SETTINGS, hold_out=0.999)}),
+        (ConfigError, "replays no batch", {"settings": SETTINGS.model_copy(update={"ratio": 0.01})}),
+        (
+            ConfigError,
+            "examples are to be replayed, and the plan has",
+            {"settings": SETTINGS.model_copy(update={"ratio": 50.0})},
+        ),
+        (ConfigError, "leaves none to judge on", {"settings": SETTINGS.model_copy(update={"hold_out": 0.01})}),
+        (ConfigError, "every example is held out", {"settings": SETTINGS.model_copy(update={"hold_out": 0.999})}),
         (DataError, "at least two measured tasks; the matrix has 0", {"atlas": empty}),
     ]
     for error, message, given in refused:
@@ -418,7 +432,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     assert len(content["stages"]) == 16
     result = SequenceResult.from_dict(content)
     # The library gives the same, from the same arguments and the atlas's recipe.
-    settings = SequenceSettings(("top", "ranked"), 0.5, orders=2, probes=5)
+    settings = SequenceSettings(strategies=("top", "ranked"), ratio=0.5, orders=2, probes=5)
     parts = {name: split_task(make_task(name, 8), 0.25) for name in NAMES[:2]}
     assert run_in(tmp_path / "sequence.runs", atlas, settings, tasks=parts, on_progress=stop_at("")) == result
 
@@ -447,7 +461,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
         return err
 
     assert "not for a sequence" in refused(*files(), "--strategy", "most-forgotten")
-    assert "at least 1 order" in refused(*files(), "--orders", 0)
+    assert "orders: Input should be greater than or equal to 1" in refused(*files(), "--orders", 0)
     assert "at least two tasks, not 1" in refused(*files(tmp_path / "tasks" / "adding.jsonl"))
     assert "two tasks are called 'adding'" in refused(*files(*[tmp_path / "tasks" / "adding.jsonl"] * 2))
     assert "leaves none to test" in refused(*files(), "--test-share", 0)
@@ -503,7 +517,7 @@ def test_unscored_examples_are_not_judged_or_probed(tmp_path: Path) -> None:
     for i, row in enumerate(np.abs(planted(5, len(pool), 1, 0.05))):
         atlas.add(f"t{i}", replace(before, nll=nll + row))
     small = {name: TASKS[name] for name in NAMES[:2]}
-    settings = SequenceSettings(("top",), 0.5, orders=1, probes=30)
+    settings = SequenceSettings(strategies=("top",), ratio=0.5, orders=1, probes=30)
     result = run_in(tmp_path / "runs", atlas, settings, tasks=small)
     assert result.judged == 14
     assert all(np.isfinite(stage.mean) for stage in result.stages)

@@ -135,7 +135,7 @@ def test_remaining_replay_follows_the_new_forecast(atlas: Atlas, tmp_path: Path,
         assert chosen == tuple(best[: len(chosen)])
     if strategy == "forecast":
         offline = plan_for(POOL, "forecast", 0.5, held_out=HELD_OUT, forecast=new, seed=3)
-        np.testing.assert_array_equal(chosen, offline.order(len(chosen), besides=replayed))
+        np.testing.assert_array_equal(chosen, offline.order(len(chosen), already_replayed=replayed))
 
 
 def test_more_than_once_and_only_the_probes_are_measured(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from forgetcast import Atlas, ConfigError, DataError, advice
+from forgetcast import Atlas, ConfigError, DataError
 from forgetcast.experiments.verify import Run, pilot_comparison
+from forgetcast.replay import law as law_module
 from forgetcast.replay.law import Advice, Expected, ReplayLaw, advise
 from forgetcast.replay.plan import ReplayPlan
 from support.cli import RunCommand
@@ -36,7 +37,7 @@ class Planted:
     def strength(self) -> float:
         return float(0.7 * np.exp(self.spread * self.rng.standard_normal()))
 
-    def left(self, strength: float, strategy: str, ratio: float) -> float:
+    def remaining(self, strength: float, strategy: str, ratio: float) -> float:
         dose = math.log(1 + self.bend * self.efficiency[strategy] * ratio / (1 + ratio))
         return math.exp(-strength * dose / math.log(1 + self.bend / 9))
 
@@ -47,7 +48,7 @@ class Planted:
             found.append(one(f"t{t}", "none", 0.0, without))
             for strategy in strategies:
                 for ratio in ratios:
-                    left = self.left(strength, strategy, ratio) + self.noise * self.rng.standard_normal()
+                    left = self.remaining(strength, strategy, ratio) + self.noise * self.rng.standard_normal()
                     found.append(one(f"t{t}", strategy, ratio, without * left))
         return found
 
@@ -61,16 +62,16 @@ def test_intervals_cover_new_runs_at_their_level() -> None:
         strength = planted.strength()
         for strategy in ("random", "top"):
             for ratio in (1 / 64, 1 / 16, 1 / 4):
-                truth = planted.left(strength, strategy, ratio) + planted.noise * planted.rng.standard_normal()
-                expected = law.left(strategy, ratio)
+                truth = planted.remaining(strength, strategy, ratio) + planted.noise * planted.rng.standard_normal()
+                expected = law.remaining(strategy, ratio)
                 held["new"].append(expected.lower <= truth <= expected.upper)
         pilot = Planted(seed + 100)
         first = pilot.strength()
-        runs = [one("p", "random", r, 0.2 * pilot.left(first, "random", r)) for r in (1 / 32, 1 / 8)]
+        runs = [one("p", "random", r, 0.2 * pilot.remaining(first, "random", r)) for r in (1 / 32, 1 / 8)]
         law = ReplayLaw.fit([one("p", "none", 0.0, 0.2), *runs])
         for ratio in (1 / 64, 1 / 16, 1 / 4):
-            expected = law.left("random", ratio, task="p")
-            held["own"].append(expected.lower <= pilot.left(first, "random", ratio) <= expected.upper)
+            expected = law.remaining("random", ratio, task="p")
+            held["own"].append(expected.lower <= pilot.remaining(first, "random", ratio) <= expected.upper)
     assert 0.82 <= np.mean(held["new"]) <= 0.98
     assert np.mean(held["own"]) >= 0.85  # without noise of its own, a truth is held more often
 
@@ -85,10 +86,10 @@ def test_fit_recovers_planted_parameters() -> None:
     assert law.efficiency("random") == (1.0, 1.0, 1.0)
     strengths = [planted.strength() for _ in range(4000)]
     for ratio in (1 / 100, 1 / 10, 1 / 3):
-        truth = np.mean([planted.left(strength, "top", ratio) for strength in strengths])
-        assert law.left("top", ratio).mean == pytest.approx(truth, abs=0.03)
+        truth = np.mean([planted.remaining(strength, "top", ratio) for strength in strengths])
+        assert law.remaining("top", ratio).mean == pytest.approx(truth, abs=0.03)
     # Of the other metric, which is twice as large with and without replay, the shares are the same.
-    assert ReplayLaw.fit(planted.runs(3, ("random",)), "worst_tenth").left("random", 0.1).mean > 0
+    assert ReplayLaw.fit(planted.runs(3, ("random",)), "worst_tenth").remaining("random", 0.1).mean > 0
 
 
 def test_the_posterior_is_that_of_a_plain_sampler() -> None:
@@ -96,7 +97,7 @@ def test_the_posterior_is_that_of_a_plain_sampler() -> None:
     shares, left = [1 / 33, 1 / 9], [0.80, 0.52]
     runs = [one("p", "random", p / (1 - p), 0.4 * y) for p, y in zip(shares, left, strict=True)]
     law = ReplayLaw.fit([one("p", "none", 0.0, 0.4), *runs])
-    noises, spreads = advice.NOISE.tolist(), advice.SPREAD.tolist()
+    noises, spreads = law_module.NOISE.tolist(), law_module.SPREAD.tolist()
 
     def curve(state: tuple[float, float, float, int, int], share: float) -> float:
         log_strength, log_bend, deviation, _, _ = state
@@ -105,11 +106,11 @@ def test_the_posterior_is_that_of_a_plain_sampler() -> None:
 
     def log_posterior(state: tuple[float, float, float, int, int]) -> float:
         log_strength, log_bend, deviation, i, j = state
-        total = -0.5 * ((log_strength - advice.STRENGTH[0]) / advice.STRENGTH[1]) ** 2
-        total -= 0.5 * ((log_bend - advice.BEND[0]) / advice.BEND[1]) ** 2
+        total = -0.5 * ((log_strength - law_module.STRENGTH_PRIOR[0]) / law_module.STRENGTH_PRIOR[1]) ** 2
+        total -= 0.5 * ((log_bend - law_module.CURVATURE_PRIOR[0]) / law_module.CURVATURE_PRIOR[1]) ** 2
         total -= 0.5 * (deviation / spreads[j]) ** 2 + math.log(spreads[j])
-        total -= 0.5 * ((math.log(noises[i]) - advice.NOISE_BEFORE[0]) / advice.NOISE_BEFORE[1]) ** 2
-        total -= 0.5 * ((math.log(spreads[j]) - advice.SPREAD_BEFORE[0]) / advice.SPREAD_BEFORE[1]) ** 2
+        total -= 0.5 * ((math.log(noises[i]) - law_module.NOISE_PRIOR[0]) / law_module.NOISE_PRIOR[1]) ** 2
+        total -= 0.5 * ((math.log(spreads[j]) - law_module.SPREAD_PRIOR[0]) / law_module.SPREAD_PRIOR[1]) ** 2
         for share, seen in zip(shares, left, strict=True):
             total -= 0.5 * ((seen - curve(state, share)) / noises[i]) ** 2 + math.log(noises[i])
         return total
@@ -131,7 +132,7 @@ def test_the_posterior_is_that_of_a_plain_sampler() -> None:
         truth = np.array([curve(state, ratio / (1 + ratio)) for state in kept])
         # The interval is of a run, so it has the noise on top.
         truth_run = truth + np.array([noises[state[3]] for state in kept]) * rng.standard_normal(len(kept))
-        expected = law.left("random", ratio, task="p")
+        expected = law.remaining("random", ratio, task="p")
         assert expected.mean == pytest.approx(truth.mean(), abs=0.03)
         assert (expected.lower, expected.upper) == pytest.approx(np.quantile(truth_run, [0.05, 0.95]), abs=0.06)
 
@@ -140,14 +141,16 @@ def test_without_runs_it_is_the_prior() -> None:
     law = ReplayLaw.fit([])
     assert (law.runs, law.tasks, law.strategies) == (0, (), ("random",))
     # At the reference ratio the strength alone counts, with the spread between tasks on top.
-    weights = norm.pdf(np.log(advice.SPREAD), *advice.SPREAD_BEFORE)
+    weights = norm.pdf(np.log(law_module.SPREAD), *law_module.SPREAD_PRIOR)
     rng = np.random.default_rng(5)
-    spread = rng.choice(advice.SPREAD, p=weights / weights.sum(), size=200_000)
-    deviations = advice.STRENGTH[0] + np.hypot(advice.STRENGTH[1], spread) * rng.standard_normal(200_000)
-    assert law.left("random", 1 / 8).mean == pytest.approx(np.exp(-np.exp(deviations)).mean(), abs=0.02)
-    wide = law.left("random", 1 / 8)
+    spread = rng.choice(law_module.SPREAD, p=weights / weights.sum(), size=200_000)
+    deviations = law_module.STRENGTH_PRIOR[0] + np.hypot(law_module.STRENGTH_PRIOR[1], spread) * rng.standard_normal(
+        200_000
+    )
+    assert law.remaining("random", 1 / 8).mean == pytest.approx(np.exp(-np.exp(deviations)).mean(), abs=0.02)
+    wide = law.remaining("random", 1 / 8)
     assert wide.upper - wide.lower > 0.6
-    assert law.left("random", 0.0) == (1.0, 1.0, 1.0)
+    assert law.remaining("random", 0.0) == (1.0, 1.0, 1.0)
 
 
 def test_the_ratio_for_a_retention_is_where_it_is_expected() -> None:
@@ -156,7 +159,7 @@ def test_the_ratio_for_a_retention_is_where_it_is_expected() -> None:
         for retention in (0.1, 0.2, 0.3):
             needed = law.ratio_for(retention, "top", task=task)
             assert needed is not None
-            assert law.left("top", needed.mean, task=task).mean == pytest.approx(1 - retention, abs=1e-6)
+            assert law.remaining("top", needed.mean, task=task).mean == pytest.approx(1 - retention, abs=1e-6)
             assert needed.lower < needed.mean < needed.upper
             random = law.ratio_for(retention, "random", task=task)
             assert random is None or random.mean > needed.mean
@@ -182,17 +185,17 @@ def test_excluded_runs() -> None:
     law = ReplayLaw.fit([*runs, one("d", "none", 0.0, 0.3, setup="short")])
     assert (law.runs, law.tasks) == (1, ("d",))
     with pytest.raises(DataError, match="no run with replay is known of the task 'a'"):
-        law.left("random", 0.1, task="a")
+        law.remaining("random", 0.1, task="a")
     with pytest.raises(ConfigError, match="not 'median'"):
         ReplayLaw.fit(runs, "median")
     with pytest.raises(ConfigError, match="must not be negative"):
-        law.left("random", -0.1)
+        law.remaining("random", -0.1)
 
 
 def said(**parts: Any) -> str:
     none = Expected(0.4, 0.3, 0.5)
     given = {"strategy": "top", "task": None, "target": None, "runs": 9, "tasks": 3, "largest": 0.125}
-    given |= {"left": {}, "efficiency": {}, "needed": None, "most": none}
+    given |= {"remaining": {}, "efficiency": {}, "needed": None, "most": none}
     return " ".join(Advice(**(given | parts)).sentences())
 
 

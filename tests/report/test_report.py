@@ -56,7 +56,7 @@ def test_the_figures_in_the_page_are_those_measured(tmp_path: Path, atlas: Atlas
     assert f"{inside:.0%} of the true values lie in the 90% interval" in page.text
     assert "none 1.005, random 0.805, top online 0.705" in page.text
     assert "top online replay is better than random" in page.text
-    explained = "“random”: draw all alike; “top online”: the highest forecasts first, updated during training."
+    explained = "“random”: sample uniformly; “top online”: the highest forecasts first, revised during training."
     assert explained in " ".join(page.text.split())
     worst = forecast.ids[int(np.argmax(forecast.mean))]
     assert atlas.pool.subset([worst])[0].full_text.split("\n")[0] in page.text

@@ -292,11 +292,10 @@ def sequence(
     settings = check_settings(
         given | ({"strategies": strategy} if strategy else {}), SequenceSettings, where="the sequence"
     )
-    assert settings.arms  # an unknown strategy, and too few tasks, are errors before the model is loaded
     opened = Atlas.open(atlas)
     shared = load_recipe(recipe, opened)
     loaded = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)
-    task_orders(list(loaded), orders)
+    task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
     base = load_base(model, device, trust_remote_code, opened)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Bayesian, probes
@@ -72,20 +72,18 @@ class SequenceSettings(BaseModel):
     repeat: bool = False
     seed: int = 0
 
+    @field_validator("strategies")
+    @classmethod
+    def _plan_before_every_task(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            check_available(get_strategy(name), AVAILABLE, "in a sequence")
+        return names
+
     @cached_property
     def arms(self) -> dict[str, Strategy]:
-        """No replay, random replay, and each strategy once, by name.
-
-        Raises
-        ------
-        ConfigError
-            If a strategy is unknown, or cannot be used before every task.
-        """
-        baselines: dict[str, Strategy] = {NoReplay.name: NoReplay(), Random.name: Random()}
-        added = {strategy.name: strategy for strategy in map(get_strategy, self.strategies)}
-        for strategy in added.values():
-            check_available(strategy, AVAILABLE, "in a sequence")
-        return baselines | added
+        """No replay, random replay, and each strategy once, by name."""
+        strategies = (NoReplay(), Random(), *map(get_strategy, self.strategies))
+        return {strategy.name: strategy for strategy in strategies}
 
 
 def task_orders(tasks: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, ...]]:
