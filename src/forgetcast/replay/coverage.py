@@ -13,7 +13,7 @@ import numpy as np
 from forgetcast.completion.gaussian import LinearGaussian
 
 TARGETS = 2048
-"""Maximum number of examples that a choice is judged by; of more, a systematic sample in proportion to the demand."""
+"""Maximum number of target examples; more are reduced to a systematic sample in proportion to the demand."""
 
 DEPTH = 4096
 """Number of examples chosen greedily; the others follow by forecast."""
@@ -137,15 +137,15 @@ def sample_targets(demand: np.ndarray, most: int = TARGETS) -> tuple[np.ndarray,
     rows = np.flatnonzero(demand > 0)
     if len(rows) <= most:
         return rows, demand[rows]
-    upto = np.cumsum(demand)
-    at = np.searchsorted(upto, (np.arange(most) + 0.5) / most * upto[-1])
-    return at, np.full(most, upto[-1] / most)
+    total = np.cumsum(demand)
+    sampled = np.searchsorted(total, (np.arange(most) + 0.5) / most * total[-1])
+    return sampled, np.full(most, total[-1] / most)
 
 
 def greedy(objective: Objective, n: int, count: int) -> np.ndarray:
     """Choose examples one by one, each time the one with the largest gain, shape (count,).
 
-    An earlier gain is an upper bound of the present one, so only those that could still be the largest are recomputed
+    An earlier gain is an upper bound of the current one, so only those that could still be the largest are recomputed
     (Minoux 1978). Ties go to the first. The value is at least 1 - 1/e of that of the best set of the same size
     (Nemhauser, Wolsey and Fisher 1978).
     """
@@ -160,7 +160,7 @@ def greedy(objective: Objective, n: int, count: int) -> np.ndarray:
         batch = FIRST_BATCH
         while not exact[best := int(np.argmax(bounds))]:
             old = np.where(exact, -np.inf, bounds)
-            old[best] = np.inf  # of many equal bounds, the first has to be in the batch
+            old[best] = np.inf  # of many equal bounds, the first must be in the batch
             rows = np.argpartition(-old, batch)[:batch] if batch < n else np.arange(n)
             rows = rows[old[rows] > -np.inf]
             bounds[rows] = objective.gains(rows)
