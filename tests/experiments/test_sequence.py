@@ -231,7 +231,7 @@ def test_runs_with_other_settings_are_not_reused(
         {"tasks": {**TASKS, "naming": split_task(make_task("naming", 9), 0.25)}},
     ]
     for other in others:
-        with pytest.raises(MismatchError, match=r"(none|random|top)\.0\.\d\.parquet is of a sequence with other"):
+        with pytest.raises(MismatchError, match=r"(none|random|top)\.0\.\d\.parquet is of a run with other"):
             run_in(folder, atlas, **other)
     grown = measured_atlas(tmp_path, RECIPE)
     grown.add("another", replace(grown.before, nll=grown.before.nll + 0.1))
@@ -344,7 +344,7 @@ def test_a_result_as_a_file() -> None:
         (content | {"stages": []}, "has at least two stages"),
         (content | {"judged": "many"}, "judged: "),
         (without(0), "none replay, order 0: a stage is missing"),
-        (content | {"stages": content["stages"] * 2}, "there twice"),
+        (content | {"stages": content["stages"] * 2}, "duplicated"),
         (changed(mean="high"), "stages: 0: mean: "),
         (changed(mean=float("nan")), "stages: 0: mean: "),
         (changed(losses={}), "stage 1 needs the losses of the tasks"),
@@ -360,17 +360,17 @@ def test_a_result_as_a_file() -> None:
     [
         (
             {"strategies": ("best",)},
-            "strategies: unknown replay strategy 'best'; choose one of none, padding, random, stratified, forecast",
+            "strategies: unknown replay strategy 'best'; choose one of none, padding, random",
         ),
         ({"strategies": ("truth",)}, "'truth' cannot be used in a sequence: it needs truth"),
         ({"strategies": ("gradient",)}, "'gradient' cannot be used in a sequence: it needs gradients"),
         (
             {"strategies": ("most-forgotten",)},
-            "'most-forgotten' cannot be used in a sequence: it selects examples during training",
+            "'most-forgotten' cannot be .*: it selects examples during training",
         ),
         (
             {"strategies": ("none",)},
-            "'none' cannot be used in a sequence: it replays nothing, and is a baseline anyway",
+            "'none' cannot be .*: it replays nothing, and is a baseline anyway",
         ),
         ({"strategies": ("top", "padding")}, "'padding' cannot be used in a sequence: it replays no upstream example"),
         ({"orders": 0}, "orders: Input should be greater than or equal to 1"),
@@ -460,7 +460,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
         assert (code, out, err.strip().count("\n")) == (2, "", 0), err
         return err
 
-    assert "not for a sequence" in refused(*files(), "--strategy", "most-forgotten")
+    assert "cannot be used in a sequence" in refused(*files(), "--strategy", "most-forgotten")
     assert "orders: Input should be greater than or equal to 1" in refused(*files(), "--orders", 0)
     assert "at least two tasks, not 1" in refused(*files(tmp_path / "tasks" / "adding.jsonl"))
     assert "two tasks are called 'adding'" in refused(*files(*[tmp_path / "tasks" / "adding.jsonl"] * 2))

@@ -205,7 +205,7 @@ class Backwards:
     def due(self, step: int, _: ReplayMixture) -> bool:
         return step == 2
 
-    def choose(self, _: LanguageModel, mixture: ReplayMixture, replayed: Sequence[str]) -> Sequence[str]:
+    def select(self, _: LanguageModel, mixture: ReplayMixture, replayed: Sequence[str]) -> Sequence[str]:
         return mixture.replayed[: len(replayed) - 1 : -1]
 
 
@@ -235,12 +235,12 @@ def test_sft_trainer_with_other_data_is_rejected(tmp_path: Path) -> None:
     rows = [{"input_ids": mixture[i].ids, "labels": mixture[i].labels} for i in range(len(mixture))]
     copy = datasets.Dataset.from_list(rows)
     for other in (copy, twin.dataset(), mixture.dataset().shuffle(seed=1), mixture.dataset().select(range(20))):
-        with pytest.raises(ConfigError, match="trains on something else than the mixture"):
+        with pytest.raises(ConfigError, match="does not train on the mixture"):
             sft_trainer(base, mixture, tmp_path, data=other).train()
     # TRL packs what it prepares by length, over all batches: new and old examples would share rows.
     packed = sft_trainer(base, mixture, tmp_path, data=copy, packing=True, dataset_kwargs=None, max_length=64)
     assert len(packed.train_dataset) < len(mixture)
-    with pytest.raises(ConfigError, match="trains on something else than the mixture"):
+    with pytest.raises(ConfigError, match="does not train on the mixture"):
         packed.train()
     with pytest.raises(ValueError, match="skip_prepare_dataset"):
         sft_trainer(base, mixture, tmp_path, packing=True, dataset_kwargs=None)

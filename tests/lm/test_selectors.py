@@ -79,8 +79,8 @@ class Recorded:
         self.calls: list[tuple[tuple[str, ...], tuple[str, ...], dict[str, torch.Tensor]]] = []
         self.settings, self.check, self.due = selector.settings, selector.check, selector.due
 
-    def choose(self, language_model: LanguageModel, mixture: ReplayMixture, replayed: Any) -> Any:
-        chosen = self.inner.choose(language_model, mixture, replayed)
+    def select(self, language_model: LanguageModel, mixture: ReplayMixture, replayed: Any) -> Any:
+        chosen = self.inner.select(language_model, mixture, replayed)
         weights = {name: value.clone() for name, value in language_model.model.state_dict().items()}
         self.calls.append((tuple(replayed), tuple(chosen), weights))
         return chosen
@@ -233,7 +233,7 @@ def test_invalid_combinations_are_rejected(atlas: Atlas, tmp_path: Path) -> None
     base, plan = tiny(), atlas_plan(atlas)
     online = OnlineSelector.from_atlas(atlas, plan, k=6)
     for wrong in (0.0, 1.0, -1.0):
-        with pytest.raises(ConfigError, match="a share of the steps between 0 and 1"):
+        with pytest.raises(ConfigError, match="a fraction of the steps between 0 and 1"):
             replace(online, at=(wrong,))
     with pytest.raises(ConfigError, match="at least 2 candidates"):
         MostForgottenSelector(POOL, atlas.nll_before, candidates=1)

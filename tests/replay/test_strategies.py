@@ -471,4 +471,4 @@ def test_invalid_plans_are_rejected(tmp_path: Path, atlas: Atlas, run: RunComman
     code, out, _ = run("plan", "--help")
     text = " ".join(out.replace("│", " ").split())
     assert code == 0
-    assert all(kind.text in text for kind in STRATEGIES.values())
+    assert all(strategy.summary in text for strategy in STRATEGIES.values())

@@ -36,6 +36,7 @@ def verified() -> Verification:
         ),
         judged=12,
         ratio=0.2,
+        summaries={"random": "sample uniformly", "top online": "the highest forecasts first, revised during training"},
     )
 
 
