@@ -468,7 +468,9 @@ def test_invalid_plans_are_rejected(tmp_path: Path, atlas: Atlas, run: RunComman
     assert "doesn't know" in run(*words, "truth", "--truth", tmp_path / "other.parquet")[2]
     assert "and only they" in run(*words, "random", "--truth", tmp_path / "other.parquet")[2]
     assert not (tmp_path / "plan.parquet").exists()
-    code, out, _ = run("plan", "--help")
-    text = " ".join(out.replace("│", " ").split())
+    code, out, _ = run("strategies", "--json")
     assert code == 0
-    assert all(strategy.summary in text for strategy in STRATEGIES.values())
+    assert {name: row["summary"] for name, row in json.loads(out).items()} == {
+        name: strategy.summary for name, strategy in STRATEGIES.items()
+    }
+    assert all(name in run("strategies")[1] for name in STRATEGIES)
