@@ -11,6 +11,7 @@ from . import report as report
 from .atlas import Atlas as Atlas
 from .atlas import ForgettingMatrix as ForgettingMatrix
 from .completion.forecast import TaskForecast as TaskForecast
+from .completion.forecast import measured_probes as measured_probes
 from .completion.structure import Structure as Structure
 from .completion.structure import analyze as analyze
 from .data import Example as Example
@@ -27,6 +28,7 @@ from .experiments import ReplayComparison as ReplayComparison
 from .experiments import SequenceResult as SequenceResult
 from .experiments import SequenceSettings as SequenceSettings
 from .experiments import Verification as Verification
+from .experiments import arms as arms
 from .experiments import collect as collect
 from .experiments import pilot_comparison as pilot_comparison
 from .experiments import prepare_atlas as prepare_atlas

@@ -128,7 +128,7 @@ def get_strategy(name: str, **settings: Any) -> Strategy:
     """
     file, _, short = name.rpartition(":")
     if file.endswith(".py"):
-        _run_file(Path(file))
+        _run_file(Path(file).resolve())
         name = short
     if name not in STRATEGIES:
         raise ConfigError(
@@ -160,9 +160,9 @@ def available_strategies(available: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name, cls in STRATEGIES.items() if cls.phase == "planned" and cls.needs <= signals)
 
 
-def _source(cls: type) -> tuple[str, str]:
+def _source(cls: type[Strategy]) -> tuple[str, str]:
     """Where a class is defined: running its file a second time defines the same strategy again."""
-    return inspect.getfile(cls) if cls.__module__ != "__main__" else "__main__", cls.__qualname__
+    return cls.select.__code__.co_filename, cls.__qualname__
 
 
 def _run_file(path: Path) -> None:
