@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from forgetcast import ConfigError, DataError, MismatchError, Pool, ReplayPlan
-from forgetcast.replay.strategies import EFFECTIVE_SHARE, softmax_weights
+from forgetcast.replay.sampling import EFFECTIVE_SHARE, softmax_weights
 from support.data import make_pool
 from support.plans import plan_for
 

@@ -14,7 +14,7 @@ from forgetcast.data.pool import FIELDS, Example, Pool
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
 from forgetcast.files import atomic_path, write_json
 from forgetcast.replay.plan import ReplayPlan
-from forgetcast.replay.strategies import stratified_order
+from forgetcast.replay.sampling import stratified_order
 
 
 def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:

@@ -16,8 +16,9 @@ from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import read_table, write_table
+from forgetcast.replay.sampling import interleave, stratified_order
 from forgetcast.replay.signals import Signals
-from forgetcast.replay.strategies import Phase, Strategy, get_strategy, interleave, stratified_order
+from forgetcast.replay.strategies import Phase, Strategy, get_strategy
 
 
 @dataclass(frozen=True)
