@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -29,14 +31,8 @@ from forgetcast.replay.coverage import (
     herding,
     sample_targets,
 )
-from forgetcast.replay.strategies import (
-    EFFECTIVE_SHARE,
-    STRATEGIES,
-    interleave,
-    normal_scores,
-    softmax_weights,
-    stratified_order,
-)
+from forgetcast.replay.sampling import EFFECTIVE_SHARE, interleave, normal_scores, softmax_weights, stratified_order
+from forgetcast.replay.strategies import STRATEGIES, get_strategy
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool, make_scores
 from support.plans import plan_for
@@ -474,3 +470,71 @@ def test_invalid_plans_are_rejected(tmp_path: Path, atlas: Atlas, run: RunComman
         name: strategy.summary for name, strategy in STRATEGIES.items()
     }
     assert all(name in run("strategies")[1] for name in STRATEGIES)
+
+
+MINE = """
+import numpy as np
+
+from forgetcast import Selection, Strategy
+
+
+class Easiest(Strategy):
+    name = "easiest"
+    summary = "the lowest losses first"
+    needs = frozenset({"losses"})
+
+    def __init__(self, *, skip: int = 0) -> None:
+        self.skip = skip
+
+    def select(self, signals):
+        return Selection(np.full(len(signals), 1 / len(signals)), np.argsort(signals.losses)[self.skip :])
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Iterator[Path]:
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    yield file
+    STRATEGIES.pop("easiest", None)
+
+
+def test_a_strategy_from_a_file(tmp_path: Path, mine: Path, atlas: Atlas, run: RunCommand) -> None:
+    words = ["plan", atlas.path, "--ratio", 0.25, "-o", tmp_path / "plan.parquet"]
+    for _ in range(2):  # a file may be run again
+        assert run(*words, "--strategy", f"{mine}:easiest")[0] == 0
+    plan = ReplayPlan.load(tmp_path / "plan.parquet")
+    assert (plan.strategy, plan.summary, plan.phase) == ("easiest", "the lowest losses first", "planned")
+    losses = dict(zip(atlas.examples, atlas.nll_before, strict=True))
+    order = [losses[id_] for id_ in plan.order(plan.usable)]
+    assert order == sorted(order)
+    STRATEGIES.pop("easiest")  # as in a process that has not run the file: the plan still says what it is
+    assert ReplayPlan.load(tmp_path / "plan.parquet").summary == plan.summary
+    skipping = get_strategy(f"{mine}:easiest", skip=2)
+    assert repr(skipping) == "Easiest(skip=2)"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{file}:hardest", "unknown replay strategy 'hardest'"),
+        ("nowhere.py:easiest", "there is no such file of replay strategies"),
+        ("{broken}:x", "broken.py: ZeroDivisionError: division by zero"),
+        ("{taken}:top", "two replay strategies 'top'"),
+    ],
+)
+def test_invalid_strategy_files_are_rejected(tmp_path: Path, mine: Path, name: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "taken.py").write_text(MINE.replace('"easiest"', '"top"'))
+    given = name.format(file=mine, broken=tmp_path / "broken.py", taken=tmp_path / "taken.py")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        get_strategy(given)
+
+
+def test_a_setting_that_a_strategy_lacks_is_rejected(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
+    with pytest.raises(ConfigError, match="'top' has no setting 'temperature'"):
+        get_strategy("top", temperature=0.1)
+    assert get_strategy("top", temperature=None).name == "top"
+    words = ("plan", atlas.path, "-o", tmp_path / "p.parquet", "--temperature", 0.1, "--strategy")
+    assert "has no setting 'temperature'" in run(*words, "top")[2]
+    assert run(*words, "half")[0] == 0
