@@ -103,6 +103,8 @@ def public_names() -> str:
         rows = []
         for name in sorted(module.exports or ()):
             target = exported(module, name)
+            if target.is_module:  # has a heading of its own
+                continue
             summary = target.docstring.value.split("\n\n")[0] if target.docstring else ""
             rows.append(f"| [`{name}`][{target.path}] | {_cell(summary)} |")
         parts += [f"## {module.path}", "| name | |\n|---|---|\n" + "\n".join(rows)]

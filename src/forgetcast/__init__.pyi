@@ -1,52 +1,84 @@
-from . import atlas as atlas
-from . import completion as completion
-from . import data as data
-from . import evaluation as evaluation
-from . import experiments as experiments
-from . import lm as lm
-from . import measure as measure
-from . import probes as probes
-from . import replay as replay
-from . import report as report
-from .atlas import Atlas as Atlas
-from .atlas import ForgettingMatrix as ForgettingMatrix
-from .completion.forecast import TaskForecast as TaskForecast
-from .completion.forecast import measured_probes as measured_probes
-from .completion.structure import Structure as Structure
-from .completion.structure import analyze as analyze
-from .data import Example as Example
-from .data import Pool as Pool
-from .data import Recipe as Recipe
-from .data import load_task as load_task
-from .data import split_task as split_task
-from .errors import ConfigError as ConfigError
-from .errors import DataError as DataError
-from .errors import ForgetcastError as ForgetcastError
-from .errors import MismatchError as MismatchError
-from .errors import MissingExtraError as MissingExtraError
-from .experiments import ReplayComparison as ReplayComparison
-from .experiments import SequenceResult as SequenceResult
-from .experiments import SequenceSettings as SequenceSettings
-from .experiments import Verification as Verification
-from .experiments import arms as arms
-from .experiments import collect as collect
-from .experiments import pilot_comparison as pilot_comparison
-from .experiments import prepare_atlas as prepare_atlas
-from .experiments import run_sequence as run_sequence
-from .experiments import verify as verify
-from .measure import Scores as Scores
-from .measure import difference as difference
-from .measure import read_lm_eval as read_lm_eval
-from .replay import Advice as Advice
-from .replay import ReplayLaw as ReplayLaw
-from .replay import ReplayPlan as ReplayPlan
-from .replay import Selection as Selection
-from .replay import Signals as Signals
-from .replay import Strategy as Strategy
-from .replay import advise as advise
-from .replay import get_strategy as get_strategy
-from .replay import make_plan as make_plan
-from .report import write_report as write_report
+from . import atlas, completion, data, evaluation, experiments, lm, measure, probes, replay, report
+from .atlas import Atlas, ForgettingMatrix
+from .completion.forecast import TaskForecast, measured_probes
+from .completion.structure import Structure, analyze
+from .data import Example, Pool, Recipe, load_task, split_task
+from .errors import ConfigError, DataError, ForgetcastError, MismatchError, MissingExtraError
+from .experiments import (
+    ReplayComparison,
+    SequenceResult,
+    SequenceSettings,
+    Verification,
+    arms,
+    collect,
+    pilot_comparison,
+    prepare_atlas,
+    run_sequence,
+    verify,
+)
+from .measure import Scores, difference, read_lm_eval
+from .replay import (
+    Advice,
+    ReplayLaw,
+    ReplayPlan,
+    Selection,
+    Signals,
+    Strategy,
+    advise,
+    get_strategy,
+    make_plan,
+)
+from .report import write_report
 
 __version__: str
-__all__: list[str]
+__all__ = [
+    "Advice",
+    "Atlas",
+    "ConfigError",
+    "DataError",
+    "Example",
+    "ForgetcastError",
+    "ForgettingMatrix",
+    "MismatchError",
+    "MissingExtraError",
+    "Pool",
+    "Recipe",
+    "ReplayComparison",
+    "ReplayLaw",
+    "ReplayPlan",
+    "Scores",
+    "Selection",
+    "SequenceResult",
+    "SequenceSettings",
+    "Signals",
+    "Strategy",
+    "Structure",
+    "TaskForecast",
+    "Verification",
+    "advise",
+    "analyze",
+    "arms",
+    "atlas",
+    "collect",
+    "completion",
+    "data",
+    "difference",
+    "evaluation",
+    "experiments",
+    "get_strategy",
+    "lm",
+    "load_task",
+    "make_plan",
+    "measure",
+    "measured_probes",
+    "pilot_comparison",
+    "prepare_atlas",
+    "probes",
+    "read_lm_eval",
+    "replay",
+    "report",
+    "run_sequence",
+    "split_task",
+    "verify",
+    "write_report",
+]

@@ -347,7 +347,7 @@ def test_a_result_as_a_file() -> None:
         (content | {"stages": content["stages"] * 2}, "duplicated"),
         (changed(mean="high"), "stages: 0: mean: "),
         (changed(mean=float("nan")), "stages: 0: mean: "),
-        (changed(losses={}), "stage 1 needs the losses of the tasks"),
+        (changed(losses={}), "stage 1 needs the losses of exactly the tasks"),
         (changed(losses={"b": None}), "stages: 0: losses: b: "),
         (changed(colour="red"), "colour"),
     ):

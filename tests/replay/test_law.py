@@ -301,4 +301,4 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     assert not (tmp_path / "q.parquet").exists()
     assert "give -o, the plan to write, or --advise" in run(*plan)[2]
     assert "advice may have a --task" in run(*plan, "--task", tmp_path / "task.jsonl", "-o", tmp_path / "q.parquet")[2]
-    assert "--ratios: '1/0' is not a share" in run(*words[:7], "--ratios", "1/0")[2]
+    assert "--ratios: '1/0' is no fraction" in run(*words[:7], "--ratios", "1/0")[2]
