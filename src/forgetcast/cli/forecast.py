@@ -138,7 +138,6 @@ def bench(
     from forgetcast.cli.tables import bench_table
     from forgetcast.evaluation import bench as compare
     from forgetcast.evaluation import bench_left_out
-    from forgetcast.results import plain
 
     if matrix.is_dir():
         values = Atlas.open(matrix).matrix(measure="exact_match" if exact_match else "loss")
@@ -162,7 +161,7 @@ def bench(
                 left, wanted, similar=exclude_similar, ks=ks, seeds=seeds, baseline=baseline, on_progress=report
             )
     if as_json:
-        print_json([plain(row.as_dict()) for row in rows])
+        print_json([row.as_dict() for row in rows])
     else:
         out.print(bench_table(rows, baseline))
 

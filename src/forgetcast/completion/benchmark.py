@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +16,11 @@ from forgetcast.completion.errors import ForecastErrors, average, judge
 from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.completion.probes import choose
 from forgetcast.errors import DataError
+from forgetcast.results import Result
 
 
 @dataclass(frozen=True)
-class BenchRow:
+class BenchRow(Result):
     """Figures of one method with one way to choose probes and one number of them.
 
     Attributes
@@ -56,8 +57,8 @@ class BenchRow:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures on one level, ready for JSON except for NaN."""
-        figures = asdict(self)
+        """Return all figures on one level, ready for JSON."""
+        figures = super().as_dict()
         return figures | figures.pop("accuracy")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from forgetcast.completion.factorisation import held_out_entries
 from forgetcast.completion.logistic import f1, factor_logistic, is_binary
 from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import DataError
+from forgetcast.results import Result
 
 MAX_RANK = 10
 
@@ -42,7 +43,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Structure:
+class Structure(Result):
     """Result of `analyze`. R^2 is over observed entries, with the sum of squares around the grand mean.
 
     Attributes
@@ -65,6 +66,8 @@ class Structure:
     components : tuple of Component
     """
 
+    kind: ClassVar[str] = "structure"
+
     tasks: int
     examples: int
     measured: float
@@ -83,10 +86,6 @@ class Structure:
             f"R^2 {self.additive_r2:.2f} additive, {self.rank_r2[0]:.2f} to {self.rank_r2[-1]:.2f} "
             f"of rank 1 to {len(self.rank_r2)})"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings, ready for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: int = 3) -> Structure:

@@ -6,13 +6,14 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.measure.scores import Scores, flips, forgetting
+from forgetcast.results import Result
 from forgetcast.stats import wilcoxon_p, worst_part
 
 RESAMPLES, BATCH_ENTRIES = 2_000, 10_000_000
@@ -74,7 +75,7 @@ class Flips:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Result):
     """Paired difference of two score files.
 
     Attributes
@@ -93,6 +94,8 @@ class Difference:
         The most forgotten examples: id, before, after, change.
     """
 
+    kind: ClassVar[str] = "difference"
+
     loss: Change | None
     wilcoxon_p: float | None
     flips: Flips | None
@@ -109,10 +112,6 @@ class Difference:
         if self.flips is not None:
             parts.append(f"{self.flips.right_to_wrong} right to wrong, {self.flips.wrong_to_right} wrong to right")
         return f"Difference({', '.join(parts)})"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings for JSON."""
-        return asdict(self)
 
     def figures(self) -> dict[str, float]:
         """Return every figure that a gate may name."""
