@@ -1,13 +1,13 @@
-"""Completion beside the paper's own three algorithms, in one run: error, interval coverage, time per new task, scaling.
+"""Completion against the paper's three algorithms, in one run: error, interval coverage, time per new task, scaling.
 
     python benchmarks/completion.py --quick             # one split, three new tasks a domain: about a minute
     python benchmarks/completion.py --json result.json  # ten splits, all new tasks: about four minutes
-    python benchmarks/completion.py --refit             # the same, with the paper's algorithms run anew: an hour
+    python benchmarks/completion.py --refit             # the same, and refit the paper's algorithms: an hour
 
 With --plot FILE.svg it draws error against the number of probes, and time against size.
 
 The paper's algorithms are scikit-surprise's with the paper's settings, refitted for every new task as its code does.
-Their errors on the ten splits lie beside the data (olmo-7b-reference.json) and are read from there, and only their
+Their errors on the ten splits are kept next to the data (olmo-7b-reference.json) and are read from there, and only their
 time is measured, on three tasks, unless they are to be refitted. The matrix is the authors' OLMo-7B measurement;
 FORGETCAST_DATA names its folder (default ../shared/data).
 """
@@ -214,7 +214,7 @@ def curves(values: np.ndarray, seeds: int) -> list[dict[str, Any]]:
 
 
 def logistic(steps: int) -> list[dict[str, Any]]:
-    """Fit of binary forgetting, 142 x 4,764, beside plain gradient steps on the same objective and from nothing."""
+    """Fit of binary forgetting, 142 x 4,764, against plain gradient steps on the same objective and from nothing."""
     rng = np.random.default_rng(0)
     tasks, examples, rank, precision = 142, 4_764, 5, 1.0
     logits = rng.normal(0, 0.7, (tasks, 1)) + rng.normal(0, 0.8, examples) - 2.5
@@ -346,8 +346,8 @@ def main() -> None:
     values = ForgettingMatrix.load(file).values.astype(np.float64)
 
     kept = folder / "olmo-7b-reference.json"
-    anew = arguments.quick or arguments.refit or not kept.is_file()
-    reference = None if anew else json.loads(kept.read_text())["settings"]
+    refit_all = arguments.quick or arguments.refit or not kept.is_file()
+    reference = None if refit_all else json.loads(kept.read_text())["settings"]
     rows = quality(values, 1 if arguments.quick else 10, TIMED if arguments.quick else None, reference, console)
     sizes = (
         [(46, 1_000), (85, 20_000)]

@@ -214,14 +214,14 @@ def run(
     tasks = {name: questions(name, TASK_SIZE) for name in (*study.known, *new)}
     counted: list[str] = []
 
-    def told(what: str, done: int, total: int) -> None:
+    def log(what: str, done: int, total: int) -> None:
         if what.partition(":")[0] not in counted:
             counted.append(what.partition(":")[0])
             console.print(f"{time.monotonic() - started:6.0f} s  atlas {done / total:4.0%}  {what}")
 
     path = study.work / f"lr-{study.learning_rate:g}.atlas"
-    atlas = prepare_atlas(path, study.base, study.pool, study.recipe, on_progress=told)
-    collect(FineTuner(study.base), atlas, study.recipe, tasks, on_progress=told)
+    atlas = prepare_atlas(path, study.base, study.pool, study.recipe, on_progress=log)
+    collect(FineTuner(study.base), atlas, study.recipe, tasks, on_progress=log)
     leading = tuple(name for name in ("random", *LEADING) if name in names)
     wanted = [
         (ratio, names, range(seeds)) if ratio == ratios[0] else (ratio, leading, range(curve_seeds)) for ratio in ratios
@@ -244,7 +244,7 @@ def run(
 
 
 def rows_of(result: Verification) -> list[dict[str, Any]]:
-    """Each strategy's forgetting, beside random replay's."""
+    """Return each strategy's forgetting, next to random replay's."""
     rows = []
     for arm in result.arms:
         row: dict[str, Any] = {"ratio": result.ratio, "strategy": arm}
@@ -317,7 +317,7 @@ def draw(results: list[Verification], names: tuple[str, ...], path: Path) -> Non
 
 
 def advice_rows(results: list[Verification]) -> list[dict[str, Any]]:
-    """How well the share of forgetting that random replay leaves is foretold, at ratios that were not looked at.
+    """Measure how well random replay's remaining forgetting is predicted at other ratios.
 
     Of each new task the runs at two ratios and without replay are known (a pilot), or the other tasks' runs, or both.
     Beside the law stands a straight line through the pilot's two points, over the logarithm of the ratio.
@@ -410,12 +410,12 @@ def main() -> None:
         console.print(table)
         if options.plot:
             draw(results, names, options.plot)
-    told = []
+    advised: list[dict[str, Any]] = []
     if {0.0, *PILOT_RATIOS} < {run.ratio for result in results for run in result.runs}:
-        told = advice_rows(results)
+        advised = advice_rows(results)
         table = Table("known", "metric", "RMSE", "in the 90 % interval", "runs")
-        table.title = "Share of the forgetting that random replay leaves, foretold at other ratios"
-        for row in told:
+        table.title = "Remaining forgetting of random replay, predicted at other ratios"
+        for row in advised:
             inside = "" if np.isnan(row["inside"]) else f"{row['inside']:.0%}"
             table.add_row(row["advice"], row["metric"], f"{row['rmse']:.3f}", inside, f"{row['runs']}")
         console.print(table)
@@ -424,12 +424,12 @@ def main() -> None:
             law = ReplayLaw.fit([run for run in everything if run.arm in ("none", "random", *LEADING)], metric)
             for arm in law.strategies[1:]:
                 worth = law.efficiency(arm, level=0.95)
-                told.append({"advice": "efficiency", "strategy": arm, "metric": metric, **worth._asdict()})
+                advised.append({"advice": "efficiency", "strategy": arm, "metric": metric, **worth._asdict()})
                 console.print(
                     f"By the law, {metric}: {arm} needs {1 / worth.mean:.2f} times random's examples "
                     f"({1 / worth.upper:.2f} to {1 / worth.lower:.2f})"
                 )
-    conclude(console, [*rows, *savings, *told], targets(rows, savings), options.json, "torch", "transformers")
+    conclude(console, [*rows, *savings, *advised], targets(rows, savings), options.json, "torch", "transformers")
 
 
 def targets(rows: list[dict[str, Any]], savings: list[dict[str, Any]]) -> list[dict[str, Any]]:

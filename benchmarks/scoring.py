@@ -1,5 +1,5 @@
-"""Scoring beside a plain loop, lm-evaluation-harness, and the bare forward pass over packed tokens: speed and memory.
-And training with replay beside the plain Trainer on the same tokens, and the time that a sweep spends on other things.
+"""Scoring against a plain loop, lm-evaluation-harness, and the bare forward pass over packed tokens: speed and memory.
+And training with replay against the plain Trainer on the same tokens, and the time that a sweep spends on other things.
 
     python benchmarks/scoring.py --quick             # the demo model only: about two minutes
     python benchmarks/scoring.py --json result.json  # also 100 M parameters, and 256,000 words: about fifteen minutes
@@ -132,7 +132,7 @@ def harness(model: LanguageModel, pool: Pool, *, most: int = 16) -> float:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    # As many texts at once as fit beside their logits.
+    # As many texts at once as fit with their logits.
     size = max(min(most, 2**29 // (model.context * embedding_rows(model.model))), 1)
     lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=size, max_length=model.context)
     requests = [Instance("loglikelihood_rolling", {}, (example.text,), i) for i, example in enumerate(pool)]
@@ -260,7 +260,7 @@ def main() -> None:
             if way == "harness-default" and name != "demo":
                 continue  # minutes, and no news
             if way.startswith("harness") and find_spec("lm_eval") is None:
-                console.print("lm-evaluation-harness is not installed; passed over", style="dim")
+                console.print("lm-evaluation-harness is not installed; skipped", style="dim")
                 continue
             rows.append({"model": name, "way": label, **job("measure", name, way)})
             console.print(f"{name}, {label}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", style="dim")
