@@ -7,7 +7,7 @@
 With --plot FILE.svg it draws error against the number of probes, and time against size.
 
 The paper's algorithms are scikit-surprise's with the paper's settings, refitted for every new task as its code does.
-Their errors on the ten splits are kept next to the data (olmo-7b-reference.json) and are read from there, and only their
+Their errors on the ten splits are read from olmo-7b-reference.json, next to the data, and only their
 time is measured, on three tasks, unless they are to be refitted. The matrix is the authors' OLMo-7B measurement;
 FORGETCAST_DATA names its folder (default ../shared/data).
 """
