@@ -1,4 +1,4 @@
-"""Each completion method beside an independent oracle; the contract that all share is in test_completion.py."""
+"""Each completion method beside an independent oracle; the contract that all share is in test_contract.py."""
 
 from __future__ import annotations
 
