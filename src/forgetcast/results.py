@@ -37,10 +37,11 @@ class Result:
         DataError
             If the file cannot be read, or a field is missing or has another type.
         """
+        content = read_json(Path(path))
         try:
-            return cls.from_dict(read_json(Path(path)))
+            return cls.from_dict(content)
         except DataError as error:
-            raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+            raise DataError(f"{path}: {error}") from None
 
     @classmethod
     def from_dict(cls, content: Any) -> Self:
@@ -58,9 +59,14 @@ class Result:
         try:
             return TypeAdapter(cls).validate_python(kept)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = "".join(f"{part}: " for part in first["loc"])
-            raise DataError(f"this is not a {cls.kind}: {place}{first['msg'].removeprefix('Value error, ')}") from None
+            raise DataError(f"this is not a {cls.kind}: {first_fault(error)}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the place and the message of the first fault, on one line."""
+    first = error.errors()[0]
+    place = "".join(f"{part}: " for part in first["loc"])
+    return f"{place}{first['msg'].removeprefix('Value error, ')}"
 
 
 def plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from forgetcast.errors import ConfigError
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
     from forgetcast.data import Recipe
-    from forgetcast.lm import LanguageModel
+    from forgetcast.lm import FineTuner, LanguageModel
 
 app = typer.Typer(
     name="forgetcast",
@@ -58,6 +58,13 @@ def load_base(model: str, device: str | None, trust_remote_code: bool, atlas: At
     if atlas is not None:
         check_base(atlas, base)
     return base
+
+
+def load_tuner(model: str, device: str | None, trust_remote_code: bool, atlas: Atlas | None = None) -> FineTuner:
+    """Load a base model for fine-tuning, as `load_base`."""
+    from forgetcast.lm import FineTuner
+
+    return FineTuner(load_base(model, device, trust_remote_code, atlas))
 
 
 def check_output_directory(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forgetcast.cli.app import app, load_base, out, print_all, print_json, progress, require_single_process
+from forgetcast.cli.app import app, load_tuner, out, print_all, print_json, progress, require_single_process
 from forgetcast.cli.options import ATLAS, AsJson, AtlasPath, ByAnswers, Device, TrustCode
 
 
@@ -25,24 +25,23 @@ def collect(
     from forgetcast.experiments.collect import CollectConfig, collection_units, prepare_atlas
     from forgetcast.experiments.collect import collect as collect_rows
     from forgetcast.experiments.runs import Stages
-    from forgetcast.lm import FineTuner
 
     require_single_process("collect")
     settings = CollectConfig.load(config)
     pool, tasks = Pool.load(settings.pool), settings.load_tasks()
-    base = load_base(settings.model, device, trust_remote_code)
+    tuner = load_tuner(settings.model, device, trust_remote_code)
     with progress() as report:
         stages, answered = Stages(report), settings.exact_match
         atlas = prepare_atlas(
             settings.atlas,
-            base,
+            tuner.base,
             pool,
             settings.recipe,
             exact_match=answered,
             max_new_tokens=settings.max_new_tokens,
             on_progress=stages.stage(later=collection_units(len(tasks), pool, settings.recipe, answered=answered)),
         )
-        collect_rows(FineTuner(base), atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
+        collect_rows(tuner, atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
 
 

@@ -14,8 +14,8 @@ from forgetcast.cli.app import (
     check_output_directory,
     fractions,
     is_first,
-    load_base,
     load_recipe,
+    load_tuner,
     print_all,
     print_json,
     progress,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
     from forgetcast.data import Recipe
     from forgetcast.experiments import ReplayComparison, Verification
-    from forgetcast.lm import LanguageModel, ReplaySelector
+    from forgetcast.lm import FineTuner, ReplaySelector
     from forgetcast.replay import ReplayPlan
 
 
@@ -90,13 +90,10 @@ def train(
         if replay is None or opened is None:
             raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
         selector = _selector(opened, replay, online, probes)
-    base = load_base(model, device, trust_remote_code, opened)
-
-    from forgetcast.lm import FineTuner
-
+    tuner = load_tuner(model, device, trust_remote_code, opened)
     partial = output.with_name(f"{output.name}.partial")
     with progress() as report:
-        tuned = FineTuner(base).tune(
+        tuned = tuner.tune(
             examples,
             settings,
             plan=replay,
@@ -131,15 +128,14 @@ def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Rep
 
 
 def _compare(
-    base: LanguageModel, atlas: Atlas, recipe: Recipe, comparison: ReplayComparison, seeds: int, directory: Path
+    tuner: FineTuner, atlas: Atlas, recipe: Recipe, comparison: ReplayComparison, seeds: int, directory: Path
 ) -> Verification:
     """Make the runs of a comparison, and store their outcomes in the atlas."""
     from forgetcast.experiments import verify
-    from forgetcast.lm import FineTuner
 
     with progress() as report:
         result = verify(
-            FineTuner(base),
+            tuner,
             atlas,
             recipe,
             [comparison],
@@ -194,8 +190,8 @@ def verify(
         plans |= revised
         selectors |= {name: _selector(opened, p, online, probes) for name, p in revised.items()}
     comparison = ReplayComparison(task.stem, training, test, plans, selectors)
-    base = load_base(model, device, trust_remote_code, opened)
-    result = _compare(base, opened, settings, comparison, seeds, output.with_suffix(".runs"))
+    tuner = load_tuner(model, device, trust_remote_code, opened)
+    result = _compare(tuner, opened, settings, comparison, seeds, output.with_suffix(".runs"))
     result.save(output)
     print_json(result.as_dict()) if as_json else print_all(verification_tables(result))
 
@@ -243,8 +239,8 @@ def pilot(
         hold_out=hold_out,
         repeat=repeat,
     )
-    base = load_base(model, device, trust_remote_code, opened)
-    result = _compare(base, opened, settings, comparison, seeds, opened.path.with_name(f"{opened.path.name}.pilots"))
+    tuner = load_tuner(model, device, trust_remote_code, opened)
+    result = _compare(tuner, opened, settings, comparison, seeds, opened.path.with_name(f"{opened.path.name}.pilots"))
     advice = advise(opened, others[0].name if others else Random.name, task=task.stem)
     if as_json:
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
@@ -297,13 +293,10 @@ def sequence(
     loaded = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)
     task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
-    base = load_base(model, device, trust_remote_code, opened)
-
-    from forgetcast.lm import FineTuner
-
+    tuner = load_tuner(model, device, trust_remote_code, opened)
     with progress() as report:
         result = run_sequence(
-            FineTuner(base), opened, shared, parts, settings, directory=output.with_suffix(".runs"), on_progress=report
+            tuner, opened, shared, parts, settings, directory=output.with_suffix(".runs"), on_progress=report
         )
     result.save(output)
     print_json(result.as_dict()) if as_json else print_all(sequence_tables(result))

@@ -28,16 +28,13 @@ from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.measure.scores import Scores, forgetting
 from forgetcast.replay.coverage import correlation_loadings
 from forgetcast.replay.plan import ReplayPlan, make_plan, replay_steps
-from forgetcast.replay.signals import Signals
+from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available, get_strategy
 from forgetcast.stats import worst_tenth
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
     from forgetcast.lm import FineTuner
-
-AVAILABLE = frozenset({"losses", "forecast", "loadings"})
-"""Signals that are available before every task of a sequence."""
 
 
 class SequenceSettings(BaseModel):
@@ -76,7 +73,7 @@ class SequenceSettings(BaseModel):
     @classmethod
     def _plan_before_every_task(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            check_available(get_strategy(name), AVAILABLE, "in a sequence")
+            check_available(get_strategy(name), FROM_ATLAS, "in a sequence")
         return names
 
     @cached_property

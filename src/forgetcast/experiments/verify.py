@@ -23,7 +23,7 @@ from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles,
 from forgetcast.measure.scores import Scores, count_flips, forgetting
 from forgetcast.replay.outcome import METRICS, Run
 from forgetcast.replay.plan import ReplayPlan, make_plan
-from forgetcast.replay.signals import Signals
+from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
 from forgetcast.results import Result
 from forgetcast.stats import Compared, worst_part, worst_tenth
@@ -164,7 +164,7 @@ def pilot_comparison(
     """
     wanted = list({strategy.name: strategy for strategy in (Random(), *strategies)}.values())
     for strategy in wanted:
-        check_available(strategy, {"losses", "forecast", "loadings"}, "in a pilot")
+        check_available(strategy, FROM_ATLAS, "in a pilot")
     signals = Signals.from_atlas(atlas, needs={need for strategy in wanted for need in strategy.needs})
     held_out = atlas.hold_out(hold_out)
     plans = {NoReplay.name: make_plan(atlas.pool, NoReplay(), ratio=0.0, held_out=held_out)}

@@ -19,7 +19,7 @@ from forgetcast.lm.score import losses
 from forgetcast.replay.coverage import correlation_loadings
 from forgetcast.replay.plan import ReplayPlan, make_plan
 from forgetcast.replay.signals import Signals
-from forgetcast.replay.strategies import available_strategies, get_strategy
+from forgetcast.replay.strategies import STRATEGIES, get_strategy
 
 
 class Layout(Protocol):
@@ -123,7 +123,7 @@ class OnlineSelector:
         """As in `ReplaySelector`."""
         plan = _plan_of(mixture, self.pool)
         if "forecast" not in get_strategy(plan.strategy).needs:
-            usable = set(available_strategies({"forecast", "loadings"})) - set(available_strategies({"loadings"}))
+            usable = [name for name, strategy in STRATEGIES.items() if "forecast" in strategy.needs]
             raise ConfigError(
                 f"online replay needs a strategy that uses a forecast, and {plan.strategy!r} does not; "
                 f"use one of {', '.join(sorted(usable))}"

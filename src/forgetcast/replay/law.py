@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from forgetcast.atlas.store import Atlas
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.replay.outcome import LAW_METRICS, METRICS, Run
-from forgetcast.results import Result, plain
+from forgetcast.results import Result, first_fault, plain
 
 REFERENCE = 1 / 8
 """Replayed examples per new one at which the law's strength is defined."""
@@ -344,9 +344,7 @@ def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: st
     try:
         runs = TypeAdapter(list[Run]).validate_python(atlas.replays)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = "".join(f"{part}: " for part in first["loc"])
-        raise DataError(f"{atlas.path / 'replays.json'}: {place}{first['msg']}") from None
+        raise DataError(f"{atlas.path / 'replays.json'}: {first_fault(error)}") from None
     laws = {metric: ReplayLaw.fit(runs, metric) for metric in LAW_METRICS}
     mean = laws["mean"]
     task = task if task in mean.tasks else None

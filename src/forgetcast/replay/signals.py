@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MAY_BE_MISSING = frozenset({"losses", "truth", "gradients"})
 """Signals that may be NaN where they were not measured. Such an example is never replayed."""
 
+FROM_ATLAS = frozenset({"losses", "forecast", "loadings"})
+"""Signals that an atlas gives, without any measurement of the new task."""
+
 
 class Signals:
     """What is known of N examples. Each signal has one value per example, `loadings` one row.
@@ -63,7 +66,7 @@ class Signals:
         cls,
         atlas: Atlas,
         *,
-        needs: Iterable[str] = ("losses", "forecast", "loadings"),
+        needs: Iterable[str] = FROM_ATLAS,
         forecast: ArrayLike | None = None,
         truth: ArrayLike | None = None,
         gradients: ArrayLike | None = None,

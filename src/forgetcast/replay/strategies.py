@@ -149,12 +149,6 @@ def check_available(strategy: Strategy, available: Iterable[str], where: str) ->
         raise ConfigError(f"the strategy {strategy.name!r} cannot be used {where}: {reason}")
 
 
-def available_strategies(available: Iterable[str]) -> tuple[str, ...]:
-    """Names of the strategies that plan ahead from these signals."""
-    signals = frozenset(available)
-    return tuple(name for name, cls in STRATEGIES.items() if cls.phase == "planned" and cls.needs <= signals)
-
-
 def _source(cls: type[Strategy]) -> tuple[str, str]:
     """Where a class is defined: running its file a second time defines the same strategy again."""
     return cls.select.__code__.co_filename, cls.__qualname__
