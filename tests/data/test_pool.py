@@ -30,7 +30,7 @@ def write(path: Path, *rows: object) -> Path:
         ([{"id": "a", "prompt": "x"}], "needs a 'text', a 'prompt' and a 'completion', or 'messages'"),
         ([{"id": "a", "text": "x", "prompt": "y"}], "keep one"),
         ([{"id": "a", "messages": CHAT, "text": "y"}], "keep one"),
-        ([{"id": "a", "messages": "[{"}], "line 1: the field 'messages' is neither a list nor JSON"),
+        ([{"id": "a", "messages": "[{"}], "line 1: the field 'messages' is not JSON"),
         ([{"id": "a", "messages": {"role": "user"}}], "'messages' must be a list, not a dict"),
         (
             [{"id": "a", "messages": CHAT[:1]}],

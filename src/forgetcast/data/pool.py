@@ -22,7 +22,10 @@ from forgetcast.data.ids import ExampleIndex
 from forgetcast.errors import DataError
 from forgetcast.files import atomic_path, read_saved_dataset
 
-FIELDS = ("id", "text", "prompt", "completion", "messages", "source")
+FIELDS = ("id", "text", "prompt", "completion", "messages", "tools", "chat_template_kwargs", "source")
+
+STRUCTURED = ("messages", "tools", "chat_template_kwargs")
+"""Fields that are not strings; a Parquet file has them as JSON, because examples differ in what is within."""
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: each message has a role, a content, and further fields that the model's chat template uses."""
@@ -33,7 +36,8 @@ class Example:
     """One text to score or to train on.
 
     It has one of: `text`, where every token counts; `prompt` and `completion`, where the completion counts; or
-    `messages`, where the assistant's messages count, except those whose "weight" is 0.
+    `messages`, where the assistant's messages count, except those whose "weight" is 0. A conversation may have the
+    `tools` that the assistant may call and arguments of the chat template.
     """
 
     id: str
@@ -41,6 +45,8 @@ class Example:
     prompt: str | None = None
     completion: str | None = None
     messages: Messages | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     source: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +65,8 @@ class Example:
             raise DataError(f"example {self.id!r} needs a 'text', a 'prompt' and a 'completion', or 'messages'")
         elif not self.completion.strip():
             raise DataError(f"example {self.id!r} has an empty completion")
+        if self.messages is None and (self.tools is not None or self.chat_template_kwargs is not None):
+            raise DataError(f"example {self.id!r} has tools or chat_template_kwargs but no messages; remove them")
 
     @property
     def counted(self) -> tuple[bool, ...]:
@@ -83,6 +91,8 @@ class Example:
             parts = [self.id, "text", self.text]
         elif self.messages is not None:
             parts = [self.id, "messages", self.messages]
+            if self.tools is not None or self.chat_template_kwargs is not None:
+                parts += [self.tools, self.chat_template_kwargs]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 
@@ -190,8 +200,8 @@ class Pool(Sequence[Example]):
                 import pyarrow.parquet as pq
 
                 columns = {f: [getattr(e, f) for e in self] for f in FIELDS}
-                # As JSON, because messages may differ in their fields.
-                columns["messages"] = [m and json.dumps(m, ensure_ascii=False) for m in columns["messages"]]
+                for name in STRUCTURED:
+                    columns[name] = [value and json.dumps(value, ensure_ascii=False) for value in columns[name]]
                 pq.write_table(pa.table({f: pa.array(c, pa.string()) for f, c in columns.items()}), temporary)
             else:
                 rows = (asdict(example) for example in self)
@@ -283,15 +293,16 @@ def read_example(row: dict[str, Any], *, default_id: str | None = None) -> Examp
         # TRL's conversational prompt and completion: only the assistant's messages of the completion count.
         prompt = [m | {"weight": 0} if isinstance(m, dict) else m for m in fields["prompt"]]
         fields |= {"prompt": None, "completion": None, "messages": prompt + fields["completion"]}
-    elif isinstance(fields["messages"], str):  # as `save` writes Parquet
-        try:
-            fields["messages"] = json.loads(fields["messages"])
-        except ValueError:
-            raise DataError("the field 'messages' is neither a list nor JSON") from None
+    for name in STRUCTURED:
+        if isinstance(fields[name], str):  # as `save` writes Parquet
+            try:
+                fields[name] = json.loads(fields[name])
+            except ValueError:
+                raise DataError(f"the field {name!r} is not JSON") from None
     for name, value in fields.items():
-        expected = list if name == "messages" else str
+        expected = {"messages": list, "tools": list, "chat_template_kwargs": dict}.get(name, str)
         if value is not None and not isinstance(value, expected):
-            needed = "a list" if expected is list else "a string"
+            needed = {list: "a list", dict: "an object", str: "a string"}[expected]
             raise DataError(f"the field {name!r} must be {needed}, not a {type(value).__name__}")
     return Example(id=str(id_), **fields)
 

@@ -7,7 +7,7 @@ scored is NaN, with a reason.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ class Scores:
         1 where the model's answer is right, 0 where it is wrong, NaN where none was asked for.
     predictions : sequence of str or None, length N, optional
         The answers.
+    digests : sequence of str or None, length N, optional
+        Hash of exactly what was measured of each example: its token ids and which of them are targets. Scores can be
+        compared only where these are equal. None: unknown, as in files of earlier versions.
+    kl : array of float, shape (N,), optional
+        Mean KL divergence of the model's next-token distribution from a reference model's, nats per target token.
+    repeats : array of float, shape (N,), optional
+        `nll` measured a second time with the same weights and another batching: how exact a measurement is.
 
     Raises
     ------
@@ -55,6 +62,9 @@ class Scores:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     exact_match: np.ndarray | None = None
     predictions: Sequence[str | None] | None = None
+    digests: Sequence[str | None] | None = None
+    kl: np.ndarray | None = None
+    repeats: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Convert the arrays to their dtypes and check them."""
@@ -65,12 +75,14 @@ class Scores:
         set_(self, "truncated", np.asarray(self.truncated, dtype=bool))
         set_(self, "reasons", tuple(self.reasons) or (None,) * len(self.ids))
         n, names = len(self.ids), ["nll", "tokens", "truncated", "reasons"]
-        if self.exact_match is not None:
-            set_(self, "exact_match", np.asarray(self.exact_match, dtype=np.float64))
-            names.append("exact_match")
-        if self.predictions is not None:
-            set_(self, "predictions", tuple(self.predictions))
-            names.append("predictions")
+        for name in ("exact_match", "kl", "repeats"):
+            if getattr(self, name) is not None:
+                set_(self, name, np.asarray(getattr(self, name), dtype=np.float64))
+                names.append(name)
+        for name in ("predictions", "digests"):
+            if getattr(self, name) is not None:
+                set_(self, name, tuple(getattr(self, name)))
+                names.append(name)
         for name in names:
             if len(getattr(self, name)) != n:
                 raise DataError(f"scores: {n} ids but {len(getattr(self, name))} values of {name!r}")
@@ -122,15 +134,15 @@ class Scores:
         """
         rows = self._positions(ids, where)
         same = len(rows) == len(self)
+
+        def part(values: Any) -> Any:
+            if values is None or isinstance(values, np.ndarray):
+                return None if values is None else values[rows]
+            return [values[i] for i in rows.tolist()]
+
         return Scores(
-            ids=[self.ids[i] for i in rows.tolist()],
-            nll=self.nll[rows],
-            tokens=self.tokens[rows],
-            truncated=self.truncated[rows],
-            reasons=[self.reasons[i] for i in rows.tolist()],
             metadata={key: value for key, value in self.metadata.items() if same or key != "pool"},
-            exact_match=None if self.exact_match is None else self.exact_match[rows],
-            predictions=None if self.predictions is None else [self.predictions[i] for i in rows.tolist()],
+            **{field.name: part(getattr(self, field.name)) for field in fields(self) if field.name != "metadata"},
         )
 
     def _positions(self, ids: Iterable[str], where: str) -> np.ndarray:
@@ -141,7 +153,7 @@ class Scores:
         return rows
 
     def save(self, path: str | Path) -> None:
-        """Write a Parquet file: id, nll, tokens, truncated, reason; exact_match and prediction if there are any."""
+        """Write a Parquet file: id, nll, tokens, truncated, reason; what was measured in addition, if there is any."""
         import pyarrow as pa
 
         columns = {
@@ -155,6 +167,11 @@ class Scores:
             columns["exact_match"] = pa.array(self.exact_match == 1, pa.bool_(), mask=np.isnan(self.exact_match))
         if self.predictions is not None:
             columns["prediction"] = pa.array(self.predictions, pa.string())
+        if self.digests is not None:
+            columns["digest"] = pa.array(self.digests, pa.string())
+        for name, values in (("kl", self.kl), ("nll_repeat", self.repeats)):
+            if values is not None:
+                columns[name] = pa.array(values, pa.float64())
         write_table(pa.table(columns), Path(path), self.metadata)
 
     @classmethod
@@ -171,7 +188,9 @@ class Scores:
         def optional(name: str) -> list[Any] | None:
             return table.column(name).to_pylist() if name in table.column_names else None
 
-        right = optional("exact_match")
+        def numbers(name: str) -> np.ndarray | None:
+            return None if (values := optional(name)) is None else np.array(values, dtype=np.float64)
+
         try:
             return cls(
                 ids=table.column("id").to_pylist(),
@@ -180,7 +199,10 @@ class Scores:
                 truncated=table.column("truncated").to_numpy(zero_copy_only=False),
                 reasons=optional("reason") or (),
                 predictions=optional("prediction"),
-                exact_match=None if right is None else np.array(right, dtype=np.float64),
+                exact_match=numbers("exact_match"),
+                digests=optional("digest"),
+                kl=numbers("kl"),
+                repeats=numbers("nll_repeat"),
                 metadata=metadata,
             )
         except (TypeError, ValueError) as error:  # among them DataError and Arrow's
