@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetcast.data.pool import Example
-from forgetcast.lm.conversation import DEFAULT_RENDERING, Rendering, Span, opening, render_conversation
+from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
+from forgetcast.lm.conversation import Span, opening, render_conversation
 
 IGNORED_INDEX = -100
 """Label of a token that is not a target, as in PyTorch's and the Trainer's losses."""
