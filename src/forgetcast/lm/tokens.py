@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,8 @@ def encode(
         ids, labels = _tokenise(tokenizer, conversation.text, conversation.targets, special=False)
     else:
         text, start = example.full_text, len(example.prompt or "")
-        ids, labels = _tokenise(tokenizer, text, [(start, len(text))], special=True)
+        targets = [(start, len(text))] if example.text is None else []
+        ids, labels = _tokenise(tokenizer, text, targets, special=True)
         if example.text is not None:
             labels = list(ids)
         if end and tokenizer.eos_token_id is not None:
@@ -141,21 +142,15 @@ def _tokenise(
     """Return the ids of a text, and labels where a token with a character in one of the spans is a target."""
     # Not verbose: else it warns that the text is longer than the context, to which it is truncated right after.
     options: dict[str, Any] = {"add_special_tokens": special, "verbose": False}
-    if tokenizer.is_fast:
-        encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
-        ids = list(encoding["input_ids"])
-        spans = _character_spans(encoding["offset_mapping"], encoding["special_tokens_mask"], len(text))
-        is_target = [any(start < last and first < stop for first, last in targets) for start, stop in spans]
-    else:
-        ids = list(tokenizer(text, **options)["input_ids"])
-        is_target = [False] * len(ids)
-        for first, last in targets:
-            begin, _ = _common_prefix(ids, tokenizer(text[:first], **options)["input_ids"])
-            stop, whole = _common_prefix(ids, tokenizer(text[:last], **options)["input_ids"])
-            # The token after a common prefix has characters on both sides of the boundary.
-            stop = len(ids) if last == len(text) else stop + (not whole)
-            is_target[begin:stop] = [True] * (stop - begin)
-    labels = [id_ if target else IGNORED_INDEX for id_, target in zip(ids, is_target, strict=True)]
+    encoding = tokenizer(text, **options)
+    ids = list(encoding["input_ids"])
+    labels = [IGNORED_INDEX] * len(ids)
+    for span in targets:
+        if tokenizer.is_fast:
+            first, last = _tokens_of(encoding.encodings[0], span, len(text))
+        else:
+            first, last = _tokens_by_prefix(tokenizer, text, ids, span, options)
+        labels[first:last] = ids[first:last]
     if special:
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
         if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
@@ -165,16 +160,43 @@ def _tokenise(
     return ids, labels
 
 
-def _character_spans(offsets: Sequence[Span], special: Sequence[int], length: int) -> list[Span]:
+def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
+    """Return the range of tokens with a character in a span of a text of `length` characters."""
+    start, stop = span
+    first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
+    if first is None or last is None:
+        spans = _character_spans(encoding, length)
+        inside = [i for i, (begin, end) in enumerate(spans) if start < end and begin < stop]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+    # That is the first token with a character; one of several bytes may have several tokens.
+    while (characters := encoding.token_to_chars(last + 1)) is not None and characters[0] < stop:
+        last += 1
+    return first, last + 1
+
+
+def _tokens_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], span: Span, options: Mapping[str, Any]
+) -> Span:
+    """Return the range of tokens of a span by the tokens of what precedes it, for a tokenizer without offsets."""
+    start, stop = span
+    first, _ = _common_prefix(ids, tokenizer(text[:start], **options)["input_ids"])
+    if stop == len(text):
+        return first, len(ids)
+    last, whole = _common_prefix(ids, tokenizer(text[:stop], **options)["input_ids"])
+    # The token after a common prefix has characters on both sides of the boundary.
+    return first, last + (not whole)
+
+
+def _character_spans(encoding: Any, length: int) -> list[Span]:
     """Return the characters of each token, half-open.
 
     A byte-level tokenizer may report offsets without spaces, so that a token of spaces only seems empty: it has the
     characters between its neighbours.
     """
-    spans, stop = [(int(start), int(end)) for start, end in offsets], 0
+    spans, stop = [(int(start), int(end)) for start, end in encoding.offsets], 0
     for i, (start, end) in enumerate(spans):
-        if start == end and not (special[i] and start in (0, length)):
-            following = (s for s, e in spans[i + 1 :] if e > s)
+        if start == end and not encoding.special_tokens_mask[i]:
+            following = (begin for begin, after in spans[i + 1 :] if after > begin)
             spans[i] = (stop, max(next(following, length), stop))
         stop = max(stop, end)
     return spans
