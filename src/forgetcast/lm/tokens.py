@@ -146,10 +146,8 @@ def _tokenise(
     ids = list(encoding["input_ids"])
     labels = [IGNORED_INDEX] * len(ids)
     for span in targets:
-        if tokenizer.is_fast:
-            first, last = _tokens_of(encoding.encodings[0], span, len(text))
-        else:
-            first, last = _tokens_by_prefix(tokenizer, text, ids, span, options)
+        found = _tokens_of(encoding.encodings[0], span, text, tokenizer) if tokenizer.is_fast else None
+        first, last = found or _tokens_by_prefix(tokenizer, text, ids, span, options)
         labels[first:last] = ids[first:last]
     if special:
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
@@ -160,18 +158,69 @@ def _tokenise(
     return ids, labels
 
 
-def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
-    """Return the range of tokens with a character in a span of a text of `length` characters."""
+def _tokens_of(encoding: Any, span: Span, text: str, tokenizer: PreTrainedTokenizerBase) -> Span | None:
+    """Return the range of tokens with a character in a span of a text.
+
+    None if offsets do not say: several tokens share characters on both sides of the boundary, as where a Unigram model
+    falls back to bytes.
+    """
     start, stop = span
     first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
     if first is None or last is None:
-        spans = _character_spans(encoding, length)
-        inside = [i for i, (begin, end) in enumerate(spans) if start < end and begin < stop]
-        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+        return _tokens_without_offsets(encoding, span, text, tokenizer)
     # That is the first token with a character; one of several bytes may have several tokens.
     while (characters := encoding.token_to_chars(last + 1)) is not None and characters[0] < stop:
         last += 1
+    for at, boundary in ((first, start), (last, stop)):
+        begin, end = encoding.token_to_chars(at)
+        others = (encoding.token_to_chars(at + step) for step in (-1, 1) if at + step >= 0)
+        if begin < boundary < end and (begin, end) in others:
+            return None
     return first, last + 1
+
+
+def _tokens_without_offsets(encoding: Any, span: Span, text: str, tokenizer: PreTrainedTokenizerBase) -> Span:
+    """Return the range of tokens of a span if its first or last character is in the offsets of no token."""
+    start, stop = span
+    # A byte-level tokenizer may report offsets without the spaces around a token.
+    if (spans := _spans_of_bytes(encoding, text, tokenizer)) is not None:
+        inside = [i for i, (begin, end) in enumerate(spans) if start < end and begin < stop]
+        return inside[0], inside[-1] + 1
+    # Else the tokenizer drops spaces, or its normaliser joined the character with the one before it.
+    spans = list(encoding.offsets)
+    before = [i for i, (begin, end) in enumerate(spans) if begin < min(start, end)]
+    after = [i for i, (begin, end) in enumerate(spans) if begin < stop and start < end]
+    first, last = (after[0], after[-1] + 1) if after else (len(spans), len(spans))
+    if encoding.char_to_token(start) is None and before:
+        joined = spans.index(spans[before[-1]])
+        special = bool(sum(encoding.special_tokens_mask))
+        prefix = tokenizer(text[:start], add_special_tokens=special, verbose=False)["input_ids"]
+        first = min(first, max(joined, _common_prefix(encoding.ids, prefix)[0]))
+        last = max(last, before[-1] + 1) if first <= before[-1] else last
+    return first, last
+
+
+def _spans_of_bytes(encoding: Any, text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span] | None:
+    """Return the characters of each token of a byte-level tokenizer, half-open; None if it is of another kind.
+
+    A token has one letter for each byte, and tokens follow each other without gaps.
+    """
+    added, position = tokenizer.added_tokens_decoder, 0
+    bytes_of, spans = list[int](), list[Span]()  # characters, by byte
+    for i, character in enumerate(text):
+        bytes_of += [i] * len(character.encode())
+    tokens = list(zip(encoding.tokens, encoding.ids, encoding.special_tokens_mask, strict=True))
+    if not text[:1].isspace():
+        # A tokenizer may put a space before the text.
+        position = -next((token for token, _, special in tokens if not special), "").startswith("Ġ")
+    for token, id_, special in tokens:
+        length = 0 if special else len(added[id_].content.encode()) if id_ in added else len(token)
+        after = position + length
+        if after > len(bytes_of):
+            return None
+        spans.append((bytes_of[max(position, 0)], bytes_of[after - 1] + 1) if length and after > 0 else (0, 0))
+        position = after
+    return spans if position == len(bytes_of) else None
 
 
 def _tokens_by_prefix(
@@ -181,25 +230,12 @@ def _tokens_by_prefix(
     start, stop = span
     first, _ = _common_prefix(ids, tokenizer(text[:start], **options)["input_ids"])
     if stop == len(text):
-        return first, len(ids)
+        # Without what the tokenizer adds after a text.
+        after, _ = _common_prefix(ids[::-1], tokenizer("", **options)["input_ids"][::-1])
+        return first, len(ids) - after
     last, whole = _common_prefix(ids, tokenizer(text[:stop], **options)["input_ids"])
     # The token after a common prefix has characters on both sides of the boundary.
     return first, last + (not whole)
-
-
-def _character_spans(encoding: Any, length: int) -> list[Span]:
-    """Return the characters of each token, half-open.
-
-    A byte-level tokenizer may report offsets without spaces, so that a token of spaces only seems empty: it has the
-    characters between its neighbours.
-    """
-    spans, stop = [(int(start), int(end)) for start, end in encoding.offsets], 0
-    for i, (start, end) in enumerate(spans):
-        if start == end and not encoding.special_tokens_mask[i]:
-            following = (begin for begin, after in spans[i + 1 :] if after > begin)
-            spans[i] = (stop, max(next(following, length), stop))
-        stop = max(stop, end)
-    return spans
 
 
 def _common_prefix(ids: Sequence[int], part: Sequence[int]) -> tuple[int, bool]:
