@@ -190,7 +190,7 @@ def _tokens_without_offsets(encoding: Any, span: Span, text: str, tokenizer: Pre
     spans = list(encoding.offsets)
     before = [i for i, (begin, end) in enumerate(spans) if begin < min(start, end)]
     after = [i for i, (begin, end) in enumerate(spans) if begin < stop and start < end]
-    first, last = (after[0], after[-1] + 1) if after else (len(spans), len(spans))
+    first, last = (after[0], after[-1] + 1) if after else (len(spans), 0)
     if encoding.char_to_token(start) is None and before:
         joined = spans.index(spans[before[-1]])
         special = bool(sum(encoding.special_tokens_mask))
@@ -230,9 +230,11 @@ def _tokens_by_prefix(
     start, stop = span
     first, _ = _common_prefix(ids, tokenizer(text[:start], **options)["input_ids"])
     if stop == len(text):
-        # Without what the tokenizer adds after a text.
+        # Without what the tokenizer adds after a text; an end token that the text has may be the only one.
         after, _ = _common_prefix(ids[::-1], tokenizer("", **options)["input_ids"][::-1])
-        return first, len(ids) - after
+        eos = tokenizer.eos_token
+        written = bool(eos) and text.endswith(str(eos)) and ids[-2:] != [tokenizer.eos_token_id] * 2
+        return first, len(ids) - (0 if written else after)
     last, whole = _common_prefix(ids, tokenizer(text[:stop], **options)["input_ids"])
     # The token after a common prefix has characters on both sides of the boundary.
     return first, last + (not whole)
