@@ -97,6 +97,7 @@ def score(
         "stride": stride,
         "dtype": str(language_model.model.dtype).removeprefix("torch."),
         "version": forgetcast.__version__,
+        **language_model.loading,
     }
     progress = on_progress or (lambda _: None)
     checkpoint = _Partial(partial, metadata)
