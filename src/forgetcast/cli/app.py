@@ -23,6 +23,7 @@ from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
+    from forgetcast.cli.options import Loading
     from forgetcast.data import Recipe
     from forgetcast.lm import FineTuner, LanguageModel
 
@@ -49,22 +50,22 @@ def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
     return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
 
 
-def load_base(model: str, device: str | None, trust_remote_code: bool, atlas: Atlas | None = None) -> LanguageModel:
+def load_base(model: str, loading: Loading, atlas: Atlas | None = None) -> LanguageModel:
     """Load a base model, and check that it is the atlas's."""
     from forgetcast.experiments.runs import check_base
     from forgetcast.lm import load
 
-    base = load(model, device=device, trust_remote_code=trust_remote_code)
+    base = load(model, **loading.arguments())
     if atlas is not None:
         check_base(atlas, base)
     return base
 
 
-def load_tuner(model: str, device: str | None, trust_remote_code: bool, atlas: Atlas | None = None) -> FineTuner:
+def load_tuner(model: str, loading: Loading, atlas: Atlas | None = None) -> FineTuner:
     """Load a base model for fine-tuning, as `load_base`."""
     from forgetcast.lm import FineTuner
 
-    return FineTuner(load_base(model, device, trust_remote_code, atlas))
+    return FineTuner(load_base(model, loading, atlas))
 
 
 def check_output_directory(path: Path) -> None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forgetcast.cli.app import app, err, is_first, out, print_all, print_json, progress, require_single_process, show
-from forgetcast.cli.options import MEASURE, AsJson, Device, DType, ModelName, Output, PoolPath, Seed, TrustCode
+from forgetcast.cli.options import MEASURE, AsJson, Loading, ModelName, Output, PoolPath, Seed, loads_a_model
 
 if TYPE_CHECKING:
     from forgetcast.measure import Scores
 
 
 @app.command(rich_help_panel=MEASURE)
+@loads_a_model
 def score(
     model: ModelName,
     pool: PoolPath,
@@ -29,10 +30,9 @@ def score(
         int | None, typer.Option(help="Score longer texts in windows this many tokens apart; default: truncate.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.FLOAT32,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Measure how well a model predicts each example: nats per target token.
 
@@ -45,7 +45,7 @@ def score(
     from forgetcast.lm import score as score_pool
 
     examples = Pool.load(pool)
-    language_model = load(model, device=device, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    language_model = load(model, **loading.arguments())
     done = 0
 
     with progress() as report:
@@ -145,6 +145,7 @@ def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
 
 
 @app.command(rich_help_panel=MEASURE)
+@loads_a_model
 def generate(
     model: ModelName,
     output: Output,
@@ -152,8 +153,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     seed: Seed = 0,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Sample a pool from a model, for replay when its training data is not available.
 
@@ -162,7 +163,7 @@ def generate(
     from forgetcast.lm import load, sample_texts
 
     require_single_process("generate")
-    language_model = load(model, device=device, trust_remote_code=trust_remote_code)
+    language_model = load(model, **loading.arguments())
     done = 0
     with progress(resumable=False) as report:
 

@@ -57,9 +57,7 @@ def find(source: str, hub: Mapping[str, Any]) -> Adapter | None:
     config = read_json(Path(path))
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not base or not isinstance(base, str) or not config.get("peft_type"):
-        raise DataError(
-            f"{path} is malformed: it must be an object that names peft_type and base_model_name_or_path"
-        )
+        raise DataError(f"{path} is malformed: it must be an object that names peft_type and base_model_name_or_path")
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
         raise DataError(
             f"{source} is an adapter, and its base model {base} does not exist; put it there, or correct "
@@ -118,9 +116,7 @@ def _clear(model: Any, known: int) -> None:
             parameter.data[known:] = float("nan")
 
 
-def _check_new_rows(
-    adapter: Adapter, model: Any, tokenizer: PreTrainedTokenizerBase, known: int, rows: int
-) -> None:
+def _check_new_rows(adapter: Adapter, model: Any, tokenizer: PreTrainedTokenizerBase, known: int, rows: int) -> None:
     """Raise DataError if the adapter has not filled the rows that the base model lacks."""
     output: Any = model.get_base_model().get_output_embeddings()
     with torch.inference_mode():
@@ -153,8 +149,10 @@ def merged(model: Any, name: str) -> Any:
         raise ConfigError(f"{name} is a model with virtual tokens, which can be scored, but not fine-tuned further")
     inner = model.get_base_model()
     if getattr(inner, "is_quantized", False):
-        raise ConfigError(f"{name} is an adapter of a quantised model, which cannot be merged without loss: merge it "
-                          "into the unquantised model, and fine-tune that")
+        raise ConfigError(
+            f"{name} is an adapter of a quantised model, which cannot be merged without loss: merge it "
+            "into the unquantised model, and fine-tune that"
+        )
     _untie(inner)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*tie_word_embeddings.*")

@@ -271,7 +271,9 @@ def _one_line(name: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, OSError) and not Path(name).exists():
-            reason = f"there is no such directory, nor a copy in the cache of the hub; run: hf download {name} ({reason})"
+            reason = (
+                f"there is no such directory, nor a copy in the cache of the hub; run: hf download {name} ({reason})"
+            )
         raise DataError(f"{name} cannot be loaded: {reason}") from error
 
 

@@ -296,8 +296,10 @@ def _check_trainable(base: LanguageModel, recipe: Recipe) -> None:
     quantizer = base.model.hf_quantizer
     if not quantizer.is_trainable:
         method = quantizer.quantization_config.quant_method
-        raise ConfigError(f"models quantised with {getattr(method, 'value', method)} cannot be trained, not with LoRA "
-                          "either; use the unquantised model")
+        raise ConfigError(
+            f"models quantised with {getattr(method, 'value', method)} cannot be trained, not with LoRA "
+            "either; use the unquantised model"
+        )
 
 
 def _with_lora(model: Any, recipe: Recipe) -> PeftModel:
@@ -308,7 +310,9 @@ def _with_lora(model: Any, recipe: Recipe) -> PeftModel:
     that the fine-tune is compared with.
     """
     output = model.get_output_embeddings()
-    modules = [name for name, module in model.named_modules() if module is not output and _is_linear(name, module)]
+    modules = [
+        name for name, module in model.named_modules() if module is not output and _is_linear(name, module, model)
+    ]
     parameters = [
         name
         for name, value in model.named_parameters()
@@ -332,11 +336,11 @@ def _with_lora(model: Any, recipe: Recipe) -> PeftModel:
         raise ConfigError(f"LoRA cannot be added to the model: {' '.join(str(error).split())[:300]}") from error
 
 
-def _is_linear(name: str, module: Any) -> bool:
-    """Whether a module is a linear layer, quantised or not, and no router."""
-    is_linear = isinstance(module, torch.nn.Linear | Conv1D) or (
-        isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
-    )
+def _is_linear(name: str, module: Any, model: Any) -> bool:
+    """Whether a module is a linear layer and no router."""
+    is_linear = isinstance(module, torch.nn.Linear | Conv1D)
+    if getattr(model, "is_quantized", False):  # then the layers may be of classes of their own
+        is_linear |= all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
     return is_linear and _ROUTERS.isdisjoint(name.split("."))
 
 
