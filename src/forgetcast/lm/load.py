@@ -96,8 +96,9 @@ class LanguageModel:
     def weights_hash(self) -> str:
         """SHA-256 over names, shapes and values of all parameters (64 hexadecimal digits)."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            _add_to(digest, name, value)
+        with torch.inference_mode(False):  # in which quantised weights cannot be listed
+            for name, value in sorted(self.model.state_dict().items()):
+                _add_to(digest, name, value)
         return digest.hexdigest()
 
 

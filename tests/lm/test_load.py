@@ -1,0 +1,197 @@
+"""Models as people hold them: quantised, as GGUF, with adapters of all kinds, pickled, from the hub."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+
+from forgetcast import ConfigError, DataError, Example
+from forgetcast.lm import FineTuner, LanguageModel, exact_match, load, score
+from forgetcast.lm import load as load_model
+from support.cli import RunCommand
+from support.data import make_pool
+from support.models import save, tiny
+from support.training import TASK, make_recipe
+
+POOL = make_pool(6)
+LORA = make_recipe(method="lora", steps=4, learning_rate=2e-2)
+
+
+def plain_nll(model: Any, tokenizer: Any, example: Example, virtual: int = 0) -> float:
+    """The oracle: one text, one forward pass, one loop over its tokens; virtual tokens come first in the logits."""
+    ids = tokenizer(example.text)["input_ids"]
+    with torch.no_grad():
+        tokens = torch.tensor([ids])
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, virtual:].double()
+    losses = [-float(torch.log_softmax(logits[at - 1], dim=0)[ids[at]]) for at in range(1, len(ids))]
+    return sum(losses) / len(losses)
+
+
+def refused(run: RunCommand, model: Path | str, folder: Path, *options: str) -> str:
+    """Score with a model that cannot be loaded: one line, exit code 2, nothing stored. Return the line."""
+    POOL.save(folder / "pool.jsonl")
+    code, _, err = run("score", model, folder / "pool.jsonl", "-o", folder / "out.parquet", *options)
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert not list(folder.glob("out.parquet*"))
+    return lines[0]
+
+
+# Quantised
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LanguageModel]:
+    """A folder of int8 weights, and the same model with these weights as floating-point numbers."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    folder, base = tmp_path_factory.mktemp("int8"), tiny()
+    save(base, folder / "plain")
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "plain", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.float32
+    )
+    quantized.save_pretrained(folder / "int8")
+    base.tokenizer.save_pretrained(folder / "int8")
+    base.model.load_state_dict(
+        {n: t.dequantize() if hasattr(t, "__tensor_flatten__") else t for n, t in quantized.state_dict().items()}
+    )
+    return folder / "int8", base
+
+
+def test_quantised_weights_are_scored_as_their_values(int8: tuple[Path, LanguageModel]) -> None:
+    folder, plain = int8
+    loaded = load(folder)
+    assert loaded.is_quantized
+    found = score(loaded, POOL)
+    np.testing.assert_allclose(found.nll, score(plain, POOL).nll, rtol=1e-5)
+    assert (np.abs(found.nll - score(tiny(), POOL).nll) > 1e-4).any()
+    assert found.metadata["quantization"] == {"method": "torchao", "dequantised": False}
+    assert loaded.weights_hash == load(folder).weights_hash != plain.weights_hash
+    with torch.no_grad():
+        loaded.model.model.layers[1].mlp.up_proj.weight.qdata[0, 0] += 1
+    assert LanguageModel(loaded.model, loaded.tokenizer).weights_hash != loaded.weights_hash
+
+
+def test_quantised_weights_are_tuned_with_lora_only(int8: tuple[Path, LanguageModel], tmp_path: Path) -> None:
+    base = load(int8[0])
+    tuner, before = FineTuner(base), score(base, TASK).nll
+    with pytest.raises(ConfigError, match="is quantised, so its weights cannot be trained; use a recipe with method"):
+        tuner.tune(TASK, make_recipe())
+    with pytest.raises(ConfigError, match="no fine-tune can go on from another"):
+        tuner.weights()
+    tuned = tuner.tune(TASK, LORA)
+    after = score(tuned.language_model, TASK).nll
+    assert after.mean() < before.mean() - 0.1
+    tuned.save(tmp_path / "adapter")
+    adapted = load(tmp_path / "adapter")
+    np.testing.assert_allclose(score(adapted, TASK).nll, after, rtol=1e-6)
+    with pytest.raises(ConfigError, match="cannot be merged without loss"):
+        FineTuner(adapted)
+    tuner.restore()
+    np.testing.assert_array_equal(score(base, TASK).nll, before)
+
+
+def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a matrix in blocks of 16 x 16: each to the range of float8, with its inverse scale."""
+    blocks = weight.unflatten(0, (-1, 16)).unflatten(2, (-1, 16))
+    scale = blocks.abs().amax(dim=(1, 3)) / 448
+    return (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn).flatten(2, 3).flatten(0, 1), scale
+
+
+def test_dequantised_weights_are_said_to_be(tmp_path: Path, run: RunCommand) -> None:
+    base = tiny()
+    folder = save(base, tmp_path / "fp8")
+    stored, values = load_file(folder / "model.safetensors"), dict(base.model.state_dict())
+    for name in [name for name in stored if "_proj" in name]:
+        stored[name], scale = to_fp8(stored[name])
+        stored[f"{name}_scale_inv"] = scale
+        values[name] = stored[name].float() * scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="fp8 weights were dequantised.*not those of the quantised model"):
+        loaded = load(folder)
+    base.model.load_state_dict(values)
+    found = score(loaded, POOL)
+    np.testing.assert_allclose(found.nll, score(base, POOL).nll, rtol=1e-5)
+    assert found.metadata["quantization"] == {"method": "fp8", "dequantised": True}
+    # Once dequantised, they are weights like others.
+    with pytest.warns(UserWarning, match="dequantised"):
+        FineTuner(load(folder)).tune(TASK, make_recipe(steps=1))
+    POOL.save(tmp_path / "pool.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, _, err = run("score", folder, tmp_path / "pool.jsonl", "-o", tmp_path / "out.parquet")
+    assert code == 0
+    assert "warning: " in err
+    assert "dequantised" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "optimum"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32}, "gptqmodel"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}, "compressed-tensors"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "quanto", "weights": "int8"}, "quanto"),
+        ({"quant_method": "fbgemm_fp8"}, "GPU"),
+        ({"quant_method": "of-tomorrow"}, "'of-tomorrow', which this version of Transformers cannot load"),
+        ({"bits": 4}, "no `quant_method`"),
+        ("4bit", "quantization_config"),
+    ],
+    ids=str,
+)
+def test_a_missing_library_is_named(tmp_path: Path, run: RunCommand, settings: Any, named: str) -> None:
+    folder = save(tiny(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    assert named in refused(run, folder, tmp_path)
+
+
+def test_quantising_while_loading(tmp_path: Path, run: RunCommand, int8: tuple[Path, LanguageModel]) -> None:
+    folder = save(tiny(), tmp_path / "model")
+    assert "pip install bitsandbytes" in refused(run, folder, tmp_path, "--load-in", "4bit")
+    assert "quantised already (torchao)" in refused(run, int8[0], tmp_path, "--load-in", "8bit")
+    with pytest.raises(ConfigError, match="load_in is 4bit or 8bit, not '3bit'"):
+        load(folder, load_in="3bit")
+
+
+def test_further_arguments(tmp_path: Path, run: RunCommand) -> None:
+    folder = save(tiny(), tmp_path / "model")
+    eager = load(folder, model_kwargs={"attn_implementation": "eager"})
+    assert eager.model.config._attn_implementation == "eager"
+    assert score(eager, POOL).metadata["model_kwargs"] == {"attn_implementation": "eager"}
+    POOL.save(tmp_path / "pool.jsonl")
+    given = '{"attn_implementation": "eager"}'
+    code, _, err = run("score", folder, tmp_path / "pool.jsonl", "-o", tmp_path / "in.parquet", "--model-kwargs", given)
+    assert code == 0, err
+    for wrong, words in {
+        "{": "--model-kwargs is not JSON",
+        "[1]": "must be a JSON object",
+        '{"dtype": "float16"}': "dtype cannot be given there",
+        '{"no_such_argument": 1}': "no_such_argument",
+        '{"attn_implementation": "magic"}': "magic",
+    }.items():
+        assert words in refused(run, folder, tmp_path, "--model-kwargs", wrong)
