@@ -20,7 +20,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from forgetcast import ConfigError, DataError, Example
+from forgetcast import ConfigError, DataError, Example, Pool
 from forgetcast.lm import FineTuner, LanguageModel, exact_match, load, score
 from forgetcast.lm import load as load_model
 from support.cli import RunCommand
@@ -28,7 +28,7 @@ from support.data import make_pool
 from support.models import save, tiny
 from support.training import TASK, make_recipe
 
-POOL = make_pool(6)
+POOL = Pool(example for example in make_pool(12) if example.text is not None)
 LORA = make_recipe(method="lora", steps=4, learning_rate=2e-2)
 
 
@@ -159,7 +159,7 @@ def test_dequantised_weights_are_said_to_be(tmp_path: Path, run: RunCommand) -> 
         ({"quant_method": "fbgemm_fp8"}, "GPU"),
         ({"quant_method": "of-tomorrow"}, "'of-tomorrow', which this version of Transformers cannot load"),
         ({"bits": 4}, "no `quant_method`"),
-        ("4bit", "quantization_config"),
+        ("4bit", "quantization_config in config.json must be an object"),
     ],
     ids=str,
 )
@@ -195,3 +195,176 @@ def test_further_arguments(tmp_path: Path, run: RunCommand) -> None:
         '{"attn_implementation": "magic"}': "magic",
     }.items():
         assert words in refused(run, folder, tmp_path, "--model-kwargs", wrong)
+
+
+# GGUF
+
+
+def write_gguf(
+    path: Path, language_model: LanguageModel, *, architecture: str = "llama", kind: str = "F32", begin: bool = True
+) -> None:
+    """Write a Llama as llama.cpp stores it: other names, halves of the heads interleaved, a tokenizer inside."""
+    gguf = pytest.importorskip("gguf")
+    config, vocabulary = language_model.model.config, language_model.tokenizer.get_vocab()
+    tokenizer = json.loads(language_model.tokenizer.backend_tokenizer.to_str())
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    special = set(language_model.tokenizer.all_special_ids)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_token_types([control if i in special else normal for i in range(len(vocabulary))])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(language_model.tokenizer.bos_token_id)
+    writer.add_eos_token_id(language_model.tokenizer.eos_token_id)
+    writer.add_add_bos_token(begin)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
+    }  # fmt: skip
+    quantised = gguf.GGMLQuantizationType[kind]
+    for name, tensor in language_model.model.state_dict().items():
+        values = tensor.numpy()
+        if heads := {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+            name.split(".")[-2]
+        ):
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if values.ndim == 2:
+            writer.add_tensor(name, gguf.quants.quantize(values, quantised), raw_dtype=quantised)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("begin", [True, False])
+def test_a_gguf_file_is_scored_as_the_model_it_holds(tmp_path: Path, begin: bool) -> None:
+    base = tiny(bos=begin)
+    write_gguf(tmp_path / "plain.gguf", base, begin=begin)
+    plain = load(tmp_path / "plain.gguf")
+    assert [plain.tokenizer(e.text)["input_ids"] for e in POOL] == [base.tokenizer(e.text)["input_ids"] for e in POOL]
+    np.testing.assert_allclose(score(plain, POOL).nll, score(base, POOL).nll, rtol=1e-5)
+    assert "quantization" not in score(plain, POOL).metadata
+
+
+def test_a_quantised_gguf_file_is_said_to_be_dequantised(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    base = tiny()
+    write_gguf(tmp_path / "small.gguf", base, kind="Q8_0")
+    with pytest.warns(UserWarning, match="gguf weights were dequantised"):
+        loaded = load(tmp_path / "small.gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for parameter in base.model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = torch.tensor(
+                gguf.quants.dequantize(gguf.quants.quantize(parameter.detach().numpy(), kind), kind)
+            )
+    found = score(loaded, POOL)
+    np.testing.assert_allclose(found.nll, score(base, POOL).nll, rtol=1e-5)
+    assert found.metadata["quantization"] == {"method": "gguf", "dequantised": True}
+    with pytest.warns(UserWarning, match="dequantised"):
+        tuned = FineTuner(load(tmp_path / "small.gguf")).tune(TASK, make_recipe())
+    tuned.save(tmp_path / "tuned")
+    np.testing.assert_allclose(
+        score(load(tmp_path / "tuned"), TASK).nll, score(tuned.language_model, TASK).nll, rtol=1e-5
+    )
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "odd.gguf", tiny(), architecture="of-tomorrow")
+    assert "use the model that the file was converted from, in safetensors" in refused(
+        run, tmp_path / "odd.gguf", tmp_path
+    )
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF?")
+    assert "broken.gguf cannot be loaded" in refused(run, tmp_path / "broken.gguf", tmp_path)
+    assert "no such file" in refused(run, tmp_path / "none.gguf", tmp_path)
+    assert "holds GGUF files; name one, such as" in refused(run, tmp_path, tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "pip install 'forgetcast[gguf]'" in refused(run, tmp_path / "odd.gguf", tmp_path)
+
+
+# Adapters
+
+
+def save_adapter(adapted: Any, tokenizer: Any, folder: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says that it saves the embeddings too
+        adapted.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapted_model(base: Any, settings: Any) -> Any:
+    """Add an adapter with random weights, as if trained."""
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on tied weights
+        adapted = get_peft_model(base, settings)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return adapted.eval()
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | settings)
+
+
+ADDED = [4096, 4097, 4098]
+NEW_WORDS = Pool(
+    [*POOL, Example("new", text="a <one> of the <two>"), Example("chat", prompt="<three> what?", completion=" <one>.")]
+)
+WITH_TOKENS = {
+    "embeddings saved": lora(modules_to_save=["embed_tokens", "lm_head"]),
+    "resized only": lora(),
+    "trainable tokens": lora(trainable_token_indices={"embed_tokens": ADDED}),
+    "LoRA on embeddings": lora(target_modules=["embed_tokens", "q_proj", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", WITH_TOKENS)
+@pytest.mark.parametrize("padded", [None, 64])
+def test_an_adapter_with_added_tokens(tmp_path: Path, kind: str, tied: bool, padded: int | None) -> None:
+    base = tiny()
+    if tied:
+        base.model.config.tie_word_embeddings = True
+        base.model.tie_weights()
+    save(base, tmp_path / "base")
+    start = load(tmp_path / "base")
+    start.tokenizer.add_tokens(["<one>", "<two>", "<three>"])
+    start.model.resize_token_embeddings(len(start.tokenizer), mean_resizing=False, pad_to_multiple_of=padded)
+    trained = LanguageModel(adapted_model(start.model, WITH_TOKENS[kind]), start.tokenizer, "trained")
+    expected = score(trained, NEW_WORDS).nll
+    folder = save_adapter(trained.model, start.tokenizer, tmp_path / "adapter")
+    loaded = load(folder)
+    np.testing.assert_allclose(score(loaded, NEW_WORDS).nll, expected, rtol=1e-5)
+    # Merged into the weights, and restored from them, it computes the same.
+    tuner = FineTuner(loaded)
+    assert tuner.base_hash == loaded.weights_hash
+    np.testing.assert_allclose(score(tuner.base, NEW_WORDS).nll, expected, rtol=1e-5)
+    tuned = tuner.tune(TASK, LORA)
+    after = score(tuned.language_model, NEW_WORDS).nll
+    np.testing.assert_allclose(score(tuner.restore(tuner.weights()), NEW_WORDS).nll, after, rtol=1e-5)
+    # A full fine-tune of it is a model of its own, with its own output layer.
+    tuned = tuner.tune(TASK, make_recipe(steps=2))
+    after = score(tuned.language_model, NEW_WORDS).nll
+    tuned.save(tmp_path / "full")
+    np.testing.assert_allclose(score(load(tmp_path / "full"), NEW_WORDS).nll, after, rtol=1e-5)

@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import read_json
+
+
+_WHOLE_LAYER = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
+"""Names under which PEFT saves the weights of embeddings, by the kind of adapter."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,11 @@ def attach(model: PreTrainedModel, adapter: Adapter, tokenizer: PreTrainedTokeni
         warnings.filterwarnings("ignore", "(?s).*ensure_weight_tying.*")  # advice for training
         warnings.filterwarnings("error", "Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, adapter.source, config=config, **hub)
-        if not config.is_prompt_learning and (odd := set_peft_model_state_dict(adapted, weights).unexpected_keys):
-            raise DataError(f"{adapter.source} does not fit its base model {adapter.base}, which has no {odd[0]}")
+        if prefix := PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type):
+            # PEFT returns, but does not report, what it had no place for.
+            unused = [key for key in set_peft_model_state_dict(adapted, weights).unexpected_keys if prefix in key]
+            if unused:
+                raise DataError(f"{adapter.source} does not fit its base model {adapter.base}: no place for {unused[0]}")
     if rows > known:
         _check_new_rows(adapter, adapted, tokenizer, known, rows)
     return adapted.eval()
@@ -101,11 +109,11 @@ def _rows(model: Any) -> int:
 def _trained_rows(model: Any, weights: Mapping[str, torch.Tensor]) -> int | None:
     """Return the number of tokens that an adapter's embeddings or output layer have; None if it has neither."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    for name, module in model.named_modules():
-        if any(module is layer for layer in layers):
-            for tail, axis in (("weight", 0), ("base_layer.weight", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1)):
-                if (found := weights.get(f"base_model.model.{name}.{tail}")) is not None:
-                    return int(found.shape[axis])
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    for name in names:
+        for tail, axis in (*((tail, 0) for tail in _WHOLE_LAYER), ("lora_B.weight", 0), ("lora_embedding_A", 1)):
+            if (found := weights.get(f"base_model.model.{name}.{tail}")) is not None:
+                return int(found.shape[axis])
     return None
 
 

@@ -190,8 +190,8 @@ def load(
     with _one_line(name), without_bars():
         adapter = adapters.find(source, hub) if file is None else None
         base = adapter.base if adapter is not None else source
+        method = _method(base, file, hub)
         tokenizer = _tokenizer(source, base, {**hub, "trust_remote_code": trust_remote_code}, file)
-        method = "gguf" if file is not None and _is_quantized_gguf(source, file, hub) else _method(base, file, hub)
         if load_in is not None:
             extra["quantization_config"] = _bits_and_bytes(name, load_in, wanted, method)
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -210,6 +210,9 @@ def load(
             raise DataError(
                 f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing"
             )
+        if file is not None and all(parameter.is_floating_point() for parameter in loaded.parameters()):
+            # Transformers goes on to call it quantised, and would neither train nor save it.
+            loaded.hf_quantizer.remove_quantization_config(loaded)
         if adapter is not None:
             loaded = adapters.attach(loaded, adapter, tokenizer, hub)
     if device == "auto" and any(parameter.is_meta for parameter in loaded.parameters()):
@@ -275,6 +278,8 @@ def _one_line(name: str) -> Iterator[None]:
             reason = (
                 f"there is no such directory, nor a copy in the cache of the hub; run: hf download {name} ({reason})"
             )
+        if name.endswith(".gguf"):
+            reason += "; use the model that the file was converted from, in safetensors"
         raise DataError(f"{name} cannot be loaded: {reason}") from error
 
 
@@ -307,11 +312,13 @@ def _method(base: str, file: str | None, hub: Mapping[str, Any]) -> str | None:
         If Transformers does not know it: it would read the packed numbers as weights.
     """
     if file is not None:
-        return None
+        return "gguf" if _is_quantized_gguf(base, file, hub) else None
     config, _ = PreTrainedConfig.get_config_dict(base, **hub)
     found = config.get("quantization_config") or config.get("compression_config")
     if not found:
         return None
+    if not isinstance(found, dict):
+        raise DataError(f"{base}: quantization_config in config.json must be an object")
     method = "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else found.get("quant_method")
     if not AutoHfQuantizer.supports_quant_method(found):
         raise DataError(f"{base} is quantised with {method!r}, which this version of Transformers cannot load")
