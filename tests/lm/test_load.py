@@ -21,8 +21,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from forgetcast import ConfigError, DataError, Example, Pool
-from forgetcast.lm import FineTuner, LanguageModel, exact_match, load, score
-from forgetcast.lm import load as load_model
+from forgetcast.lm import FineTuner, LanguageModel, exact_match, gradient_products, load, score
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import save, tiny
@@ -301,10 +300,10 @@ def test_gguf_files_that_cannot_be_read(tmp_path: Path, run: RunCommand, monkeyp
 # Adapters
 
 
-def save_adapter(adapted: Any, tokenizer: Any, folder: Path) -> Path:
+def save_adapter(adapted: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # says that it saves the embeddings too
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(folder, **options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
@@ -368,3 +367,187 @@ def test_an_adapter_with_added_tokens(tmp_path: Path, kind: str, tied: bool, pad
     after = score(tuned.language_model, NEW_WORDS).nll
     tuned.save(tmp_path / "full")
     np.testing.assert_allclose(score(load(tmp_path / "full"), NEW_WORDS).nll, after, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_added_tokens_without_weights_are_refused(tmp_path: Path, tied: bool) -> None:
+    """Transformers would draw them at random; with tied weights, the trained embeddings are all that is needed."""
+    base = tiny()
+    if tied:
+        base.model.config.tie_word_embeddings = True
+        base.model.tie_weights()
+    save(base, tmp_path / "base")
+    start = load(tmp_path / "base")
+    start.tokenizer.add_tokens(["<one>", "<two>", "<three>"])
+    start.model.resize_token_embeddings(len(start.tokenizer), mean_resizing=False)
+    trained = adapted_model(start.model, WITH_TOKENS["trainable tokens"])
+    folder = save_adapter(trained, start.tokenizer, tmp_path / "adapter", save_embedding_layers=False)
+    if tied:
+        expected = score(LanguageModel(trained, start.tokenizer), NEW_WORDS).nll
+        np.testing.assert_allclose(score(load(folder), NEW_WORDS).nll, expected, rtol=1e-5)
+    else:
+        with pytest.raises(
+            DataError, match=r"adds the token '<one>', which has no output weights, neither in the base"
+        ):
+            load(folder)
+    plain = save_adapter(adapted_model(tiny().model, lora()), start.tokenizer, tmp_path / "plain")
+    name_base(plain, tmp_path / "base")
+    with pytest.raises(DataError, match=r"adds the token '<one>', which has no embedding"):
+        load(plain)
+
+
+def name_base(adapter: Path, base: Path | str) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "lm_head"], ["embed_tokens"]], ids=str)
+def test_merging_into_tied_weights(targets: list[str]) -> None:
+    base = tiny()
+    base.model.config.tie_word_embeddings = True
+    base.model.tie_weights()
+    adapted = LanguageModel(adapted_model(base.model, lora(target_modules=targets)), base.tokenizer, "adapted")
+    expected = score(adapted, POOL).nll
+    np.testing.assert_allclose(expected, [plain_nll(adapted.model, base.tokenizer, e) for e in POOL], atol=1e-5)
+    with pytest.raises(ConfigError, match="frozen weights, which have no gradient"):
+        gradient_products(adapted, TASK, POOL)
+    tuner = FineTuner(adapted)
+    assert np.isfinite(gradient_products(tuner.base, TASK, POOL)).all()
+    np.testing.assert_allclose(score(tuner.base, POOL).nll, expected, rtol=1e-5)
+    np.testing.assert_allclose(score(tuner.restore(tuner.weights()), POOL).nll, expected, rtol=1e-5)
+
+
+PROMPTS = {
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=7, encoder_hidden_size=16),
+    "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_virtual_tokens_come_before_every_text(tmp_path: Path, kind: str) -> None:
+    base = tiny()
+    save(base, tmp_path / "base")
+    prompted = adapted_model(load(tmp_path / "base").model, PROMPTS[kind])
+    folder = save_adapter(prompted, base.tokenizer, tmp_path / "adapter")
+    in_front = 0 if kind == "prefix tuning" else 7
+    long = Pool([*POOL, Example("long", text="the loss of a model " * 40)])
+    loaded = load(folder)
+    assert loaded.context == 96 - 7
+    found = score(loaded, long)
+    expected = [plain_nll(prompted, base.tokenizer, e, virtual=in_front) for e in POOL]
+    np.testing.assert_allclose(found.nll[:-1], expected, rtol=0, atol=1e-5)
+    assert found.truncated.tolist() == [False] * len(POOL) + [True]
+    assert found.tokens[-1] == 88
+    assert (np.abs(found.nll - score(base, long, max_length=89).nll) > 1e-3).all()
+    np.testing.assert_allclose(score(loaded, long, batch_tokens=1).nll, found.nll, rtol=1e-6)
+    with pytest.raises(ConfigError, match="virtual tokens, which can be scored, but not fine-tuned"):
+        FineTuner(loaded)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_virtual_tokens_come_before_every_question(kind: str) -> None:
+    base = tiny()
+    prompted = adapted_model(base.model, PROMPTS[kind])
+    questions = [
+        Example("a", prompt="Question: what is 1 + 1?\nAnswer:", completion=" 2"),
+        Example("b", prompt="the loss", completion=" is"),
+    ]
+    _, answers = exact_match(LanguageModel(prompted, base.tokenizer), Pool(questions), max_new_tokens=4)
+    for example, answer in zip(questions, answers, strict=True):
+        ids = base.tokenizer(example.prompt)["input_ids"]
+        for _ in range(4):
+            tokens = torch.tensor([ids])
+            with torch.no_grad():
+                logits = prompted(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+            ids = [*ids, int(logits[0, -1].argmax())]
+        text = base.tokenizer.decode(ids[-4:], skip_special_tokens=True).lstrip()
+        assert answer == text.split("\n")[0].rstrip()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [lora(use_dora=True), lora(use_rslora=True), IA3Config(task_type="CAUSAL_LM")],
+    ids=["DoRA", "rsLoRA", "IA3"],
+)
+def test_other_adapters(tmp_path: Path, settings: Any) -> None:
+    base = tiny()
+    save(base, tmp_path / "base")
+    adapted = adapted_model(load(tmp_path / "base").model, settings)
+    loaded = load(save_adapter(adapted, base.tokenizer, tmp_path / "adapter"))
+    expected = [plain_nll(adapted, base.tokenizer, example) for example in POOL]
+    np.testing.assert_allclose(score(loaded, POOL).nll, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(score(FineTuner(loaded).base, POOL).nll, expected, rtol=0, atol=1e-5)
+
+
+def test_adapters_that_do_not_fit(tmp_path: Path, run: RunCommand) -> None:
+    base = tiny()
+    save(base, tmp_path / "base")
+    adapter = save_adapter(adapted_model(load(tmp_path / "base").model, lora()), base.tokenizer, tmp_path / "adapter")
+    weights, file = load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, file)
+    assert "missing adapter keys" in refused(run, adapter, tmp_path)
+    save_file(weights | {name.replace("layers.1", "layers.2"): weights[name].clone()}, file)
+    assert "does not fit its base model" in refused(run, adapter, tmp_path)
+    save_file(weights | {name: torch.ones(4, 8)}, file)
+    assert "size mismatch" in refused(run, adapter, tmp_path)
+    file.unlink()
+    assert "adapter" in refused(run, adapter, tmp_path)
+    for content in (
+        '{"peft_type": "LORA"',
+        "[]",
+        "{}",
+        '{"peft_type": "LORA"}',
+        '{"peft_type": "X", "base_model_name_or_path": "B"}',
+    ):
+        (adapter / "adapter_config.json").write_text(content.replace('"B"', json.dumps(str(tmp_path / "base"))))
+        refused(run, adapter, tmp_path)
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_base_models(tmp_path: Path) -> None:
+    base = tiny()
+    save(base, tmp_path / "base")
+    adapted = adapted_model(load(tmp_path / "base").model, lora())
+    folder = save_adapter(adapted, None, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="adapter has no tokenizer; its base model's is used: .*base"):
+        found = score(load(folder), POOL).nll
+    np.testing.assert_allclose(found, score(LanguageModel(adapted, base.tokenizer), POOL).nll, rtol=1e-6)
+
+
+# Unsafe, foreign and absent
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harm"),)
+
+
+def test_pickled_objects_are_not_run(tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny()
+    folder = save(base, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save(base.model.state_dict(), folder / "pytorch_model.bin")
+    np.testing.assert_allclose(score(load(folder), POOL).nll, score(base, POOL).nll, rtol=1e-6)
+    torch.save(base.model.state_dict() | {"more": Harmful()}, folder / "pytorch_model.bin")
+    assert "convert them to safetensors" in refused(run, folder, tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_tokens_beyond_the_embeddings(tmp_path: Path, run: RunCommand) -> None:
+    base = tiny()
+    folder = save(base, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    # As many tokens as embeddings, one with an id of its own.
+    word = next(token for token, i in tokenizer["model"]["vocab"].items() if i == 4095)
+    tokenizer["model"]["vocab"][word] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "the tokenizer has 5001 tokens, the model only 4096" in refused(run, folder, tmp_path)
+
+
+def test_a_hub_id_offline(tmp_path: Path, run: RunCommand) -> None:
+    assert "run: hf download nobody/no-such-model" in refused(run, "nobody/no-such-model", tmp_path)
+    assert "run: hf download nobody/no-such-model" in refused(run, "nobody/no-such-model/x.gguf", tmp_path)
+    (tmp_path / "file.bin").touch()
+    assert "is a file; give the model's directory" in refused(run, tmp_path / "file.bin", tmp_path)

@@ -217,7 +217,7 @@ def _gradients(atlas: Atlas, model: str, task: Path, loading: Loading) -> np.nda
     from forgetcast.data import load_task
     from forgetcast.lm import gradient_products
 
-    base = load_base(model, loading, atlas)
+    base = load_base(model, loading, atlas).merged()
     scored = np.flatnonzero(~np.isnan(atlas.nll_before))
     products = np.full(len(atlas.examples), np.nan)
     products[scored] = gradient_products(

@@ -18,7 +18,6 @@ from transformers.utils import find_adapter_config_file
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import read_json
 
-
 _WHOLE_LAYER = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
 """Names under which PEFT saves the weights of embeddings, by the kind of adapter."""
 
@@ -87,6 +86,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, tokenizer: PreTrainedTokeni
     if rows != known:
         model.resize_token_embeddings(rows, mean_resizing=False)
         _clear(model, known)
+    output: Any = model.get_output_embeddings()
+    width = output.weight.shape[1]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*ensure_weight_tying.*")  # advice for training
         warnings.filterwarnings("error", "Found missing adapter keys")
@@ -95,9 +96,11 @@ def attach(model: PreTrainedModel, adapter: Adapter, tokenizer: PreTrainedTokeni
             # PEFT returns, but does not report, what it had no place for.
             unused = [key for key in set_peft_model_state_dict(adapted, weights).unexpected_keys if prefix in key]
             if unused:
-                raise DataError(f"{adapter.source} does not fit its base model {adapter.base}: no place for {unused[0]}")
+                raise DataError(
+                    f"{adapter.source} does not fit its base model {adapter.base}: no place for {unused[0]}"
+                )
     if rows > known:
-        _check_new_rows(adapter, adapted, tokenizer, known, rows)
+        _check_new_rows(adapter, adapted, tokenizer, (known, rows, width))
     return adapted.eval()
 
 
@@ -124,13 +127,18 @@ def _clear(model: Any, known: int) -> None:
             parameter.data[known:] = float("nan")
 
 
-def _check_new_rows(adapter: Adapter, model: Any, tokenizer: PreTrainedTokenizerBase, known: int, rows: int) -> None:
-    """Raise DataError if the adapter has not filled the rows that the base model lacks."""
-    output: Any = model.get_base_model().get_output_embeddings()
+def _check_new_rows(
+    adapter: Adapter, model: Any, tokenizer: PreTrainedTokenizerBase, sizes: tuple[int, int, int]
+) -> None:
+    """Raise DataError if the adapter has not filled the rows that the base model lacks.
+
+    The sizes are the tokens of the base model, those of the adapter, and the width of the output layer's input.
+    """
+    known, rows, width = sizes
     with torch.inference_mode():
         embedded = model.get_input_embeddings()(torch.arange(known, rows, device=model.device))
-        nothing = embedded.new_zeros(1, output.in_features)
-        filled = torch.stack([embedded.isfinite().all(dim=1), output(nothing)[0, known:].isfinite()])
+        logits = model.get_base_model().get_output_embeddings()(embedded.new_zeros(1, width))
+        filled = torch.stack([embedded.isfinite().all(dim=1), logits[0, known:].isfinite()])
     for what, is_filled in zip(("embedding", "output weights"), filled, strict=True):
         if not is_filled.all():
             token = tokenizer.convert_ids_to_tokens(known + int(is_filled.int().argmin()))

@@ -9,7 +9,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,24 @@ class LanguageModel:
             for name, value in sorted(self.model.state_dict().items()):
                 _add_to(digest, name, value)
         return digest.hexdigest()
+
+    def merged(self) -> LanguageModel:
+        """Return the model with its adapter merged into its weights, in place; itself if it has none.
+
+        The hash remains, because the model computes the same.
+
+        Raises
+        ------
+        ConfigError
+            If its weights cannot take the adapter in.
+        """
+        hash_before = self.weights_hash
+        model = adapters.merged(self.model, self.name)
+        if model is self.model:
+            return self
+        merged = replace(self, model=model)
+        vars(merged)["weights_hash"] = hash_before
+        return merged
 
 
 def _add_to(digest: Any, name: str, value: Any) -> None:

@@ -25,7 +25,7 @@ from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import atomic_path, read_json, write_json
-from forgetcast.lm import adapters, processes
+from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel, without_bars
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.selectors import ReplaySelector
@@ -116,7 +116,7 @@ class FineTuner:
 
     def __init__(self, base: LanguageModel) -> None:
         self.base_hash = base.weights_hash
-        self.base = adapters_merged(base)
+        self.base = base.merged()
         # LoRA leaves quantised weights as they are, and not all kinds of them can be copied into a model.
         self._weights = {} if self.base.is_quantized else _copy(self.base.model.state_dict())
         self._adapted: PeftModel | None = None
@@ -264,20 +264,6 @@ class FineTuner:
             )
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
         return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started)
-
-
-def adapters_merged(language_model: LanguageModel) -> LanguageModel:
-    """Return the model with its adapter merged into its weights, under the same hash: it computes the same.
-
-    Raises
-    ------
-    ConfigError
-        If its weights cannot take the adapter in.
-    """
-    hash_before = language_model.weights_hash
-    merged = replace(language_model, model=adapters.merged(language_model.model, language_model.name))
-    vars(merged)["weights_hash"] = hash_before
-    return merged
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
