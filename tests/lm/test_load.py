@@ -277,11 +277,12 @@ def test_a_quantised_gguf_file_is_said_to_be_dequantised(tmp_path: Path) -> None
     np.testing.assert_allclose(found.nll, score(base, POOL).nll, rtol=1e-5)
     assert found.metadata["quantization"] == {"method": "gguf", "dequantised": True}
     with pytest.warns(UserWarning, match="dequantised"):
-        tuned = FineTuner(load(tmp_path / "small.gguf")).tune(TASK, make_recipe())
-    tuned.save(tmp_path / "tuned")
-    np.testing.assert_allclose(
-        score(load(tmp_path / "tuned"), TASK).nll, score(tuned.language_model, TASK).nll, rtol=1e-5
-    )
+        tuner = FineTuner(load(tmp_path / "small.gguf"))
+    for recipe in (make_recipe(), LORA):
+        tuned = tuner.tune(TASK, recipe)
+        tuned.save(tmp_path / recipe.method)
+        after = score(tuned.language_model, TASK).nll
+        np.testing.assert_allclose(score(load(tmp_path / recipe.method), TASK).nll, after, rtol=1e-5)
 
 
 def test_gguf_files_that_cannot_be_read(tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,6 +362,9 @@ def test_an_adapter_with_added_tokens(tmp_path: Path, kind: str, tied: bool, pad
     np.testing.assert_allclose(score(tuner.base, NEW_WORDS).nll, expected, rtol=1e-5)
     tuned = tuner.tune(TASK, LORA)
     after = score(tuned.language_model, NEW_WORDS).nll
+    # An adapter on top of the merged model could not name its base.
+    tuned.save(tmp_path / "more")
+    np.testing.assert_allclose(score(load(tmp_path / "more"), NEW_WORDS).nll, after, rtol=1e-5)
     np.testing.assert_allclose(score(tuner.restore(tuner.weights()), NEW_WORDS).nll, after, rtol=1e-5)
     # A full fine-tune of it is a model of its own, with its own output layer.
     tuned = tuner.tune(TASK, make_recipe(steps=2))

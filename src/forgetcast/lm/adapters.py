@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import read_json
@@ -94,8 +94,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, tokenizer: PreTrainedTokeni
         adapted = PeftModel.from_pretrained(model, adapter.source, config=config, **hub)
         if prefix := PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type):
             # PEFT returns, but does not report, what it had no place for.
-            unused = [key for key in set_peft_model_state_dict(adapted, weights).unexpected_keys if prefix in key]
-            if unused:
+            result: Any = set_peft_model_state_dict(adapted, weights)
+            if unused := [key for key in result.unexpected_keys if prefix in key]:
                 raise DataError(
                     f"{adapter.source} does not fit its base model {adapter.base}: no place for {unused[0]}"
                 )
@@ -173,9 +173,11 @@ def merged(model: Any, name: str) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*tie_word_embeddings.*")
         try:
-            return model.merge_and_unload().eval().requires_grad_(True)
+            result = model.merge_and_unload().eval().requires_grad_(True)
         except (AttributeError, NotImplementedError, ValueError) as error:
             raise ConfigError(f"{name}: the adapter cannot be merged: {' '.join(str(error).split())}") from error
+    result.name_or_path = ""  # what is tuned on top must not name the model without the adapter as its base
+    return result
 
 
 def _untie(model: Any) -> None:

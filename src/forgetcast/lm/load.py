@@ -231,6 +231,8 @@ def load(
         if file is not None and all(parameter.is_floating_point() for parameter in loaded.parameters()):
             # Transformers goes on to call it quantised, and would neither train nor save it.
             loaded.hf_quantizer.remove_quantization_config(loaded)
+        if file is not None:
+            loaded.name_or_path = ""  # an adapter could not name the file as its base model
         if adapter is not None:
             loaded = adapters.attach(loaded, adapter, tokenizer, hub)
     if device == "auto" and any(parameter.is_meta for parameter in loaded.parameters()):
@@ -346,10 +348,11 @@ def _method(base: str, file: str | None, hub: Mapping[str, Any]) -> str | None:
 def _is_quantized_gguf(source: str, file: str, hub: Mapping[str, Any]) -> bool:
     """Whether a GGUF file holds anything but plain floating-point numbers."""
     from gguf import GGMLQuantizationType, GGUFReader
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     plain = {GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
-    return any(tensor.tensor_type not in plain for tensor in GGUFReader(cached_file(source, file, **hub)).tensors)
+    path: Any = cached_file(source, file, **hub)
+    return any(tensor.tensor_type not in plain for tensor in GGUFReader(path).tensors)
 
 
 def _bits_and_bytes(name: str, load_in: str, dtype: torch.dtype, method: str | None) -> BitsAndBytesConfig:

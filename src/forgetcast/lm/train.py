@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
@@ -67,9 +68,16 @@ class Tuned:
         return f"Tuned(steps={self.steps}, replayed={len(self.replayed)}, seconds={self.seconds:.1f})"
 
     def save(self, directory: str | Path) -> None:
-        """Write the model (LoRA: the adapter) and the tokenizer in Hugging Face format."""
+        """Write the model (LoRA: the adapter) and the tokenizer in Hugging Face format.
+
+        An adapter is written merged into its base model if that has no directory or hub id of its own, as a model that
+        was itself merged or came from a GGUF file.
+        """
+        model: Any = self.language_model.model
+        if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
+            model = copy.deepcopy(model).merge_and_unload()
         with without_bars():
-            self.language_model.model.save_pretrained(directory)
+            model.save_pretrained(directory)
         self.language_model.tokenizer.save_pretrained(directory)
 
 
@@ -161,9 +169,10 @@ class FineTuner:
         merged = {_unwrapped(name): value for name, value in _copy(state).items() if ".lora_" not in name}
         for name, layer in self.base.model.named_modules():
             if isinstance(layer, LoraLayer):
-                weight: Any = merged[f"{_unwrapped(name)}.{getattr(layer, 'parameter_name', 'weight')}"]
-                for adapter in layer.active_adapters:
-                    weight += layer.get_delta_weight(adapter).detach()
+                lora: Any = layer
+                weight: Any = merged[f"{_unwrapped(name)}.{getattr(lora, 'parameter_name', 'weight')}"]
+                for adapter in lora.active_adapters:
+                    weight += lora.get_delta_weight(adapter).detach()
         return merged
 
     def tune(
@@ -279,7 +288,7 @@ def _check_trainable(base: LanguageModel, recipe: Recipe) -> None:
     """Raise ConfigError unless a quantised model can be tuned as the recipe says."""
     if recipe.method != "lora":
         raise ConfigError(f"{base.name} is quantised, so its weights cannot be trained; use a recipe with method: lora")
-    quantizer = base.model.hf_quantizer
+    quantizer: Any = base.model.hf_quantizer
     if not quantizer.is_trainable:
         method = quantizer.quantization_config.quant_method
         raise ConfigError(
