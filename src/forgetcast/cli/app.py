@@ -24,6 +24,7 @@ from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
+    from forgetcast.cli.options import Loading
     from forgetcast.data import Recipe, Rendering
     from forgetcast.lm import FineTuner, LanguageModel
 
@@ -51,11 +52,7 @@ def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
 
 
 def load_base(
-    model: str,
-    device: str | None,
-    trust_remote_code: bool,
-    atlas: Atlas | None = None,
-    rendering: Rendering | None = None,
+    model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
 ) -> LanguageModel:
     """Load a base model, and check that it is the atlas's; by default, conversations are rendered as for the atlas."""
     from forgetcast.data import Rendering
@@ -64,23 +61,19 @@ def load_base(
 
     stored = atlas.scored_with.get("text", {}) if atlas is not None else {}
     rendering = rendering or Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
-    base = replace(load(model, device=device, trust_remote_code=trust_remote_code), rendering=rendering)
+    base = replace(load(model, **loading.arguments()), rendering=rendering)
     if atlas is not None:
         check_base(atlas, base)
     return base
 
 
 def load_tuner(
-    model: str,
-    device: str | None,
-    trust_remote_code: bool,
-    atlas: Atlas | None = None,
-    rendering: Rendering | None = None,
+    model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
 ) -> FineTuner:
     """Load a base model for fine-tuning, as `load_base`."""
     from forgetcast.lm import FineTuner
 
-    return FineTuner(load_base(model, device, trust_remote_code, atlas, rendering))
+    return FineTuner(load_base(model, loading, atlas, rendering))
 
 
 def check_output_directory(path: Path) -> None:

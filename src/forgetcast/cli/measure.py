@@ -13,14 +13,13 @@ from forgetcast.cli.options import (
     MEASURE,
     AsJson,
     Date,
-    Device,
-    DType,
+    Loading,
     ModelName,
     NoThinking,
     Output,
     PoolPath,
     Seed,
-    TrustCode,
+    loads_a_model,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 
 @app.command(rich_help_panel=MEASURE)
+@loads_a_model
 def score(
     model: ModelName,
     pool: PoolPath,
@@ -41,12 +41,11 @@ def score(
         int | None, typer.Option(help="Score longer texts in windows this many tokens apart; default: truncate.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.FLOAT32,
     date: Date = None,
     no_thinking: NoThinking = False,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Measure how well a model predicts each example: nats per target token.
 
@@ -60,8 +59,7 @@ def score(
 
     examples = Pool.load(pool)
     rendering = Rendering(date or Rendering.date, not no_thinking)
-    language_model = load(model, device=device, dtype=dtype.value, trust_remote_code=trust_remote_code)
-    language_model = replace(language_model, rendering=rendering)
+    language_model = replace(load(model, **loading.arguments()), rendering=rendering)
     done = 0
 
     with progress() as report:
@@ -163,6 +161,7 @@ def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
 
 
 @app.command(rich_help_panel=MEASURE)
+@loads_a_model
 def generate(
     model: ModelName,
     output: Output,
@@ -170,8 +169,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     seed: Seed = 0,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Sample a pool from a model, for replay when its training data is not available.
 
@@ -180,7 +179,7 @@ def generate(
     from forgetcast.lm import load, sample_texts
 
     require_single_process("generate")
-    language_model = load(model, device=device, trust_remote_code=trust_remote_code)
+    language_model = load(model, **loading.arguments())
     done = 0
     with progress(resumable=False) as report:
 

@@ -9,6 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from forgetcast.lm.adapters import base_model, is_prompt_learning
+from forgetcast.lm.load import embedding_rows
 from forgetcast.lm.tokens import IGNORED_INDEX
 
 CHUNK_LOGITS = 2**24
@@ -41,13 +43,15 @@ class Head:
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
         untyped: Any = model
         self._model = untyped
-        inner = untyped.get_base_model() if hasattr(untyped, "get_base_model") else untyped
+        inner = base_model(model)
         self._decoder: Any = getattr(inner, inner.base_model_prefix, None)
         self._output: Any = inner.get_output_embeddings()
         config = inner.config.get_text_config()
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        self.chunked = self._decoder is not None and self._output is not None
+        self._chunk = max(CHUNK_LOGITS // embedding_rows(model), 1)
+        # Virtual tokens are added by the adapter's forward pass, which is around the model's own.
+        self.chunked = self._decoder is not None and self._output is not None and not is_prompt_learning(model)
         if self.chunked and not self._agrees(sample):
             warnings.warn(
                 f"{type(inner).__name__} changes its logits in an unknown way; its own forward pass is used, which "
@@ -71,15 +75,15 @@ class Head:
         targets = labels[:, 1:][is_target]
         losses = torch.zeros(labels.shape, dtype=torch.float64)
         if not self.chunked:
-            logits = self._model(**inputs).logits
+            # The logits of virtual tokens, if there are any, come first.
+            logits = self._model(**inputs).logits[:, -labels.shape[1] :]
             losses[:, 1:][is_target] = _losses(logits[:, :-1][is_target.to(logits.device)], targets)
             return losses
         hidden = self._decoder(**inputs).last_hidden_state
         hidden = hidden[:, :-1][is_target.to(hidden.device)]
-        chunk = max(CHUNK_LOGITS // self._output.weight.shape[0], 1)
         parts = [
-            _losses(self._logits(hidden[start : start + chunk]), targets[start : start + chunk])
-            for start in range(0, len(targets), chunk)
+            _losses(self._logits(hidden[start : start + self._chunk]), targets[start : start + self._chunk])
+            for start in range(0, len(targets), self._chunk)
         ]
         losses[:, 1:][is_target] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
         return losses

@@ -105,6 +105,7 @@ def score(
         "tokens": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
         "version": forgetcast.__version__,
         "versions": {library: version(library) for library in LIBRARIES},
+        **language_model.loading,
     }
     progress = on_progress or (lambda _: None)
     checkpoint = _Partial(partial, metadata)

@@ -146,7 +146,7 @@ def _tokenise(
     ids = list(encoding["input_ids"])
     labels = [IGNORED_INDEX] * len(ids)
     for span in targets:
-        found = _tokens_of(encoding.encodings[0], span, text, tokenizer) if tokenizer.is_fast else None
+        found = _tokens_of(tokenizer, text, encoding.encodings[0], span, options) if tokenizer.is_fast else None
         first, last = found or _tokens_by_prefix(tokenizer, text, ids, span, options)
         labels[first:last] = ids[first:last]
     if special:
@@ -158,7 +158,9 @@ def _tokenise(
     return ids, labels
 
 
-def _tokens_of(encoding: Any, span: Span, text: str, tokenizer: PreTrainedTokenizerBase) -> Span | None:
+def _tokens_of(
+    tokenizer: PreTrainedTokenizerBase, text: str, encoding: Any, span: Span, options: Mapping[str, Any]
+) -> Span | None:
     """Return the range of tokens with a character in a span of a text.
 
     None if offsets do not say: several tokens share characters on both sides of the boundary, as where a Unigram model
@@ -167,7 +169,7 @@ def _tokens_of(encoding: Any, span: Span, text: str, tokenizer: PreTrainedTokeni
     start, stop = span
     first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
     if first is None or last is None:
-        return _tokens_without_offsets(encoding, span, text, tokenizer)
+        return _tokens_without_offsets(tokenizer, text, encoding, span, options)
     # That is the first token with a character; one of several bytes may have several tokens.
     while (characters := encoding.token_to_chars(last + 1)) is not None and characters[0] < stop:
         last += 1
@@ -179,7 +181,9 @@ def _tokens_of(encoding: Any, span: Span, text: str, tokenizer: PreTrainedTokeni
     return first, last + 1
 
 
-def _tokens_without_offsets(encoding: Any, span: Span, text: str, tokenizer: PreTrainedTokenizerBase) -> Span:
+def _tokens_without_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, encoding: Any, span: Span, options: Mapping[str, Any]
+) -> Span:
     """Return the range of tokens of a span if its first or last character is in the offsets of no token."""
     start, stop = span
     # A byte-level tokenizer may report offsets without the spaces around a token.
@@ -193,8 +197,7 @@ def _tokens_without_offsets(encoding: Any, span: Span, text: str, tokenizer: Pre
     first, last = (after[0], after[-1] + 1) if after else (len(spans), 0)
     if encoding.char_to_token(start) is None and before:
         joined = spans.index(spans[before[-1]])
-        special = bool(sum(encoding.special_tokens_mask))
-        prefix = tokenizer(text[:start], add_special_tokens=special, verbose=False)["input_ids"]
+        prefix = tokenizer(text[:start], **options)["input_ids"]
         first = min(first, max(joined, _common_prefix(encoding.ids, prefix)[0]))
         last = max(last, before[-1] + 1) if first <= before[-1] else last
     return first, last
