@@ -75,7 +75,11 @@ def exact_match(
     room = language_model.context - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
-    questions = {i: asked for i, example in enumerate(pool) if (asked := question(example, tokenizer)) is not None}
+    questions = {
+        i: asked
+        for i, example in enumerate(pool)
+        if (asked := question(example, tokenizer, language_model.rendering)) is not None
+    }
     # An empty prompt becomes a start token.
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
     prompts = {}

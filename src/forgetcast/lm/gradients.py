@@ -11,7 +11,7 @@ from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import losses
-from forgetcast.lm.tokens import IGNORED_INDEX, encode, pad, pad_id
+from forgetcast.lm.tokens import IGNORED_INDEX, pad, pad_id
 
 STEP = 0.01
 """Step of the central difference along the gradient: first-order change of the task's loss, in nats per token."""
@@ -53,7 +53,7 @@ def gradient_products(
     """
     model: Any = language_model.model
     drawn = np.random.default_rng(seed).permutation(len(task))[:sample].tolist()
-    encoded = [encode(task[i], language_model.tokenizer, language_model.context, end=True) for i in drawn]
+    encoded = [language_model.encode(task[i], language_model.context, end=True) for i in drawn]
     total = sum(example.targets for example in encoded)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from forgetcast.data.pool import Example
 from forgetcast.errors import DataError
 from forgetcast.files import read_json
+from forgetcast.lm.conversation import DEFAULT_RENDERING, Rendering
+from forgetcast.lm.tokens import Encoded, encode, template_hash, tokenizer_hash
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DEFAULT_CONTEXT = 2048
@@ -37,6 +40,7 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str = "a loaded model"
+    rendering: Rendering = DEFAULT_RENDERING
 
     def __post_init__(self) -> None:
         """Check that the model has an embedding for every token."""
@@ -67,6 +71,16 @@ class LanguageModel:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    @cached_property
+    def text_settings(self) -> dict[str, Any]:
+        """What the tokens of an example depend on: hashes of tokenizer and chat template, and the rendering."""
+        hashes = {"tokenizer": tokenizer_hash(self.tokenizer), "template": template_hash(self.tokenizer)}
+        return {**hashes, **asdict(self.rendering)}
+
+    def encode(self, example: Example, context: int | None = None, *, end: bool = False) -> Encoded:
+        """Tokenise an example; see `tokens.encode`."""
+        return encode(example, self.tokenizer, context, end=end, rendering=self.rendering)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
 from forgetcast.lm.head import CHUNK_LOGITS, Head
 from forgetcast.lm.load import LanguageModel, embedding_rows
-from forgetcast.lm.tokens import Encoded, encode, pad, pad_id, windows
+from forgetcast.lm.tokens import Encoded, digest, pad, pad_id, windows
 from forgetcast.measure.scores import Scores
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
@@ -29,6 +32,9 @@ BATCH_OVERHEAD = 1 / 32
 
 WHOLE_LOGITS = 4 * CHUNK_LOGITS
 """Limit on the logits of a batch when the model's own forward pass computes them."""
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+"""Libraries whose versions are stored with the scores."""
 
 SAMPLE = 16
 """Number of tokens that the output layer is checked on."""
@@ -84,11 +90,10 @@ def score(
     if stride is not None and not 1 <= stride < context:
         raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
     encoded, reasons = _encode(pool, language_model, context if stride is None else None)
-    pieces = [
-        (i, piece)
-        for i, example in enumerate(encoded)
-        for piece in windows(example, context, context if stride is None else stride)
-    ]
+    tokenizer = language_model.tokenizer
+    inputs = [list(windows(example, context, context if stride is None else stride, tokenizer)) for example in encoded]
+    digests = [digest(pieces) if pieces else None for pieces in inputs]
+    pieces = [(i, piece) for i, pieces in enumerate(inputs) for piece in pieces]
     metadata = {
         "model": language_model.name,
         "model_hash": language_model.weights_hash,
@@ -96,7 +101,11 @@ def score(
         "max_length": context,
         "stride": stride,
         "dtype": str(language_model.model.dtype).removeprefix("torch."),
+        "text": language_model.text_settings,
+        "thinking_left_out": sum(example.incomplete for example in encoded),
+        "tokens": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
         "version": forgetcast.__version__,
+        "versions": {library: version(library) for library in LIBRARIES},
     }
     progress = on_progress or (lambda _: None)
     checkpoint = _Partial(partial, metadata)
@@ -115,7 +124,7 @@ def score(
         progress(others)
     scores = _to_scores(pool, encoded, totals, metadata)
     checkpoint.remove()
-    return scores
+    return replace(scores, digests=digests)
 
 
 def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -> tuple[list[Encoded], list[str]]:
@@ -123,7 +132,7 @@ def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -
     encoded, reasons = [], []
     for example in pool:
         try:
-            tokens = encode(example, language_model.tokenizer, max_length)
+            tokens = language_model.encode(example, max_length)
             reasons.append("" if tokens.targets else "no token to predict: the text is a single token")
         except DataError as error:  # a conversation that the tokenizer cannot render
             tokens = Encoded([], [], False)
@@ -217,7 +226,7 @@ def losses(language_model: LanguageModel, examples: Iterable[Example], max_lengt
     """
     context = _context(language_model, max_length)
     examples = list(examples)
-    encoded = [encode(example, language_model.tokenizer, context) for example in examples]
+    encoded = [language_model.encode(example, context) for example in examples]
     nll = np.full(len(examples), np.nan)
     rows = [i for i, example in enumerate(encoded) if example.targets]
     for batch, sums in _measure(language_model, [encoded[i] for i in rows], None):

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class FineTuner:
         if weights is None:
             return self.base
         # A new object, because the base model's caches the hash of the base weights.
-        return LanguageModel(self.base.model, self.base.tokenizer, f"{self.base.name}, fine-tuned")
+        return replace(self.base, name=f"{self.base.name}, fine-tuned")
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return a copy of the current weights, by the base model's names, with a LoRA adapter merged into them."""
@@ -194,6 +194,7 @@ class FineTuner:
             seed=recipe.seed,
             plan=plan,
             pool=pool,
+            rendering=language_model.rendering,
         )
         if plan is not None and already_replayed and mixture.replayed:
             mixture.revise(0, plan.order(len(mixture.replayed), already_replayed=already_replayed))
@@ -207,6 +208,7 @@ class FineTuner:
         started = time.monotonic()
         run = {
             "base": language_model.weights_hash,
+            "text": language_model.text_settings,
             "task": task.fingerprint,
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
             "selector": selector.settings() if selector is not None else None,
@@ -235,7 +237,7 @@ class FineTuner:
             raise DataError(
                 f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})"
             )
-        tuned = LanguageModel(model.eval(), language_model.tokenizer, f"{self.base.name}, fine-tuned")
+        tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
         return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started)
 
 
