@@ -98,7 +98,9 @@ def _backend(kind: str) -> Tokenizer:
             backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             trainer = trainers.WordPieceTrainer(vocab_size=220, show_progress=False)
             backend.train_from_iterator(CORPUS, trainer)
-            backend.model = models.WordPiece(_model(backend)["vocab"] | {UNKNOWN: 10_000}, unk_token=UNKNOWN)
+            backend.model = models.WordPiece(
+                {UNKNOWN: backend.get_vocab_size(), **_model(backend)["vocab"]}, unk_token=UNKNOWN
+            )
             backend.decoder = decoders.WordPiece()
         case _:  # GPT-2, Llama 3, Qwen; merges go over every boundary, except where words are split first
             words = kind == "byte-level-words"
@@ -170,14 +172,13 @@ def _bytewise(part: str, pieces: Iterator[str], _first: bool) -> list[Span]:
 
 def _bytewise_composed(part: str, pieces: Iterator[str], _first: bool) -> list[Span]:
     """The same of composed characters, each of which lies where the characters that it was composed of lie."""
-    composed, where = "", list[Span]()
-    for match in re.finditer(r".[\u0300-\u036f]*", part, re.DOTALL):
-        cluster, (start, stop) = unicodedata.normalize("NFC", match[0]), match.span()
-        same = cluster == match[0]
-        composed += cluster
-        where += [(start + i, start + i + 1) if same else (start, stop) for i in range(len(cluster))]
-    assert composed == unicodedata.normalize("NFC", part)
-    return _along(list(_utf8(composed, where)), pieces, _spelled)
+    where = list[Span]()
+    for i in range(len(part)):
+        if len(unicodedata.normalize("NFC", part[: i + 1])) > len(where):
+            where.append((i, i + 1))
+        else:
+            where[-1] = (where[-1][0], i + 1)
+    return _along(list(_utf8(unicodedata.normalize("NFC", part), where)), pieces, _spelled)
 
 
 def _spaced(part: str, pieces: Iterator[str], *, put: bool) -> list[Span]:

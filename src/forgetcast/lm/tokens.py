@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -91,7 +93,8 @@ def encode(
         ids, labels = _tokenise(tokenizer, conversation.text, conversation.targets, special=False)
     else:
         text, start = example.full_text, len(example.prompt or "")
-        ids, labels = _tokenise(tokenizer, text, [(start, len(text))], special=True)
+        targets = [(start, len(text))] if example.text is None else []
+        ids, labels = _tokenise(tokenizer, text, targets, special=True)
         if example.text is not None:
             labels = list(ids)
         if end and tokenizer.eos_token_id is not None:
@@ -140,20 +143,26 @@ def _tokenise(
     """Return the ids of a text, and labels where a token with a character in one of the spans is a target."""
     # Not verbose: else it warns that the text is longer than the context, to which it is truncated right after.
     options: dict[str, Any] = {"add_special_tokens": special, "verbose": False}
-    if tokenizer.is_fast:
+    if not targets:
+        ids = list(tokenizer(text, **options)["input_ids"])
+        is_target = [False] * len(ids)
+    elif tokenizer.is_fast:
         encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
         ids = list(encoding["input_ids"])
-        spans = _character_spans(encoding["offset_mapping"], encoding["special_tokens_mask"], len(text))
+        spans = _character_spans(text, encoding.tokens(), encoding["offset_mapping"], encoding["special_tokens_mask"])
         is_target = [any(start < last and first < stop for first, last in targets) for start, stop in spans]
     else:
         ids = list(tokenizer(text, **options)["input_ids"])
+        bare: dict[str, Any] = options | {"add_special_tokens": False}
+        own = list(tokenizer(text, **bare)["input_ids"])
+        before = next((i for i in range(len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), 0)
         is_target = [False] * len(ids)
         for first, last in targets:
-            begin, _ = _common_prefix(ids, tokenizer(text[:first], **options)["input_ids"])
-            stop, whole = _common_prefix(ids, tokenizer(text[:last], **options)["input_ids"])
+            begin, _ = _common_prefix(own, tokenizer(text[:first], **bare)["input_ids"])
+            stop, whole = _common_prefix(own, tokenizer(text[:last], **bare)["input_ids"])
             # The token after a common prefix has characters on both sides of the boundary.
-            stop = len(ids) if last == len(text) else stop + (not whole)
-            is_target[begin:stop] = [True] * (stop - begin)
+            stop = min(stop + (not whole), len(own))
+            is_target[before + begin : before + stop] = [True] * (stop - begin)
     labels = [id_ if target else IGNORED_INDEX for id_, target in zip(ids, is_target, strict=True)]
     if special:
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
@@ -164,18 +173,39 @@ def _tokenise(
     return ids, labels
 
 
-def _character_spans(offsets: Sequence[Span], special: Sequence[int], length: int) -> list[Span]:
-    """Return the characters of each token, half-open.
+def _character_spans(text: str, tokens: Sequence[str], offsets: Sequence[Span], special: Sequence[int]) -> list[Span]:
+    """Return the characters of each token, half-open; the tokenizer's offsets are not always that.
 
-    A byte-level tokenizer may report offsets without spaces, so that a token of spaces only seems empty: it has the
-    characters between its neighbours.
+    A byte-level tokenizer may leave out spaces (written "Ġ"), and a composed character (NFC) the mark it is composed
+    with. Unknown characters in a row, spelled in bytes, may all have the place of the whole row.
     """
-    spans, stop = [(int(start), int(end)) for start, end in offsets], 0
-    for i, (start, end) in enumerate(spans):
-        if start == end and not (special[i] and start in (0, length)):
-            following = (s for s, e in spans[i + 1 :] if e > s)
-            spans[i] = (stop, max(next(following, length), stop))
-        stop = max(stop, end)
+    spans = [(int(start), int(end)) for start, end in offsets]
+    covered = bytearray(len(text))
+    for start, end in spans:
+        covered[start:end] = b"\1" * (end - start)
+    stop = 0
+    for i, (token, (start, end)) in enumerate(zip(tokens, spans, strict=True) if 0 in covered else ()):
+        if start == end:
+            if special[i] and start in (0, len(text)):
+                continue
+            following = next((s for s, e in islice(spans, i + 1, None) if e > s), len(text))
+            start, end = stop, max(following, stop) if token.strip("Ġ") else stop + len(token)
+        else:
+            for _ in range(len(token) - len(token.lstrip("Ġ"))):
+                start -= start > stop and not covered[start - 1]
+            for _ in range(len(token) - len(token.rstrip("Ġ"))):
+                end += end < len(text) and not covered[end]
+        while end < len(text) and not covered[end] and unicodedata.combining(text[end]):
+            end += 1
+        spans[i], stop = (start, end), max(stop, end)
+    spelled = [i for i, token in enumerate(tokens) if token.startswith("<0x")]
+    for (start, end), run in groupby(spelled, key=list(spans).__getitem__):
+        alike = list(run)
+        if len(alike) > 1:
+            places = [place for place in range(start, end) for _ in text[place].encode()]
+            if len(places) == len(alike):
+                for i, place in zip(alike, places, strict=True):
+                    spans[i] = (place, place + 1)
     return spans
 
 
