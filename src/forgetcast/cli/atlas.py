@@ -29,7 +29,7 @@ def collect(
     require_single_process("collect")
     settings = CollectConfig.load(config)
     pool, tasks = Pool.load(settings.pool), settings.load_tasks()
-    tuner = load_tuner(settings.model, device, trust_remote_code)
+    tuner = load_tuner(settings.model, device, trust_remote_code, rendering=settings.rendering)
     with progress() as report:
         stages, answered = Stages(report), settings.exact_match
         atlas = prepare_atlas(

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forgetcast.cli.app import app, err, is_first, out, print_all, print_json, progress, require_single_process, show
-from forgetcast.cli.options import MEASURE, AsJson, Device, DType, ModelName, Output, PoolPath, Seed, TrustCode
+from forgetcast.cli.options import (
+    MEASURE,
+    AsJson,
+    Date,
+    Device,
+    DType,
+    ModelName,
+    NoThinking,
+    Output,
+    PoolPath,
+    Seed,
+    TrustCode,
+)
 
 if TYPE_CHECKING:
     from forgetcast.measure import Scores
@@ -30,6 +42,8 @@ def score(
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.")] = None,
     dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.FLOAT32,
+    date: Date = None,
+    no_thinking: NoThinking = False,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
@@ -40,12 +54,14 @@ def score(
     """
     import numpy as np
 
-    from forgetcast.data import Pool
+    from forgetcast.data import Pool, Rendering
     from forgetcast.lm import exact_match, load
     from forgetcast.lm import score as score_pool
 
     examples = Pool.load(pool)
+    rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = load(model, device=device, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    language_model = replace(language_model, rendering=rendering)
     done = 0
 
     with progress() as report:
@@ -88,6 +104,8 @@ def score(
     }
     if answers and right_answers is None:
         err.print("warning: no example has a prompt to answer")
+    if left_out := scores.metadata["thinking_left_out"]:
+        err.print(f"warning: the chat template leaves out thinking of {left_out} example(s); it is not scored")
     if unscored:
         err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
     show(facts, as_json, title="Scores")

@@ -56,6 +56,12 @@ Device = Annotated[
     str | None, typer.Option(help="Such as cpu, cuda:0, or auto (all GPUs); default: a GPU if there is one.")
 ]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+AllowDifferentTokens = Annotated[
+    bool,
+    typer.Option("--allow-different-tokens", help="Compare scores even of examples that had other tokens or targets."),
+]
+Date = Annotated[str | None, typer.Option(help="Date for chat templates that write today's, YYYY-MM-DD; it is fixed.")]
+NoThinking = Annotated[bool, typer.Option("--no-thinking", help="Do not count thinking that an answer contains.")]
 RecipeName = Annotated[
     str | None, typer.Option(help="YAML file (method, steps, learning_rate, ...), or a shipped recipe: paper, lora.")
 ]

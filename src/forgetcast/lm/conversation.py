@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from forgetcast.data.pool import Example
+from forgetcast.data.rendering import Rendering
 from forgetcast.errors import DataError
 
 Span = tuple[int, int]
@@ -24,37 +25,6 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdDeFHIjmMpSTuUwWxXyYzZ" for flag in ("-", "")]
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """How conversations are rendered; stored with the scores, because they depend on it.
-
-    Attributes
-    ----------
-    date : str
-        Today's date for templates that write it, YYYY-MM-DD. It is fixed, so that scores of two days can be compared.
-    thinking : bool
-        Whether the thinking that an answer contains is a target.
-
-    Raises
-    ------
-    DataError
-        If the date is not one.
-    """
-
-    date: str = "2024-07-26"
-    thinking: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the date."""
-        try:
-            date.fromisoformat(self.date)
-        except ValueError:
-            raise DataError(f"the date must be of the form 2024-07-26, not {self.date!r}") from None
-
-
-DEFAULT_RENDERING = Rendering()
 
 
 @dataclass(frozen=True)
@@ -322,7 +292,7 @@ def _fixed_date(day: str) -> str:
     keeps a line break at the start of the template, which would be trimmed after a block.
     """
     midnight = datetime.fromisoformat(day)
-    filters = "".join(
-        f" | replace({json.dumps(directive)}, {json.dumps(midnight.strftime(directive))})" for directive in _DIRECTIVES
-    )
+    # A doubled percent sign is set aside, so that what follows it is no directive.
+    pairs = [("%%", "\0"), *((directive, midnight.strftime(directive)) for directive in _DIRECTIVES), ("\0", "%")]
+    filters = "".join(f" | replace({json.dumps(old)}, {json.dumps(new)})" for old, new in pairs)
     return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}{{ '' }}"

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from forgetcast.data.pool import Example
+from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
 from forgetcast.errors import DataError
 from forgetcast.files import read_json
-from forgetcast.lm.conversation import DEFAULT_RENDERING, Rendering
 from forgetcast.lm.tokens import Encoded, encode, template_hash, tokenizer_hash
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import ExportableState
 
 from forgetcast.data.pool import Pool
+from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
-from forgetcast.lm.conversation import DEFAULT_RENDERING, Rendering
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.selectors import ReplaySelector
 from forgetcast.lm.tokens import Encoded, encode, pad, pad_id

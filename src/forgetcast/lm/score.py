@@ -90,8 +90,7 @@ def score(
     if stride is not None and not 1 <= stride < context:
         raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
     encoded, reasons = _encode(pool, language_model, context if stride is None else None)
-    tokenizer = language_model.tokenizer
-    inputs = [list(windows(example, context, context if stride is None else stride, tokenizer)) for example in encoded]
+    inputs = _inputs(encoded, language_model, context, stride)
     digests = [digest(pieces) if pieces else None for pieces in inputs]
     pieces = [(i, piece) for i, pieces in enumerate(inputs) for piece in pieces]
     metadata = {
@@ -122,9 +121,8 @@ def score(
     totals.gather(mine)
     if others:
         progress(others)
-    scores = _to_scores(pool, encoded, totals, metadata)
     checkpoint.remove()
-    return replace(scores, digests=digests)
+    return replace(_to_scores(pool, encoded, totals, metadata), digests=digests)
 
 
 def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -> tuple[list[Encoded], list[str]]:
@@ -139,6 +137,24 @@ def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -
             reasons.append(str(error))
         encoded.append(tokens)
     return encoded, reasons
+
+
+def _inputs(
+    encoded: Sequence[Encoded], language_model: LanguageModel, context: int, stride: int | None
+) -> list[list[Encoded]]:
+    """Return the inputs that each example is measured in."""
+    step = context if stride is None else stride
+    return [list(windows(example, context, step, language_model.tokenizer)) for example in encoded]
+
+
+def token_digests(
+    language_model: LanguageModel, pool: Pool, *, max_length: int | None = None, stride: int | None = None
+) -> list[str | None]:
+    """Return the digests that `score` would store, length N, without a forward pass; parameters as there."""
+    context = _context(language_model, max_length)
+    encoded, _ = _encode(pool, language_model, context if stride is None else None)
+    inputs = _inputs(encoded, language_model, context, stride)
+    return [digest(pieces) if pieces else None for pieces in inputs]
 
 
 class _Totals:

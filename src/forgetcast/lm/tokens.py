@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forgetcast.data.pool import Example
-from forgetcast.lm.conversation import DEFAULT_RENDERING, Rendering, Span, opening, render_conversation
+from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
+from forgetcast.lm.conversation import Span, opening, render_conversation
 
 IGNORED_INDEX = -100
 """Label of a token that is not a target, as in PyTorch's and the Trainer's losses."""
@@ -143,27 +142,15 @@ def _tokenise(
     """Return the ids of a text, and labels where a token with a character in one of the spans is a target."""
     # Not verbose: else it warns that the text is longer than the context, to which it is truncated right after.
     options: dict[str, Any] = {"add_special_tokens": special, "verbose": False}
-    if not targets:
-        ids = list(tokenizer(text, **options)["input_ids"])
-        is_target = [False] * len(ids)
-    elif tokenizer.is_fast:
-        encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
-        ids = list(encoding["input_ids"])
-        spans = _character_spans(text, encoding.tokens(), encoding["offset_mapping"], encoding["special_tokens_mask"])
-        is_target = [any(start < last and first < stop for first, last in targets) for start, stop in spans]
-    else:
-        ids = list(tokenizer(text, **options)["input_ids"])
-        bare: dict[str, Any] = options | {"add_special_tokens": False}
-        own = list(tokenizer(text, **bare)["input_ids"])
-        before = next((i for i in range(len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), 0)
-        is_target = [False] * len(ids)
-        for first, last in targets:
-            begin, _ = _common_prefix(own, tokenizer(text[:first], **bare)["input_ids"])
-            stop, whole = _common_prefix(own, tokenizer(text[:last], **bare)["input_ids"])
-            # The token after a common prefix has characters on both sides of the boundary.
-            stop = min(stop + (not whole), len(own))
-            is_target[before + begin : before + stop] = [True] * (stop - begin)
-    labels = [id_ if target else IGNORED_INDEX for id_, target in zip(ids, is_target, strict=True)]
+    encoding = tokenizer(text, **options)
+    ids = list(encoding["input_ids"])
+    labels = [IGNORED_INDEX] * len(ids)
+    for span in targets:
+        if tokenizer.is_fast:
+            first, last = _tokens_of(encoding.encodings[0], span, len(text))
+        else:
+            first, last = _tokens_by_prefix(tokenizer, text, ids, span, options)
+        labels[first:last] = ids[first:last]
     if special:
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
         if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
@@ -173,39 +160,45 @@ def _tokenise(
     return ids, labels
 
 
-def _character_spans(text: str, tokens: Sequence[str], offsets: Sequence[Span], special: Sequence[int]) -> list[Span]:
-    """Return the characters of each token, half-open; the tokenizer's offsets are not always that.
+def _tokens_of(encoding: Any, span: Span, length: int) -> Span:
+    """Return the range of tokens with a character in a span of a text of `length` characters."""
+    start, stop = span
+    first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
+    if first is None or last is None:
+        spans = _character_spans(encoding, length)
+        inside = [i for i, (begin, end) in enumerate(spans) if start < end and begin < stop]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+    # That is the first token with a character; one of several bytes may have several tokens.
+    while (characters := encoding.token_to_chars(last + 1)) is not None and characters[0] < stop:
+        last += 1
+    return first, last + 1
 
-    A byte-level tokenizer may leave out spaces (written "Ġ"), and a composed character (NFC) the mark it is composed
-    with. Unknown characters in a row, spelled in bytes, may all have the place of the whole row.
+
+def _tokens_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], span: Span, options: Mapping[str, Any]
+) -> Span:
+    """Return the range of tokens of a span by the tokens of what precedes it, for a tokenizer without offsets."""
+    start, stop = span
+    first, _ = _common_prefix(ids, tokenizer(text[:start], **options)["input_ids"])
+    if stop == len(text):
+        return first, len(ids)
+    last, whole = _common_prefix(ids, tokenizer(text[:stop], **options)["input_ids"])
+    # The token after a common prefix has characters on both sides of the boundary.
+    return first, last + (not whole)
+
+
+def _character_spans(encoding: Any, length: int) -> list[Span]:
+    """Return the characters of each token, half-open.
+
+    A byte-level tokenizer may report offsets without spaces, so that a token of spaces only seems empty: it has the
+    characters between its neighbours.
     """
-    spans = [(int(start), int(end)) for start, end in offsets]
-    covered = bytearray(len(text))
-    for start, end in spans:
-        covered[start:end] = b"\1" * (end - start)
-    stop = 0
-    for i, (token, (start, end)) in enumerate(zip(tokens, spans, strict=True) if 0 in covered else ()):
-        if start == end:
-            if special[i] and start in (0, len(text)):
-                continue
-            following = next((s for s, e in islice(spans, i + 1, None) if e > s), len(text))
-            start, end = stop, max(following, stop) if token.strip("Ġ") else stop + len(token)
-        else:
-            for _ in range(len(token) - len(token.lstrip("Ġ"))):
-                start -= start > stop and not covered[start - 1]
-            for _ in range(len(token) - len(token.rstrip("Ġ"))):
-                end += end < len(text) and not covered[end]
-        while end < len(text) and not covered[end] and unicodedata.combining(text[end]):
-            end += 1
-        spans[i], stop = (start, end), max(stop, end)
-    spelled = [i for i, token in enumerate(tokens) if token.startswith("<0x")]
-    for (start, end), run in groupby(spelled, key=list(spans).__getitem__):
-        alike = list(run)
-        if len(alike) > 1:
-            places = [place for place in range(start, end) for _ in text[place].encode()]
-            if len(places) == len(alike):
-                for i, place in zip(alike, places, strict=True):
-                    spans[i] = (place, place + 1)
+    spans, stop = [(int(start), int(end)) for start, end in encoding.offsets], 0
+    for i, (start, end) in enumerate(spans):
+        if start == end and not encoding.special_tokens_mask[i]:
+            following = (begin for begin, after in spans[i + 1 :] if after > begin)
+            spans[i] = (stop, max(next(following, length), stop))
+        stop = max(stop, end)
     return spans
 
 

@@ -2,7 +2,7 @@
 
 from forgetcast.measure.diff import Change, Difference, Flips, Gate, difference
 from forgetcast.measure.lm_eval import read_lm_eval
-from forgetcast.measure.scores import Scores, flips, forgetting
+from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
 
 __all__ = [
     "Change",
@@ -10,6 +10,7 @@ __all__ = [
     "Flips",
     "Gate",
     "Scores",
+    "check_tokens",
     "difference",
     "flips",
     "forgetting",
