@@ -30,7 +30,7 @@ spoken = pieces.filter(str.strip)
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_tokenizer = pytest.mark.parametrize(("kind", "added"), [(kind, added) for kind in KINDS for added in ADDED])
-few = settings(max_examples=300)
+few = settings(max_examples=12)
 
 
 def check(found: Encoded, ids: Sequence[int], targets: Iterable[bool]) -> None:
@@ -392,7 +392,7 @@ def conversations(draw: st.DrawFn) -> Example:
 
 @every_kind
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=120)
+@settings(max_examples=5)
 @given(example=conversations())
 def test_conversation(kind: str, name: str, example: Example) -> None:
     judge(kind, name, example)
@@ -450,7 +450,7 @@ MARKED_WITH_BREAK = MARKED.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{
 
 @every_kind
 @pytest.mark.parametrize("template", [MARKED, MARKED_WITH_BREAK], ids=["through the end", "and the line break"])
-@settings(max_examples=120)
+@settings(max_examples=5)
 @given(example=conversations())
 def test_the_templates_own_marks(kind: str, template: str, example: Example) -> None:
     """What is between the template's marks is a target, whoever wrote it; a turn with weight 0 is not."""
