@@ -247,8 +247,8 @@ def plain_text(messages: Messages, _tools: Any) -> list[Segment]:
 INST = (
     "{% if messages[0].role == 'system' %}{% set told = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
     "{% set rest = messages[1:] %}{% else %}{% set told = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ (told if loop.first else '') + m.content.strip() }}"
-    " [/INST]{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ told if loop.first }}"
+    "{{ m.content.strip() }} [/INST]{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
@@ -266,8 +266,8 @@ def inst(messages: Messages, _tools: Any) -> list[Segment]:
 
 
 LLAMA_3 = (
-    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
-    "{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
 )
 
 
