@@ -139,9 +139,14 @@ def diff(
 
 def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
     """Read a score file, ours or another tool's, with the sources that it names."""
-    from forgetcast.measure import Scores, read_lm_eval
+    from forgetcast.measure import Scores, is_inspect, read_inspect, read_lm_eval
 
-    return (Scores.load(path), None) if path.suffix == ".parquet" else read_lm_eval(path)
+    if path.suffix == ".parquet":
+        return Scores.load(path), None
+    scores, tasks = (read_inspect if is_inspect(path) else read_lm_eval)(path)
+    for note in scores.metadata["notes"]:
+        err.print(f"warning: {path}: {note}", markup=False)
+    return scores, tasks
 
 
 @app.command(rich_help_panel=MEASURE)
