@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ RIGHT = ("exact_match", "acc", "acc_norm", "em", "acc_bytes", "acc_mutual_info")
 ROLLING = {"word_perplexity": "word", "byte_perplexity": "byte", "bits_per_byte": "byte"}
 """Metrics whose samples are pairs of a log-likelihood and a number of words or bytes; the first available counts."""
 
+NUMBER = re.compile(r"[+-]?\d+")
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 WRITE_OUT = "_write_out_info.json"
 
@@ -61,11 +61,13 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
     right: defaultdict[str, set[str]] = defaultdict(set)
     between: Counter[str] = Counter()
     for file in files:
-        for where, key, sample in _samples(file.path):
+        samples = _samples(file.path)
+        numbers_are_positions = any(_is_position(sample) for _, _, sample in samples)
+        for where, key, sample in samples:
             try:
                 key = f"{file.task}/{key}"
                 key.encode()
-                unit, loss, reason = _loss(sample)
+                unit, loss, reason = _loss(sample, numbers_are_positions)
                 metric, exact_match = _right(sample)
                 digest = _digest(sample, unit, metric)
             except DataError as error:
@@ -126,8 +128,8 @@ def _known_tasks(folder: Path) -> list[str]:
         return []
 
 
-def _samples(file: Path) -> Iterator[tuple[str, str, Sample]]:
-    """Yield the place of each sample in the file, its id within the task, and the sample."""
+def _samples(file: Path) -> list[tuple[str, str, Sample]]:
+    """Return the place of each sample in the file, its id within the task, and the sample."""
     samples: list[tuple[str, Sample]] = []
     where = str(file)
     try:
@@ -150,22 +152,26 @@ def _samples(file: Path) -> Iterator[tuple[str, str, Sample]]:
         raise DataError(f"{file}: {error.strerror}") from None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
         raise DataError(f"{where}: not a sample of lm-evaluation-harness") from None
-    suffixes = _unnamed_filters([sample for _, sample in samples])
-    for (where, sample), suffix in zip(samples, suffixes, strict=True):
+    found = []
+    for (where, sample), suffix in zip(samples, _unnamed_filters([sample for _, sample in samples]), strict=True):
         name = sample.get("filter", "none")
-        yield where, f"{sample['doc_id']}{suffix}" + (f"/{name}" if name != "none" else ""), sample
+        found.append((where, f"{sample['doc_id']}{suffix}" + (f"/{name}" if name != "none" else ""), sample))
+    return found
 
 
 def _unnamed_filters(samples: list[Sample]) -> list[str]:
-    """Number the filters of a log that does not name them: the same answers come once per filter."""
+    """Number the filters of a log that does not name them: it has the same answers once per filter."""
     by_id: defaultdict[Any, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_id[sample["doc_id"]].append(sample)
-    same_answers = all("resps" in s and s["resps"] == group[0]["resps"] for group in by_id.values() for s in group)
-    if len(by_id) == len(samples) or not same_answers or any("filter" in sample for sample in samples):
-        return [""] * len(samples)
-    if len({len(group) for group in by_id.values()}) > 1 or all(s == group[0] for group in by_id.values() for s in group):
-        return [""] * len(samples)  # not one pass per filter: refused as a repeated sample
+    again = [(sample, group[0]) for group in by_id.values() for sample in group[1:]]
+    if (
+        any("filter" in sample for sample in samples)
+        or not all("resps" in sample and sample["resps"] == first.get("resps") for sample, first in again)
+        or all(sample == first for sample, first in again)
+        or len({len(group) for group in by_id.values()}) > 1
+    ):
+        return [""] * len(samples)  # if any is repeated, it is refused later
     seen: Counter[Any] = Counter()
     suffixes = []
     for sample in samples:
@@ -197,7 +203,7 @@ def _nats(value: Any) -> float:
     return loss + 0.0  # not -0.0
 
 
-def _loss(sample: Sample) -> tuple[str | None, float, str | None]:
+def _loss(sample: Sample, numbers_are_positions: bool) -> tuple[str | None, float, str | None]:
     """Return the loss with its unit, or NaN with a reason; the unit is None where there is no log-likelihood."""
     for name, what in ROLLING.items():
         if name in sample:
@@ -216,7 +222,7 @@ def _loss(sample: Sample) -> tuple[str | None, float, str | None]:
         pairs = pairs[: len(pairs) // 2]
     losses = [_nats(pair[0]) for pair in pairs]
     try:
-        return unit, losses[_right_choice(sample, losses)], None
+        return unit, losses[_right_choice(sample, losses, numbers_are_positions)], None
     except _UnknownLossError as error:
         return unit, math.nan, str(error)
 
@@ -237,7 +243,7 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and str(value[1]) in ("True", "False")
 
 
-def _right_choice(sample: Sample, losses: list[float]) -> int:
+def _right_choice(sample: Sample, losses: list[float], numbers_are_positions: bool) -> int:
     """Return the position of the right choice.
 
     The target is a position or the text of a choice, and the log writes both as text. Where both readings are possible,
@@ -247,9 +253,10 @@ def _right_choice(sample: Sample, losses: list[float]) -> int:
     if target is None:
         raise _UnknownLossError("the log does not say which choice is right")
     text = str(target).strip()
-    continuations = [arguments[1] for arguments in _arguments(sample)[:n] if len(arguments) > 1]
-    possible = {at for at, choice in enumerate(continuations) if isinstance(choice, str) and choice.strip() == text}
-    if re.fullmatch(r"[+-]?\d+", text):
+    possible = {at for at, choice in enumerate(_continuations(sample)[:n]) if choice == text}
+    if NUMBER.fullmatch(text):
+        if numbers_are_positions:
+            possible = set()
         if 0 <= int(text) < n:
             possible.add(int(text))
         elif not possible:
@@ -266,6 +273,20 @@ def _right_choice(sample: Sample, losses: list[float]) -> int:
     if len(possible) != 1:
         raise _UnknownLossError("its target does not tell which choice is right")
     return possible.pop()
+
+
+def _is_position(sample: Sample) -> bool:
+    """Return whether the target can only be a position, as the text of no choice; all of its task are then."""
+    try:
+        text, continuations = str(sample.get("target")).strip(), _continuations(sample)
+    except (AttributeError, TypeError):
+        return False  # refused when it is read
+    return NUMBER.fullmatch(text) is not None and len(continuations) > 1 and text not in continuations
+
+
+def _continuations(sample: Sample) -> list[Any]:
+    texts = [arguments[1] for arguments in _arguments(sample) if len(arguments) > 1]
+    return [text.strip() if isinstance(text, str) else text for text in texts]
 
 
 def _right(sample: Sample) -> tuple[str | None, float]:
