@@ -280,7 +280,7 @@ class TestOutputTypes:
         ]
         code, _, err = run("diff", tmp_path, tmp_path)
         assert code == 0
-        assert "summary: neither a log-likelihood" in err.replace("\n", " ")
+        assert "summary: neither a log-likelihood" in " ".join(err.split())
 
     @pytest.mark.parametrize("name", ["doc_hash", "prompt_hash", "target_hash"])
     def test_digests_differ_where_a_hash_does(self, tmp_path: Path, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -65,8 +66,7 @@ def read_inspect(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
         Ids are "task/sample_id", plus "/epoch N" where a log has several epochs and the scorer's name where it has
         several scorers. A score of C, 1 or true is an exact match of 1; I, N, 0 or false is 0; all others are NaN,
         counted in metadata 'notes', as are samples with an error and runs that did not finish. Losses are NaN, since
-        Inspect keeps none. Digests are of the input, the choices,
-        the target and the scorer.
+        Inspect keeps none. Digests are of the input, the choices, the target and the scorer.
     tuple of str
         The task of each example.
 
@@ -82,8 +82,8 @@ def read_inspect(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
     for file in files:
         try:
             _add(table, file, headers[file.path])
-        except DataError as error:
-            raise DataError(f"{file.path}: {error}") from None
+        except DataError:
+            raise
         except _FAULTS:
             raise DataError(f"{file.path}: not a log of Inspect") from None
     return table.scores(path, {"origin": "Inspect", "model": files[0].model})
@@ -195,19 +195,18 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
             yield _resolved(sample, sample.get("attachments") or {})
         return
     with _Archive(path) as archive:
-        for name in archive.names:
-            folder, _, last = name.removeprefix("samples/").rpartition("/")
-            if not name.startswith("samples/") or not name.endswith(".json"):
-                continue
-            if not folder:
+        names = [name for name in archive.names if name.startswith("samples/") and name.endswith(".json")]
+        # A large sample is a folder; what it refers to is numbered through files named by their first number.
+        large = [name.removesuffix("sample.json") for name in names if re.search(r"_epoch_\d+/sample\.json$", name)]
+        for name in names:
+            if not name.startswith(tuple(large)):  # an id may have slashes
                 sample = archive.read(name)
                 yield _resolved(sample, sample.get("attachments") or {})
-            elif last == "sample.json":
-                # A large sample is a folder; what it refers to is numbered through files named by their first number.
-                start = f"samples/{folder}/attachments/"
-                parts = [int(part[len(start) : -5]) for part in archive.names if part.startswith(start)]
-                texts: list[Any] = [text for first in sorted(parts) for text in archive.read(f"{start}{first}.json")]
-                yield _resolved(archive.read(name), {str(at): text for at, text in enumerate(texts)})
+        for folder in large:
+            parts = [name for name in names if name.startswith(f"{folder}attachments/")]
+            parts.sort(key=lambda name: int(Path(name).stem))
+            texts: list[Any] = [text for part in parts for text in archive.read(part)]
+            yield _resolved(archive.read(f"{folder}sample.json"), {str(at): text for at, text in enumerate(texts)})
 
 
 def _resolved(sample: dict[str, Any], attachments: Mapping[str, str]) -> dict[str, Any]:
@@ -226,12 +225,12 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
     spec, status = header["eval"], header.get("status")
     if status != "success" or header.get("invalidated"):
         what = f"has the status {status!r}" if status != "success" else "was marked invalid in part"
-        table.notes.append(f"{file.path.name}: the run {what}")
+        table.notes.append(f"{file.task}: the run {what}")
     samples = {}
     for sample in _samples(file.path):
         at = (sample["id"], sample.get("epoch", 1))
         if at in samples or not isinstance(at[0], int | str):
-            raise DataError(f"the sample {at[0]!r} occurs twice, or has no id")
+            raise DataError(f"{file.path}: the sample {at[0]!r} occurs twice, or has no id")
         if "scores" not in sample and "score" in sample:  # version 1
             sample["scores"] = {"score": sample["score"]}
         kept = ("scores", "error", "invalidation")
@@ -241,7 +240,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
     scorers = scorers or [scorer["name"] for scorer in spec.get("scorers") or ()] or ["no scorer"]
     planned = [(id_, epoch) for epoch in range(1, epochs + 1) for id_ in spec["dataset"].get("sample_ids") or ()]
     unlike: Counter[str] = Counter()
-    for at in dict.fromkeys((*samples, *planned)):
+    for at in dict.fromkeys((*planned, *samples)):
         sample = samples.get(at)
         for scorer in scorers:
             key = f"{file.task}/{at[0]}"
@@ -249,7 +248,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
             key += f"/{scorer}" if len(scorers) > 1 else ""
             key.encode()
             if key in table.rows:
-                raise DataError(f"the sample {key!r} occurs twice")
+                raise DataError(f"{file.path}: the sample {key!r} occurs twice")
             exact_match, reason = _right(sample, scorer)
             if reason is not None:
                 unlike[reason] += 1
@@ -260,7 +259,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
                 "exact_match": exact_match,
                 "digest": digest_of([sample["digest"], scorer]) if sample else None,
             }
-    table.notes += [f"{file.path.name}: {n} score(s) not compared: {reason}" for reason, n in unlike.items()]
+    table.notes += [f"{file.task}: {n} score(s) not compared: {reason}" for reason, n in sorted(unlike.items())]
 
 
 def _right(sample: Mapping[str, Any] | None, scorer: str) -> tuple[float, str | None]:
@@ -272,9 +271,8 @@ def _right(sample: Mapping[str, Any] | None, scorer: str) -> tuple[float, str | 
     if sample["invalidation"]:
         return math.nan, "the sample was marked invalid"
     score = (sample["scores"] or {}).get(scorer)
-    if score is None:
+    if score is None or (value := score.get("value")) is None:
         return math.nan, "the sample was not scored"
-    value = score["value"]
     if isinstance(value, list | dict):
         return math.nan, "the score is not a single value"
     try:
