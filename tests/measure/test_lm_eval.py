@@ -84,6 +84,9 @@ class TestHarness:
         found, tasks = read_lm_eval(tmp_path)
         assert dict(zip(found.ids, found.nll, strict=True)) == {"prose/0": 2.5, "quiz/0": 1.25, "quiz/1": 3.5}
         assert tasks == ("prose", "quiz", "quiz")
+        assert found.metadata["notes"] == [
+            "losses are in nats for the right choice, nats per word: read them by task, not their mean over all"
+        ]
         np.testing.assert_array_equal(np.array(found.exact_match), [np.nan, 1, 0])
         flips = difference(found, found).flips
         assert flips is not None

@@ -95,7 +95,7 @@ def score(
 
 @app.command(rich_help_panel=MEASURE)
 def diff(
-    before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (file or folder).")],
+    before: Annotated[Path, typer.Argument(help="Scores, or logs of lm-evaluation-harness or Inspect; a folder too.")],
     after: Annotated[Path, typer.Argument(help="The same for the changed model.")],
     fail_if: Annotated[
         list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; repeatable.")

@@ -241,7 +241,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
     planned = [(id_, epoch) for epoch in range(1, epochs + 1) for id_ in spec["dataset"].get("sample_ids") or ()]
     unlike: Counter[str] = Counter()
     for at in dict.fromkeys((*planned, *samples)):
-        sample = samples.get(at)
+        found = samples.get(at)
         for scorer in scorers:
             key = f"{file.task}/{at[0]}"
             key += f"/epoch {at[1]}" if epochs > 1 else ""
@@ -249,7 +249,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
             key.encode()
             if key in table.rows:
                 raise DataError(f"{file.path}: the sample {key!r} occurs twice")
-            exact_match, reason = _right(sample, scorer)
+            exact_match, reason = _right(found, scorer)
             if reason is not None:
                 unlike[reason] += 1
             table.rows[key] = {
@@ -257,7 +257,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
                 "nll": math.nan,
                 "reason": NO_LOSS + (f"; {reason}" if reason else ""),
                 "exact_match": exact_match,
-                "digest": digest_of([sample["digest"], scorer]) if sample else None,
+                "digest": digest_of([found["digest"], scorer]) if found else None,
             }
     table.notes += [f"{file.task}: {n} score(s) not compared: {reason}" for reason, n in sorted(unlike.items())]
 

@@ -87,6 +87,8 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
     table.notes += [f"{name}: {n} sample(s) are neither right nor wrong, not compared" for name, n in between.items()]
     for task in sorted({file.task for file in files} - set(units) - set(right)):
         table.notes.append(f"{task}: neither a log-likelihood nor a metric that says right or wrong, not compared")
+    if len(several := sorted(set().union(*units.values()))) > 1:
+        table.notes.append(f"losses are in {', '.join(several)}: read them by task, not their mean over all")
     metadata = {"units": units, "right": right}
     named = {name: {task: " or ".join(sorted(found)) for task, found in of.items()} for name, of in metadata.items()}
     return table.scores(path, {"origin": "lm-evaluation-harness", **named})
