@@ -204,14 +204,10 @@ def _system(row: Row) -> list[dict[str, Any]]:
 
 FORMATS: Mapping[str, Format] = {
     "text": Format("text", "texts", (("text",),), _text),
-    "prompt-completion": Format(
-        "prompt and completion", "examples", (("prompt", "completion"),), _prompt_completion
-    ),
+    "prompt-completion": Format("prompt and completion", "examples", (("prompt", "completion"),), _prompt_completion),
     "messages": Format("messages", "conversations", (("messages",),), _messages),
     "sharegpt": Format("ShareGPT", "conversations", (("conversations",),), _sharegpt, ("system",)),
-    "alpaca": Format(
-        "Alpaca", "conversations", (("instruction", "output"),), _alpaca, ("input", "system", "history")
-    ),
+    "alpaca": Format("Alpaca", "conversations", (("instruction", "output"),), _alpaca, ("input", "system", "history")),
     "prompt-response": Format(
         "prompt and response",
         "conversations",
@@ -226,9 +222,7 @@ COMMON = ("id", "source", "tools", "chat_template_kwargs")
 """Fields that a row of every format may have."""
 
 KNOWN = tuple(
-    dict.fromkeys(
-        (*COMMON, *(name for f in FORMATS.values() for names in (*f.needs, f.may_have) for name in names))
-    )
+    dict.fromkeys((*COMMON, *(name for f in FORMATS.values() for names in (*f.needs, f.may_have) for name in names)))
 )
 """All fields that are read."""
 
@@ -286,9 +280,7 @@ class RowReader:
     def _matches(self, names: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
         """Formats whose fields are all there, each with the alternative that is."""
         names = set(names)
-        found = [
-            (name, needed) for name, f in self._formats.items() for needed in f.needs if names.issuperset(needed)
-        ]
+        found = [(name, needed) for name, f in self._formats.items() for needed in f.needs if names.issuperset(needed)]
         if not self._insisted and "instruction" in names:  # Alpaca has an input and an output too
             found = [(name, needed) for name, needed in found if needed != ("input", "output")]
         mapped = {field for field, column in self._columns.items() if column}.difference(COMMON)

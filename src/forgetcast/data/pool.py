@@ -208,7 +208,7 @@ class Pool(Sequence[Example]):
             If a file cannot be read, its columns are none that are known, an id occurs twice, or no row can be used;
             the message names the file and the line or row.
         """
-        from forgetcast.data.reader import ReadOptions, Reader
+        from forgetcast.data.reader import Reader, ReadOptions
 
         reader = Reader(path, ReadOptions(format, columns or {}, strict), on_progress)
         return cls.from_table(reader.read_table(), where=reader.report.where, report=reader.report)

@@ -183,12 +183,17 @@ def find_parts(where: str | Path, report: ReadReport) -> list[Part]:
     return [_file(path)]
 
 
-def _folder(path: Path, report: ReadReport) -> list[Part]:
-    files = sorted(
+def visible_files(path: Path) -> list[Path]:
+    """Return the files of a folder and those within, sorted, without hidden ones and those that start with '_'."""
+    return sorted(
         file
         for file in path.rglob("*")
         if file.is_file() and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
     )
+
+
+def _folder(path: Path, report: ReadReport) -> list[Part]:
+    files = visible_files(path)
     data = [file for file in files if is_data_file(file)]
     report.ignored = [str(file.relative_to(path)) for file in files if not is_data_file(file)]
     if not data:
@@ -474,7 +479,7 @@ class Reader:
         self._rows = RowReader(self._options.format, self._options.columns)
         self.report = ReadReport(str(where))
         self.parts = find_parts(where, self.report)
-        self._on_progress = on_progress or (lambda done, total: None)
+        self._on_progress = on_progress
         self._done, self._total = 0, sum(part.size for part in self.parts)
 
     def __iter__(self) -> Iterator[tuple[Example, Part, int, bool]]:
@@ -493,13 +498,17 @@ class Reader:
         if part.columns is not None:
             self._check_columns(part, part.columns())
         first = part.columns is None
-        for number, row in part.rows(lambda done: self._on_progress(self._done + done, self._total)):
+        for number, row in part.rows(self._tick):
             if first and row:
                 self._check_columns(part, list(row))
                 first = False
             if (read := self._example(part, number, row)) is not None:
                 yield read
         self._done += part.size
+
+    def _tick(self, done: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._done + done, self._total)
 
     def _check_columns(self, part: Part, names: list[str]) -> None:
         try:
@@ -582,4 +591,3 @@ class _Places:
             )
         report.duplicates = int(repeated.sum())
         return table.filter(pa.array(~repeated))
-
