@@ -279,7 +279,7 @@ def _example(
     arguments: str | None,
     source: str | None,
 ) -> Example:
-    return Example(id_, text, prompt, completion, *_decoded(messages, tools, arguments), source)
+    return Example(id_, text, prompt, completion, *_decoded(messages, tools, arguments), source=source)
 
 
 def _decoded(*values: str | None) -> Iterator[Any]:

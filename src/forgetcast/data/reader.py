@@ -416,7 +416,7 @@ def _hub(name: str, config: str | None, split: str | None) -> Part:
 def _of_split(data: Mapping[str, Any], split: str | None, where: str) -> Any:
     if split is None and len(data) == 1:
         return next(iter(data.values()))
-    if split not in data:
+    if split is None or split not in data:
         raise DataError(f"{where} has the splits {', '.join(data)}; choose one: {where}@{next(iter(data))}")
     return data[split]
 
