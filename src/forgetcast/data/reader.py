@@ -315,22 +315,22 @@ def _csv_rows(path: Path, delimiter: str, tick: Tick) -> Numbered:
 # Tables
 
 
+@dataclass(frozen=True)
 class _Table:
-    """An open Arrow or Parquet file."""
+    """An open Arrow or Parquet file: its columns, and a way to read some, each batch with the fraction read so far."""
 
-    def __init__(self, names: list[str], rows: int, batches: Callable[[list[str]], Iterator[pa.RecordBatch]]) -> None:
-        self.names, self.rows, self.batches = names, rows, batches
+    names: list[str]
+    batches: Callable[[list[str]], Iterator[tuple[pa.RecordBatch, float]]]
 
 
 def _table_part(name: str, size: int, open_: Callable[[], _Table]) -> Part:
     def batches(tick: Tick, wanted: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
-        table, done = _readable(name, open_), 0
+        table = _readable(name, open_)
         columns = [column for column in table.names if wanted is None or column in wanted]
         try:
-            for batch in table.batches(columns):
+            for batch, fraction in table.batches(columns):
                 yield batch
-                done += len(batch)
-                tick(size * done // max(table.rows, 1))
+                tick(int(size * fraction))
         except (OSError, ValueError) as error:  # Arrow's errors are among them
             if isinstance(error, DataError):
                 raise
@@ -358,11 +358,14 @@ def _open_parquet(path: Path) -> _Table:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
-    return _Table(
-        file.schema_arrow.names,
-        file.metadata.num_rows,
-        lambda columns: file.iter_batches(batch_size=_EVERY * 2, columns=columns),
-    )
+
+    def batches(columns: list[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
+        done = 0
+        for batch in file.iter_batches(batch_size=_EVERY, columns=columns):
+            done += len(batch)
+            yield batch, done / file.metadata.num_rows
+
+    return _Table(file.schema_arrow.names, batches)
 
 
 def _open_arrow(path: Path) -> _Table:
@@ -372,18 +375,19 @@ def _open_arrow(path: Path) -> _Table:
     source = pa.memory_map(str(path))
     try:
         file = pa.ipc.open_file(source)
-        whole = (file.get_batch(i) for i in range(file.num_record_batches))
-        schema = file.schema
+        count, schema = file.num_record_batches, file.schema
+        whole = ((file.get_batch(i), (i + 1) / count) for i in range(count))
     except pa.ArrowInvalid:
         source.seek(0)
-        whole = pa.ipc.open_stream(source)
-        schema = whole.schema
+        stream = pa.ipc.open_stream(source)
+        schema = stream.schema
+        whole = ((batch, source.tell() / source.size()) for batch in stream)
 
-    def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        for batch in whole:
-            yield batch.select(columns)
+    def batches(columns: list[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
+        for batch, fraction in whole:
+            yield batch.select(columns), fraction
 
-    return _Table(schema.names, 0, batches)
+    return _Table(schema.names, batches)
 
 
 def _saved(path: Path, split: str | None) -> Part:
