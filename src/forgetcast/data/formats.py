@@ -254,9 +254,13 @@ class RowReader:
         self._found: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
 
     @property
-    def renames(self) -> bool:
-        """Whether a field has another name in the rows."""
-        return bool(self._columns)
+    def any_format(self) -> bool:
+        """Whether rows may be of any format, under the names of the fields here."""
+        return not self._columns and not self._insisted
+
+    def reads(self, column: str) -> bool:
+        """Whether a column of a table is read."""
+        return column in KNOWN or column in self._columns.values()
 
     def check_columns(self, names: Iterable[str]) -> None:
         """Raise DataError unless rows with these columns can be of one of the formats."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forgetcast.data.example import Example, with_content_id
+from forgetcast.data.example import FIELDS, STRUCTURED, Example, with_content_id
 from forgetcast.data.formats import FORMATS, AmbiguousRowError, RowReader, row_id
 from forgetcast.errors import DataError, MissingExtraError
 
@@ -123,16 +123,16 @@ class Part:
     columns : callable or None
         Returns the columns of a table. None: those of the first row.
     batches : callable or None
-        Yields the rows of a table as Arrow batches.
+        Yields some columns of a table as Arrow batches; then there are no `rows`.
     """
 
     name: str
     unit: str
-    rows: Callable[[Tick], Numbered]
+    rows: Callable[[Tick], Numbered] | None
     size: int = 0
     from_table: bool = False
     columns: Callable[[], list[str]] | None = None
-    batches: Callable[[Tick], Iterator[pa.RecordBatch]] | None = None
+    batches: Callable[[Tick, Callable[[str], bool]], Iterator[pa.RecordBatch]] | None = None
 
     def place(self, number: int) -> str:
         """Name a row."""
@@ -324,11 +324,12 @@ class _Table:
 
 
 def _table_part(name: str, size: int, open_: Callable[[], _Table]) -> Part:
-    def batches(tick: Tick, wanted: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(tick: Tick, wanted: Callable[[str], bool]) -> Iterator[pa.RecordBatch]:
         table = _readable(name, open_)
-        columns = [column for column in table.names if wanted is None or column in wanted]
+        columns = [column for column in table.names if wanted(column)]
         try:
             for batch, fraction in table.batches(columns):
+                batch.validate(full=True)  # a text that is not UTF-8, or a value that lies outside of the file
                 yield batch
                 tick(int(size * fraction))
         except (OSError, ValueError) as error:  # Arrow's errors are among them
@@ -336,14 +337,7 @@ def _table_part(name: str, size: int, open_: Callable[[], _Table]) -> Part:
                 raise
             raise DataError(f"{name} is not a readable table: {_first_line(error)}") from None
 
-    def rows(tick: Tick) -> Numbered:
-        number = 0
-        for batch in batches(tick):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-    return Part(name, "row", rows, size, True, lambda: _readable(name, open_).names, batches)
+    return Part(name, "row", None, size, True, lambda: _readable(name, open_).names, batches)
 
 
 def _readable(name: str, open_: Callable[[], _Table]) -> _Table:
@@ -495,20 +489,34 @@ class Reader:
             If a part cannot be read, or no row can be used.
         """
         for part in self.parts:
-            yield from self._read_part(part)
+            for number, rows in self._chunks(part):
+                yield from self._examples(part, number, rows if isinstance(rows, list) else rows.to_pylist())
         self._check_found()
 
-    def _read_part(self, part: Part) -> Iterator[tuple[Example, Part, int, bool]]:
+    def _chunks(self, part: Part) -> Iterator[tuple[int, list[dict[str, Any]] | pa.RecordBatch]]:
+        """Yield the rows of a part, one or a batch at a time, with the number of the first."""
         if part.columns is not None:
             self._check_columns(part, part.columns())
-        first = part.columns is None
-        for number, row in part.rows(self._tick):
-            if first and row:
-                self._check_columns(part, list(row))
-                first = False
-            if (read := self._example(part, number, row)) is not None:
-                yield read
+        if part.batches is not None:
+            number = 1
+            for batch in part.batches(self._tick, self._rows.reads):
+                yield number, batch
+                number += len(batch)
+        elif part.rows is not None:
+            checked = part.columns is not None
+            for number, row in part.rows(self._tick):
+                if not checked and row:
+                    self._check_columns(part, list(row))
+                    checked = True
+                yield number, [row]
         self._done += part.size
+
+    def _examples(
+        self, part: Part, number: int, rows: list[dict[str, Any]]
+    ) -> Iterator[tuple[Example, Part, int, bool]]:
+        for i, row in enumerate(rows, number):
+            if (read := self._example(part, i, row)) is not None:
+                yield read
 
     def _tick(self, done: int) -> None:
         if self._on_progress is not None:
@@ -559,9 +567,60 @@ class Reader:
         places = _Places()
         tables: list[pa.Table] = []
         for at, part in enumerate(self.parts):
-            tables.append(table_of(places.noted(at, self._read_part(part))))
+            slow: list[tuple[Example, Part, int, bool]] = []
+            for number, rows in self._chunks(part):
+                if not isinstance(rows, list) and self._rows.any_format and (plain := _plain(rows)) is not None:
+                    tables += [table_of(places.noted(at, slow)), plain]
+                    slow = []
+                    places.note(at, number, len(plain))
+                    texts = len(plain) - plain["text"].null_count
+                    self.report.formats.update({"text": texts, "prompt-completion": len(plain) - texts})
+                    continue
+                slow += self._examples(part, number, rows if isinstance(rows, list) else rows.to_pylist())
+                if len(slow) >= _EVERY:
+                    tables.append(table_of(places.noted(at, slow)))
+                    slow = []
+            tables.append(table_of(places.noted(at, slow)))
+        self.report.formats = +self.report.formats  # without those of which there are none
+        tables = [table for table in tables if len(table)] or tables[:1]
         self._check_found()
         return places.unique(pa.concat_tables(tables), self.parts, self.report)
+
+
+def _plain(batch: pa.RecordBatch) -> pa.Table | None:
+    """Return a batch as a pool has it, if it is plain that every row can be used; None if rows must be looked at.
+
+    That is so of texts, and prompts with completions, that have an id and a letter or sign of ASCII. Checking columns
+    is ten times as fast as making an Example of every row.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def column(name: str) -> pa.Array:
+        found = batch.schema.get_field_index(name)
+        return batch.column(found) if found >= 0 else pa.nulls(len(batch), pa.string())
+
+    columns = {name: column(name) for name in FIELDS}
+    structured = any(columns[name].null_count < len(batch) for name in STRUCTURED)
+    if structured or set(batch.schema.names).difference(FIELDS) or not len(batch):
+        return None
+    columns |= {name: pa.nulls(len(batch), pa.string()) for name in STRUCTURED}
+    if columns["source"].null_count == len(batch):
+        columns["source"] = pa.nulls(len(batch), pa.string())
+    if any(values.type not in (pa.string(), pa.null()) for values in columns.values()) or columns["id"].null_count:
+        return None
+    columns = {name: values.cast(pa.string()) for name, values in columns.items()}
+    text, prompt, completion = (columns[name] for name in ("text", "prompt", "completion"))
+    is_text = pc.and_(pc.and_(pc.is_null(prompt), pc.is_null(completion)), _has_letters(text))
+    is_pair = pc.and_(pc.and_(pc.is_valid(prompt), pc.is_null(text)), _has_letters(completion))
+    good = pc.and_(pc.or_(is_text, is_pair), pc.greater(pc.binary_length(columns["id"]), 0))
+    return pa.table(columns) if pc.all(good).as_py() else None
+
+
+def _has_letters(texts: pa.Array) -> pa.Array:
+    import pyarrow.compute as pc
+
+    return pc.fill_null(pc.match_substring_regex(texts, "[!-~]"), False)
 
 
 class _Places:
@@ -576,6 +635,12 @@ class _Places:
             self._numbers.append(number)
             self._made.append(made)
             yield example
+
+    def note(self, at: int, number: int, count: int) -> None:
+        """Note rows one after another that have ids of their own."""
+        self._parts.extend(array("i", [at]) * count)
+        self._numbers.extend(range(number, number + count))
+        self._made.extend(array("b", [False]) * count)
 
     def unique(self, table: pa.Table, parts: list[Part], report: ReadReport) -> pa.Table:
         import pyarrow as pa
