@@ -220,6 +220,39 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
         Pool.load(tmp_path / "a.parquet")
 
 
+def test_a_text_that_is_not_utf8_in_a_table(tmp_path: Path) -> None:
+    bad = pa.array([b"good", b"bad \xff"]).view(pa.string())
+    pq.write_table(pa.table({"id": ["a", "b"], "text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet is not a readable table: .*UTF8"):
+        Pool.load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("spoilt", [None, 5, 9000])
+def test_columns_that_are_checked_at_once_give_what_rows_give(tmp_path: Path, spoilt: int | None) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": f"e{i}", "text": f"text {i}", "prompt": None, "completion": None, "source": "s"}
+        if i % 3
+        else {"id": f"e{i}", "text": None, "prompt": "", "completion": f"answer {i}", "source": None}
+        for i in range(10_000)
+    ]
+    if spoilt is not None:  # a text without a letter is looked at, whatever it is
+        rows[spoilt] |= {"text": "\u2003", "prompt": None, "completion": None}
+        rows[spoilt + 1] |= {"text": "ü", "prompt": None, "completion": None}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    by_row, at_once = Pool.load(tmp_path / "a.jsonl"), Pool.load(tmp_path / "a.parquet")
+    assert list(at_once) == list(by_row)
+    assert at_once.fingerprint == by_row.fingerprint
+    assert by_row.report is not None
+    assert at_once.report is not None
+    assert at_once.report.formats == by_row.report.formats
+    places = [] if spoilt is None else [f"{tmp_path / 'a.parquet'}, row {spoilt + 1}"]
+    assert [place for place, _ in at_once.skipped] == places
+    pq.write_table(pa.Table.from_pylist([*rows, rows[7]]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"'e7' occurs twice: .*a\.parquet, row 8, and .*a\.parquet, row 10001;"):
+        Pool.load(tmp_path / "a.parquet")
+
+
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         Pool.load(tmp_path / "absent.jsonl")
