@@ -279,7 +279,8 @@ def _example(
     arguments: str | None,
     source: str | None,
 ) -> Example:
-    return Example(id_, text, prompt, completion, *_decoded(messages, tools, arguments), source=source)
+    structured = dict(zip(STRUCTURED, _decoded(messages, tools, arguments), strict=True))
+    return Example(id_, text, prompt, completion, source=source, **structured)
 
 
 def _decoded(*values: str | None) -> Iterator[Any]:
