@@ -30,6 +30,13 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class Cluster(StrEnum):
+    """What examples may have in common, so that they change together."""
+
+    SOURCE = "source"
+    DOCUMENT = "document"
+
+
 class ExportFormat(StrEnum):
     """Formats of an export: `replay.export.FORMATS`."""
 

@@ -11,6 +11,7 @@ except ImportError as error:
     raise MissingExtraError("lm", error) from error
 
 from forgetcast.data.recipe import Recipe
+from forgetcast.lm.additional import kl_divergence, score_again
 from forgetcast.lm.generate import exact_match, sample_texts
 from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.load import LanguageModel, load
@@ -32,7 +33,9 @@ __all__ = [
     "Tuned",
     "exact_match",
     "gradient_products",
+    "kl_divergence",
     "load",
     "sample_texts",
     "score",
+    "score_again",
 ]

@@ -133,7 +133,9 @@ def kl_divergence(
     encoded, reasons = _encode(pool, language_model, context if stride is None else None)
     expected, _ = _encode(pool, reference, context if stride is None else None)
     _check_same_tokens(language_model, reference)
-    other = [i for i, (a, b) in enumerate(zip(encoded, expected, strict=True)) if (a.ids, a.labels) != (b.ids, b.labels)]
+    other = [
+        i for i, (a, b) in enumerate(zip(encoded, expected, strict=True)) if (a.ids, a.labels) != (b.ids, b.labels)
+    ]
     if other:
         raise MismatchError(
             f"the reference {reference.name} reads {len(other)} example(s) as other tokens, e.g. {pool.ids[other[0]]!r}; "

@@ -75,9 +75,7 @@ class Head:
         """Number of tokens whose logits are computed at once."""
         return max(CHUNK_LOGITS // int(self._model.get_input_embeddings().weight.shape[0]), 1)
 
-    def logits(
-        self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int
-    ) -> Iterator[torch.Tensor]:
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
         """Yield the logits that predict the target tokens, row by row: tensors of shape (T, V), T at most `chunk`.
 
         Parameters

@@ -1,17 +1,24 @@
 """One model or two: scores, their difference, and other tools' logs."""
 
-from forgetcast.measure.diff import Change, Difference, Flips, Gate, difference
+from forgetcast.measure.diff import Change, Difference, Divergence, Flips, Noise, Summary, difference, documents
+from forgetcast.measure.gates import Gate, Judgement, judge
 from forgetcast.measure.lm_eval import read_lm_eval
 from forgetcast.measure.scores import Scores, flips, forgetting
 
 __all__ = [
     "Change",
     "Difference",
+    "Divergence",
     "Flips",
     "Gate",
+    "Judgement",
+    "Noise",
     "Scores",
+    "Summary",
     "difference",
+    "documents",
     "flips",
     "forgetting",
+    "judge",
     "read_lm_eval",
 ]
