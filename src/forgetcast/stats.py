@@ -133,7 +133,7 @@ def mean_interval(values: Any, clusters: Any = None) -> MeanInterval:
         return MeanInterval(mean, None, None, None, units)
     if np.ptp(values) == 0:
         return MeanInterval(mean, 0.0, mean, mean, units)
-    # The mean of clusters is a ratio of two sums; this is its linearised standard error, sd / sqrt(n) for single values.
+    # The mean is a ratio of two sums over clusters; its linearised standard error is sd / sqrt(n) for single values.
     error = float(np.sqrt(units / (units - 1) * ((sums - mean * sizes) ** 2).sum()) / len(values))
     quantile = float(scipy.stats.t.ppf(0.975, units - 1))
     if units < FEW_UNITS:

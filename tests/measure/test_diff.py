@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from forgetcast import ConfigError, DataError, MismatchError, Scores
-from forgetcast.measure import Gate, difference
+from forgetcast import MismatchError, Scores
+from forgetcast.measure import difference
 from support.cli import RunCommand
 from support.data import make_pool, make_scores
 
@@ -104,32 +104,6 @@ class TestDifference:
             difference(pair[0], scores(np.ones(150)))
         with pytest.raises(MismatchError, match="different pools"):
             difference(scores(np.ones(3), pool="a"), scores(np.ones(3), pool="b"))
-
-
-class TestGate:
-    @pytest.mark.parametrize(
-        ("text", "fails"),
-        [
-            ("mean>0.2", True),
-            ("mean >= 0.25", True),
-            ("mean>0.25", False),
-            ("upper < 4", True),
-            ("share_worse<=.4", False),
-        ],
-    )
-    def test_conditions(self, text: str, fails: bool) -> None:
-        found = difference(scores(np.array([1.0, 1.0])), scores(np.array([1.0, 1.5])))
-        assert Gate.parse(text).fails(found) == fails
-
-    @pytest.mark.parametrize("text", ["mean", "mean>", "mean=0.1", "mean>much", "> 3", "mean>0.1; worst>2"])
-    def test_invalid_conditions_are_rejected(self, text: str) -> None:
-        with pytest.raises(ConfigError, match="is not a condition"):
-            Gate.parse(text)
-
-    def test_unknown_metric_is_rejected(self) -> None:
-        found = difference(scores(np.ones(2)), scores(np.ones(2)))
-        with pytest.raises(DataError, match=r"no figure 'mcnemar_p' .* mean, median"):
-            Gate.parse("mcnemar_p<0.05").fails(found)
 
 
 class TestCommand:

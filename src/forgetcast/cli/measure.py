@@ -67,7 +67,7 @@ def score(
     settings = {"max_length": max_length, "stride": stride}
     # What is added to the scores has files of its own; while they exist, the scores themselves are complete.
     again, divergence = (output.with_name(f"{output.name}.{name}.partial") for name in ("repeat", "kl"))
-    resumed = output.is_file() and (again.is_file() or divergence.is_file())
+    resumed = output.is_file() and ((repeat > 1 and again.is_file()) or (compared and divergence.is_file()))
     done = 0
 
     with progress() as report:
@@ -153,7 +153,9 @@ def _keep(scores: Scores, output: Path) -> None:
 
 def _mean(values: np.ndarray) -> float | None:
     """Return the mean of what is not NaN, or None if there is nothing."""
-    known = values[~(values != values)]
+    import numpy as np
+
+    known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else None
 
 
@@ -161,11 +163,14 @@ def _check_resumed(
     output: Path, scores: Scores, language_model: LanguageModel, pool: Pool, settings: dict[str, int | None]
 ) -> None:
     """Raise MismatchError if the scores that more is to be added to are of another model, pool or settings."""
+    from forgetcast import __version__
+
     expected = {
         "model_hash": language_model.weights_hash,
         "pool": pool.fingerprint,
         "max_length": settings["max_length"] or language_model.context,
         "stride": settings["stride"],
+        "version": __version__,
     }
     if any(scores.metadata.get(name) != value for name, value in expected.items()):
         raise MismatchError(
@@ -237,7 +242,7 @@ def diff(
         err.print(f"warning: {result.lost} example(s) have no score in the candidate but in the base")
     for text in judgement.failed:
         err.print(f"failed: {text}", markup=False)
-    if judgement.failed and (gates or margin is not None):
+    if judgement.failed:
         raise typer.Exit(1)
     if strict and judgement.verdict == INCONCLUSIVE:
         raise typer.Exit(3)

@@ -119,12 +119,12 @@ def kl_divergence(
     Raises
     ------
     ConfigError
-        If the context of the reference is shorter than the inputs.
+        If the context of the reference is shorter than the inputs, or a setting does not fit the model.
     MismatchError
         If the two models' tokenizers differ, or give an example other tokens, or `partial` belongs to other models,
         another pool or settings.
     """
-    context = _context(language_model, max_length)
+    context = _context(language_model, max_length, stride)
     if context > reference.context:
         raise ConfigError(
             f"inputs have up to {context} tokens, and the reference's context has {reference.context}; "
@@ -133,13 +133,12 @@ def kl_divergence(
     encoded, reasons = _encode(pool, language_model, context if stride is None else None)
     expected, _ = _encode(pool, reference, context if stride is None else None)
     _check_same_tokens(language_model, reference)
-    other = [
-        i for i, (a, b) in enumerate(zip(encoded, expected, strict=True)) if (a.ids, a.labels) != (b.ids, b.labels)
-    ]
+    pairs = zip(pool.ids, encoded, expected, strict=True)
+    other = [id_ for id_, ours, theirs in pairs if (ours.ids, ours.labels) != (theirs.ids, theirs.labels)]
     if other:
         raise MismatchError(
-            f"the reference {reference.name} reads {len(other)} example(s) as other tokens, e.g. {pool.ids[other[0]]!r}; "
-            "give both models the same tokenizer and chat template"
+            f"the reference {reference.name} reads {len(other)} example(s) as other tokens, e.g. {other[0]!r}; give "
+            "both models the same tokenizer and chat template"
         )
     pieces = [
         (i, piece)

@@ -82,9 +82,7 @@ def score(
     MismatchError
         If `partial` belongs to another model, pool or settings.
     """
-    context = _context(language_model, max_length)
-    if stride is not None and not 1 <= stride < context:
-        raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
+    context = _context(language_model, max_length, stride)
     encoded, reasons = _encode(pool, language_model, context if stride is None else None)
     pieces = [
         (i, piece)
@@ -348,12 +346,13 @@ def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, st
     return {id_: (nll, reason) for id_, nll, reason in rows[1:]}
 
 
-def _context(language_model: LanguageModel, max_length: int | None) -> int:
-    if max_length is None:
-        return language_model.context
-    if not 2 <= max_length <= language_model.context:
+def _context(language_model: LanguageModel, max_length: int | None, stride: int | None = None) -> int:
+    context = language_model.context if max_length is None else max_length
+    if not 2 <= context <= language_model.context:
         raise ConfigError(f"max_length must be between 2 and the model's context of {language_model.context} tokens")
-    return max_length
+    if stride is not None and not 1 <= stride < context:
+        raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
+    return context
 
 
 def _batches(pieces: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:

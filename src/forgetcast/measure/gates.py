@@ -153,7 +153,7 @@ def judge(
     if margin is not None and not 0 <= margin < math.inf:
         raise ConfigError(f"a margin of {margin} is not a number of at least 0")
     failed = []
-    if measured.lost and not allow_unscored:
+    if measured.lost and not allow_unscored and (gates or margin is not None):
         failed.append(f"{measured.lost} example(s) have no score in the candidate but in the base")
         if measured.loss is None:  # nothing is left to be judged
             return Judgement(tuple(failed), {}, margin)
