@@ -102,7 +102,7 @@ def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
             yield "McNemar's test", f"p = {flips.mcnemar_p:.2g}"
 
 
-SOURCE_COLUMNS = ("source", "examples", "mean", "95 % interval", "worst tenth", "Wilcoxon, corrected")
+SOURCE_COLUMNS = ("source", "examples", "mean", "95 % interval", "worst tenth", "p, corrected")
 
 
 def _source_rows(result: Difference) -> Iterator[tuple[str, ...]]:
@@ -153,7 +153,9 @@ def difference_markdown(result: Difference, judgement: Judgement) -> str:
 
     lines = ["### Forgetting", ""]
     lines += [f"**Failed:** `{text}`  " for text in judgement.failed]
-    lines += [f"{line[0].upper()}{line[1:]}  " for line in judgement_lines(judgement)]
+    for line in judgement_lines(judgement):
+        name, _, said = line.partition(": ")
+        lines.append(f"**{name.capitalize()}:** {said}  ")
     lines += [""] * (len(lines) > 2) + ["| statistic | after minus before |", "|---|---|"]
     lines += [row(name, figure) for name, figure in _difference_rows(result)]
     if result.by_source:
@@ -214,7 +216,7 @@ def _comparison_tables(comparisons: Sequence[Comparison], pairs: str) -> Iterato
     """Yield the differences between arms, and a verdict for each but those in new-task loss."""
     if not comparisons:
         return
-    gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "Wilcoxon, corrected")
+    gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "p, corrected")
     gaps.title = f"Differences over {comparisons[0].difference.pairs} {pairs}; negative is better"
     for c in comparisons:
         gap = c.difference
