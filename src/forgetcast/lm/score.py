@@ -268,7 +268,7 @@ def _measure(
         for head, model in zip(heads, models, strict=True):
             if not head.chunked:
                 batch_tokens = max(min(batch_tokens, WHOLE_LOGITS // embedding_rows(model)), 1)
-        measure = heads[0].nll if reference is None else partial_function(kl_divergence, *heads)
+        measure = heads[0].nll if reference is None else partial_function(kl_divergence, heads[0], heads[1])
         for batch in _batches(pieces, batch_tokens):
             yield batch, _sums(measure, [pieces[i] for i in batch], pad_id(language_model.tokenizer))
     finally:
