@@ -103,4 +103,15 @@ def read_table(path: Path, columns: Iterable[str], *, kind: str) -> tuple[pa.Tab
     ids = table.column("id").to_pylist()
     if any(not isinstance(id_, str) for id_ in ids):
         raise DataError(f"{path}: an id is missing or is not a string")
-    return table, json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    return table, _metadata(table.schema)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata of a Parquet file written by `write_table`, without its columns."""
+    import pyarrow.parquet as pq
+
+    return _metadata(pq.read_schema(path))
+
+
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))

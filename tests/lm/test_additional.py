@@ -15,7 +15,7 @@ import torch
 
 from forgetcast import ConfigError, Example, MismatchError, Pool, Scores
 from forgetcast.lm import LanguageModel, additional, head, kl_divergence, score, score_again
-from forgetcast.lm.tokens import encode
+from forgetcast.lm.tokens import encode, windows
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import save, tiny
@@ -88,16 +88,15 @@ def test_a_token_that_neither_model_gives_adds_nothing() -> None:
 def test_windows_are_those_of_the_score(base: LanguageModel, tuned: LanguageModel, stride: int | None) -> None:
     words = " ".join(f"word{i} of {i * i}" for i in range(12))
     found = kl_divergence(tuned, base, Pool([Example("a", text=words)]), max_length=24, stride=stride)
-    ids = encode(Example("a", text=words), base.tokenizer, None if stride else 24).ids
-    total, end = 0.0, 1
-    for start in range(0, len(ids), stride or len(ids)):
-        window = ids[start : start + 24]
-        p, q = distributions(base, window), distributions(tuned, window)
-        for at in range(end, start + len(window)):
-            row = at - start - 1
-            total += float((p[row] * np.log(p[row] / q[row])).sum())
-        end = max(end, start + len(window))
-    assert found[0] == pytest.approx(total / (len(ids) - 1), rel=1e-4)
+    encoded = encode(Example("a", text=words), base.tokenizer, None if stride else 24)
+    total, count = 0.0, 0
+    for window in windows(encoded, 24, stride or 24, base.tokenizer):
+        p, q = distributions(base, window.ids), distributions(tuned, window.ids)
+        for at in (at for at, label in enumerate(window.labels) if label != -100):
+            total += float((p[at - 1] * np.log(p[at - 1] / q[at - 1])).sum())
+            count += 1
+    assert count == encoded.targets
+    assert found[0] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_what_cannot_be_scored_has_no_kl(base: LanguageModel) -> None:

@@ -39,9 +39,9 @@ def plain_nll(language_model: LanguageModel, example: Example) -> float:
     if example.text is not None:
         ids, first = tokenizer(example.text)["input_ids"], 1
     else:
-        prompt = tokenizer(example.prompt)["input_ids"]
-        ids = prompt + tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-        first = max(len(prompt), 1)
+        encoding = tokenizer(f"{example.prompt}{example.completion}", return_offsets_mapping=True)
+        ids, boundary = encoding["input_ids"], len(example.prompt or "")
+        first = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if i and end > boundary)
     model = copy.deepcopy(language_model.model).double()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0]
@@ -216,13 +216,15 @@ def test_a_stride_is_an_exact_sliding_window(llama: LanguageModel, stride: int, 
     whole = encode(example, llama.tokenizer, None)
     total, scored, end = 0.0, 0, len(whole.ids) - whole.targets
     for start in range(0, len(whole.ids), stride):
-        window = whole.ids[start : start + 24]
+        # The begin token is the first of every window.
+        window = whole.ids[:24] if start == 0 else [whole.ids[0], *whole.ids[start : start + 23]]
         with torch.no_grad():
             logits = llama.model(input_ids=torch.tensor([window])).logits[0].double()
-        for at in range(end, start + len(window)):
-            total -= float(torch.log_softmax(logits[at - start - 1], dim=0)[whole.ids[at]])
+        shift = start - (start > 0)
+        for at in range(end, shift + len(window)):
+            total -= float(torch.log_softmax(logits[at - shift - 1], dim=0)[whole.ids[at]])
             scored += 1
-        end = max(end, start + len(window))
+        end = max(end, shift + len(window))
     assert scores.tokens[0] == scored == whole.targets
     assert scores.nll[0] == pytest.approx(total / scored, abs=1e-5)
     assert not scores.truncated.any()

@@ -21,7 +21,7 @@ REST = (
 )
 PLAIN = TURN + "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}" + REST
 THINKING = TURN + "{% if loop.last %}<think></think>{% endif %}{{ m.content }}{{ eos_token }}" + REST
-NUMBERED = "{{ messages | length }} messages\n" + PLAIN
+LOUD = TURN + "{{ m.content | upper }}{{ eos_token }}" + REST
 PICKY = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + PLAIN
 
 
@@ -80,7 +80,7 @@ def test_weight_zero_and_conversation_opened_by_the_assistant() -> None:
 def test_template_with_a_different_last_turn() -> None:
     language_model = chat_model(THINKING)
     eos = language_model.tokenizer.eos_token
-    assert counted(language_model, CHAT) == ["Four.", f"<think></think>It is six.{eos}"]
+    assert counted(language_model, CHAT) == [f"Four.{eos}", f"It is six.{eos}"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_template_with_a_different_last_turn() -> None:
     [
         (None, CHAT, "'c' is a conversation, but the tokenizer has no chat template"),
         (PICKY, said("Hi.", "Hello.", first="assistant"), "the chat template rejects example 'c': begin with the user"),
-        (NUMBERED, CHAT, "changes earlier messages of 'c' once later ones follow"),
+        (LOUD, CHAT, "the chat template does not show message 2 of example 'c' as it is"),
     ],
 )
 def test_unencodable_conversations_are_not_scored_with_a_reason(template: Any, messages: Any, reason: str) -> None:

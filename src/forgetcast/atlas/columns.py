@@ -26,6 +26,13 @@ def read_column(path: Path, name: str) -> pa.ChunkedArray:
     return pq.read_table(path, columns=[name])[name]
 
 
+def has_column(path: Path, name: str) -> bool:
+    """Say whether a Parquet file has a column."""
+    import pyarrow.parquet as pq
+
+    return name in pq.read_schema(path).names
+
+
 class StoredMatrix:
     """Rows of a forgetting matrix on disk, read by blocks of columns.
 

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from forgetcast.atlas.columns import BLOCK, StoredMatrix, read_column
+from forgetcast.atlas.columns import BLOCK, StoredMatrix, has_column, read_column
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.data.ids import ExampleIndex
 from forgetcast.data.pool import Pool, read_example
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.files import read_json, umask, write_json
-from forgetcast.measure.scores import Baseline, Scores, flips, forgetting
+from forgetcast.files import read_json, read_metadata, umask, write_json
+from forgetcast.measure.scores import Baseline, Scores, check_tokens, flips, forgetting
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -91,8 +91,14 @@ class Atlas:
     @cached_property
     def baseline(self) -> Baseline:
         """Losses and answers of the base model, as `before` but without the rest of the score file."""
-        right = read_column(self.path / "before.parquet", "exact_match").to_pylist() if self.has_answers else None
-        return Baseline(self.examples, self.nll_before, None if right is None else np.array(right, dtype=np.float64))
+        path = self.path / "before.parquet"
+        right = read_column(path, "exact_match").to_pylist() if self.has_answers else None
+        return Baseline(
+            self.examples,
+            self.nll_before,
+            None if right is None else np.array(right, dtype=np.float64),
+            ExampleIndex.from_arrow(read_column(path, "digest")) if has_column(path, "digest") else None,
+        )
 
     @property
     def right_before(self) -> np.ndarray:
@@ -215,6 +221,11 @@ class Atlas:
         """Hash of the base model's weights, or None if unknown."""
         return self._index["model_hash"]
 
+    @cached_property
+    def scored_with(self) -> dict[str, Any]:
+        """Metadata of the base scores: tokenizer, chat template, dtype, context."""
+        return read_metadata(self.path / "before.parquet")
+
     @property
     def created(self) -> str:
         """Time of creation, in ISO 8601."""
@@ -254,6 +265,7 @@ class Atlas:
         *,
         examples: Iterable[str] | None = None,
         recipe: Mapping[str, Any] | None = None,
+        allow_different_tokens: bool = False,
     ) -> None:
         """Add the measurements of a task: a whole row, or some entries of one.
 
@@ -267,16 +279,19 @@ class Atlas:
             Ids to use of `after`; default all.
         recipe : mapping, optional
             How the model was tuned.
+        allow_different_tokens : bool
+            Whether examples may have been scored on other tokens than by the base model; their number is stored.
 
         Raises
         ------
         MismatchError
-            If an example is unknown, or its text is not the one in the atlas's pool.
+            If an example is unknown, its text is not the one in the atlas's pool, or its tokens are not those that the
+            base model was scored on.
         """
         if not task:
             raise DataError("a task needs a name")
         ids = after.ids if examples is None else tuple(dict.fromkeys(examples))
-        columns = self.columns_of(after, ids)
+        columns = self.columns_of(after, ids, allow_different_tokens=allow_different_tokens)
         if examples is not None:
             after = after.subset(ids)
         measured = {LOSSES: forgetting(self.baseline, after)}
@@ -298,22 +313,27 @@ class Atlas:
             if new:
                 entry: dict[str, Any] = {"name": task, "added": _now(), "recipe": dict(recipe or {})}
                 entry["model_hash"] = after.metadata.get("model_hash")
+                if different := check_tokens(self.baseline, after, allow_different=True):
+                    entry["different_tokens"] = different
                 index = {**self._index, "tasks": [*self._index["tasks"], entry]}
                 write_json(self.path / "atlas.json", index)
                 self._index = index
 
-    def columns_of(self, scores: Scores, ids: Iterable[str] | None = None) -> np.ndarray:
-        """Return the columns of the scored examples, shape (k,), after checking that their texts are this pool's.
+    def columns_of(
+        self, scores: Scores, ids: Iterable[str] | None = None, *, allow_different_tokens: bool = False
+    ) -> np.ndarray:
+        """Return the columns of the scored examples, shape (k,), after checking their texts and tokens.
 
         Raises
         ------
         MismatchError
-            If an example is unknown, or has the text of another pool.
+            If an example is unknown, has the text of another pool, or other tokens than the base model was scored on.
         """
         where = "the score file"
         columns = self.examples.positions(scores.ids if ids is None else ids, where=where)
         if scores.pool_fingerprint not in (None, self.pool_fingerprint):
             check_fingerprint(where, scores.pool_fingerprint, self.subset(scores.ids, where=where))
+        check_tokens(self.baseline, scores, allow_different=allow_different_tokens)
         return columns
 
     def subset(self, ids: Iterable[str], *, where: str = "the request") -> Pool:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +24,8 @@ from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
-    from forgetcast.data import Recipe
+    from forgetcast.cli.options import Loading
+    from forgetcast.data import Recipe, Rendering
     from forgetcast.lm import FineTuner, LanguageModel
 
 app = typer.Typer(
@@ -49,22 +51,29 @@ def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
     return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
 
 
-def load_base(model: str, device: str | None, trust_remote_code: bool, atlas: Atlas | None = None) -> LanguageModel:
-    """Load a base model, and check that it is the atlas's."""
+def load_base(
+    model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
+) -> LanguageModel:
+    """Load a base model, and check that it is the atlas's; by default, conversations are rendered as for the atlas."""
+    from forgetcast.data import Rendering
     from forgetcast.experiments.runs import check_base
     from forgetcast.lm import load
 
-    base = load(model, device=device, trust_remote_code=trust_remote_code)
+    stored = atlas.scored_with.get("text", {}) if atlas is not None else {}
+    rendering = rendering or Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
+    base = replace(load(model, **loading.arguments()), rendering=rendering)
     if atlas is not None:
         check_base(atlas, base)
     return base
 
 
-def load_tuner(model: str, device: str | None, trust_remote_code: bool, atlas: Atlas | None = None) -> FineTuner:
+def load_tuner(
+    model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
+) -> FineTuner:
     """Load a base model for fine-tuning, as `load_base`."""
     from forgetcast.lm import FineTuner
 
-    return FineTuner(load_base(model, device, trust_remote_code, atlas))
+    return FineTuner(load_base(model, loading, atlas, rendering))
 
 
 def check_output_directory(path: Path) -> None:

@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from forgetcast.cli.app import app, load_tuner, out, print_all, print_json, progress, require_single_process
-from forgetcast.cli.options import ATLAS, AsJson, AtlasPath, ByAnswers, Device, TrustCode
+from forgetcast.cli.options import ATLAS, AsJson, AtlasPath, ByAnswers, Loading, loads_a_model
 
 
 @app.command(rich_help_panel=ATLAS)
+@loads_a_model
 def collect(
     config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
 
@@ -29,7 +30,7 @@ def collect(
     require_single_process("collect")
     settings = CollectConfig.load(config)
     pool, tasks = Pool.load(settings.pool), settings.load_tasks()
-    tuner = load_tuner(settings.model, device, trust_remote_code)
+    tuner = load_tuner(settings.model, loading, rendering=settings.rendering)
     with progress() as report:
         stages, answered = Stages(report), settings.exact_match
         atlas = prepare_atlas(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from forgetcast.cli.app import app, numbers, out, print_json, progress, show
-from forgetcast.cli.options import FORECAST, AsJson, AtlasPath, ByAnswers, Method, Output
+from forgetcast.cli.app import app, err, numbers, out, print_json, progress, show
+from forgetcast.cli.options import FORECAST, AllowDifferentTokens, AsJson, AtlasPath, ByAnswers, Method, Output
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def forecast(
     method: Annotated[Method, typer.Option(help="Completion method.")] = Method.BAYESIAN,
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.9,
     task: Annotated[str | None, typer.Option(help="Name of the new task, for the report.")] = None,
+    allow_different_tokens: AllowDifferentTokens = False,
     as_json: AsJson = False,
 ) -> None:
     """Forecast the forgetting of every example from the probes' scores.
@@ -72,20 +74,26 @@ def forecast(
     from forgetcast.atlas import Atlas
     from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, measured_probes
-    from forgetcast.measure import Scores
+    from forgetcast.measure import Scores, check_tokens
 
     opened = Atlas.open(atlas)
-    columns, forgetting = measured_probes(opened, Scores.load(scores))
+    measured = Scores.load(scores)
+    columns, forgetting = measured_probes(opened, measured, allow_different_tokens=allow_different_tokens)
+    different = check_tokens(opened.baseline, measured, allow_different=True)
+    if different is None:
+        err.print("warning: it is unknown whether the probes were scored on the base model's tokens")
     known = [name for name in opened.tasks if name != task]
     model = _method(method).fit(opened.stored(known))
     completed = TaskForecast.from_forecast(
         model.predict(columns, forgetting), opened, method=method.value, task=task, level=level
     )
+    completed = replace(completed, different_tokens=different)
     completed.save(output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
     facts = {
         "examples": len(completed.ids),
         "probes": len(columns),
+        "different_tokens": different,
         "mean_forgetting": float(completed.mean.mean()),
         "level": level,
         "misfit": completed.misfit,

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from forgetcast.cli.app import app, err, is_first, out, print_all, print_json, progress, require_single_process, show
-from forgetcast.cli.options import MEASURE, AsJson, Cluster, Device, DType, ModelName, Output, PoolPath, Seed, TrustCode
+from forgetcast.cli.options import (
+    MEASURE,
+    AsJson,
+    Cluster,
+    Date,
+    Loading,
+    ModelName,
+    NoThinking,
+    Output,
+    PoolPath,
+    Seed,
+    loads_a_model,
+)
 from forgetcast.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
@@ -22,6 +34,7 @@ if TYPE_CHECKING:
 
 
 @app.command(rich_help_panel=MEASURE)
+@loads_a_model
 def score(
     model: ModelName,
     pool: PoolPath,
@@ -39,12 +52,14 @@ def score(
         int, typer.Option(min=1, max=2, help="2: measure again with other batches, so that `diff` knows the noise.")
     ] = 1,
     reference: Annotated[
-        str | None, typer.Option(help="Also measure the KL divergence from this model's predictions: usually the base.")
+        str | None,
+        typer.Option(help="Also measure the KL divergence from this model, usually the base; it is not quantised."),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.FLOAT32,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
+    date: Date = None,
+    no_thinking: NoThinking = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Measure how well a model predicts each example: nats per target token.
 
@@ -54,16 +69,18 @@ def score(
     """
     import numpy as np
 
-    from forgetcast.data import Pool
+    from forgetcast.data import Pool, Rendering
     from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
     from forgetcast.measure import Scores
 
     examples = Pool.load(pool)
-    language_model = load(model, device=device, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    rendering = Rendering(date or Rendering.date, not no_thinking)
+    language_model = replace(load(model, **loading.arguments()), rendering=rendering)
     compared = None
     if reference is not None:
-        compared = load(reference, device=device, dtype=dtype.value, trust_remote_code=trust_remote_code)
+        # The base of a model that is quantised while it is loaded is not.
+        compared = replace(load(reference, **replace(loading, load_in=None).arguments()), rendering=rendering)
     settings = {"max_length": max_length, "stride": stride}
     # What is added to the scores has files of its own; while they exist, the scores themselves are complete.
     again, divergence = (output.with_name(f"{output.name}.{name}.partial") for name in ("repeat", "kl"))
@@ -138,6 +155,8 @@ def score(
     }
     if answers and right_answers is None:
         err.print("warning: no example has a prompt to answer")
+    if left_out := scores.metadata["thinking_left_out"]:
+        err.print(f"warning: the chat template leaves out thinking of {left_out} example(s); it is not scored")
     if unscored:
         err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
     if scores.kl is not None and (missing := int((np.isnan(scores.kl) & ~np.isnan(scores.nll)).sum())):
@@ -170,6 +189,7 @@ def _check_resumed(
         "pool": pool.fingerprint,
         "max_length": settings["max_length"] or language_model.context,
         "stride": settings["stride"],
+        "text": language_model.text_settings,
         "version": __version__,
     }
     if any(scores.metadata.get(name) != value for name, value in expected.items()):
@@ -280,6 +300,7 @@ def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
 
 
 @app.command(rich_help_panel=MEASURE)
+@loads_a_model
 def generate(
     model: ModelName,
     output: Output,
@@ -287,8 +308,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     seed: Seed = 0,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Sample a pool from a model, for replay when its training data is not available.
 
@@ -297,7 +318,7 @@ def generate(
     from forgetcast.lm import load, sample_texts
 
     require_single_process("generate")
-    language_model = load(model, device=device, trust_remote_code=trust_remote_code)
+    language_model = load(model, **loading.arguments())
     done = 0
     with progress(resumable=False) as report:
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from forgetcast.errors import ConfigError
 
 
 class Method(StrEnum):
@@ -37,6 +44,13 @@ class Cluster(StrEnum):
     DOCUMENT = "document"
 
 
+class LoadIn(StrEnum):
+    """Precisions to which weights are quantised while they are loaded."""
+
+    FOUR_BIT = "4bit"
+    EIGHT_BIT = "8bit"
+
+
 class ExportFormat(StrEnum):
     """Formats of an export: `replay.export.FORMATS`."""
 
@@ -50,7 +64,9 @@ class ExportFormat(StrEnum):
 MEASURE, ATLAS, FORECAST, REPLAY, REPORT = "Measure", "Atlas", "Forecast", "Replay", "Report"
 """Groups of commands in the help."""
 
-ModelName = Annotated[str, typer.Argument(help="Hugging Face model directory (or PEFT adapter directory), or hub id.")]
+ModelName = Annotated[
+    str, typer.Argument(help="Directory of a Hugging Face model or PEFT adapter, GGUF file, or hub id.")
+]
 TaskPath = Annotated[Path, typer.Argument(help="Fine-tuning data: JSONL, Parquet, or directory of a saved data set.")]
 PoolPath = Annotated[Path, typer.Argument(help="Pool: JSONL, Parquet, or directory of a saved data set.")]
 AtlasPath = Annotated[Path, typer.Argument(help="Directory of the atlas.")]
@@ -59,10 +75,12 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="File or directory 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ByAnswers = Annotated[bool, typer.Option("--exact-match", help="Measure forgetting as flips, not by the loss.")]
-Device = Annotated[
-    str | None, typer.Option(help="Such as cpu, cuda:0, or auto (all GPUs); default: a GPU if there is one.")
+AllowDifferentTokens = Annotated[
+    bool,
+    typer.Option("--allow-different-tokens", help="Compare scores even of examples that had other tokens or targets."),
 ]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Date = Annotated[str | None, typer.Option(help="Date for chat templates that write today's, YYYY-MM-DD; it is fixed.")]
+NoThinking = Annotated[bool, typer.Option("--no-thinking", help="Do not count thinking that an answer contains.")]
 RecipeName = Annotated[
     str | None, typer.Option(help="YAML file (method, steps, learning_rate, ...), or a shipped recipe: paper, lora.")
 ]
@@ -83,3 +101,72 @@ OnlineAt = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of fine-tunes per arm, each with its own seed.")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded: the options of every command that loads one."""
+
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu, cuda:0, or auto (all GPUs); default: a GPU if there is one.")
+    ] = None
+    dtype: Annotated[
+        DType | None, typer.Option(help="Type of the weights; default: float32, or what a quantised model needs.")
+    ] = None
+    load_in: Annotated[LoadIn | None, typer.Option(help="Quantise the weights while loading, by bitsandbytes.")] = None
+    model_kwargs: Annotated[
+        str | None,
+        typer.Option(help='Further arguments of from_pretrained, as JSON: \'{"attn_implementation": "sdpa"}\'.'),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `lm.load`.
+
+        Raises
+        ------
+        ConfigError
+            If the further arguments are no JSON object.
+        """
+        try:
+            further = json.loads(self.model_kwargs or "{}")
+        except ValueError as error:
+            raise ConfigError(f"--model-kwargs is not JSON: {error}") from None
+        if not isinstance(further, dict):
+            raise ConfigError(f"--model-kwargs must be a JSON object, such as {{}}, not {self.model_kwargs}")
+        return {
+            "device": self.device,
+            "dtype": self.dtype.value if self.dtype is not None else None,
+            "load_in": self.load_in.value if self.load_in is not None else None,
+            "model_kwargs": further,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Loading` in place of its parameter `loading`."""
+    hints = get_type_hints(Loading, include_extras=True)
+    options = [
+        inspect.Parameter(
+            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
+        )
+        for option in fields(Loading)
+    ]
+    signature = inspect.signature(command, eval_str=True)
+    others = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in signature.parameters.values()
+        if parameter.name != "loading"
+    ]
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        loading = Loading(**{option.name: given.pop(option.name) for option in options})
+        command(loading=loading, **given)
+
+    parameters = [*others, *options]
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options

@@ -11,7 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from forgetcast.cli.app import app, load_base, out, print_all, print_json, show
-from forgetcast.cli.options import REPLAY, AsJson, AtlasPath, ExportFormat, HoldOut, Output, PoolPath, Repeat, Seed
+from forgetcast.cli.options import (
+    REPLAY,
+    AsJson,
+    AtlasPath,
+    ExportFormat,
+    HoldOut,
+    Loading,
+    Output,
+    PoolPath,
+    Repeat,
+    Seed,
+    loads_a_model,
+)
 from forgetcast.defaults import HOLD_OUT, RATIO
 from forgetcast.errors import ConfigError
 
@@ -43,6 +55,7 @@ def strategies(as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel=REPLAY)
+@loads_a_model
 def plan(
     atlas: AtlasPath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Replay plan to write (Parquet).")] = None,
@@ -77,6 +90,8 @@ def plan(
     repeat: Repeat = False,
     seed: Seed = 0,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Plan what to mix into the fine-tune, and what to hold out for judging.
 
@@ -110,7 +125,7 @@ def plan(
         needs=rule.needs,
         forecast=predicted,
         truth=_measured(opened, truth) if truth is not None else None,
-        gradients=_gradients(opened, model, task) if model is not None and task is not None else None,
+        gradients=_gradients(opened, model, task, loading) if model is not None and task is not None else None,
     )
     planned = replay.make_plan(
         opened.pool,
@@ -195,14 +210,14 @@ def _of_sources(pool: Pool, sources: Sequence[str]) -> list[str]:
     return [example.id for example, source in zip(pool, pool.sources, strict=True) if source in sources]
 
 
-def _gradients(atlas: Atlas, model: str, task: Path) -> np.ndarray:
+def _gradients(atlas: Atlas, model: str, task: Path, loading: Loading) -> np.ndarray:
     """Return the gradient product of every example with a base loss, shape (N,); NaN elsewhere."""
     import numpy as np
 
     from forgetcast.data import load_task
     from forgetcast.lm import gradient_products
 
-    base = load_base(model, None, False, atlas)
+    base = load_base(model, loading, atlas).merged()
     scored = np.flatnonzero(~np.isnan(atlas.nll_before))
     products = np.full(len(atlas.examples), np.nan)
     products[scored] = gradient_products(

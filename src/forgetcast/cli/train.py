@@ -26,8 +26,8 @@ from forgetcast.cli.options import (
     REPLAY,
     AsJson,
     AtlasOption,
-    Device,
     HoldOut,
+    Loading,
     ModelName,
     NumberOfProbes,
     OnlineAt,
@@ -39,7 +39,7 @@ from forgetcast.cli.options import (
     Strategies,
     TaskPath,
     TestShare,
-    TrustCode,
+    loads_a_model,
 )
 from forgetcast.defaults import HOLD_OUT, PROBES, RATIO, TEST_SHARE
 from forgetcast.errors import ConfigError
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 
 @app.command(rich_help_panel=REPLAY)
+@loads_a_model
 def train(
     model: ModelName,
     task: TaskPath,
@@ -63,9 +64,9 @@ def train(
     atlas: Annotated[Path | None, typer.Option(help="For --online and plans that select during training.")] = None,
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Fine-tune a model, with or without replay. An interrupted run resumes from its checkpoint in OUTPUT.partial.
 
@@ -90,7 +91,7 @@ def train(
         if replay is None or opened is None:
             raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
         selector = _selector(opened, replay, online, probes)
-    tuner = load_tuner(model, device, trust_remote_code, opened)
+    tuner = load_tuner(model, loading, opened)
     partial = output.with_name(f"{output.name}.partial")
     with progress() as report:
         tuned = tuner.tune(
@@ -148,6 +149,7 @@ def _compare(
 
 
 @app.command(rich_help_panel=REPLAY)
+@loads_a_model
 def verify(
     model: ModelName,
     task: TaskPath,
@@ -159,9 +161,9 @@ def verify(
     test_share: TestShare = TEST_SHARE,
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Fine-tune without replay, with random replay and with each plan; judge on examples that are never replayed.
 
@@ -190,13 +192,14 @@ def verify(
         plans |= revised
         selectors |= {name: _selector(opened, p, online, probes) for name, p in revised.items()}
     comparison = ReplayComparison(task.stem, training, test, plans, selectors)
-    tuner = load_tuner(model, device, trust_remote_code, opened)
+    tuner = load_tuner(model, loading, opened)
     result = _compare(tuner, opened, settings, comparison, seeds, output.with_suffix(".runs"))
     result.save(output)
     print_json(result.as_dict()) if as_json else print_all(verification_tables(result))
 
 
 @app.command(rich_help_panel=REPLAY)
+@loads_a_model
 def pilot(
     model: ModelName,
     task: TaskPath,
@@ -208,9 +211,9 @@ def pilot(
     seeds: Seeds = 1,
     hold_out: HoldOut = HOLD_OUT,
     repeat: Repeat = False,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Measure what replay saves: a fine-tune without it and one at each ratio, stored in the atlas for `plan --advise`.
 
@@ -239,7 +242,7 @@ def pilot(
         hold_out=hold_out,
         repeat=repeat,
     )
-    tuner = load_tuner(model, device, trust_remote_code, opened)
+    tuner = load_tuner(model, loading, opened)
     result = _compare(tuner, opened, settings, comparison, seeds, opened.path.with_name(f"{opened.path.name}.pilots"))
     advice = advise(opened, others[0].name if others else Random.name, task=task.stem)
     if as_json:
@@ -249,6 +252,7 @@ def pilot(
 
 
 @app.command(rich_help_panel=REPLAY)
+@loads_a_model
 def sequence(
     model: ModelName,
     tasks: Annotated[list[Path], typer.Argument(help="A folder of task files, or the files.")],
@@ -264,9 +268,9 @@ def sequence(
     hold_out: HoldOut = 0.5,
     repeat: Repeat = False,
     test_share: TestShare = TEST_SHARE,
-    device: Device = None,
-    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Fine-tune on tasks one after another: without replay, with random replay, and with a new forecast before each.
 
@@ -293,7 +297,7 @@ def sequence(
     loaded = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)
     task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
-    tuner = load_tuner(model, device, trust_remote_code, opened)
+    tuner = load_tuner(model, loading, opened)
     with progress() as report:
         result = run_sequence(
             tuner, opened, shared, parts, settings, directory=output.with_suffix(".runs"), on_progress=report

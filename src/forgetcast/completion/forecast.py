@@ -37,6 +37,8 @@ class TaskForecast:
         Name of the completion method.
     pool_fingerprint : str
     task : str or None
+    different_tokens : int or None
+        Number of probes that were measured on other tokens than the base model was; None if that is unknown.
     """
 
     ids: Sequence[str]
@@ -50,6 +52,7 @@ class TaskForecast:
     method: str
     pool_fingerprint: str
     task: str | None = None
+    different_tokens: int | None = None
 
     @classmethod
     def from_forecast(
@@ -92,6 +95,7 @@ class TaskForecast:
             "method": self.method,
             "pool": self.pool_fingerprint,
             "task": self.task,
+            "different_tokens": self.different_tokens,
         }
         write_table(table, Path(path), metadata)
 
@@ -111,22 +115,25 @@ class TaskForecast:
                 method=metadata["method"],
                 pool_fingerprint=metadata["pool"],
                 task=metadata["task"],
+                different_tokens=metadata.get("different_tokens"),
             )
         except KeyError as error:
             raise DataError(f"{path} is not a forecast: its metadata lacks {error}") from None
 
 
-def measured_probes(atlas: Atlas, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+def measured_probes(
+    atlas: Atlas, scores: Scores, *, allow_different_tokens: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the columns of the probes in a score file, and their forgetting, both of shape (k,).
 
     Raises
     ------
     MismatchError
-        If an example is not in the atlas, differs in its text, or has no score of the base model.
+        If an example is not in the atlas, differs in its text or tokens, or has no score of the base model.
     DataError
         If a probe has no score.
     """
-    columns = atlas.columns_of(scores)
+    columns = atlas.columns_of(scores, allow_different_tokens=allow_different_tokens)
     for id_, value, reason in zip(scores.ids, scores.nll, scores.reasons, strict=True):
         if np.isnan(value):
             raise DataError(f"the probe {id_!r} has no score: {reason}")

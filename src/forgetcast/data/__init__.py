@@ -2,5 +2,6 @@
 
 from forgetcast.data.pool import Example, Pool, load_task, split_task
 from forgetcast.data.recipe import Recipe
+from forgetcast.data.rendering import Rendering
 
-__all__ = ["Example", "Pool", "Recipe", "load_task", "split_task"]
+__all__ = ["Example", "Pool", "Recipe", "Rendering", "load_task", "split_task"]

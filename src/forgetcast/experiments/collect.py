@@ -15,6 +15,7 @@ from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.recipe import Recipe
+from forgetcast.data.rendering import Rendering
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.experiments.runs import (
     AtlasRows,
@@ -53,6 +54,8 @@ class CollectConfig(BaseModel):
         Whether the models also answer the pool's prompts.
     max_new_tokens : int
         Longest answer.
+    rendering : Rendering
+        How conversations are rendered: `date`, `thinking`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +67,7 @@ class CollectConfig(BaseModel):
     recipe: Recipe = Recipe()
     exact_match: bool = False
     max_new_tokens: int = Field(default=32, ge=1)
+    rendering: Rendering = Rendering()
 
     @field_validator("recipe", mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import MismatchError
-from forgetcast.measure.scores import Scores
+from forgetcast.measure.scores import Scores, check_tokens
 from forgetcast.replay.plan import ReplayPlan
 
 if TYPE_CHECKING:
@@ -216,9 +216,24 @@ def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]
 
 
 def check_base(atlas: Atlas, base: LanguageModel) -> None:
-    """Raise MismatchError if the atlas was measured on other weights than `base` has."""
+    """Check that the atlas was measured on the weights and tokens of `base`.
+
+    Raises
+    ------
+    MismatchError
+        If it was not.
+    """
+    from forgetcast.lm import token_digests
+
     if atlas.model_hash is not None and atlas.model_hash != base.weights_hash:
         raise MismatchError(f"the atlas {atlas.path} was measured on another base model ({atlas.model})")
+    scored_with = atlas.scored_with
+    if scored_with.get("text", base.text_settings) == base.text_settings:
+        return
+    # Another tokenizer or template may still give the same tokens.
+    options = {name: scored_with.get(name) for name in ("max_length", "stride")}
+    digests = token_digests(base, atlas.pool, **options)
+    check_tokens(atlas.before, replace(atlas.before, digests=digests, metadata={"text": base.text_settings, **options}))
 
 
 def score_with_progress(

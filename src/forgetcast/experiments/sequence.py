@@ -209,6 +209,7 @@ class _SequenceRunner:
     def check(self) -> None:
         """Make the first plan of every arm, so that an impossible plan is an error before any training."""
         check_base(self.atlas, self.tuner.base)
+        self.tuner.check_weights()
         for arm in self.settings.arms:
             self.plan(_Chain(0, arm, ()), None, ()).count(self.recipe.steps, self.recipe.batch_size)
 

@@ -11,12 +11,13 @@ except ImportError as error:
     raise MissingExtraError("lm", error) from error
 
 from forgetcast.data.recipe import Recipe
+from forgetcast.data.rendering import Rendering
 from forgetcast.lm.additional import kl_divergence, score_again
 from forgetcast.lm.generate import exact_match, sample_texts
 from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.load import LanguageModel, load
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
-from forgetcast.lm.score import score
+from forgetcast.lm.score import score, token_digests
 from forgetcast.lm.selectors import MostForgottenSelector, OnlineSelector, ReplaySelector
 from forgetcast.lm.train import FineTuner, InitialState, Tuned
 
@@ -27,6 +28,7 @@ __all__ = [
     "MostForgottenSelector",
     "OnlineSelector",
     "Recipe",
+    "Rendering",
     "ReplayCallback",
     "ReplayMixture",
     "ReplaySelector",
@@ -38,4 +40,5 @@ __all__ = [
     "sample_texts",
     "score",
     "score_again",
+    "token_digests",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from functools import partial as partial_function
 from pathlib import Path
@@ -19,13 +20,14 @@ from forgetcast.lm.score import (
     _add_up,
     _context,
     _encode,
+    _inputs,
     _measure,
     _Partial,
     _Totals,
     default_batch_tokens,
     score,
 )
-from forgetcast.lm.tokens import windows
+from forgetcast.lm.tokens import digest
 from forgetcast.measure.scores import Scores
 
 
@@ -140,19 +142,16 @@ def kl_divergence(
             f"the reference {reference.name} reads {len(other)} example(s) as other tokens, e.g. {other[0]!r}; give "
             "both models the same tokenizer and chat template"
         )
-    pieces = [
-        (i, piece)
-        for i, example in enumerate(encoded)
-        for piece in windows(example, context, context if stride is None else stride)
-    ]
-    tokens = hashlib.sha256(repr([(piece.ids, piece.labels) for _, piece in pieces]).encode()).hexdigest()
+    inputs = _inputs(encoded, language_model, context, stride)
+    pieces = [(i, piece) for i, pieces in enumerate(inputs) for piece in pieces]
+    digests = [digest(pieces) if pieces else None for pieces in inputs]
     checkpoint = _Partial(
         partial,
         {
             "model_hash": language_model.weights_hash,
             "reference_hash": reference.weights_hash,
             "pool": pool.fingerprint,
-            "tokens": tokens,
+            "tokens": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
             "version": forgetcast.__version__,
         },
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
+from forgetcast.lm.adapters import is_prompt_learning
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.tokens import IGNORED_INDEX, Encoded, pad, pad_id, question
 
@@ -75,7 +77,11 @@ def exact_match(
     room = language_model.context - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
-    questions = {i: asked for i, example in enumerate(pool) if (asked := question(example, tokenizer)) is not None}
+    questions = {
+        i: asked
+        for i, example in enumerate(pool)
+        if (asked := question(example, tokenizer, language_model.rendering)) is not None
+    }
     # An empty prompt becomes a start token.
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
     prompts = {}
@@ -89,6 +95,8 @@ def exact_match(
         pad_token_id=pad_id(tokenizer),
         eos_token_id=_ends(language_model),
     )
+    if is_prompt_learning(model):
+        batch_size = 1  # padding would come between the virtual tokens and the prompt, and move their positions apart
     was_training = model.training
     model.eval()
     order = sorted(questions, key=lambda i: -len(prompts[i].ids))[processes.index() :: processes.count()]
@@ -98,12 +106,7 @@ def exact_match(
         padded, mask, _ = pad([prompts[i] for i in batch], pad_id(tokenizer), left=True)
         start_of_answer, expected = padded.shape[1], [questions[i][1] for i in batch]
         line_ends = _StopAtLineEnd(tokenizer, start_of_answer, ["\n" not in text for text in expected])
-        output = model.generate(
-            input_ids=padded.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([line_ends]),
-        )
+        output = _generate(model, padded, mask, settings, line_ends)
         for i, row, text in zip(batch, output, expected, strict=True):
             answer = tokenizer.decode(row[start_of_answer:], skip_special_tokens=True).lstrip()
             answers[i] = (answer if "\n" in text else answer.split("\n")[0]).rstrip()
@@ -179,7 +182,7 @@ def sample_texts(
         torch.manual_seed(seed)
         while len(texts) < count:
             start = torch.full((batch_size, 1), begin, device=model.device)
-            rows = model.generate(input_ids=start, attention_mask=torch.ones_like(start), generation_config=settings)
+            rows = _generate(model, start, torch.ones_like(start), settings)
             sampled = (tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows[:, 1:])
             before = len(texts)
             # A single token has no target.
@@ -191,6 +194,22 @@ def sample_texts(
     model.train(was_training)
     kept = list(texts)[:count]
     return Pool(Example(id=f"self-{i}", text=text, source="self-generated") for i, text in enumerate(kept))
+
+
+def _generate(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig, *stops: StoppingCriteria
+) -> torch.Tensor:
+    """Continue the rows of `ids`; return them with what was written."""
+    with warnings.catch_warnings():
+        # Said of virtual tokens, where without padding none are needed.
+        warnings.filterwarnings("ignore", "Position ids are not supported")
+        written: torch.Tensor = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList(stops),
+        )
+    return written
 
 
 def _ends(language_model: LanguageModel) -> list[int]:

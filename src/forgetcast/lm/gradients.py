@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from forgetcast.data.pool import Pool
-from forgetcast.errors import DataError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import losses
-from forgetcast.lm.tokens import IGNORED_INDEX, encode, pad, pad_id
+from forgetcast.lm.tokens import IGNORED_INDEX, pad, pad_id
 
 STEP = 0.01
 """Step of the central difference along the gradient: first-order change of the task's loss, in nats per token."""
@@ -48,14 +48,20 @@ def gradient_products(
 
     Raises
     ------
+    ConfigError
+        If the weights are quantised, or frozen as those below an adapter are.
     DataError
         If an example cannot be scored, or the task has no gradient.
     """
     model: Any = language_model.model
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"{language_model.name} has quantised or frozen weights, which have no gradient; merge an adapter first"
+        )
     drawn = np.random.default_rng(seed).permutation(len(task))[:sample].tolist()
-    encoded = [encode(task[i], language_model.tokenizer, language_model.context, end=True) for i in drawn]
+    encoded = [language_model.encode(task[i], language_model.context, end=True) for i in drawn]
     total = sum(example.targets for example in encoded)
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = list(model.parameters())
     was_training = model.training
     model.eval()
     model.zero_grad(set_to_none=True)

@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
+from forgetcast.lm.adapters import base_model, is_prompt_learning
+from forgetcast.lm.load import embedding_rows
 from forgetcast.lm.tokens import IGNORED_INDEX
 
 CHUNK_LOGITS = 2**24
@@ -35,6 +37,8 @@ class Head:
 
     Attributes
     ----------
+    chunk : int
+        Number of tokens whose logits are computed at once.
     chunked : bool
         Whether decoder and output layer run separately; otherwise all logits of a batch are in memory at once.
     """
@@ -42,13 +46,15 @@ class Head:
     def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
         untyped: Any = model
         self._model = untyped
-        inner = untyped.get_base_model() if hasattr(untyped, "get_base_model") else untyped
+        inner = base_model(model)
         self._decoder: Any = getattr(inner, inner.base_model_prefix, None)
         self._output: Any = inner.get_output_embeddings()
         config = inner.config.get_text_config()
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        self.chunked = self._decoder is not None and self._output is not None
+        self.chunk = max(CHUNK_LOGITS // embedding_rows(model), 1)
+        # Virtual tokens are added by the adapter's forward pass, which is around the model's own.
+        self.chunked = self._decoder is not None and self._output is not None and not is_prompt_learning(model)
         if self.chunked and not self._agrees(sample):
             warnings.warn(
                 f"{type(inner).__name__} changes its logits in an unknown way; its own forward pass is used, which "
@@ -70,11 +76,6 @@ class Head:
         parts = zip(self.logits(ids, mask, labels, self.chunk), targets, strict=True)
         return _by_token(labels, (_losses(logits, expected) for logits, expected in parts))
 
-    @property
-    def chunk(self) -> int:
-        """Number of tokens whose logits are computed at once."""
-        return max(CHUNK_LOGITS // int(self._model.get_input_embeddings().weight.shape[0]), 1)
-
     def logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
         """Yield the logits that predict the target tokens, row by row: tensors of shape (T, V), T at most `chunk`.
 
@@ -86,7 +87,12 @@ class Head:
         """
         device = self._model.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        hidden = self._decoder(**inputs).last_hidden_state if self.chunked else self._model(**inputs).logits
+        # The logits of virtual tokens, if there are any, come first.
+        hidden = (
+            self._decoder(**inputs).last_hidden_state
+            if self.chunked
+            else self._model(**inputs).logits[:, -labels.shape[1] :]
+        )
         for part in hidden[:, :-1][_predicted(labels).to(hidden.device)].split(chunk):
             yield self._logits(part) if self.chunked else part
 

@@ -1,32 +1,61 @@
-"""A language model with its tokenizer, from a directory, a hub id, or loaded objects."""
+"""A language model with its tokenizer, from a directory, a GGUF file, a hub id, or loaded objects."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
-from collections.abc import Iterator
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
-from forgetcast.errors import DataError
-from forgetcast.files import read_json
+from forgetcast.data.pool import Example
+from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
+from forgetcast.errors import ConfigError, DataError, ForgetcastError
+from forgetcast.lm import adapters
+from forgetcast.lm.tokens import Encoded, encode, template_hash, tokenizer_hash
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DEFAULT_CONTEXT = 2048
 """For models without a limit, such as those without positions."""
 
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+"""Members of `model_kwargs` that say where the files are, and so concern the tokenizer too."""
+
+_OWN_OPTIONS = ("device_map", "dtype", "torch_dtype", "trust_remote_code", "gguf_file", "output_loading_info", "config")
+"""Members of `model_kwargs` that other arguments of `load` set."""
+
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A causal language model and its tokenizer.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        Or a PEFT model around one.
+    tokenizer : PreTrainedTokenizerBase
+    name : str
+    loading : mapping
+        What the metadata of its scores say of how it was loaded: 'quantization', with the 'method' of the file and
+        whether the weights were 'dequantised' for this device; 'model_kwargs'.
 
     Raises
     ------
@@ -37,13 +66,16 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str = "a loaded model"
+    rendering: Rendering = DEFAULT_RENDERING
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the model has an embedding for every token."""
         rows = embedding_rows(self.model)
         # Models pad their vocabulary, so fewer tokens than rows are usual; more cannot be looked up.
-        if len(self.tokenizer) > rows:
-            raise DataError(f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model only {rows}")
+        tokens = max(len(self.tokenizer), 1 + max(self.tokenizer.get_vocab().values(), default=-1))
+        if tokens > rows:
+            raise DataError(f"{self.name}: the tokenizer has {tokens} tokens, the model only {rows}")
 
     def __repr__(self) -> str:
         parameters, dtype = (
@@ -54,25 +86,73 @@ class LanguageModel:
 
     @property
     def context(self) -> int:
-        """Longest input, in tokens."""
+        """Longest input, in tokens, besides the virtual tokens of a prompt-learning adapter."""
         config = self.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
-        return int(min(longest, self.tokenizer.model_max_length))
+        return int(min(longest - adapters.virtual_tokens(self.model), self.tokenizer.model_max_length))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are quantised in memory, so that they cannot be trained themselves."""
+        return bool(getattr(adapters.base_model(self.model), "is_quantized", False))
 
     @cached_property
     def weights_hash(self) -> str:
         """SHA-256 over names, shapes and values of all parameters (64 hexadecimal digits)."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        with torch.inference_mode(False):  # in which quantised weights cannot be listed
+            for name, value in sorted(self.model.state_dict().items()):
+                _add_to(digest, name, value)
         return digest.hexdigest()
+
+    @cached_property
+    def text_settings(self) -> dict[str, Any]:
+        """What the tokens of an example depend on: hashes of tokenizer and chat template, and the rendering."""
+        hashes = {"tokenizer": tokenizer_hash(self.tokenizer), "template": template_hash(self.tokenizer)}
+        return {**hashes, **asdict(self.rendering)}
+
+    def encode(self, example: Example, context: int | None = None, *, end: bool = False) -> Encoded:
+        """Tokenise an example; see `tokens.encode`."""
+        return encode(example, self.tokenizer, context, end=end, rendering=self.rendering)
+
+    def merged(self) -> LanguageModel:
+        """Return the model with its adapter merged into its weights, in place; itself if it has none.
+
+        The hash remains, because the model computes the same.
+
+        Raises
+        ------
+        ConfigError
+            If its weights cannot take the adapter in.
+        """
+        hash_before = self.weights_hash
+        model = adapters.merged(self.model, self.name)
+        if model is self.model:
+            return self
+        merged = replace(self, model=model)
+        vars(merged)["weights_hash"] = hash_before
+        return merged
+
+
+def _add_to(digest: Any, name: str, value: Any) -> None:
+    """Add a named entry of a state dict to a digest; of a quantised tensor, its components."""
+    if not isinstance(value, torch.Tensor):  # extra state of a module
+        digest.update(f"{name} {value!r}".encode())
+        return
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+    if hasattr(value, "__tensor_flatten__"):
+        for part in sorted(value.__tensor_flatten__()[0]):
+            _add_to(digest, f"{name}.{part}", getattr(value, part))
+    else:
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of token embeddings, padding rows included."""
-    weight: Any = model.get_input_embeddings().weight
-    return int(weight.shape[0])
+    embeddings: Any = model.get_input_embeddings()
+    # The weights of a quantised layer may be packed, so their shape is not the number of tokens.
+    rows = getattr(embeddings, "num_embeddings", None)
+    return int(rows if rows is not None else embeddings.weight.shape[0])
 
 
 @contextmanager
@@ -93,70 +173,208 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    load_in: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load a model and its tokenizer.
 
     Parameters
     ----------
     model : str or path
-        A directory of a Hugging Face model or PEFT adapter, or a hub id.
+        A directory of a Hugging Face model or PEFT adapter, a GGUF file, or a hub id. Quantised models need the library
+        that they were quantised with.
     device : str, optional
         Default: the first GPU (the process's GPU if there are several processes), else the CPU. 'auto' distributes the
         layers of a model that is too large for one GPU over all GPUs and the CPU.
     dtype : str, optional
-        Such as 'float32' or 'bfloat16'. Default: float32, which fine-tuning needs and which makes scores exact.
+        Such as 'float32' or 'bfloat16'. Default: float32, which fine-tuning needs and which makes scores exact; of a
+        quantised model, the type that its configuration names, because its kernels may need it.
     trust_remote_code : bool
         Whether code that ships with the model may run.
+    load_in : '4bit' or '8bit', optional
+        Quantise the weights with bitsandbytes while they are loaded.
+    model_kwargs : mapping, optional
+        Further arguments of `AutoModelForCausalLM.from_pretrained`, such as `attn_implementation` or `revision`.
+
+    Raises
+    ------
+    ConfigError
+        If `dtype`, `load_in` or `model_kwargs` are invalid.
+    DataError
+        If the model, its tokenizer, some of its weights, an adapter's base model or a library are missing.
+
+    Warns
+    -----
+    UserWarning
+        If quantised weights are dequantised, so that the scores are not those of the quantised model.
+    """
+    name, extra = str(model), dict(model_kwargs or {})
+    if odd := sorted(set(extra) & set(_OWN_OPTIONS)):
+        raise ConfigError(f"model_kwargs: {odd[0]} cannot be given there; see the other options")
+    if load_in not in (None, "4bit", "8bit"):
+        raise ConfigError(f"load_in is 4bit or 8bit, not {load_in!r}")
+    wanted = getattr(torch, dtype or "float32", None)
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise DataError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    hub = {key: extra[key] for key in _HUB_OPTIONS if key in extra}
+    source, file = _find(name)
+    with _one_line(name), without_bars():
+        adapter = adapters.find(source, hub) if file is None else None
+        base = adapter.base if adapter is not None else source
+        method = _method(base, file, hub)
+        tokenizer = _tokenizer(source, base, {**hub, "trust_remote_code": trust_remote_code}, file)
+        if load_in is not None:
+            extra["quantization_config"] = _bits_and_bytes(name, load_in, wanted, method)
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            **extra if adapter is None else {k: v for k, v in extra.items() if k not in _HUB_OPTIONS},
+            **{"gguf_file": file} if file is not None else {},
+            dtype="auto" if dtype is None and method not in (None, "gguf") else wanted,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            # What is quantised cannot be moved afterwards.
+            device_map={"cpu": None, "auto": "auto"}.get(device, {"": device}),
+        )
+        loaded, notes = result
+        if missing := sorted(notes["missing_keys"]):
+            # Transformers only warns, and initialises them at random.
+            raise DataError(
+                f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing"
+            )
+        if file is not None and all(parameter.is_floating_point() for parameter in loaded.parameters()):
+            # Transformers goes on to call it quantised, and would neither train nor save it.
+            loaded.hf_quantizer.remove_quantization_config(loaded)
+        if file is not None:
+            loaded.name_or_path = ""  # an adapter could not name the file as its base model
+        if adapter is not None:
+            loaded = adapters.attach(loaded, adapter, tokenizer, hub)
+    if device == "auto" and any(parameter.is_meta for parameter in loaded.parameters()):
+        raise DataError(f"{name} does not fit into the memory of the devices")
+    loading: dict[str, Any] = {"model_kwargs": dict(model_kwargs)} if model_kwargs else {}
+    if method is not None or load_in is not None:
+        dequantised = not getattr(adapters.base_model(loaded), "is_quantized", False)
+        loading["quantization"] = {"method": method or f"bitsandbytes {load_in}", "dequantised": dequantised}
+        if dequantised:
+            warnings.warn(
+                f"{name}: the {method} weights were dequantised, because this device cannot compute with them; the "
+                "scores are not those of the quantised model",
+                stacklevel=2,
+            )
+    return LanguageModel(loaded.eval(), tokenizer, name, loading=loading)
+
+
+def _find(name: str) -> tuple[str, str | None]:
+    """Return the directory or hub id of a model, and the name of its GGUF file if it is one.
 
     Raises
     ------
     DataError
-        If the model, its tokenizer, some of its weights or an adapter's base model are missing.
+        If there is no such file or directory, or it holds no model.
     """
-    name = str(model)
-    directory = Path(model)
-    if directory.is_dir():
-        if not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
+    path = Path(name)
+    if path.suffix == ".gguf":
+        source, _, file = name.rpartition("/")
+        if not path.is_file() and (source.count("/") != 1 or path.is_absolute() or name.startswith(".")):
+            raise DataError(f"{name}: there is no such file")
+        if importlib.util.find_spec("gguf") is None:
+            raise DataError(f"{name}: reading GGUF files needs the package gguf; run: pip install 'forgetcast[gguf]'")
+        return source or ".", file
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            if found := sorted(path.glob("*.gguf")):
+                raise DataError(f"{name} is not a model directory, but holds GGUF files; name one, such as {found[0]}")
             raise DataError(f"{name} is not a model directory: config.json is missing")
-        if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
+        if not _has_tokenizer(path) and (path / "config.json").is_file():
             raise DataError(f"{name} has no tokenizer; save the model's tokenizer into the same directory")
-        _check_adapter(directory)
-    elif directory.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    elif path.is_file():
+        raise DataError(f"{name} is a file; give the model's directory, or a GGUF file (.gguf)")
+    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise DataError(f"{name}: there is no such directory")
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
-    torch_dtype = getattr(torch, dtype or "float32", None)
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise DataError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
+    return name, None
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Turn what the libraries raise for a folder that they cannot load, whatever its class, into one line."""
     try:
-        with without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=torch_dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                device_map="auto" if device == "auto" else None,
-            )
-        loaded, notes = result
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if missing := sorted(notes["missing_keys"]):
-        # Transformers only warns, and initialises them at random.
-        raise DataError(f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing")
-    if device == "auto":
-        if any(parameter.is_meta for parameter in loaded.parameters()):
-            raise DataError(f"{name} does not fit into the memory of the devices")
-        return LanguageModel(loaded.eval(), tokenizer, name)
-    return LanguageModel(loaded.to(device).eval(), tokenizer, name)
-
-
-def _check_adapter(directory: Path) -> None:
-    """Raise DataError if an adapter's base model should be in a directory that does not exist."""
-    if not (directory / "adapter_config.json").is_file() or (directory / "config.json").is_file():
-        return
-    base = str(read_json(directory / "adapter_config.json").get("base_model_name_or_path"))
-    if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
+        yield
+    except ForgetcastError:
+        raise
+    except pickle.UnpicklingError as error:
         raise DataError(
-            f"{directory} is an adapter, and its base model {base} does not exist; put it there, or correct "
-            "base_model_name_or_path in adapter_config.json"
-        )
+            f"{name} cannot be loaded: its weights are pickled with objects that could run code; convert them to "
+            "safetensors where you trust them"
+        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, OSError) and not Path(name).exists():
+            reason = (
+                f"there is no such directory, nor a copy in the cache of the hub; run: hf download {name} ({reason})"
+            )
+        if name.endswith(".gguf"):
+            reason += "; use the model that the file was converted from, in safetensors"
+        raise DataError(f"{name} cannot be loaded: {reason}") from error
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer is saved in a directory."""
+    return any((directory / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def _tokenizer(source: str, base: str, options: Mapping[str, Any], file: str | None) -> Any:
+    """Load the tokenizer of a model, of a GGUF file, or of an adapter, which may have to be its base model's."""
+    if file is not None:
+        return AutoTokenizer.from_pretrained(source, gguf_file=file, **options)
+    if base == source or _has_tokenizer(Path(source)):
+        return AutoTokenizer.from_pretrained(source, **options)
+    if not Path(source).is_dir():
+        try:
+            return AutoTokenizer.from_pretrained(source, **options)
+        except (OSError, ValueError):
+            pass
+    warnings.warn(f"{source} has no tokenizer; its base model's is used: {base}", stacklevel=4)
+    return AutoTokenizer.from_pretrained(base, trust_remote_code=options["trust_remote_code"])
+
+
+def _method(base: str, file: str | None, hub: Mapping[str, Any]) -> str | None:
+    """Return how a model's files are quantised, None if they are not.
+
+    Raises
+    ------
+    DataError
+        If Transformers does not know it: it would read the packed numbers as weights.
+    """
+    if file is not None:
+        return "gguf" if _is_quantized_gguf(base, file, hub) else None
+    config, _ = PreTrainedConfig.get_config_dict(base, **hub)
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise DataError(f"{base}: quantization_config in config.json must be an object")
+    method = "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else found.get("quant_method")
+    if not AutoHfQuantizer.supports_quant_method(found):
+        raise DataError(f"{base} is quantised with {method!r}, which this version of Transformers cannot load")
+    return str(method)
+
+
+def _is_quantized_gguf(source: str, file: str, hub: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file holds anything but plain floating-point numbers."""
+    from gguf import GGMLQuantizationType, GGUFReader
+    from transformers.utils.hub import cached_file
+
+    plain = {GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
+    path: Any = cached_file(source, file, **hub)
+    return any(tensor.tensor_type not in plain for tensor in GGUFReader(path).tensors)
+
+
+def _bits_and_bytes(name: str, load_in: str, dtype: torch.dtype, method: str | None) -> BitsAndBytesConfig:
+    """Return the settings of a quantisation while loading."""
+    if method is not None:
+        raise ConfigError(f"{name} is quantised already ({method}); leave out --load-in")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DataError("--load-in needs the package bitsandbytes, and usually a GPU; run: pip install bitsandbytes")
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

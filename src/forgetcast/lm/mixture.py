@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import ExportableState
 
 from forgetcast.data.pool import Pool
+from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
 from forgetcast.lm.load import LanguageModel
@@ -45,6 +46,8 @@ class ReplayMixture(Dataset[Encoded]):
         In the phase 'padding', more new examples are added instead of upstream ones.
     pool : Pool, optional
         Required with a plan; the pool that the plan was made for.
+    rendering : Rendering
+        How conversations are rendered; give that of the scores.
 
     Attributes
     ----------
@@ -53,6 +56,7 @@ class ReplayMixture(Dataset[Encoded]):
     batch_size : int
     plan : ReplayPlan or None
     tokenizer : PreTrainedTokenizerBase
+    rendering : Rendering
 
     Raises
     ------
@@ -73,6 +77,7 @@ class ReplayMixture(Dataset[Encoded]):
         seed: int = 0,
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
+        rendering: Rendering = DEFAULT_RENDERING,
     ) -> None:
         count = 0
         if plan is not None and plan.ratio > 0:
@@ -83,7 +88,8 @@ class ReplayMixture(Dataset[Encoded]):
         padding = plan is not None and plan.phase == "padding"
         replayed = plan.order(count * batch_size) if plan and count and not padding else ()
         self.steps, self.batch_size, self.plan = steps + count, batch_size, plan
-        self.tokenizer, self._max_length, self._task, self._pool = tokenizer, max_length, task, pool
+        self.tokenizer, self.rendering = tokenizer, rendering
+        self._max_length, self._task, self._pool = max_length, task, pool
         self._padding = pad_id(tokenizer)
         # Every arm of a comparison sees the same new batches, so those that pad are drawn separately.
         new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(replayed)
@@ -106,7 +112,8 @@ class ReplayMixture(Dataset[Encoded]):
                 continue
             source = self._pool if replay and self._pool is not None else self._task
             example = source[int(source.positions([id_])[0])]
-            self._encoded[replay, id_] = encoded = encode(example, self.tokenizer, self._max_length, end=True)
+            encoded = encode(example, self.tokenizer, self._max_length, end=True, rendering=self.rendering)
+            self._encoded[replay, id_] = encoded
             if not encoded.targets:
                 raise DataError(f"example {id_!r} has no token to train on: its text is a single token")
 
@@ -287,7 +294,7 @@ class ReplayCallback(TrainerCallback, ExportableState):
             return
         # The Trainer has already read the first batch of the next step.
         replayed = self._mixture.replayed_before(step + 1)
-        language_model = LanguageModel(model, self._mixture.tokenizer, "the model in training")
+        language_model = LanguageModel(model, self._mixture.tokenizer, "the model in training", self._mixture.rendering)
         selected = self._selector.select(language_model, self._mixture, replayed)
         self._mixture.revise(step + 1, processes.from_first(selected))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial as partial_function
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
 from forgetcast.lm.head import CHUNK_LOGITS, Head, kl_divergence
 from forgetcast.lm.load import LanguageModel, embedding_rows
-from forgetcast.lm.tokens import Encoded, encode, pad, pad_id, windows
+from forgetcast.lm.tokens import Encoded, digest, pad, pad_id, windows
 from forgetcast.measure.scores import Scores
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
@@ -31,6 +34,9 @@ BATCH_OVERHEAD = 1 / 32
 
 WHOLE_LOGITS = 4 * CHUNK_LOGITS
 """Limit on the logits of a batch when the model's own forward pass computes them."""
+
+LIBRARIES = ("torch", "transformers", "tokenizers")
+"""Libraries whose versions are stored with the scores."""
 
 SAMPLE = 16
 """Number of tokens that the output layer is checked on."""
@@ -84,11 +90,9 @@ def score(
     """
     context = _context(language_model, max_length, stride)
     encoded, reasons = _encode(pool, language_model, context if stride is None else None)
-    pieces = [
-        (i, piece)
-        for i, example in enumerate(encoded)
-        for piece in windows(example, context, context if stride is None else stride)
-    ]
+    inputs = _inputs(encoded, language_model, context, stride)
+    digests = [digest(pieces) if pieces else None for pieces in inputs]
+    pieces = [(i, piece) for i, pieces in enumerate(inputs) for piece in pieces]
     metadata = {
         "model": language_model.name,
         "model_hash": language_model.weights_hash,
@@ -96,7 +100,12 @@ def score(
         "max_length": context,
         "stride": stride,
         "dtype": str(language_model.model.dtype).removeprefix("torch."),
+        "text": language_model.text_settings,
+        "thinking_left_out": sum(example.incomplete for example in encoded),
+        "tokens": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
         "version": forgetcast.__version__,
+        "versions": {library: version(library) for library in LIBRARIES},
+        **language_model.loading,
     }
     checkpoint = _Partial(partial, metadata)
     totals = _Totals(reasons, [i for i, _ in pieces])
@@ -104,7 +113,7 @@ def score(
     _add_up(pool.ids, pieces, totals, checkpoint, batches, on_progress)
     scores = _to_scores(pool, encoded, totals, metadata)
     checkpoint.remove()
-    return scores
+    return replace(scores, digests=digests)
 
 
 def _add_up(
@@ -136,13 +145,31 @@ def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -
     encoded, reasons = [], []
     for example in pool:
         try:
-            tokens = encode(example, language_model.tokenizer, max_length)
+            tokens = language_model.encode(example, max_length)
             reasons.append("" if tokens.targets else "no token to predict: the text is a single token")
         except DataError as error:  # a conversation that the tokenizer cannot render
             tokens = Encoded([], [], False)
             reasons.append(str(error))
         encoded.append(tokens)
     return encoded, reasons
+
+
+def _inputs(
+    encoded: Sequence[Encoded], language_model: LanguageModel, context: int, stride: int | None
+) -> list[list[Encoded]]:
+    """Return the inputs that each example is measured in."""
+    step = context if stride is None else stride
+    return [list(windows(example, context, step, language_model.tokenizer)) for example in encoded]
+
+
+def token_digests(
+    language_model: LanguageModel, pool: Pool, *, max_length: int | None = None, stride: int | None = None
+) -> list[str | None]:
+    """Return the digests that `score` would store, length N, without a forward pass; parameters as there."""
+    context = _context(language_model, max_length)
+    encoded, _ = _encode(pool, language_model, context if stride is None else None)
+    inputs = _inputs(encoded, language_model, context, stride)
+    return [digest(pieces) if pieces else None for pieces in inputs]
 
 
 class _Totals:
@@ -233,7 +260,7 @@ def losses(language_model: LanguageModel, examples: Iterable[Example], max_lengt
     """
     context = _context(language_model, max_length)
     examples = list(examples)
-    encoded = [encode(example, language_model.tokenizer, context) for example in examples]
+    encoded = [language_model.encode(example, context) for example in examples]
     nll = np.full(len(examples), np.nan)
     rows = [i for i, example in enumerate(encoded) if example.targets]
     for batch, sums in _measure(language_model, [encoded[i] for i in rows], None):

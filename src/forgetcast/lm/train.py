@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
@@ -32,6 +34,13 @@ from forgetcast.replay.plan import ReplayPlan
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 """Upper limit on lost work. A checkpoint is three times as large as the trained weights."""
+
+
+_ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
+"""Names of modules that choose experts: their training is a subject of its own, and they stay frozen."""
+
+
+_NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,16 @@ class Tuned:
         return f"Tuned(steps={self.steps}, replayed={len(self.replayed)}, seconds={self.seconds:.1f})"
 
     def save(self, directory: str | Path) -> None:
-        """Write the model (LoRA: the adapter) and the tokenizer in Hugging Face format."""
+        """Write the model (LoRA: the adapter) and the tokenizer in Hugging Face format.
+
+        An adapter is written merged into its base model if that has no directory or hub id of its own, as a model that
+        was itself merged or came from a GGUF file.
+        """
+        model: Any = self.language_model.model
+        if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
+            model = copy.deepcopy(model).merge_and_unload()
         with without_bars():
-            self.language_model.model.save_pretrained(directory)
+            model.save_pretrained(directory)
         self.language_model.tokenizer.save_pretrained(directory)
 
 
@@ -92,18 +108,25 @@ class FineTuner:
     Parameters
     ----------
     base : LanguageModel
-        Changed by `tune` and reset by `restore`.
+        Changed by `tune` and reset by `restore`. An adapter is merged into its weights. A quantised model can be tuned
+        with LoRA only.
 
     Attributes
     ----------
     base_hash : str
-        Hash of the base model's weights.
+        Hash of the base model's weights, taken before an adapter is merged.
+
+    Raises
+    ------
+    ConfigError
+        If the base model has an adapter that cannot be merged.
     """
 
     def __init__(self, base: LanguageModel) -> None:
-        self.base = base
         self.base_hash = base.weights_hash
-        self._weights = {name: tensor.detach().clone() for name, tensor in base.model.state_dict().items()}
+        self.base = base.merged()
+        # LoRA leaves quantised weights as they are, and not all kinds of them can be copied into a model.
+        self._weights = {} if self.base.is_quantized else _copy(self.base.model.state_dict())
         self._adapted: PeftModel | None = None
 
     def __repr__(self) -> str:
@@ -114,29 +137,42 @@ class FineTuner:
         if self._adapted is not None:
             self._adapted.unload()
             self._adapted = None
-        self.base.model.load_state_dict(self._weights if weights is None else weights)
-        self.base.model.requires_grad_(True)
+        if not self.base.is_quantized:
+            self.base.model.load_state_dict(self._weights if weights is None else weights)
+            self.base.model.requires_grad_(True)
         if weights is None:
             return self.base
+        self.check_weights()
         # A new object, because the base model's caches the hash of the base weights.
-        return LanguageModel(self.base.model, self.base.tokenizer, f"{self.base.name}, fine-tuned")
+        return replace(self.base, name=f"{self.base.name}, fine-tuned")
+
+    def check_weights(self) -> None:
+        """Raise ConfigError if fine-tuned weights cannot be returned by `weights` and taken over by `restore`."""
+        if self.base.is_quantized:
+            raise ConfigError(
+                f"{self.base.name} is quantised, so an adapter cannot be merged into it without loss, and no fine-tune "
+                "can go on from another; use the unquantised model"
+            )
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return a copy of the current weights, by the base model's names, with a LoRA adapter merged into them."""
+        """Return a copy of the current weights, by the base model's names, with a LoRA adapter merged into them.
+
+        Raises
+        ------
+        ConfigError
+            If the base model is quantised.
+        """
+        self.check_weights()
         state = self.base.model.state_dict()
         if self._adapted is None:
-            return {name: tensor.detach().clone() for name, tensor in state.items()}
-        merged = {
-            name.replace(".base_layer.", "."): tensor.detach().clone()
-            for name, tensor in state.items()
-            if ".lora_" not in name
-        }
-        layers: dict[str, Any] = {
-            name: module for name, module in self.base.model.named_modules() if isinstance(module, LoraLayer)
-        }
-        for name, layer in layers.items():
-            for adapter in layer.active_adapters:
-                merged[f"{name}.weight"] += layer.get_delta_weight(adapter).detach()
+            return _copy(state)
+        merged = {_unwrapped(name): value for name, value in _copy(state).items() if ".lora_" not in name}
+        for name, layer in self.base.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                lora: Any = layer
+                weight: Any = merged[f"{_unwrapped(name)}.{getattr(lora, 'parameter_name', 'weight')}"]
+                for adapter in lora.active_adapters:
+                    weight += lora.get_delta_weight(adapter).detach()
         return merged
 
     def tune(
@@ -172,13 +208,16 @@ class FineTuner:
         Raises
         ------
         ConfigError
-            If the recipe's batch sizes do not divide, or the plan is incompatible with the selector.
+            If the recipe's batch sizes do not divide, the plan is incompatible with the selector, or the weights are
+            quantised and the method is not LoRA, or the kind of quantisation cannot be trained.
         MismatchError
             If `checkpoints` holds another run.
         DataError
             If the loss stops being finite.
         """
         initial = initial or InitialState()
+        if self.base.is_quantized:
+            _check_trainable(self.base, recipe)
         language_model, already_replayed = self.restore(initial.weights), list(initial.already_replayed)
         devices = processes.count()
         micro = recipe.micro_batch_size or max(recipe.batch_size // devices, 1)
@@ -194,19 +233,18 @@ class FineTuner:
             seed=recipe.seed,
             plan=plan,
             pool=pool,
+            rendering=language_model.rendering,
         )
         if plan is not None and already_replayed and mixture.replayed:
             mixture.revise(0, plan.order(len(mixture.replayed), already_replayed=already_replayed))
         model: Any = language_model.model
         torch.manual_seed(recipe.seed)
         if recipe.method == "lora":
-            lora = LoraConfig(
-                r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-            model = self._adapted = get_peft_model(model, lora)
+            model = self._adapted = _with_lora(model, recipe)
         started = time.monotonic()
         run = {
             "base": language_model.weights_hash,
+            "text": language_model.text_settings,
             "task": task.fingerprint,
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
             "selector": selector.settings() if selector is not None else None,
@@ -235,8 +273,72 @@ class FineTuner:
             raise DataError(
                 f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})"
             )
-        tuned = LanguageModel(model.eval(), language_model.tokenizer, f"{self.base.name}, fine-tuned")
+        tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
         return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started)
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _unwrapped(name: str) -> str:
+    """Return a module's or parameter's name without PEFT's wrappers, which nest where a module has two parameters."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _check_trainable(base: LanguageModel, recipe: Recipe) -> None:
+    """Raise ConfigError unless a quantised model can be tuned as the recipe says."""
+    if recipe.method != "lora":
+        raise ConfigError(f"{base.name} is quantised, so its weights cannot be trained; use a recipe with method: lora")
+    quantizer: Any = base.model.hf_quantizer
+    if not quantizer.is_trainable:
+        method = quantizer.quantization_config.quant_method
+        raise ConfigError(
+            f"models quantised with {getattr(method, 'value', method)} cannot be trained, not with LoRA "
+            "either; use the unquantised model"
+        )
+
+
+def _with_lora(model: Any, recipe: Recipe) -> PeftModel:
+    """Add LoRA to all linear layers, those of fused experts included, but not to the output layer and routers.
+
+    PEFT's own "all-linear" trains the routers of some mixtures of experts, and leaves out the experts of others. Its
+    preparation of quantised models is left out on purpose: it changes the type of the other weights, and so the losses
+    that the fine-tune is compared with.
+    """
+    output = model.get_output_embeddings()
+    modules = [
+        name for name, module in model.named_modules() if module is not output and _is_linear(name, module, model)
+    ]
+    parameters = [
+        name
+        for name, value in model.named_parameters()
+        if value.ndim == 3 and value.is_floating_point() and ".experts." in name
+    ]
+    if parameters:
+        # PEFT takes modules of these names for experts of an old format, so their weights are named instead.
+        odd = [name for name in modules if name.rpartition(".")[2] in _NAMES_OF_EXPERTS]
+        modules = [name for name in modules if name not in odd]
+        parameters += [f"{name}.weight" for name in odd]
+    lora = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise ConfigError(f"LoRA cannot be added to the model: {' '.join(str(error).split())[:300]}") from error
+
+
+def _is_linear(name: str, module: Any, model: Any) -> bool:
+    """Whether a module is a linear layer and no router."""
+    is_linear = isinstance(module, torch.nn.Linear | Conv1D)
+    if getattr(model, "is_quantized", False):  # then the layers may be of classes of their own
+        is_linear |= all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
+    return is_linear and _ROUTERS.isdisjoint(name.split("."))
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:

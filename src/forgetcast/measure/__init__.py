@@ -3,7 +3,7 @@
 from forgetcast.measure.diff import Change, Difference, Divergence, Flips, Noise, Summary, difference, documents
 from forgetcast.measure.gates import Gate, Judgement, judge
 from forgetcast.measure.lm_eval import read_lm_eval
-from forgetcast.measure.scores import Scores, flips, forgetting
+from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
 
 __all__ = [
     "Change",
@@ -15,6 +15,7 @@ __all__ = [
     "Noise",
     "Scores",
     "Summary",
+    "check_tokens",
     "difference",
     "documents",
     "flips",

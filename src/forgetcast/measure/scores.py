@@ -218,11 +218,63 @@ class Baseline:
     index : ExampleIndex
     nll : array, shape (N,)
     exact_match : array, shape (N,), or None
+    digests : sequence of str or None, length N, or None
     """
 
     index: ExampleIndex
     nll: np.ndarray
     exact_match: np.ndarray | None
+    digests: Sequence[str | None] | None = None
+
+
+def check_tokens(before: Scores | Baseline, after: Scores, *, allow_different: bool = False) -> int | None:
+    """Return how many examples of `after` were scored on other tokens or targets than before.
+
+    None if that is unknown: a side has no digests, as files of earlier versions.
+
+    Parameters
+    ----------
+    before : Scores or Baseline
+    after : Scores
+    allow_different : bool
+        Whether to count them only.
+
+    Raises
+    ------
+    MismatchError
+        If there are any and they are not allowed, or `before` lacks an example of `after`.
+    """
+    if before.digests is None or after.digests is None:
+        return None
+    rows = before.index.positions(after.ids, where="the score file").tolist()
+    pairs = [(before.digests[row], digest) for row, digest in zip(rows, after.digests, strict=True)]
+    # An example that could not be tokenised on a side has no loss to be compared.
+    known = [i for i, pair in enumerate(pairs) if None not in pair]
+    different = [i for i in known if pairs[i][0] != pairs[i][1]]
+    if different and not allow_different:
+        raise MismatchError(
+            f"{len(different)} of {len(after)} examples were scored on other tokens or targets than before, e.g. "
+            f"{after.ids[different[0]]!r}: {_what_differs(before, after)}; score both models on the same tokens, or "
+            "give --allow-different-tokens to compare all the same"
+        )
+    return len(different) if known else None
+
+
+def _what_differs(before: Scores | Baseline, after: Scores) -> str:
+    """Name the settings that differ between two score files, as far as they are stored."""
+    if not isinstance(before, Scores):
+        return "tokenizer, chat template or context differs"
+    one, other = ({**m.get("text", {}), **m} for m in (before.metadata, after.metadata))
+    names = {
+        "tokenizer": "the tokenizer",
+        "template": "the chat template",
+        "date": "the date that the template writes",
+        "thinking": "whether thinking is scored",
+        "max_length": "the longest input",
+        "stride": "the stride",
+    }
+    differing = [text for name, text in names.items() if one.get(name) != other.get(name)]
+    return f"different: {', '.join(differing)}" if differing else "the texts differ"
 
 
 def forgetting(before: Scores | Baseline, after: Scores) -> np.ndarray:
