@@ -16,7 +16,7 @@ from .experiments import (
     run_sequence,
     verify,
 )
-from .measure import Scores, difference, read_lm_eval
+from .measure import Scores, difference, read_inspect, read_lm_eval
 from .replay import (
     Advice,
     ReplayLaw,
@@ -74,6 +74,7 @@ __all__ = [
     "pilot_comparison",
     "prepare_atlas",
     "probes",
+    "read_inspect",
     "read_lm_eval",
     "replay",
     "report",

@@ -201,7 +201,7 @@ def _check_resumed(
 
 @app.command(rich_help_panel=MEASURE)
 def diff(
-    before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (file or folder).")],
+    before: Annotated[Path, typer.Argument(help="Scores, or logs of lm-evaluation-harness or Inspect; a folder too.")],
     after: Annotated[Path, typer.Argument(help="The same for the changed model.")],
     fail_if: Annotated[
         list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; repeatable.")
@@ -294,9 +294,14 @@ def _clusters(cluster: Cluster | None, ids: Sequence[str], sources: Sequence[str
 
 def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
     """Read a score file, ours or another tool's, with the sources that it names."""
-    from forgetcast.measure import Scores, read_lm_eval
+    from forgetcast.measure import Scores, is_inspect, read_inspect, read_lm_eval
 
-    return (Scores.load(path), None) if path.suffix == ".parquet" else read_lm_eval(path)
+    if path.suffix == ".parquet":
+        return Scores.load(path), None
+    scores, tasks = (read_inspect if is_inspect(path) else read_lm_eval)(path)
+    for note in scores.metadata["notes"]:
+        err.print(f"warning: {path}: {note}", markup=False)
+    return scores, tasks
 
 
 @app.command(rich_help_panel=MEASURE)
