@@ -9,18 +9,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forgetcast.cli.app import app, err, is_first, out, print_all, print_json, progress, require_single_process, show
+from forgetcast.cli.app import (
+    app,
+    err,
+    is_first,
+    load_data,
+    out,
+    print_all,
+    print_json,
+    progress,
+    require_single_process,
+    show,
+)
 from forgetcast.cli.options import (
     MEASURE,
     AsJson,
     Cluster,
+    Columns,
     Date,
+    Format,
     Loading,
     ModelName,
     NoThinking,
     Output,
     PoolPath,
     Seed,
+    Strict,
     loads_a_model,
 )
 from forgetcast.errors import ConfigError, MismatchError
@@ -57,6 +71,9 @@ def score(
     ] = None,
     date: Date = None,
     no_thinking: NoThinking = False,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -69,12 +86,12 @@ def score(
     """
     import numpy as np
 
-    from forgetcast.data import Pool, Rendering
+    from forgetcast.data import Rendering
     from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
     from forgetcast.measure import Scores
 
-    examples = Pool.load(pool)
+    examples = load_data(pool, format, column, strict)
     rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = replace(load(model, **loading.arguments()), rendering=rendering)
     compared = None
@@ -140,11 +157,14 @@ def score(
             scores = replace(scores, exact_match=right, predictions=predictions)
     if not is_first():
         return
+    if examples.report is not None and (examples.skipped or examples.report.duplicates):
+        scores = replace(scores, metadata={**scores.metadata, "read": examples.report.as_dict()})
     scores.save(output)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
     right_answers = None if scores.exact_match is None else _mean(scores.exact_match)
     facts = {
         "examples": len(scores),
+        "skipped": len(examples.skipped) or None,
         "unscored": len(unscored),
         "truncated": int(scores.truncated.sum()),
         "tokens": int(scores.tokens.sum()),
@@ -270,9 +290,7 @@ def diff(
 
 def _sources(path: Path, ids: Sequence[str]) -> tuple[str, ...]:
     """Read the source of each example from the pool."""
-    from forgetcast.data import Pool
-
-    examples = Pool.load(path)
+    examples = load_data(path)
     source_of = dict(zip(examples.ids, examples.sources, strict=True))
     if unknown := [id_ for id_ in ids if id_ not in source_of]:
         raise MismatchError(f"{path} lacks {len(unknown)} of the scored examples, e.g. {unknown[0]!r}; give their pool")

@@ -68,7 +68,7 @@ def score_again(
     first = batch_tokens or default_batch_tokens(language_model)
     again = score(
         language_model,
-        Pool(list(pool)[::-1]),
+        pool.subset(pool.ids[::-1]),
         max_length=scores.metadata["max_length"],
         stride=scores.metadata["stride"],
         batch_tokens=first // 2 if first > BATCH_TOKENS // 2 else BATCH_TOKENS,
