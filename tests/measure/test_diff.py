@@ -263,7 +263,7 @@ class TestCommand:
         two = make_scores(pool, before + rng.normal(0.01, 0.1, 40), reference="[b]base[/b] @me")
         replace(two, kl=rng.gamma(1, 0.1, 40), repeats=two.nll + 0.1).save(tmp_path / "after.parquet")
         words = ("diff", tmp_path / "before.parquet", tmp_path / "after.parquet", "--pool", tmp_path / "pool.jsonl")
-        words += ("--cluster", "document", "--margin", 0.02, "--fail-if", "kl_mean>5")
+        words += ("--cluster", "source", "--margin", 0.02, "--fail-if", "kl_mean>5")
         code, table, _ = run(*words)
         assert code == 0
         code, markdown, _ = run(*words, "--markdown")
@@ -278,5 +278,5 @@ class TestCommand:
         assert found["kl"]["reference"] == "[b]base[/b] @me"
         assert set(found["by_source_p"]) == {"s0", "s1", "s2"}
         assert found["corrected_p"] == {}
-        assert found["loss"]["clusters"] == 40
+        assert found["loss"]["clusters"] == 3
         assert run(*words, "--fail-if", "kl_mean>0.01")[0] == 1

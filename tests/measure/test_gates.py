@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -256,7 +257,15 @@ class TestCommand:
         assert found["loss"]["clusters"] == 3
         assert found["by_source"]["s0"]["clusters"] is None
         assert found["more_clusters"] > 0
-        assert "60" in run("diff", before, after, "--cluster", "document")[1]
+        code, _, err = run("diff", before, after, "--cluster", "document")
+        assert code == 2
+        assert 'no id has a "#"' in err
+        for name in (before, after):
+            scores = Scores.load(name)
+            parts = replace(scores, ids=[f"d{i // 4}#{i}" for i in range(60)])
+            parts.save(name.with_name(f"parts-{name.name}"))
+        parts_of = ("diff", *(name.with_name(f"parts-{name.name}") for name in (before, after)))
+        assert json.loads(run(*parts_of, "--cluster", "document", "--json")[1])["loss"]["clusters"] == 15
         code, _, err = run("diff", before, after, "--cluster", "source")
         assert code == 2
         assert "--cluster source needs --pool" in err

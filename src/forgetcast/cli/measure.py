@@ -301,8 +301,13 @@ def _clusters(cluster: Cluster | None, ids: Sequence[str], sources: Sequence[str
     """Return the cluster of each example."""
     from forgetcast.measure import documents
 
-    if cluster is not Cluster.SOURCE:
-        return documents(ids) if cluster is Cluster.DOCUMENT else None
+    if cluster is None:
+        return None
+    if cluster is Cluster.DOCUMENT:
+        found = documents(ids)
+        if found == tuple(ids):
+            raise ConfigError('--cluster document: no id has a "#" after that of its document, so all would be alone')
+        return found
     if sources is None:
         raise ConfigError("--cluster source needs --pool, which has the sources")
     if unnamed := sum(not source for source in sources):
