@@ -263,7 +263,7 @@ class TestCommand:
         two = make_scores(pool, before + rng.normal(0.01, 0.1, 40), reference="[b]base[/b] @me")
         replace(two, kl=rng.gamma(1, 0.1, 40), repeats=two.nll + 0.1).save(tmp_path / "after.parquet")
         words = ("diff", tmp_path / "before.parquet", tmp_path / "after.parquet", "--pool", tmp_path / "pool.jsonl")
-        words += ("--cluster", "source", "--margin", 0.02, "--fail-if", "kl_mean>5")
+        words += ("--cluster", "source", "--margin", 0.01, "--fail-if", "kl_mean>5")
         code, table, _ = run(*words)
         assert code == 0
         code, markdown, _ = run(*words, "--markdown")
