@@ -179,7 +179,7 @@ def other_tokens(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) ->
     return sum(
         encode(e, tokenizer, None).ids
         != (
-            tokenizer.apply_chat_template([dict(m) for m in e.messages])["input_ids"]
+            tokenizer.apply_chat_template([dict(m) for m in e.messages], return_dict=False)
             if e.messages
             else tokenizer(e.full_text)["input_ids"]
         )
@@ -205,18 +205,23 @@ def other_targets(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -
 
     TRL is given the last answer of a conversation as completion, and trains on the line break after it, too.
     """
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model, differ = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)), 0
     with tempfile.TemporaryDirectory() as scratch:
         options: dict[str, Any] = {"max_length": None, "report_to": "none", "use_cpu": True, "bf16": False}
         arguments, rows = SFTConfig(output_dir=scratch, **options), Dataset.from_list([trl_row(e) for e in examples])
-        prepared = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
+        prepared: Any = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
     for example, row in zip(examples, prepared, strict=True):
         found = encode(last_answer(example), tokenizer, None, end=True)
         where = [
             i for i, labels in enumerate(zip(found.labels, row["labels"], strict=True)) if i and len({*labels}) > 1
         ]
-        breaks = example.messages is not None and not tokenizer.decode([found.ids[i] for i in where]).strip()
+        breaks = example.messages is not None and not str(tokenizer.decode([found.ids[i] for i in where])).strip()
         differ += found.ids != row["input_ids"] or bool(where and not breaks)
     return differ
 
@@ -262,16 +267,16 @@ def judge(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and targets of one model."""
     model = load(str(cache / name))
-    tokenizer, size = model.tokenizer, 8 if quick else 40
+    tokenizer, size = model.tokenizer, 4 if quick else 40
     kinds = {"text": list(texts(200, CONTEXT)), "prompt and completion": pairs(200), "conversation": chats(100)}
     if not tokenizer.chat_template:
         console.print(f"{name} is no chat model: no conversations", style="dim")
         del kinds["conversation"]
-    rows = []
+    rows: Rows = []
     for kind, examples in kinds.items():
         few = examples[:size]
         scores, expected = score(model, Pool(few)), precise(model, few)
-        row = {
+        row: dict[str, Any] = {
             "model": name,
             "kind": kind,
             "examples": len(examples),
@@ -288,7 +293,7 @@ def judge(
         target(f"relative error to double precision, {name}", max(r["relative_error"] for r in rows), 1e-5),
     ]
     # Speed is measured last, because it shortens the context.
-    found = speed(model, texts(24 if quick else 100, CONTEXT))
+    found = speed(model, texts(8, CONTEXT // 2) if quick else texts(100, CONTEXT))
     rows += [{"model": name, "way": way, "tokens_per_second": value} for way, value in found.items()]
     own, other = found["forgetcast"], found["lm-evaluation-harness"]
     return rows, [*goals, target(f"times lm-evaluation-harness, {name}", own / other, 1.0, least=True)]

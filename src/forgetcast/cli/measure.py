@@ -23,6 +23,7 @@ from forgetcast.cli.app import (
 )
 from forgetcast.cli.options import (
     MEASURE,
+    AllowDifferentTokens,
     AsJson,
     Cluster,
     Columns,
@@ -244,6 +245,7 @@ def diff(
     ] = False,
     pool: Annotated[Path | None, typer.Option(help="The scored pool, for results by source.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    allow_different_tokens: AllowDifferentTokens = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models' scores of the same examples: how much was forgotten, with what confidence, and where.
@@ -269,7 +271,15 @@ def diff(
     if pool is not None:
         sources = _sources(pool, scores_before.ids)
     clusters = _clusters(cluster, scores_before.ids, sources)
-    result = difference(scores_before, scores_after, sources=sources, clusters=clusters)
+    result = difference(
+        scores_before,
+        scores_after,
+        sources=sources,
+        clusters=clusters,
+        allow_different_tokens=allow_different_tokens,
+    )
+    if result.different_tokens is None:
+        err.print("warning: it is unknown whether both sides were scored on the same tokens")
     judgement = judge(result, gates, margin=margin, allow_unscored=allow_unscored)
     if as_json:
         print_json(result.as_dict() | judgement.as_dict())

@@ -92,6 +92,8 @@ def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
         yield "KL divergence from", kl.reference or "an unknown model"
     if result.unscored:
         yield "examples without both losses", f"{result.unscored}"
+    if result.different_tokens:
+        yield "examples of different tokens", f"{result.different_tokens}"
     if result.lost:
         yield "scored before, not after", f"{result.lost}"
     if (flips := result.flips) is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.errors import MismatchError
-from forgetcast.measure.scores import Scores, flips, forgetting
+from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
 from forgetcast.results import Result
 from forgetcast.stats import holm, mean_interval, wilcoxon_p, worst_part
 
@@ -148,6 +148,8 @@ class Difference(Result):
         None where the second file has no KL divergence.
     noise : Noise or None
         None where neither side was measured twice.
+    different_tokens : int or None
+        Number of examples scored on other tokens or targets on the two sides; None if that is unknown.
     """
 
     kind: ClassVar[str] = "difference"
@@ -162,6 +164,7 @@ class Difference(Result):
     by_source_p: dict[str, float] = field(default_factory=dict)
     kl: Divergence | None = None
     noise: Noise | None = None
+    different_tokens: int | None = None
 
     def __repr__(self) -> str:
         """Size, mean forgetting with its interval, and flips."""
@@ -193,7 +196,12 @@ class Difference(Result):
 
 
 def difference(
-    before: Scores, after: Scores, *, sources: Sequence[str] | None = None, clusters: Sequence[str] | None = None
+    before: Scores,
+    after: Scores,
+    *,
+    sources: Sequence[str] | None = None,
+    clusters: Sequence[str] | None = None,
+    allow_different_tokens: bool = False,
 ) -> Difference:
     """Compare two models' scores of the same examples, pair by pair.
 
@@ -205,11 +213,13 @@ def difference(
     clusters : sequence of str, optional
         Cluster of each of `before.ids`. Examples of one cluster, such as the parts of one document, may change
         together; intervals and p-values then rest on the number of clusters. Default: all examples are independent.
+    allow_different_tokens : bool
+        Whether to compare examples, too, that were scored on other tokens or targets.
 
     Raises
     ------
     MismatchError
-        If the two are of different examples.
+        If the two are of different examples, or of different tokens, which are not allowed.
     """
     pools = {before.pool_fingerprint, after.pool_fingerprint} - {None}
     if len(pools) > 1:
@@ -218,6 +228,7 @@ def difference(
         odd = sorted(set(before.ids) ^ set(after.ids))
         raise MismatchError(f"{len(odd)} example(s) are in only one of the score files, e.g. {odd[0]!r}")
     after = after.subset(before.ids)
+    different = check_tokens(before, after, allow_different=allow_different_tokens)
     change = forgetting(before, after)
     scored = np.flatnonzero(~np.isnan(change))
     labels, groups = (None if names is None else np.array(names) for names in (sources, clusters))
@@ -235,6 +246,7 @@ def difference(
         wilcoxon_p=_wilcoxon(change[scored], _of(groups, scored)) if len(scored) else None,
         flips=_flips(before, after, clustered=groups is not None),
         unscored=len(change) - len(scored),
+        different_tokens=different,
         by_source=dict(sorted(by_source.items(), key=lambda item: -item[1].mean)),
         worst=tuple(
             {
