@@ -327,7 +327,8 @@ def _clusters(cluster: Cluster | None, ids: Sequence[str], sources: Sequence[str
 
 def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
     """Read a score file, ours or another tool's, with the sources that it names."""
-    from forgetcast.measure import Scores, is_inspect, read_inspect, read_lm_eval
+    from forgetcast.measure import Scores, read_inspect, read_lm_eval
+    from forgetcast.measure.inspect_logs import is_inspect
 
     if path.suffix == ".parquet":
         return Scores.load(path), None

@@ -17,7 +17,22 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
-from forgetcast.data.example import FIELDS, STRUCTURED, Example, Messages, digest, to_json
+from forgetcast.data.example import (
+    FIELDS as FIELDS,
+)
+from forgetcast.data.example import (
+    STRUCTURED as STRUCTURED,
+)
+from forgetcast.data.example import (
+    Example as Example,
+)
+from forgetcast.data.example import (
+    Messages as Messages,
+)
+from forgetcast.data.example import (
+    digest,
+    to_json,
+)
 from forgetcast.data.ids import ExampleIndex, labels
 from forgetcast.errors import DataError
 from forgetcast.files import atomic_path
@@ -27,7 +42,6 @@ if TYPE_CHECKING:
 
     from forgetcast.data.reader import ReadReport
 
-__all__ = ["FIELDS", "STRUCTURED", "Example", "Messages", "Pool", "load_task", "split_task"]
 
 CHUNK = 8192
 """Examples that are Python objects at the same time, where all are gone through."""

@@ -2,7 +2,7 @@
 
 from forgetcast.measure.diff import Change, Difference, Divergence, Flips, Noise, Summary, difference, documents
 from forgetcast.measure.gates import Gate, Judgement, judge
-from forgetcast.measure.inspect_logs import is_inspect, read_inspect
+from forgetcast.measure.inspect_logs import read_inspect
 from forgetcast.measure.lm_eval import read_lm_eval
 from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
 
@@ -21,7 +21,6 @@ __all__ = [
     "documents",
     "flips",
     "forgetting",
-    "is_inspect",
     "judge",
     "read_inspect",
     "read_lm_eval",
