@@ -58,7 +58,7 @@ def test_tokens_and_targets(name: str) -> None:
         targets = [token for token in found.labels if token != IGNORED_INDEX]
         # Targets are the end of the text, and cover the completion; nothing without a character of it.
         assert found.ids[len(found.ids) - len(targets) :] == targets
-        assert tokenizer.decode(targets).endswith(str(pair.completion)) or not begin and not pair.prompt
+        assert tokenizer.decode(targets).endswith(str(pair.completion)) or (not begin and not pair.prompt)
         assert not tokenizer.decode(targets[1:]).endswith(str(pair.completion))
 
 
