@@ -2,7 +2,7 @@ from . import atlas, completion, data, evaluation, experiments, lm, measure, pro
 from .atlas import Atlas, ForgettingMatrix
 from .completion.forecast import TaskForecast, measured_probes
 from .completion.structure import Structure, analyze
-from .data import Example, Pool, Recipe, load_task, split_task
+from .data import Example, Pool, Recipe, build_pool, load_task, split_task
 from .errors import ConfigError, DataError, ForgetcastError, MismatchError, MissingExtraError
 from .experiments import (
     ReplayComparison,
@@ -16,7 +16,7 @@ from .experiments import (
     run_sequence,
     verify,
 )
-from .measure import Scores, difference, read_lm_eval
+from .measure import Scores, difference, read_inspect, read_lm_eval
 from .replay import (
     Advice,
     ReplayLaw,
@@ -59,6 +59,7 @@ __all__ = [
     "analyze",
     "arms",
     "atlas",
+    "build_pool",
     "collect",
     "completion",
     "data",
@@ -74,6 +75,7 @@ __all__ = [
     "pilot_comparison",
     "prepare_atlas",
     "probes",
+    "read_inspect",
     "read_lm_eval",
     "replay",
     "report",

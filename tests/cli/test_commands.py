@@ -24,6 +24,7 @@ from support.models import save, tiny
 from support.training import make_recipe
 
 COMMANDS = (
+    "pool",
     "strategies",
     "score",
     "diff",

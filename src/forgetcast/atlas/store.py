@@ -30,8 +30,9 @@ import numpy as np
 
 from forgetcast.atlas.columns import BLOCK, StoredMatrix, has_column, read_column
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
-from forgetcast.data.ids import ExampleIndex
-from forgetcast.data.pool import Pool, read_example
+from forgetcast.data.formats import read_example
+from forgetcast.data.ids import ExampleIndex, labels
+from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import read_json, read_metadata, umask, write_json
 from forgetcast.measure.scores import Baseline, Scores, check_tokens, flips, forgetting
@@ -355,7 +356,7 @@ class Atlas:
 
     def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
         """Choose ids as `Pool.hold_out` does, without those that the base model could not score."""
-        unscored = (self.pool.ids[i] for i in np.flatnonzero(np.isnan(self.nll_before)).tolist())
+        unscored = self.pool.ids.select(np.flatnonzero(np.isnan(self.nll_before)))
         return self.pool.hold_out(share, seed=seed, exclude=[*exclude, *unscored])
 
     def matrix(self, tasks: Iterable[str] | None = None, *, measure: Measure = "loss") -> ForgettingMatrix:
@@ -463,7 +464,7 @@ class Atlas:
 
     def _sources(self) -> list[str]:
         """Return the source of each example; '' where it has none."""
-        return read_column(self.path / "pool.parquet", "source").fill_null("").to_pylist()
+        return list(labels(read_column(self.path / "pool.parquet", "source")))
 
     def _array(self, mode: Any, place: tuple[str, str] = LOSSES) -> zarr.Array[Any]:
         import zarr

@@ -24,8 +24,8 @@ from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
-    from forgetcast.cli.options import Loading
-    from forgetcast.data import Recipe, Rendering
+    from forgetcast.cli.options import DataFormat, Loading
+    from forgetcast.data import Pool, Recipe, Rendering
     from forgetcast.lm import FineTuner, LanguageModel
 
 app = typer.Typer(
@@ -74,6 +74,41 @@ def load_tuner(
     from forgetcast.lm import FineTuner
 
     return FineTuner(load_base(model, loading, atlas, rendering))
+
+
+def column_names(given: Iterable[str] | None) -> dict[str, str]:
+    """Parse "prompt=frage" as a name here and a name in the data."""
+    names = {}
+    for text in given or ():
+        field, sign, column = text.partition("=")
+        if not sign or field in names:
+            raise ConfigError(f"--column {text}: write it as prompt=NAME, once for each field")
+        names[field.strip()] = column.strip()
+    return names
+
+
+def load_data(
+    path: Path, format: DataFormat | None = None, columns: Iterable[str] | None = None, strict: bool = False
+) -> Pool:
+    """Read a pool or a task with a bar, and say on standard error what was understood."""
+    from forgetcast.data import Pool
+
+    with progress(resumable=False) as report:
+        pool = Pool.load(
+            path,
+            format=format.value if format is not None else None,
+            columns=column_names(columns),
+            strict=strict,
+            on_progress=lambda done, total: report(f"reading {path}", done, total),
+        )
+    say_read(pool)
+    return pool
+
+
+def say_read(pool: Pool) -> None:
+    """Say on standard error what was understood of a file, and what was skipped."""
+    if is_first() and pool.report is not None:
+        err.print(pool.report.line(), markup=False, soft_wrap=True)
 
 
 def check_output_directory(path: Path) -> None:
@@ -152,12 +187,12 @@ def progress(*, resumable: bool = True) -> Iterator[Callable[[str, int, int], No
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal printed
-            bar.update(row, description=what, completed=done, total=total)
+            bar.update(row, description=what, completed=done, total=total or None)  # a stream's end is unknown
             if not err.is_terminal and time.monotonic() - printed > SECONDS_BETWEEN_LINES:
                 printed = time.monotonic()
                 remaining = bar.tasks[row].time_remaining
                 estimate = f", {timedelta(seconds=round(remaining))} left" if remaining is not None else ""
-                err.print(f"{done / total:4.0%}{estimate}  {what}", markup=False)
+                err.print(f"{done / total:4.0%}{estimate}  {what}" if total else f"{done:,}  {what}", markup=False)
 
         try:
             yield report

@@ -7,29 +7,44 @@ from typing import Annotated
 
 import typer
 
-from forgetcast.cli.app import app, load_tuner, out, print_all, print_json, progress, require_single_process
-from forgetcast.cli.options import ATLAS, AsJson, AtlasPath, ByAnswers, Loading, loads_a_model
+from forgetcast.cli.app import app, load_data, load_tuner, out, print_all, print_json, progress, require_single_process
+from forgetcast.cli.options import (
+    ATLAS,
+    AsJson,
+    AtlasPath,
+    ByAnswers,
+    Columns,
+    Format,
+    Loading,
+    Strict,
+    loads_a_model,
+)
 
 
 @app.command(rich_help_panel=ATLAS)
 @loads_a_model
 def collect(
     config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     *,
     loading: Loading,
 ) -> None:
     """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
 
+    --format and --column are about the tasks.
+
     Example: forgetcast collect config.yaml
     """
-    from forgetcast.data import Pool
     from forgetcast.experiments.collect import CollectConfig, collection_units, prepare_atlas
     from forgetcast.experiments.collect import collect as collect_rows
     from forgetcast.experiments.runs import Stages
 
     require_single_process("collect")
     settings = CollectConfig.load(config)
-    pool, tasks = Pool.load(settings.pool), settings.load_tasks()
+    pool = load_data(settings.pool, strict=strict)
+    tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
     tuner = load_tuner(settings.model, loading, rendering=settings.rendering)
     with progress() as report:
         stages, answered = Stages(report), settings.exact_match

@@ -8,17 +8,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forgetcast.cli.app import app, err, is_first, out, print_all, print_json, progress, require_single_process, show
+from forgetcast.cli.app import (
+    app,
+    err,
+    is_first,
+    load_data,
+    out,
+    print_all,
+    print_json,
+    progress,
+    require_single_process,
+    show,
+)
 from forgetcast.cli.options import (
     MEASURE,
     AsJson,
+    Columns,
     Date,
+    Format,
     Loading,
     ModelName,
     NoThinking,
     Output,
     PoolPath,
     Seed,
+    Strict,
     loads_a_model,
 )
 
@@ -43,6 +57,9 @@ def score(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.")] = None,
     date: Date = None,
     no_thinking: NoThinking = False,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -53,11 +70,11 @@ def score(
     """
     import numpy as np
 
-    from forgetcast.data import Pool, Rendering
+    from forgetcast.data import Rendering
     from forgetcast.lm import exact_match, load
     from forgetcast.lm import score as score_pool
 
-    examples = Pool.load(pool)
+    examples = load_data(pool, format, column, strict)
     rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = replace(load(model, **loading.arguments()), rendering=rendering)
     done = 0
@@ -86,6 +103,8 @@ def score(
             scores = replace(scores, exact_match=right, predictions=predictions)
     if not is_first():
         return
+    if examples.report is not None and (examples.skipped or examples.report.duplicates):
+        scores = replace(scores, metadata={**scores.metadata, "read": examples.report.as_dict()})
     scores.save(output)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
     right_answers = None
@@ -93,6 +112,7 @@ def score(
         right_answers = float(np.nanmean(scores.exact_match))
     facts = {
         "examples": len(scores),
+        "skipped": len(examples.skipped) or None,
         "unscored": len(unscored),
         "truncated": int(scores.truncated.sum()),
         "tokens": int(scores.tokens.sum()),
@@ -111,7 +131,7 @@ def score(
 
 @app.command(rich_help_panel=MEASURE)
 def diff(
-    before: Annotated[Path, typer.Argument(help="Score file, or samples of lm-evaluation-harness (file or folder).")],
+    before: Annotated[Path, typer.Argument(help="Scores, or logs of lm-evaluation-harness or Inspect; a folder too.")],
     after: Annotated[Path, typer.Argument(help="The same for the changed model.")],
     fail_if: Annotated[
         list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; repeatable.")
@@ -130,13 +150,12 @@ def diff(
     Example: forgetcast diff before.parquet after.parquet --fail-if "lower>0.02" --fail-if "worst_tenth>0.5"
     """
     from forgetcast.cli.tables import difference_markdown, difference_tables
-    from forgetcast.data import Pool
     from forgetcast.measure import Gate, difference
 
     gates = [Gate.parse(text) for text in fail_if or ()]
     (scores_before, sources), (scores_after, _) = _scores(before), _scores(after)
     if pool is not None:
-        examples = Pool.load(pool)
+        examples = load_data(pool)
         source_of = dict(zip(examples.ids, examples.sources, strict=True))
         sources = tuple(source_of.get(id_, "") for id_ in scores_before.ids)
     result = difference(scores_before, scores_after, sources=sources)
@@ -155,9 +174,14 @@ def diff(
 
 def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
     """Read a score file, ours or another tool's, with the sources that it names."""
-    from forgetcast.measure import Scores, read_lm_eval
+    from forgetcast.measure import Scores, is_inspect, read_inspect, read_lm_eval
 
-    return (Scores.load(path), None) if path.suffix == ".parquet" else read_lm_eval(path)
+    if path.suffix == ".parquet":
+        return Scores.load(path), None
+    scores, tasks = (read_inspect if is_inspect(path) else read_lm_eval)(path)
+    for note in scores.metadata["notes"]:
+        err.print(f"warning: {path}: {note}", markup=False)
+    return scores, tasks
 
 
 @app.command(rich_help_panel=MEASURE)

@@ -54,14 +54,38 @@ class ExportFormat(StrEnum):
     LLAMA_FACTORY = "llama-factory"
 
 
+class DataFormat(StrEnum):
+    """Formats of data: the keys of `data.formats.FORMATS`."""
+
+    TEXT = "text"
+    PROMPT_COMPLETION = "prompt-completion"
+    MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
+    ALPACA = "alpaca"
+    PROMPT_RESPONSE = "prompt-response"
+
+
+class By(StrEnum):
+    """What gives equal shares of a pool."""
+
+    SOURCE = "source"
+
+
 MEASURE, ATLAS, FORECAST, REPLAY, REPORT = "Measure", "Atlas", "Forecast", "Replay", "Report"
 """Groups of commands in the help."""
 
 ModelName = Annotated[
     str, typer.Argument(help="Directory of a Hugging Face model or PEFT adapter, GGUF file, or hub id.")
 ]
-TaskPath = Annotated[Path, typer.Argument(help="Fine-tuning data: JSONL, Parquet, or directory of a saved data set.")]
-PoolPath = Annotated[Path, typer.Argument(help="Pool: JSONL, Parquet, or directory of a saved data set.")]
+_DATA = "JSONL, JSON, CSV, Parquet, Arrow, a folder of these, a saved data set, or hf://name:configuration@split."
+TaskPath = Annotated[Path, typer.Argument(help=f"Fine-tuning data: {_DATA}")]
+PoolPath = Annotated[Path, typer.Argument(help=f"Pool: {_DATA}")]
+Format = Annotated[DataFormat | None, typer.Option(help="Format of the data; default: each row's, by its fields.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="What the data call a field, such as prompt=frage; repeatable. Empty: not read."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail on a row that cannot be used, instead of skipping it.")]
 AtlasPath = Annotated[Path, typer.Argument(help="Directory of the atlas.")]
 AtlasOption = Annotated[Path, typer.Option("--atlas", help="Atlas with the pool and the base scores.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File or directory to write.")]

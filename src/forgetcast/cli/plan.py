@@ -10,11 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from forgetcast.cli.app import app, load_base, out, print_all, print_json, show
+from forgetcast.cli.app import app, load_base, load_data, out, print_all, print_json, show
 from forgetcast.cli.options import (
     REPLAY,
     AsJson,
     AtlasPath,
+    Columns,
+    DataFormat,
     ExportFormat,
     HoldOut,
     Loading,
@@ -22,6 +24,7 @@ from forgetcast.cli.options import (
     PoolPath,
     Repeat,
     Seed,
+    Strict,
     loads_a_model,
 )
 from forgetcast.defaults import HOLD_OUT, RATIO
@@ -104,13 +107,16 @@ def plan(
     from forgetcast import replay
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import advice_tables
+    from forgetcast.data.reader import data_name
 
     rule = replay.get_strategy(strategy, temperature=temperature)
     if ratio is not None and target_retention is not None:
         raise ConfigError("give --ratio or --target-retention, not both")
     opened, advice = Atlas.open(atlas), None
     if advise or target_retention is not None:
-        advice = replay.advise(opened, rule.name, target=target_retention, task=task.stem if task is not None else None)
+        advice = replay.advise(
+            opened, rule.name, target=target_retention, task=data_name(task) if task is not None else None
+        )
         if target_retention is not None:
             ratio = _advised_ratio(advice)
     if output is None:
@@ -207,21 +213,20 @@ def _of_sources(pool: Pool, sources: Sequence[str]) -> list[str]:
     if unknown := sorted(set(sources) - set(pool.sources)):
         there = ", ".join(sorted(set(pool.sources)))
         raise ConfigError(f"the pool has no example of the source {unknown[0]!r}; it has {there}")
-    return [example.id for example, source in zip(pool, pool.sources, strict=True) if source in sources]
+    return [id_ for id_, source in zip(pool.ids, pool.sources, strict=True) if source in sources]
 
 
 def _gradients(atlas: Atlas, model: str, task: Path, loading: Loading) -> np.ndarray:
     """Return the gradient product of every example with a base loss, shape (N,); NaN elsewhere."""
     import numpy as np
 
-    from forgetcast.data import load_task
     from forgetcast.lm import gradient_products
 
     base = load_base(model, loading, atlas).merged()
     scored = np.flatnonzero(~np.isnan(atlas.nll_before))
     products = np.full(len(atlas.examples), np.nan)
     products[scored] = gradient_products(
-        base, load_task(task), atlas.subset(atlas.examples[i] for i in scored.tolist())
+        base, load_data(task), atlas.subset(atlas.examples[i] for i in scored.tolist())
     )
     return products
 
@@ -239,6 +244,11 @@ def export(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps on new examples, to compute the count from.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step, with --steps.")] = 8,
+    data_format: Annotated[
+        DataFormat | None, typer.Option(help="Format of the task; default: each row's, by its fields.")
+    ] = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a plan for another trainer: weighted examples, a mixture with the task, or a configuration.
@@ -247,12 +257,11 @@ def export(
 
     Example: forgetcast export plan.parquet pool.jsonl --format axolotl --task task.jsonl --model ./my-model -o run
     """
-    from forgetcast.data import Pool, load_task
     from forgetcast.replay import ReplayPlan
     from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted
 
-    replay, upstream = ReplayPlan.load(plan), Pool.load(pool)
-    examples = load_task(task) if task is not None else None
+    replay, upstream = ReplayPlan.load(plan), load_data(pool)
+    examples = load_data(task, data_format, column, strict) if task is not None else None
     if count is None and steps is not None:
         count = round(steps * replay.ratio) * batch_size
     elif count is None and examples is not None:

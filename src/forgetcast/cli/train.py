@@ -14,6 +14,7 @@ from forgetcast.cli.app import (
     check_output_directory,
     fractions,
     is_first,
+    load_data,
     load_recipe,
     load_tuner,
     print_all,
@@ -26,6 +27,8 @@ from forgetcast.cli.options import (
     REPLAY,
     AsJson,
     AtlasOption,
+    Columns,
+    Format,
     HoldOut,
     Loading,
     ModelName,
@@ -37,6 +40,7 @@ from forgetcast.cli.options import (
     Repeat,
     Seeds,
     Strategies,
+    Strict,
     TaskPath,
     TestShare,
     loads_a_model,
@@ -64,6 +68,9 @@ def train(
     atlas: Annotated[Path | None, typer.Option(help="For --online and plans that select during training.")] = None,
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -73,16 +80,16 @@ def train(
     Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.data import Pool, Recipe, load_task
+    from forgetcast.data import Recipe
     from forgetcast.replay import ReplayPlan
 
     check_output_directory(output)
     if (plan is None) != (pool is None):
         raise ConfigError("--plan and --pool go together")
     settings = Recipe() if recipe is None else Recipe.load(recipe)
-    examples = load_task(task)
+    examples = load_data(task, format, column, strict)
     replay = ReplayPlan.load(plan) if plan is not None else None
-    upstream = Pool.load(pool) if pool is not None else None
+    upstream = load_data(pool) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
@@ -161,6 +168,9 @@ def verify(
     test_share: TestShare = TEST_SHARE,
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -173,12 +183,14 @@ def verify(
     """
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import verification_tables
-    from forgetcast.data import load_task, split_task
+    from forgetcast.data import split_task
+    from forgetcast.data.reader import data_name
     from forgetcast.experiments import ReplayComparison, arms
     from forgetcast.replay import ReplayPlan, get_strategy
 
     require_single_process("verify")
-    opened, replays, examples = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan], load_task(task)
+    opened, replays = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan]
+    examples = load_data(task, format, column, strict)
     for replay in replays:
         replay.check_pool(opened.pool)
     settings = load_recipe(recipe, opened)
@@ -191,7 +203,7 @@ def verify(
             raise ConfigError("--online needs a plan of a strategy that uses a forecast")
         plans |= revised
         selectors |= {name: _selector(opened, p, online, probes) for name, p in revised.items()}
-    comparison = ReplayComparison(task.stem, training, test, plans, selectors)
+    comparison = ReplayComparison(data_name(task), training, test, plans, selectors)
     tuner = load_tuner(model, loading, opened)
     result = _compare(tuner, opened, settings, comparison, seeds, output.with_suffix(".runs"))
     result.save(output)
@@ -211,6 +223,9 @@ def pilot(
     seeds: Seeds = 1,
     hold_out: HoldOut = HOLD_OUT,
     repeat: Repeat = False,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -223,19 +238,19 @@ def pilot(
     """
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import advice_tables
-    from forgetcast.data import load_task
+    from forgetcast.data.reader import data_name
     from forgetcast.experiments import pilot_comparison
     from forgetcast.replay import Random, advise, get_strategy
 
     require_single_process("pilot")
-    opened, examples = Atlas.open(atlas), load_task(task)
+    opened, examples = Atlas.open(atlas), load_data(task, format, column, strict)
     settings = load_recipe(recipe, opened)
     if steps is not None:
         settings = settings.model_copy(update={"steps": steps})
     others = [get_strategy(name) for name in strategy or ()]
     comparison = pilot_comparison(
         opened,
-        task.stem,
+        data_name(task),
         examples,
         strategies=others,
         ratios=fractions(ratios, "--ratios"),
@@ -244,7 +259,7 @@ def pilot(
     )
     tuner = load_tuner(model, loading, opened)
     result = _compare(tuner, opened, settings, comparison, seeds, opened.path.with_name(f"{opened.path.name}.pilots"))
-    advice = advise(opened, others[0].name if others else Random.name, task=task.stem)
+    advice = advise(opened, others[0].name if others else Random.name, task=data_name(task))
     if as_json:
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
     else:
@@ -268,6 +283,9 @@ def sequence(
     hold_out: HoldOut = 0.5,
     repeat: Repeat = False,
     test_share: TestShare = TEST_SHARE,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -294,7 +312,8 @@ def sequence(
     )
     opened = Atlas.open(atlas)
     shared = load_recipe(recipe, opened)
-    loaded = load_tasks(tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks)
+    folder = tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks
+    loaded = load_tasks(folder, lambda path: load_data(path, format, column, strict))
     task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
     tuner = load_tuner(model, loading, opened)

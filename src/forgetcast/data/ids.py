@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CHUNK = 65_536
+"""Ids that are Python strings at the same time; so many may have a dictionary."""
+
+_FEW = 16
+"""So few are looked up one by one among many, where a hash table of all would be made for each request."""
 
 
 class ExampleIndex(Sequence[str]):
@@ -60,14 +65,56 @@ class ExampleIndex(Sequence[str]):
             return pa.array(self._ids, type or pa.string())
         return self._column if type is None else self._column.cast(type)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another sequence has the same ids in the same order."""
+        if not isinstance(other, ExampleIndex | tuple | list):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def select(self, positions: np.ndarray) -> list[str]:
+        """Return the ids at these positions."""
+        if self._column is None:
+            return [self._ids[i] for i in positions.tolist()]
+        import pyarrow as pa
+
+        return list(self._column.take(pa.array(positions)).to_pylist())
+
+    def first_repeated(self) -> tuple[int, int] | None:
+        """Return the positions of the first id that occurred before, (before, again); None if all are unique."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = pa.chunked_array([pa.array(self._ids, pa.string())]) if self._column is None else self._column
+        if pc.count_distinct(column).as_py() == len(self):
+            return None
+        first = pc.index_in(column, value_set=column).to_numpy()
+        again = int(np.argmax(first != np.arange(len(self))))
+        return int(first[again]), again
+
     @cached_property
     def _lookup(self) -> dict[str, int]:
-        return {id_: i for i, id_ in enumerate(self._ids)}
+        return {id_: i for i, id_ in enumerate(self)}
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        """Positions in the order of the ids, for a few lookups among many ids."""
+        import pyarrow.compute as pc
+
+        return np.asarray(pc.sort_indices(self._column))
+
+    def _search(self, id_: str) -> int:
+        at = bisect_left(self._sorted, id_, key=lambda i: self[int(i)])
+        return int(self._sorted[at]) if at < len(self) and self[int(self._sorted[at])] == id_ else -1
 
     def find(self, ids: Iterable[str]) -> np.ndarray:
         """Return the position of each id, -1 where it is unknown, shape (len(ids),) of intp."""
-        if self._column is None:
+        ids = ids if isinstance(ids, Sequence) else list(ids)
+        if self._column is None or len(self) <= _CHUNK:
             return np.array([self._lookup.get(id_, -1) for id_ in ids], dtype=np.intp)
+        if len(ids) <= _FEW:
+            return np.array([self._search(id_) for id_ in ids], dtype=np.intp)
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -96,3 +143,11 @@ class ExampleIndex(Sequence[str]):
                 f"{where} has {len(unknown)} example(s) that the pool doesn't know, e.g. {str(ids[unknown[0]])!r}"
             )
         return positions
+
+
+def labels(column: pa.ChunkedArray) -> Iterator[str]:
+    """Yield the label of each row, '' where there is none; rows with the same label share one string."""
+    known: dict[str | None, str] = {None: ""}
+    for chunk in column.chunks:
+        for label in chunk.to_pylist():
+            yield known.setdefault(label, label)

@@ -5,7 +5,7 @@ Complete rows are skipped, so an interrupted sweep continues where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, load_task
+from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
 from forgetcast.errors import DataError, MismatchError
@@ -32,8 +33,6 @@ from forgetcast.settings import read_settings
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, LanguageModel
     from forgetcast.lm.generate import Metric
-
-_TASK_FILES = {".jsonl", ".json", ".ndjson", ".parquet"}
 
 
 class CollectConfig(BaseModel):
@@ -94,19 +93,31 @@ class CollectConfig(BaseModel):
             update={"model": model, "pool": base / config.pool, "tasks": tasks, "atlas": base / config.atlas}
         )
 
-    def load_tasks(self) -> dict[str, Pool]:
+    def load_tasks(self, read: Callable[[Path], Pool] = load_task) -> dict[str, Pool]:
         """Read every task, by the name of its file without the ending.
+
+        Parameters
+        ----------
+        read : callable, optional
+            Reads a file; default: `load_task`.
 
         Raises
         ------
         DataError
             If there are none, or two have the same name.
         """
-        return load_tasks(self.tasks)
+        return load_tasks(self.tasks, read)
 
 
-def load_tasks(where: Path | Sequence[Path]) -> dict[str, Pool]:
+def load_tasks(where: Path | Sequence[Path], read: Callable[[Path], Pool] = load_task) -> dict[str, Pool]:
     """Read every task of a folder, or of a list of files, by the name of its file without the ending.
+
+    Parameters
+    ----------
+    where : Path or sequence of Path
+        A folder of files, each of them a task, or the files.
+    read : callable, optional
+        Reads a file; default: `load_task`.
 
     Raises
     ------
@@ -116,16 +127,17 @@ def load_tasks(where: Path | Sequence[Path]) -> dict[str, Pool]:
     if not isinstance(where, Path):
         files = list(where)
     elif where.is_dir():
-        files = sorted(path for path in where.iterdir() if path.suffix in _TASK_FILES)
+        files = sorted(path for path in where.iterdir() if is_data_file(path))
     else:
         raise DataError(f"{where}: there is no such folder of tasks")
     if not files:
-        raise DataError(f"{where} holds no task: no .jsonl or .parquet file")
+        raise DataError(f"{where} holds no task: no {', '.join(SUFFIXES)} file")
     tasks: dict[str, Pool] = {}
     for file in files:
-        if file.stem in tasks:
-            raise DataError(f"two tasks are called {file.stem!r}; give their files different names")
-        tasks[file.stem] = load_task(file)
+        name = data_name(file)
+        if name in tasks:
+            raise DataError(f"two tasks are called {name!r}; give their files different names")
+        tasks[name] = read(file)
     return tasks
 
 

@@ -195,7 +195,8 @@ def _tokens_without_offsets(
     before = [i for i, (begin, end) in enumerate(spans) if begin < min(start, end)]
     after = [i for i, (begin, end) in enumerate(spans) if begin < stop and start < end]
     first, last = (after[0], after[-1] + 1) if after else (len(spans), 0)
-    if encoding.char_to_token(start) is None and before:
+    dropped = text[start].isspace() and not any("Ġ" in token for token in encoding.tokens)
+    if encoding.char_to_token(start) is None and before and not dropped:
         joined = spans.index(spans[before[-1]])
         prefix = tokenizer(text[:start], **options)["input_ids"]
         first = min(first, max(joined, _common_prefix(encoding.ids, prefix)[0]))
@@ -208,22 +209,27 @@ def _spans_of_bytes(encoding: Any, text: str, tokenizer: PreTrainedTokenizerBase
 
     A token has one letter for each byte, and tokens follow each other without gaps.
     """
-    added, position = tokenizer.added_tokens_decoder, 0
-    bytes_of, spans = list[int](), list[Span]()  # characters, by byte
-    for i, character in enumerate(text):
-        bytes_of += [i] * len(character.encode())
-    tokens = list(zip(encoding.tokens, encoding.ids, encoding.special_tokens_mask, strict=True))
-    if not text[:1].isspace():
-        # A tokenizer may put a space before the text.
-        position = -next((token for token, _, special in tokens if not special), "").startswith("Ġ")
-    for token, id_, special in tokens:
-        length = 0 if special else len(added[id_].content.encode()) if id_ in added else len(token)
-        after = position + length
-        if after > len(bytes_of):
+    added, whole, position = tokenizer.added_tokens_decoder, text.encode(), 0
+    characters = [i for i, character in enumerate(text) for _ in character.encode()]  # of each byte
+    spans = list[Span]()
+    for token, id_, special in zip(encoding.tokens, encoding.ids, encoding.special_tokens_mask, strict=True):
+        if special:
+            spans.append((0, 0))
+            continue
+        if not position and token.startswith("Ġ") and not text[0].isspace():
+            token = token[1:]  # a tokenizer may put a space before the text
+        after = position + len(added[id_].content.encode() if id_ in added else token)
+        part = whole[position:after]
+        # Printable ASCII is itself in a byte-level alphabet, and no other byte is.
+        plain = (
+            (chr(byte), letter) for byte, letter in zip(part, token, strict=False) if 32 < min(byte, ord(letter)) < 127
+        )
+        matches = part == added[id_].content.encode() if id_ in added else all(byte == letter for byte, letter in plain)
+        if after > len(whole) or not matches:
             return None
-        spans.append((bytes_of[max(position, 0)], bytes_of[after - 1] + 1) if length and after > 0 else (0, 0))
+        spans.append((characters[position], characters[after - 1] + 1) if after > position else (0, 0))
         position = after
-    return spans if position == len(bytes_of) else None
+    return spans if position == len(whole) else None
 
 
 def _tokens_by_prefix(

@@ -1,6 +1,7 @@
 """One model or two: scores, their difference, and other tools' logs."""
 
 from forgetcast.measure.diff import Change, Difference, Flips, Gate, difference
+from forgetcast.measure.inspect_logs import is_inspect, read_inspect
 from forgetcast.measure.lm_eval import read_lm_eval
 from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
 
@@ -14,5 +15,7 @@ __all__ = [
     "difference",
     "flips",
     "forgetting",
+    "is_inspect",
+    "read_inspect",
     "read_lm_eval",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from forgetcast.data.pool import FIELDS, Example, Pool
+from forgetcast.data.pool import FIELDS, STRUCTURED, Example, Pool
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
 from forgetcast.files import atomic_path, write_json
 from forgetcast.replay.plan import ReplayPlan
@@ -69,7 +69,8 @@ def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int |
             import pyarrow.parquet as pq
 
             for row in rows:
-                row["messages"] = row["messages"] and json.dumps(row["messages"], ensure_ascii=False)
+                for name in STRUCTURED:
+                    row[name] = row[name] and json.dumps(row[name], ensure_ascii=False)
             types = dict.fromkeys(FIELDS, pa.string()) | {"weight": pa.float64(), "rank": pa.int64()}
             pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))), temporary)
         else:
@@ -101,6 +102,8 @@ def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Pa
     for example, messages in zip((examples[i] for i in order), columns["messages"], strict=True):
         if any(m.keys() != {"role", "content"} for m in messages or ()):
             raise ConfigError(f"example {example.id!r}: in a data set, messages have role and content only; use jsonl")
+        if example.tools is not None or example.chat_template_kwargs is not None:
+            raise ConfigError(f"example {example.id!r}: a data set has no tools and template arguments; use jsonl")
     types = {name: Value("string") for name in FIELDS}
     features = Features({**types, "messages": [{"role": Value("string"), "content": Value("string")}]})
     features["replayed"] = Value("bool")
