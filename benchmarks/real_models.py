@@ -262,7 +262,7 @@ def judge(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and targets of one model."""
     model = load(str(cache / name))
-    tokenizer, size = model.tokenizer, 8 if quick else 40
+    tokenizer, size = model.tokenizer, 4 if quick else 40
     kinds = {"text": list(texts(200, CONTEXT)), "prompt and completion": pairs(200), "conversation": chats(100)}
     if not tokenizer.chat_template:
         console.print(f"{name} is no chat model: no conversations", style="dim")
@@ -288,7 +288,7 @@ def judge(
         target(f"relative error to double precision, {name}", max(r["relative_error"] for r in rows), 1e-5),
     ]
     # Speed is measured last, because it shortens the context.
-    found = speed(model, texts(24 if quick else 100, CONTEXT))
+    found = speed(model, texts(8, CONTEXT // 2) if quick else texts(100, CONTEXT))
     rows += [{"model": name, "way": way, "tokens_per_second": value} for way, value in found.items()]
     own, other = found["forgetcast"], found["lm-evaluation-harness"]
     return rows, [*goals, target(f"times lm-evaluation-harness, {name}", own / other, 1.0, least=True)]
