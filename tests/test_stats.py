@@ -20,7 +20,7 @@ from forgetcast.evaluation import worst_part, worst_tenth
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.scores import count_flips
 from forgetcast.replay import METRICS, Run
-from forgetcast.stats import bootstrap_interval, holm, paired_difference, wilcoxon_p
+from forgetcast.stats import bootstrap_interval, holm, mean_interval, paired_difference, wilcoxon_p
 from support.data import make_pool, make_scores
 
 
@@ -236,3 +236,55 @@ def test_degenerate_pairs() -> None:
     assert paired_difference([1.0, 2.0], [1.0, 2.0]).p_value == 1
     with pytest.raises(DataError, match="two pairs"):
         paired_difference([1.0], [2.0])
+
+
+class TestMeanInterval:
+    @pytest.mark.parametrize("size", [1, 4])
+    def test_against_a_plain_loop(self, size: int) -> None:
+        """Oracle: resample whole clusters one by one, and widen the percentiles to Student's t."""
+        rng = np.random.default_rng(0)
+        sizes = rng.integers(1, 2 * size, 40) if size > 1 else np.ones(40, int)
+        labels = np.repeat([f"c{i:02}" for i in range(40)], sizes)
+        values = np.repeat(rng.normal(0, 1, 40), sizes) + rng.normal(0, 0.5, sizes.sum())
+        groups = [values[labels == name] for name in sorted(set(labels.tolist()))]
+        means = []
+        for _ in range(20_000):
+            drawn = [groups[i] for i in rng.integers(0, 40, 40)]
+            means.append(sum(float(group.sum()) for group in drawn) / sum(len(group) for group in drawn))
+        wide = stats.t.ppf(0.975, 39) * np.sqrt(40 / 39)
+        expected = np.quantile(means, [stats.norm.cdf(-wide), stats.norm.cdf(wide)])
+        order = rng.permutation(len(values))
+        found = mean_interval(values[order], None if size == 1 else labels[order])
+        assert found.units == 40
+        assert found.mean == pytest.approx(values.mean())
+        assert found.standard_error == pytest.approx(np.std(means), rel=0.05)
+        tolerance = 0.1 * float(np.std(means))  # of 2,000 resamples
+        assert (found.lower, found.upper) == pytest.approx(tuple(expected), abs=tolerance)
+
+    def test_coverage_of_correlated_clusters(self) -> None:
+        """Planted: parts of a document change together, so there are as many independent values as documents."""
+        rng, covered, naive, rounds = np.random.default_rng(1), 0, 0, 250
+        for _ in range(rounds):
+            labels = np.repeat(np.arange(30), rng.integers(4, 16, 30))
+            values = 0.03 + rng.normal(0, 0.1, 30)[labels] + rng.normal(0, 0.02, len(labels))
+            clustered, plain = mean_interval(values, labels), mean_interval(values)
+            assert clustered.lower is not None
+            assert clustered.upper is not None
+            assert plain.lower is not None
+            assert plain.upper is not None
+            covered += clustered.lower <= 0.03 <= clustered.upper
+            naive += plain.lower <= 0.03 <= plain.upper
+        assert 0.91 <= covered / rounds <= 0.99
+        assert naive / rounds < 0.65
+
+    def test_few_units_have_students_interval(self) -> None:
+        values = np.random.default_rng(0).normal(0.2, 1, 7)
+        t = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        found = mean_interval(values)
+        assert (found.lower, found.upper) == pytest.approx((t.low, t.high))
+        paired = mean_interval(np.repeat(values, 3), np.repeat(np.arange(7), 3))
+        assert (paired.lower, paired.upper) == pytest.approx((t.low, t.high))
+        for one in (mean_interval([0.3]), mean_interval([0.3, 0.4], ["a", "a"])):
+            assert (one.lower, one.upper, one.standard_error, one.units) == (None, None, None, 1)
+        same = mean_interval([0.3, 0.3])
+        assert (same.lower, same.upper, same.standard_error) == (0.3, 0.3, 0)

@@ -1,4 +1,4 @@
-"""Atomic writes, and reading of JSON, Parquet and saved data sets with errors that name the file."""
+"""Atomic writes, and reading of JSON and Parquet with errors that name the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forgetcast.errors import DataError, MissingExtraError
+from forgetcast.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,17 +59,6 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
-
-
-def read_saved_dataset(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a directory written by `datasets.Dataset.save_to_disk`."""
-    if not (path / "dataset_info.json").is_file():
-        raise DataError(f"{path} is a directory, but not one that Dataset.save_to_disk wrote")
-    try:
-        from datasets import load_from_disk
-    except ImportError as error:
-        raise MissingExtraError("lm", error) from error
-    return list(load_from_disk(str(path)))
 
 
 def write_table(table: pa.Table, path: Path, metadata: Mapping[str, Any]) -> None:

@@ -180,9 +180,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_bad_pools_give_one_line_and_exit_code_2(work: Path, run: RunCommand, tmp_path: Path) -> None:
     good = '{"id": "a", "text": "some text"}\n'
     cases = {
-        "no id": (good + '{"text": "x y"}\n', "line 2: the field 'id' is missing"),
-        "the same id": (good + good, "the id 'a' occurs 2 times"),
-        "empty text": (good + '{"id": "b", "text": " "}\n', "line 2: example 'b' has an empty text"),
+        "an id of no type": (good + '{"id": 1.5, "text": "x y"}\n', "line 2: the id must be a string"),
+        "the same id": (good + good, "the id 'a' occurs twice: "),
+        "empty text": ('{"id": "b", "text": " "}\n', "line 1: example 'b' has an empty text"),
         "no JSON": (good + "not json\n", "line 2: not JSON"),
         "nothing": ("", "has no examples"),
     }

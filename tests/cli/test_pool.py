@@ -67,7 +67,8 @@ def test_what_a_pool_cannot_be_made_of(
     code, _, err = run("pool", data, *words, "-o", tmp_path / "pool.jsonl")
     assert code == 2
     assert message in err
-    assert err.strip().count("\n") == 0
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
     assert not (tmp_path / "pool.jsonl").exists()
 
 

@@ -162,7 +162,7 @@ class TestSplitter:
         pair = {"id": "b", "prompt": self.TEXT, "completion": "x"}
         file = lines(tmp_path / "long.jsonl", row, pair, {"id": "c", "text": "short"})
         pool, report = build_pool([file], 100, splitter=Splitter(60))
-        assert pool.ids[:2] == ("a/1", "a/2")
+        assert pool.ids[:2] == ("a#1", "a#2")
         assert pool.ids[-2:] == ("b", "c")
         assert (report.split, report.too_long) == (1, 1)
         assert report.pieces == len(pool) - 2

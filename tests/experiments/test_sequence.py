@@ -457,7 +457,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
 
     def refused(*words: object) -> str:
         code, out, err = run(*words)
-        assert (code, out, err.strip().count("\n")) == (2, "", 0), err
+        assert (code, out, err.count("error: "), "Traceback" in err) == (2, "", 1, False), err
         return err
 
     assert "cannot be used in a sequence" in refused(*files(), "--strategy", "most-forgotten")

@@ -45,7 +45,8 @@ def refused(run: RunCommand, model: Path | str, folder: Path, *options: str) -> 
     """Score with a model that cannot be loaded: one line, exit code 2, nothing stored. Return the line."""
     POOL.save(folder / "pool.jsonl")
     code, _, err = run("score", model, folder / "pool.jsonl", "-o", folder / "out.parquet", *options)
-    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    beside = ("warning: ", str(folder / "pool.jsonl:"))
+    lines = [line for line in err.splitlines() if not line.startswith(beside)]
     assert code == 2, err
     assert len(lines) == 1, err
     assert not list(folder.glob("out.parquet*"))

@@ -32,6 +32,7 @@ def launch(*words: object) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     save(tiny(), folder / "model")
+    save(tiny(seed=1), folder / "other")
     pool = make_pool(13)
     pool.save(folder / "pool.jsonl")
     TASK.save(folder / "task.jsonl")
@@ -42,20 +43,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_scores_are_those_of_one_process(folder: Path, run: RunCommand) -> None:
     words = ("score", folder / "model", folder / "pool.jsonl", "--exact-match", "--max-new-tokens", 4, "--json")
+    words += ("--repeat", 2, "--reference", folder / "other")
     assert run(*words, "-o", folder / "one.parquet")[0] == 0
     one = Scores.load(folder / "one.parquet")
     # What an earlier run of three processes had finished is used, whoever had it.
     kept = {"": "e0", ".2": "e5"}
+    scored = {name: value for name, value in one.metadata.items() if not name.startswith("reference")}
     for suffix, id_ in kept.items():
-        lines = [json.dumps(one.metadata), json.dumps([id_, 7.0 * one.tokens[one.ids.index(id_)], ""])]
+        lines = [json.dumps(scored), json.dumps([id_, 7.0 * one.tokens[one.ids.index(id_)], ""])]
         (folder / f"two.parquet.partial{suffix}").write_text("\n".join(lines) + "\n")
     done = launch(*words, "-o", folder / "two.parquet")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["examples"] == 13
-    assert not list(folder.glob("two.parquet.partial*"))
+    assert not list(folder.glob("two.parquet.*"))
     two = Scores.load(folder / "two.parquet")
     expected = np.where(np.isin(one.ids, list(kept.values())), 7.0, one.nll)
     np.testing.assert_allclose(two.nll, expected, rtol=1e-5)
+    np.testing.assert_allclose(two.repeats, one.repeats, rtol=1e-5)
+    np.testing.assert_allclose(two.kl, one.kl, rtol=1e-4)
     assert two.predictions == one.predictions
     np.testing.assert_array_equal(two.exact_match, one.exact_match)
 

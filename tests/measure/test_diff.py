@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from forgetcast import ConfigError, DataError, MismatchError, Scores
-from forgetcast.measure.diff import Gate, difference
+from forgetcast import MismatchError, Scores
+from forgetcast.measure import Difference, difference
 from support.cli import RunCommand
 from support.data import make_pool, make_scores
 
@@ -106,30 +108,105 @@ class TestDifference:
             difference(scores(np.ones(3), pool="a"), scores(np.ones(3), pool="b"))
 
 
-class TestGate:
-    @pytest.mark.parametrize(
-        ("text", "fails"),
-        [
-            ("mean>0.2", True),
-            ("mean >= 0.25", True),
-            ("mean>0.25", False),
-            ("upper < 1", True),
-            ("share_worse<=.4", False),
-        ],
-    )
-    def test_conditions(self, text: str, fails: bool) -> None:
-        found = difference(scores(np.array([1.0, 1.0])), scores(np.array([1.0, 1.5])))
-        assert Gate.parse(text).fails(found) == fails
+class TestClusters:
+    def test_intervals_and_tests_rest_on_the_clusters(self) -> None:
+        rng = np.random.default_rng(0)
+        shared = rng.normal(0.02, 0.1, 25)
+        change = np.repeat(shared, 4) + rng.normal(0, 0.001, 100)
+        before = np.full(100, 3.0)
+        clusters = [f"d{i}" for i in np.repeat(np.arange(25), 4)]
+        right, wrong = np.ones(100), np.where(np.arange(100) < 9, 0.0, 1.0)
+        pair = scores(before, right), scores(before + change, wrong)
+        found, naive = difference(*pair, clusters=clusters), difference(*pair)
+        assert found.loss is not None
+        assert naive.loss is not None
+        assert (found.loss.clusters, naive.loss.clusters) == (25, None)
+        assert found.loss.mean == naive.loss.mean
+        means = change.reshape(25, 4).mean(axis=1)
+        assert found.loss.standard_error == pytest.approx(means.std(ddof=1) / 5)
+        assert naive.loss.standard_error == pytest.approx(change.std(ddof=1) / 10)
+        assert found.wilcoxon_p == pytest.approx(stats.wilcoxon(means).pvalue, rel=1e-6)
+        assert found.flips is not None
+        assert naive.flips is not None
+        assert found.flips.mcnemar_p is None  # the test is of independent answers
+        assert naive.flips.mcnemar_p == pytest.approx(2 * 0.5**9)
 
-    @pytest.mark.parametrize("text", ["mean", "mean>", "mean=0.1", "mean>much", "> 3", "mean>0.1; worst>2"])
-    def test_invalid_conditions_are_rejected(self, text: str) -> None:
-        with pytest.raises(ConfigError, match="is not a condition"):
-            Gate.parse(text)
+    def test_one_source_is_not_one_cluster(self, pair: tuple[Scores, Scores]) -> None:
+        sources = [f"s{i % 4}" for i in range(200)]
+        by_itself = difference(*pair, sources=sources)
+        clustered = difference(*pair, sources=sources, clusters=sources)
+        assert clustered.by_source == by_itself.by_source
+        assert clustered.loss is not None
+        assert clustered.loss.clusters == 4
+        documents = [f"s{i % 4}/{i // 8}" for i in range(200)]
+        parts = difference(*pair, sources=sources, clusters=documents).by_source
+        assert [part.clusters for part in parts.values()] == [25] * 4
 
-    def test_unknown_metric_is_rejected(self) -> None:
-        found = difference(scores(np.ones(2)), scores(np.ones(2)))
-        with pytest.raises(DataError, match=r"no figure 'mcnemar_p' .* mean, median"):
-            Gate.parse("mcnemar_p<0.05").fails(found)
+
+class TestDivergence:
+    def test_is_summarised(self) -> None:
+        rng = np.random.default_rng(0)
+        kl = rng.gamma(1, 0.05, 50)
+        kl[7] = np.nan
+        before, after = scores(np.full(50, 2.0)), scores(np.full(50, 2.1), reference="base model")
+        found = difference(before, replace(after, kl=kl)).kl
+        known = kl[~np.isnan(kl)]
+        assert found is not None
+        assert (found.examples, found.reference) == (49, "base model")
+        assert (found.mean, found.median) == pytest.approx((known.mean(), np.median(known)))
+        assert found.worst_tenth == pytest.approx(np.sort(known)[-5:].mean())
+        t = stats.ttest_1samp(known, 0).confidence_interval(0.95)
+        assert (found.lower, found.upper) == pytest.approx((t.low, t.high), abs=0.005)
+        figures = difference(before, replace(after, kl=kl)).figures()
+        assert figures["kl_mean"] == found.mean
+        assert {"kl_lower", "kl_upper", "kl_worst_tenth"} <= set(figures)
+        assert difference(replace(before, kl=kl), after).kl is None
+
+
+class TestNoise:
+    def test_against_plain_code(self) -> None:
+        rng = np.random.default_rng(0)
+        before, after = np.full(80, 2.0), np.full(80, 2.001)
+        first, second = rng.normal(0.001, 0.01, 80), rng.normal(0, 0.02, 80)
+        second -= second.mean()  # so that only the spread says something
+        pair = replace(scores(before), repeats=before + first), replace(scores(after), repeats=after + second)
+        found = difference(*pair).noise
+        assert found is not None
+        assert found.before_rms == pytest.approx(np.sqrt((first**2).mean()))
+        assert found.after_rms == pytest.approx(np.sqrt((second**2).mean()))
+        shift = max(abs(first.mean()), np.sqrt((first**2).mean() / 80))
+        expected = np.sqrt(shift**2 + (second**2).mean() / 80)
+        assert found.mean == pytest.approx(expected)
+        assert found.exceeds_change == (expected > 0.001)
+        assert found.exceeds_change
+        large = difference(pair[0], replace(scores(after + 1), repeats=after + 1 + second)).noise
+        assert large is not None
+        assert not large.exceeds_change
+
+    def test_of_one_side_or_none(self) -> None:
+        nll, nan = np.array([1.0, 2.0, np.nan]), np.nan
+        again = replace(scores(nll), repeats=np.array([1.1, nan, nan]))
+        found = difference(again, scores(nll)).noise
+        assert found is not None
+        assert (found.before_rms, found.after_rms) == (pytest.approx(0.1), None)
+        assert difference(scores(nll), scores(nll)).noise is None
+        assert difference(replace(again, repeats=np.full(3, nan)), scores(nll)).noise is None
+
+
+def test_results_survive_json(pair: tuple[Scores, Scores]) -> None:
+    before, after = pair
+    sources = [f"s{i % 4}" for i in range(199)] + ["alone"]
+    full = replace(after, kl=np.linspace(0, 1, 200), repeats=after.nll + 0.01)
+    for found in (
+        difference(before, full, sources=sources, clusters=sources),
+        difference(before, full, sources=sources),
+        difference(scores(np.array([np.nan])), scores(np.array([1.0]))),
+    ):
+        again = Difference.from_dict(json.loads(json.dumps(found.as_dict(), allow_nan=False)))
+        assert again == found
+    # What an earlier version wrote has none of the newer fields.
+    old = {name: found.as_dict()[name] for name in ("loss", "wilcoxon_p", "flips", "unscored", "by_source", "worst")}
+    assert Difference.from_dict(old).lost == 0
 
 
 class TestCommand:
@@ -166,3 +243,40 @@ class TestCommand:
         assert line.startswith(r"| a\|b \<script\> \*\*x\*\* \[y\](z) | 1.000 |")
         assert "**Failed:** `mean>0`" in out
         assert len(re.findall(r"(?<!\\)\|", line)) == 5
+
+    def test_markdown_mentions_nobody_and_links_nothing(self, tmp_path: Path, run: RunCommand) -> None:
+        odd = ("cc @octocat", "https://example.org/x", "see www.example.org", "a@example.org", "fixes #12", "ftp://h/f")
+        for name, value in (("before", 1.0), ("after", 2.0)):
+            Scores(odd, np.full(6, value), np.ones(6), np.zeros(6, bool)).save(tmp_path / f"{name}.parquet")
+        _, out, _ = run("diff", tmp_path / "before.parquet", tmp_path / "after.parquet", "--markdown")
+        assert not re.search(r"@\w|\w://|www\.|#\d+ ", out)
+        # What a reader sees is the text, but for a space without width.
+        seen = html.unescape(re.sub(r"\\([\\`*_{}\[\]<>#|~!&])", r"\1", out)).replace("\u200b", "")
+        assert all(f"| {text} |" in seen for text in odd)
+
+    def test_everything_is_shown(self, tmp_path: Path, run: RunCommand) -> None:
+        pool = make_pool(40)
+        pool.save(tmp_path / "pool.jsonl")
+        before, rng = np.full(40, 2.0), np.random.default_rng(0)
+        one = make_scores(pool, before)
+        replace(one, repeats=before + 1e-6).save(tmp_path / "before.parquet")
+        two = make_scores(pool, before + rng.normal(0.01, 0.1, 40), reference="[b]base[/b] @me")
+        replace(two, kl=rng.gamma(1, 0.1, 40), repeats=two.nll + 0.1).save(tmp_path / "after.parquet")
+        words = ("diff", tmp_path / "before.parquet", tmp_path / "after.parquet", "--pool", tmp_path / "pool.jsonl")
+        words += ("--cluster", "source", "--margin", 0.01, "--fail-if", "kl_mean>5")
+        code, table, _ = run(*words)
+        assert code == 0
+        code, markdown, _ = run(*words, "--markdown")
+        for said in ("KL divergence", "noise of the mean", "may be noise alone", "p, corrected", "clusters"):
+            assert said in table
+            assert said in markdown
+        assert "[b]base[/b] @me" in table
+        assert "**Verdict:** inconclusive" in markdown
+        assert "@me" not in markdown
+        found = json.loads(run(*words, "--json")[1])
+        assert set(found["noise"]) == {"before_rms", "after_rms", "mean", "exceeds_change"}
+        assert found["kl"]["reference"] == "[b]base[/b] @me"
+        assert set(found["by_source_p"]) == {"s0", "s1", "s2"}
+        assert found["corrected_p"] == {}
+        assert found["loss"]["clusters"] == 3
+        assert run(*words, "--fail-if", "kl_mean>0.01")[0] == 1

@@ -181,7 +181,7 @@ def progress(*, resumable: bool = True) -> Iterator[Callable[[str, int, int], No
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, speed_estimate_period=120) as bar:
+    with Progress(*columns, console=err, transient=True, speed_estimate_period=120, disable=not err.is_terminal) as bar:
         row = bar.add_task("starting", total=None)
         printed = time.monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,9 @@ from forgetcast.cli.app import (
 )
 from forgetcast.cli.options import (
     MEASURE,
+    AllowDifferentTokens,
     AsJson,
+    Cluster,
     Columns,
     Date,
     Format,
@@ -35,8 +38,13 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from forgetcast.data import Pool
+    from forgetcast.lm import LanguageModel
     from forgetcast.measure import Scores
 
 
@@ -54,7 +62,14 @@ def score(
     stride: Annotated[
         int | None, typer.Option(help="Score longer texts in windows this many tokens apart; default: truncate.")
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch, with padding.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in a batch, with padding.")] = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, max=2, help="2: measure again with other batches, so that `diff` knows the noise.")
+    ] = 1,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Also measure the KL divergence from this model, usually the base; it is not quantised."),
+    ] = None,
     date: Date = None,
     no_thinking: NoThinking = False,
     format: Format = None,
@@ -66,17 +81,28 @@ def score(
 ) -> None:
     """Measure how well a model predicts each example: nats per target token.
 
+    An interrupted run continues with the same command, also within what `--repeat` and `--reference` add.
+
     Example: forgetcast score ./my-model pool.jsonl -o before.parquet
     """
     import numpy as np
 
     from forgetcast.data import Rendering
-    from forgetcast.lm import exact_match, load
+    from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
+    from forgetcast.measure import Scores
 
     examples = load_data(pool, format, column, strict)
     rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = replace(load(model, **loading.arguments()), rendering=rendering)
+    compared = None
+    if reference is not None:
+        # The base of a model that is quantised while it is loaded is not.
+        compared = replace(load(reference, **replace(loading, load_in=None).arguments()), rendering=rendering)
+    settings = {"max_length": max_length, "stride": stride}
+    # What is added to the scores has files of its own; while they exist, the scores themselves are complete.
+    again, divergence = (output.with_name(f"{output.name}.{name}.partial") for name in ("repeat", "kl"))
+    resumed = output.is_file() and ((repeat > 1 and again.is_file()) or (compared and divergence.is_file()))
     done = 0
 
     with progress() as report:
@@ -86,15 +112,44 @@ def score(
             done += finished
             report(what, done, len(examples))
 
-        scores = score_pool(
-            language_model,
-            examples,
-            max_length=max_length,
-            stride=stride,
-            batch_tokens=batch_tokens,
-            partial=output.with_name(f"{output.name}.partial"),
-            on_progress=count,
-        )
+        if resumed:
+            scores = Scores.load(output)
+            _check_resumed(output, scores, language_model, examples, settings)
+        else:
+            scores = score_pool(
+                language_model,
+                examples,
+                **settings,
+                batch_tokens=batch_tokens,
+                partial=output.with_name(f"{output.name}.partial"),
+                on_progress=count,
+            )
+        if repeat > 1 and scores.repeats is None:
+            _keep(scores, output)
+            done = 0
+            repeats = score_again(
+                language_model,
+                examples,
+                scores,
+                batch_tokens=batch_tokens,
+                partial=again,
+                on_progress=lambda n: count(n, "scoring again"),
+            )
+            scores = replace(scores, repeats=repeats)
+        if compared is not None:
+            _keep(scores, output)
+            done = 0
+            kl = kl_divergence(
+                language_model,
+                compared,
+                examples,
+                **settings,
+                batch_tokens=batch_tokens,
+                partial=divergence,
+                on_progress=lambda n: count(n, "comparing with the reference"),
+            )
+            named = {"reference": compared.name, "reference_hash": compared.weights_hash}
+            scores = replace(scores, kl=kl, metadata={**scores.metadata, **named})
         if answers:
             done = 0
             right, predictions = exact_match(
@@ -107,16 +162,15 @@ def score(
         scores = replace(scores, metadata={**scores.metadata, "read": examples.report.as_dict()})
     scores.save(output)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
-    right_answers = None
-    if scores.exact_match is not None and not np.isnan(scores.exact_match).all():
-        right_answers = float(np.nanmean(scores.exact_match))
+    right_answers = None if scores.exact_match is None else _mean(scores.exact_match)
     facts = {
         "examples": len(scores),
         "skipped": len(examples.skipped) or None,
         "unscored": len(unscored),
         "truncated": int(scores.truncated.sum()),
         "tokens": int(scores.tokens.sum()),
-        "mean_nll": float(np.nanmean(scores.nll)) if len(unscored) < len(scores) else None,
+        "mean_nll": _mean(scores.nll),
+        "mean_kl": None if scores.kl is None else _mean(scores.kl),
         "right_answers": right_answers,
         "output": str(output),
     }
@@ -126,7 +180,44 @@ def score(
         err.print(f"warning: the chat template leaves out thinking of {left_out} example(s); it is not scored")
     if unscored:
         err.print(f"warning: {len(unscored)} example(s) could not be scored, e.g. {unscored[0]!r}", markup=False)
+    if scores.kl is not None and (missing := int((np.isnan(scores.kl) & ~np.isnan(scores.nll)).sum())):
+        err.print(f"warning: {missing} example(s) have a loss, but no finite KL divergence")
     show(facts, as_json, title="Scores")
+
+
+def _keep(scores: Scores, output: Path) -> None:
+    """Write what is complete, before more is measured."""
+    if is_first():
+        scores.save(output)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean of what is not NaN, or None if there is nothing."""
+    import numpy as np
+
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _check_resumed(
+    output: Path, scores: Scores, language_model: LanguageModel, pool: Pool, settings: dict[str, int | None]
+) -> None:
+    """Raise MismatchError if the scores that more is to be added to are of another model, pool or settings."""
+    from forgetcast import __version__
+
+    expected = {
+        "model_hash": language_model.weights_hash,
+        "pool": pool.fingerprint,
+        "max_length": settings["max_length"] or language_model.context,
+        "stride": settings["stride"],
+        "text": language_model.text_settings,
+        "version": __version__,
+    }
+    if any(scores.metadata.get(name) != value for name, value in expected.items()):
+        raise MismatchError(
+            f"{output} is unfinished and of another model, pool or settings; finish it with the command that began it, "
+            f"or remove it and {output.name}.*.partial"
+        )
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -136,40 +227,102 @@ def diff(
     fail_if: Annotated[
         list[str] | None, typer.Option(help="Exit with code 1 if this holds, such as mean>0.05; repeatable.")
     ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest mean forgetting that is accepted, nats per token: worse, not worse, or inconclusive."
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 3 if --margin is inconclusive.")] = False,
+    cluster: Annotated[
+        Cluster | None,
+        typer.Option(
+            help="What changes together: a source, or a document (the id up to its last #). Default: nothing."
+        ),
+    ] = None,
+    allow_unscored: Annotated[
+        bool, typer.Option("--allow-unscored", help="Pass although examples are without a score in AFTER only.")
+    ] = False,
     pool: Annotated[Path | None, typer.Option(help="The scored pool, for results by source.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    allow_different_tokens: AllowDifferentTokens = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models' scores of the same examples: how much was forgotten, with what confidence, and where.
 
-    A condition names a statistic: mean, median, lower or upper (ends of the mean's 95 % interval), worst_tenth,
-    worst_hundredth, share_worse, wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right, mcnemar_p.
+    A condition names a statistic: mean, median, lower or upper (ends of the mean's 95 % interval), standard_error,
+    worst_tenth, worst_hundredth, share_worse, wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right,
+    mcnemar_p, unscored, unscored_share, noise, and with `score --reference` kl_mean, kl_lower, kl_upper, kl_median,
+    kl_standard_error, kl_worst_tenth, kl_worst_hundredth.
 
-    Exit code 0: no condition holds. 1: at least one does. 2: the comparison was not possible.
+    Exit code 0: passes. 1: a condition holds, the mean is worse by more than the margin, or examples lost their score.
+    2: the comparison was not possible. 3, only with `--strict`: the margin is inconclusive.
 
-    Example: forgetcast diff before.parquet after.parquet --fail-if "lower>0.02" --fail-if "worst_tenth>0.5"
+    Example: forgetcast diff before.parquet after.parquet --margin 0.02 --fail-if "worst_tenth>0.5"
     """
-    from forgetcast.cli.tables import difference_markdown, difference_tables
-    from forgetcast.measure import Gate, difference
+    from forgetcast.cli.tables import difference_markdown, difference_tables, judgement_lines
+    from forgetcast.measure import Gate, difference, judge
+    from forgetcast.measure.gates import INCONCLUSIVE
 
     gates = [Gate.parse(text) for text in fail_if or ()]
+    if strict and margin is None:
+        raise ConfigError("--strict is about --margin; give both")
     (scores_before, sources), (scores_after, _) = _scores(before), _scores(after)
     if pool is not None:
-        examples = load_data(pool)
-        source_of = dict(zip(examples.ids, examples.sources, strict=True))
-        sources = tuple(source_of.get(id_, "") for id_ in scores_before.ids)
-    result = difference(scores_before, scores_after, sources=sources)
-    failed = [gate.text for gate in gates if gate.fails(result)]
+        sources = _sources(pool, scores_before.ids)
+    clusters = _clusters(cluster, scores_before.ids, sources)
+    result = difference(
+        scores_before,
+        scores_after,
+        sources=sources,
+        clusters=clusters,
+        allow_different_tokens=allow_different_tokens,
+    )
+    if result.different_tokens is None:
+        err.print("warning: it is unknown whether both sides were scored on the same tokens")
+    judgement = judge(result, gates, margin=margin, allow_unscored=allow_unscored)
     if as_json:
-        print_json(result.as_dict() | {"failed": failed})
+        print_json(result.as_dict() | judgement.as_dict())
     elif markdown:
-        typer.echo(difference_markdown(result, failed))
+        typer.echo(difference_markdown(result, judgement))
     else:
         print_all(difference_tables(result))
-    for text in failed:
+        print_all(judgement_lines(judgement))
+    if result.lost and not judgement.failed:
+        err.print(f"warning: {result.lost} example(s) have no score in the candidate but in the base")
+    for text in judgement.failed:
         err.print(f"failed: {text}", markup=False)
-    if failed:
+    if judgement.failed:
         raise typer.Exit(1)
+    if strict and judgement.verdict == INCONCLUSIVE:
+        raise typer.Exit(3)
+
+
+def _sources(path: Path, ids: Sequence[str]) -> tuple[str, ...]:
+    """Read the source of each example from the pool."""
+    examples = load_data(path)
+    source_of = dict(zip(examples.ids, examples.sources, strict=True))
+    if unknown := [id_ for id_ in ids if id_ not in source_of]:
+        raise MismatchError(f"{path} lacks {len(unknown)} of the scored examples, e.g. {unknown[0]!r}; give their pool")
+    return tuple(source_of[id_] for id_ in ids)
+
+
+def _clusters(cluster: Cluster | None, ids: Sequence[str], sources: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the cluster of each example."""
+    from forgetcast.measure import documents
+
+    if cluster is None:
+        return None
+    if cluster is Cluster.DOCUMENT:
+        found = documents(ids)
+        if found == tuple(ids):
+            raise ConfigError('--cluster document: no id has a "#" after that of its document, so all would be alone')
+        return found
+    if sources is None:
+        raise ConfigError("--cluster source needs --pool, which has the sources")
+    if unnamed := sum(not source for source in sources):
+        raise ConfigError(f"--cluster source: {unnamed} example(s) have no source; name one for each in the pool")
+    return sources
 
 
 def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:

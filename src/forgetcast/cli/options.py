@@ -37,6 +37,13 @@ class DType(StrEnum):
     FLOAT16 = "float16"
 
 
+class Cluster(StrEnum):
+    """What examples may have in common, so that they change together."""
+
+    SOURCE = "source"
+    DOCUMENT = "document"
+
+
 class LoadIn(StrEnum):
     """Precisions to which weights are quantised while they are loaded."""
 

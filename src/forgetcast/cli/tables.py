@@ -16,7 +16,8 @@ from forgetcast.completion.structure import Structure
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
-from forgetcast.measure.diff import Difference
+from forgetcast.measure.diff import Difference, Summary
+from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
 from forgetcast.replay.outcome import LAW_METRICS, METRICS
 from forgetcast.stats import Comparison
@@ -56,30 +57,70 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     yield loadings
 
 
+def _with_interval(part: Summary) -> str:
+    """Mean and 95 % interval, which a single example or cluster has none of."""
+    return f"{part.mean:+.4f} ({_interval(part)})"
+
+
+def _interval(part: Summary) -> str:
+    return "no interval" if part.lower is None else f"{part.lower:+.4f} to {part.upper:+.4f}"
+
+
 def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
     """Yield name and value of each statistic, for the terminal and for Markdown."""
     if (loss := result.loss) is not None:
         yield "examples with both losses", f"{loss.examples}"
-        yield "mean (95 % interval)", f"{loss.mean:+.4f} ({loss.lower:+.4f} to {loss.upper:+.4f})"
+        if loss.clusters is not None:
+            yield "clusters", f"{loss.clusters}"
+        yield "mean (95 % interval)", _with_interval(loss)
         yield "median", f"{loss.median:+.4f}"
         yield "worst tenth", f"{loss.worst_tenth:+.4f}"
         yield "worst hundredth", f"{loss.worst_hundredth:+.4f}"
         yield "examples that got worse", f"{loss.share_worse:.1%}"
         yield "Wilcoxon signed-rank test", f"p = {result.wilcoxon_p:.2g}"
+    if (noise := result.noise) is not None:
+        sides = ((noise.before_rms, "before"), (noise.after_rms, "after"))
+        yield (
+            "noise of an example (RMS)",
+            ", ".join(f"{rms:.1e} {side}" if rms is not None else f"unknown {side}" for rms, side in sides),
+        )
+        larger = ": the change may be noise alone" if noise.exceeds_change else ""
+        yield "noise of the mean", f"{noise.mean:.1e}{larger}"
+    if (kl := result.kl) is not None:
+        yield "KL divergence (95 % interval)", _with_interval(kl)
+        yield "KL divergence, worst tenth", f"{kl.worst_tenth:+.4f}"
+        yield "KL divergence from", kl.reference or "an unknown model"
     if result.unscored:
         yield "examples without both losses", f"{result.unscored}"
+    if result.different_tokens:
+        yield "examples of different tokens", f"{result.different_tokens}"
+    if result.lost:
+        yield "scored before, not after", f"{result.lost}"
     if (flips := result.flips) is not None:
         yield "right answers", f"{flips.right_before:.1%} before, {flips.right_after:.1%} after"
         yield "right, now wrong", f"{flips.right_to_wrong}"
         yield "wrong, now right", f"{flips.wrong_to_right}"
-        yield "McNemar's test", f"p = {flips.mcnemar_p:.2g}"
+        if flips.mcnemar_p is not None:
+            yield "McNemar's test", f"p = {flips.mcnemar_p:.2g}"
+
+
+SOURCE_COLUMNS = ("source", "examples", "mean", "95 % interval", "worst tenth", "p, corrected")
 
 
 def _source_rows(result: Difference) -> Iterator[tuple[str, ...]]:
-    """Yield source, number of examples, mean, interval and worst tenth."""
+    """Yield what `SOURCE_COLUMNS` names."""
     for name, part in result.by_source.items():
-        interval = f"{part.lower:+.4f} to {part.upper:+.4f}"
-        yield name, f"{part.examples}", f"{part.mean:+.4f}", interval, f"{part.worst_tenth:+.4f}"
+        p = f"p = {result.by_source_p[name]:.2g}" if name in result.by_source_p else ""
+        yield name, f"{part.examples}", f"{part.mean:+.4f}", _interval(part), f"{part.worst_tenth:+.4f}", p
+
+
+def judgement_lines(judgement: Judgement) -> Iterator[str]:
+    """Yield the verdict, and the corrected p-values if there are several."""
+    if (sentence := judgement.sentence()) is not None:
+        yield f"verdict: {sentence}"
+    if len(judgement.corrected_p) > 1:
+        corrected = ", ".join(f"{name} = {p:.2g}" for name, p in judgement.corrected_p.items())
+        yield f"corrected for {len(judgement.corrected_p)} tests (Holm): {corrected}"
 
 
 def _worst_rows(result: Difference) -> Iterator[tuple[str, ...]]:
@@ -92,10 +133,10 @@ def difference_tables(result: Difference) -> Iterator[Table]:
     """Yield tables of the difference, its values by source, and the most forgotten examples."""
     table = Table("statistic", "after minus before", title="Change of the loss (nats per token; positive is forgotten)")
     for name, figure in _difference_rows(result):
-        table.add_row(name, figure)
+        table.add_row(name, escape(figure))
     yield table
     if result.by_source:
-        table = Table("source", "examples", "mean", "95 % interval", "worst tenth", title="By source")
+        table = Table(*SOURCE_COLUMNS, title="By source")
         for name, *figures in _source_rows(result):
             table.add_row(escape(name) or "(none)", *figures)
         yield table
@@ -106,25 +147,37 @@ def difference_tables(result: Difference) -> Iterator[Table]:
         yield table
 
 
-def difference_markdown(result: Difference, failed: Sequence[str]) -> str:
-    """Return the difference as Markdown, with the failed conditions."""
+def difference_markdown(result: Difference, judgement: Judgement) -> str:
+    """Return the difference and what is judged of it as Markdown."""
 
-    def row(name: str, *figures: str) -> str:
-        # Ids and sources are user text, which must not end a cell or be read as markup.
-        plain = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(name.split()))
-        return f"| {' | '.join([plain or '(none)', *figures])} |"
+    def row(*cells: str) -> str:
+        return f"| {' | '.join(markdown_text(cell) for cell in cells)} |"
 
     lines = ["### Forgetting", ""]
-    lines += [f"**Failed:** `{text}`" for text in failed] + [""] * bool(failed)
-    lines += ["| statistic | after minus before |", "|---|---|"]
-    lines += [f"| {name} | {figure} |" for name, figure in _difference_rows(result)]
+    lines += [f"**Failed:** `{text}`  " for text in judgement.failed]
+    for line in judgement_lines(judgement):
+        name, _, said = line.partition(": ")
+        lines.append(f"**{name.capitalize()}:** {said}  ")
+    lines += [""] * (len(lines) > 2) + ["| statistic | after minus before |", "|---|---|"]
+    lines += [row(name, figure) for name, figure in _difference_rows(result)]
     if result.by_source:
-        lines += ["", "| source | examples | mean | 95 % interval | worst tenth |", "|---|---|---|---|---|"]
-        lines += [row(*cells) for cells in _source_rows(result)]
+        lines += ["", f"| {' | '.join(SOURCE_COLUMNS)} |", "|---" * len(SOURCE_COLUMNS) + "|"]
+        lines += [row(name or "(none)", *figures) for name, *figures in _source_rows(result)]
     if result.worst:
         lines += ["", "| most forgotten | before | after | change |", "|---|---|---|---|"]
         lines += [row(*cells) for cells in _worst_rows(result)]
     return "\n".join(lines)
+
+
+def markdown_text(text: str) -> str:
+    """Escape text that users wrote: on one line, no markup, no end of a cell, and nothing that GitHub would link.
+
+    GitHub makes links of mentions, references to issues and addresses after it has read the escapes, so a space without
+    width breaks them.
+    """
+    plain = re.sub(r"([\\`*_{}\[\]<>|~!&#])", r"\\\1", " ".join(text.split()))
+    plain = re.sub(r"(@)(?=\w)|(\\#)(?=\d)|(\b[a-zA-Z][a-zA-Z0-9+.-]*)(?=://)|(\bwww)(?=\.)", r"\g<0>&#8203;", plain)
+    return re.sub(r"(\bmailto|\bxmpp)(?=:)", r"\1&#8203;", plain)
 
 
 def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
@@ -165,7 +218,7 @@ def _comparison_tables(comparisons: Sequence[Comparison], pairs: str) -> Iterato
     """Yield the differences between arms, and a verdict for each but those in new-task loss."""
     if not comparisons:
         return
-    gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "Wilcoxon, corrected")
+    gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "p, corrected")
     gaps.title = f"Differences over {comparisons[0].difference.pairs} {pairs}; negative is better"
     for c in comparisons:
         gap = c.difference

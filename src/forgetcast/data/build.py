@@ -280,9 +280,11 @@ def _parts(
         yield example, made
         return
     report.split += 1
+    # The id of a piece names its document, so that intervals can be clustered by it.
+    document = with_content_id(example).id if made else example.id
     for i, piece in enumerate(splitter.split(example.text), 1):
         report.pieces += 1
-        yield replace(example, id=f"{example.id}/{i}", text=piece), made
+        yield replace(example, id=f"{document}#{i}", text=piece), False
 
 
 def _with_source(example: Example, source: str, id_is_made: bool) -> Example:

@@ -71,9 +71,9 @@ class Example:
         if self.messages is None and (self.tools is not None or self.chat_template_kwargs is not None):
             raise DataError(f"example {self.id!r} has tools or chat_template_kwargs but no messages; remove them")
         for name in FIELDS:
-            if (value := getattr(self, name)) is not None:
-                text = value if name not in STRUCTURED else to_json(value, f"example {self.id!r}, field {name!r}")
-                _check_unicode(text, f"example {self.id!r}, field {name!r}")
+            if (value := getattr(self, name)) is not None and not (isinstance(value, str) and value.isascii()):
+                where = f"example {self.id!r}, field {name!r}"
+                _check_unicode(value if name not in STRUCTURED else to_json(value, where), where)
 
     @property
     def counted(self) -> tuple[bool, ...]:
@@ -132,8 +132,6 @@ def to_json(value: Any, where: str) -> str:
 
 
 def _check_unicode(text: str, where: str) -> None:
-    if text.isascii():
-        return
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forgetcast.data.example import FIELDS, STRUCTURED, Example, without_nulls
+from forgetcast.data.example import FIELDS, Example, without_nulls
 from forgetcast.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
@@ -73,17 +73,23 @@ def row_id(row: Row) -> str | None:
     return str(id_)
 
 
+_TYPES: Mapping[str, type] = {"messages": list, "tools": list, "chat_template_kwargs": dict}
+"""Types of the fields that are not strings."""
+
+
 def _own_fields(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
         # TRL's conversational prompt and completion: only the assistant's messages of the completion count.
         prompt = [_unweighted(m) if isinstance(m, Mapping) else m for m in fields["prompt"]]
         fields |= {"prompt": None, "completion": None, "messages": prompt + fields["completion"]}
     for name, value in fields.items():
-        if name in STRUCTURED and isinstance(value, str):
+        if value is None:
+            continue
+        expected = _TYPES.get(name, str)
+        if expected is not str and isinstance(value, str):
             fields[name] = value = _decode(name, value)
-        expected = {"messages": list, "tools": list, "chat_template_kwargs": dict}.get(name, str)
-        if value is not None and not isinstance(value, expected):
-            needed = {list: "a list", dict: "an object", str: "a string"}[expected]
+        if not isinstance(value, expected):
+            needed = "a list" if expected is list else "an object" if expected is dict else "a string"
             raise DataError(f"the field {name!r} must be {needed}, not a {type(value).__name__}")
     if fields.get("tools") is not None:
         fields["tools"] = [_tool(tool) for tool in fields["tools"]]

@@ -277,7 +277,8 @@ def _parse(text: str, where: str) -> Any:
 def _json_lines(path: Path, tick: Tick) -> Numbered:
     for number, line in _lines(path, tick):
         if line.strip():
-            yield number, _object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            yield number, _object(_parse(line, where), where)
 
 
 def _array_items(path: Path, tick: Tick) -> Numbered:

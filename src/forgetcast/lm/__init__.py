@@ -12,6 +12,7 @@ except ImportError as error:
 
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
+from forgetcast.lm.additional import kl_divergence, score_again
 from forgetcast.lm.generate import exact_match, sample_texts
 from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.load import LanguageModel, load
@@ -34,8 +35,10 @@ __all__ = [
     "Tuned",
     "exact_match",
     "gradient_products",
+    "kl_divergence",
     "load",
     "sample_texts",
     "score",
+    "score_again",
     "token_digests",
 ]

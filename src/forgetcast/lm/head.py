@@ -1,11 +1,13 @@
-"""Losses from hidden states, in chunks, so that the logits of all tokens are never in memory at once."""
+"""Losses and KL divergences from hidden states, in chunks: the logits of all tokens are never in memory at once."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from forgetcast.lm.adapters import base_model, is_prompt_learning
@@ -35,6 +37,8 @@ class Head:
 
     Attributes
     ----------
+    chunk : int
+        Number of tokens whose logits are computed at once.
     chunked : bool
         Whether decoder and output layer run separately; otherwise all logits of a batch are in memory at once.
     """
@@ -48,7 +52,7 @@ class Head:
         config = inner.config.get_text_config()
         self._cap = getattr(config, "final_logit_softcapping", None)
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        self._chunk = max(CHUNK_LOGITS // embedding_rows(model), 1)
+        self.chunk = max(CHUNK_LOGITS // embedding_rows(model), 1)
         # Virtual tokens are added by the adapter's forward pass, which is around the model's own.
         self.chunked = self._decoder is not None and self._output is not None and not is_prompt_learning(model)
         if self.chunked and not self._agrees(sample):
@@ -68,24 +72,29 @@ class Head:
         labels : tensor of int, shape (B, L)
             The token's id if it is a target, else IGNORED_INDEX. The first token of a row is never a target.
         """
+        targets = labels[:, 1:][_predicted(labels)].split(self.chunk)
+        parts = zip(self.logits(ids, mask, labels, self.chunk), targets, strict=True)
+        return _by_token(labels, (_losses(logits, expected) for logits, expected in parts))
+
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
+        """Yield the logits that predict the target tokens, row by row: tensors of shape (T, V), T at most `chunk`.
+
+        Parameters
+        ----------
+        ids, mask, labels : tensor of int, shape (B, L)
+            As in `nll`.
+        chunk : int
+        """
         device = self._model.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        is_target = labels[:, 1:] != IGNORED_INDEX  # shifted: position t predicts token t + 1
-        targets = labels[:, 1:][is_target]
-        losses = torch.zeros(labels.shape, dtype=torch.float64)
-        if not self.chunked:
-            # The logits of virtual tokens, if there are any, come first.
-            logits = self._model(**inputs).logits[:, -labels.shape[1] :]
-            losses[:, 1:][is_target] = _losses(logits[:, :-1][is_target.to(logits.device)], targets)
-            return losses
-        hidden = self._decoder(**inputs).last_hidden_state
-        hidden = hidden[:, :-1][is_target.to(hidden.device)]
-        parts = [
-            _losses(self._logits(hidden[start : start + self._chunk]), targets[start : start + self._chunk])
-            for start in range(0, len(targets), self._chunk)
-        ]
-        losses[:, 1:][is_target] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
-        return losses
+        # The logits of virtual tokens, if there are any, come first.
+        hidden = (
+            self._decoder(**inputs).last_hidden_state
+            if self.chunked
+            else self._model(**inputs).logits[:, -labels.shape[1] :]
+        )
+        for part in hidden[:, :-1][_predicted(labels).to(hidden.device)].split(chunk):
+            yield self._logits(part) if self.chunked else part
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (T, V) of hidden states (T, D)."""
@@ -109,6 +118,45 @@ class Head:
             return True  # not caused by the head; scoring reports it
         tolerance = max(TOLERANCE, 10 * torch.finfo(self._model.dtype).eps)
         return bool(torch.allclose(chunked, reference, rtol=tolerance, atol=tolerance))
+
+
+def kl_divergence(
+    head: Head, reference: Head, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Return KL(reference || model) of the distribution at each target token, in nats, shape (B, L), 0 elsewhere.
+
+    If one model has more output rows, which pad its vocabulary, they are left out.
+
+    Parameters
+    ----------
+    head, reference : Head
+    ids, mask, labels : tensor of int, shape (B, L)
+        As in `Head.nll`.
+    """
+    chunk = max(min(head.chunk, reference.chunk) // 4, 1)  # two models, and in double precision
+    pairs = zip(head.logits(ids, mask, labels, chunk), reference.logits(ids, mask, labels, chunk), strict=True)
+    return _by_token(labels, (_kl(logits, expected) for logits, expected in pairs))
+
+
+def _predicted(labels: torch.Tensor) -> torch.Tensor:
+    """Whether each position but the last predicts a target, shape (B, L - 1): position t predicts token t + 1."""
+    return labels[:, 1:] != IGNORED_INDEX
+
+
+def _by_token(labels: torch.Tensor, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Put the values of the target tokens, row by row, into a tensor of shape (B, L)."""
+    values = torch.zeros(labels.shape, dtype=torch.float64)
+    values[:, 1:][_predicted(labels)] = torch.cat(list(parts))
+    return values
+
+
+def _kl(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Divergences (T,) of two logits (T, V), on the CPU in double precision."""
+    rows = min(logits.shape[1], reference.shape[1])
+    log_q = log_softmax(logits[:, :rows].double(), dim=1)
+    log_p = log_softmax(reference[:, :rows].to(logits.device).double(), dim=1)
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))  # 0 log 0 is 0
+    return terms.sum(dim=1).clamp(min=0).cpu()  # rounding may give -1e-17
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial as partial_function
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import forgetcast
 from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm import processes
-from forgetcast.lm.head import CHUNK_LOGITS, Head
+from forgetcast.lm.head import CHUNK_LOGITS, Head, kl_divergence
 from forgetcast.lm.load import LanguageModel, embedding_rows
 from forgetcast.lm.tokens import Encoded, digest, pad, pad_id, windows
 from forgetcast.measure.scores import Scores
@@ -86,9 +88,7 @@ def score(
     MismatchError
         If `partial` belongs to another model, pool or settings.
     """
-    context = _context(language_model, max_length)
-    if stride is not None and not 1 <= stride < context:
-        raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
+    context = _context(language_model, max_length, stride)
     encoded, reasons = _encode(pool, language_model, context if stride is None else None)
     inputs = _inputs(encoded, language_model, context, stride)
     digests = [digest(pieces) if pieces else None for pieces in inputs]
@@ -107,23 +107,37 @@ def score(
         "versions": {library: version(library) for library in LIBRARIES},
         **language_model.loading,
     }
-    progress = on_progress or (lambda _: None)
     checkpoint = _Partial(partial, metadata)
     totals = _Totals(reasons, [i for i, _ in pieces])
-    totals.resume(pool.ids, checkpoint.finished)
+    batches = partial_function(_measure, language_model, batch_tokens=batch_tokens)
+    _add_up(pool.ids, pieces, totals, checkpoint, batches, on_progress)
+    scores = _to_scores(pool, encoded, totals, metadata)
+    checkpoint.remove()
+    return replace(scores, digests=digests)
+
+
+def _add_up(
+    ids: Sequence[str],
+    pieces: Sequence[tuple[int, Encoded]],
+    totals: _Totals,
+    checkpoint: _Partial,
+    batches: Callable[[Sequence[Encoded]], Iterator[tuple[list[int], list[float | None]]]],
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    """Measure the pieces of all examples that are not finished, with the other processes, and write them down."""
+    progress = on_progress or (lambda _: None)
+    totals.resume(ids, checkpoint.finished)
     if checkpoint.finished:
         progress(len(checkpoint.finished))
-    mine, others = _share(totals.unfinished, encoded)
+    mine, others = _share(totals.unfinished, pieces)
     todo = [(i, piece) for i, piece in pieces if i in mine]
-    for batch, nlls in _measure(language_model, [piece for _, piece in todo], batch_tokens):
-        finished = [todo[at][0] for at, nll in zip(batch, nlls, strict=True) if totals.add(todo[at][0], nll)]
-        checkpoint.write([(pool.ids[i], *totals.of(i)) for i in finished])
+    for batch, sums in batches([piece for _, piece in todo]):
+        finished = [todo[at][0] for at, total in zip(batch, sums, strict=True) if totals.add(todo[at][0], total)]
+        checkpoint.write([(ids[i], *totals.of(i)) for i in finished])
         progress(len(finished))
     totals.gather(mine)
     if others:
         progress(others)
-    checkpoint.remove()
-    return replace(_to_scores(pool, encoded, totals, metadata), digests=digests)
 
 
 def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -> tuple[list[Encoded], list[str]]:
@@ -197,10 +211,13 @@ class _Totals:
                 self.sums[i], self.reasons[i] = total, reason
 
 
-def _share(unfinished: Sequence[int], encoded: Sequence[Encoded]) -> tuple[set[int], int]:
+def _share(unfinished: Sequence[int], pieces: Sequence[tuple[int, Encoded]]) -> tuple[set[int], int]:
     """Examples that this process measures, and the number that the others do."""
+    lengths = Counter[int]()
+    for i, piece in pieces:
+        lengths[i] += len(piece.ids)
     # Dealt out longest first, so that all processes get a similar number of tokens.
-    longest_first = sorted(unfinished, key=lambda i: -len(encoded[i].ids))
+    longest_first = sorted(unfinished, key=lambda i: -lengths[i])
     mine = set(longest_first[processes.index() :: processes.count()])
     return mine, len(unfinished) - len(mine)
 
@@ -256,24 +273,39 @@ def losses(language_model: LanguageModel, examples: Iterable[Example], max_lengt
 
 
 def _measure(
-    language_model: LanguageModel, pieces: Sequence[Encoded], batch_tokens: int | None
+    language_model: LanguageModel,
+    pieces: Sequence[Encoded],
+    batch_tokens: int | None,
+    reference: LanguageModel | None = None,
 ) -> Iterator[tuple[list[int], list[float | None]]]:
-    """Yield, for each batch, the positions of its pieces and their summed losses; None where memory runs out."""
+    """Yield, for each batch, the positions of its pieces and their summed losses; None where memory runs out.
+
+    With a reference, the KL divergences from it are summed instead.
+    """
     if not pieces:
         return
-    model = language_model.model
-    if batch_tokens is None:
-        batch_tokens = GPU_BATCH_TOKENS if model.device.type == "cuda" else BATCH_TOKENS
-    was_training = model.training
-    model.eval()
+    batch_tokens = batch_tokens or default_batch_tokens(language_model)
+    models = [each.model for each in (language_model, reference) if each is not None]
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
-        head = Head(model, torch.tensor([max((piece.ids for piece in pieces), key=len)[:SAMPLE]]))
-        if not head.chunked:
-            batch_tokens = max(min(batch_tokens, WHOLE_LOGITS // embedding_rows(model)), 1)
+        sample = torch.tensor([max((piece.ids for piece in pieces), key=len)[:SAMPLE]])
+        heads = [Head(model, sample) for model in models]
+        for head, model in zip(heads, models, strict=True):
+            if not head.chunked:
+                batch_tokens = max(min(batch_tokens, WHOLE_LOGITS // embedding_rows(model)), 1)
+        measure = heads[0].nll if reference is None else partial_function(kl_divergence, heads[0], heads[1])
         for batch in _batches(pieces, batch_tokens):
-            yield batch, _sums(head, [pieces[i] for i in batch], pad_id(language_model.tokenizer))
+            yield batch, _sums(measure, [pieces[i] for i in batch], pad_id(language_model.tokenizer))
     finally:
-        model.train(was_training)
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
+
+
+def default_batch_tokens(language_model: LanguageModel) -> int:
+    """Return the number of tokens in a batch that suits the model's device."""
+    return GPU_BATCH_TOKENS if language_model.model.device.type == "cuda" else BATCH_TOKENS
 
 
 class _Partial:
@@ -341,12 +373,13 @@ def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, st
     return {id_: (nll, reason) for id_, nll, reason in rows[1:]}
 
 
-def _context(language_model: LanguageModel, max_length: int | None) -> int:
-    if max_length is None:
-        return language_model.context
-    if not 2 <= max_length <= language_model.context:
+def _context(language_model: LanguageModel, max_length: int | None, stride: int | None = None) -> int:
+    context = language_model.context if max_length is None else max_length
+    if not 2 <= context <= language_model.context:
         raise ConfigError(f"max_length must be between 2 and the model's context of {language_model.context} tokens")
-    return max_length
+    if stride is not None and not 1 <= stride < context:
+        raise ConfigError(f"stride must be between 1 and {context - 1}, one token less than an input")
+    return context
 
 
 def _batches(pieces: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
@@ -372,10 +405,12 @@ def _batches(pieces: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]
         start = stop[start]
 
 
-def _sums(head: Head, pieces: Sequence[Encoded], padding: int) -> list[float | None]:
-    """Summed loss of each piece; a batch that runs out of memory is halved, and a piece that does not fit is None."""
+def _sums(
+    measure: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], pieces: Sequence[Encoded], padding: int
+) -> list[float | None]:
+    """Summed values of each piece; a batch that runs out of memory is halved, and a piece that does not fit is None."""
     try:
-        return head.nll(*pad(pieces, padding)).sum(dim=1).tolist()
+        return measure(*pad(pieces, padding)).sum(dim=1).tolist()
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
@@ -388,4 +423,4 @@ def _sums(head: Head, pieces: Sequence[Encoded], padding: int) -> list[float | N
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(pieces) // 2
-    return _sums(head, pieces[:half], padding) + _sums(head, pieces[half:], padding)
+    return _sums(measure, pieces[:half], padding) + _sums(measure, pieces[half:], padding)

@@ -1,55 +1,99 @@
-"""Difference of two score files of the same examples: its size, uncertainty and location, and gates on it."""
+"""Difference of two score files of the same examples: its size, uncertainty and location; `gates` judges it."""
 
 from __future__ import annotations
 
-import operator
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
-from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.measure.scores import Scores, flips, forgetting
+from forgetcast.errors import MismatchError
+from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
 from forgetcast.results import Result
-from forgetcast.stats import wilcoxon_p, worst_part
-
-RESAMPLES, BATCH_ENTRIES = 2_000, 10_000_000
-"""Bootstrap resamples, and entries drawn at once."""
+from forgetcast.stats import holm, mean_interval, wilcoxon_p, worst_part
 
 WORST = 10
 """Number of examples listed as the most forgotten."""
 
-_COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
-
-@dataclass(frozen=True)
-class Change:
-    """Forgetting over some examples: loss after minus before, nats per target token.
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A figure of some examples, in nats per target token.
 
     Attributes
     ----------
     examples : int
-        Number of examples scored on both sides.
+        Number of examples that have the figure.
     mean, median : float
-    lower, upper : float
-        95 % interval of the mean, by a paired bootstrap over the examples; equal to the mean if there is one example.
+    lower, upper : float or None
+        95 % interval of the mean, from resampled examples or clusters (`stats.mean_interval`). None if there is only
+        one of them.
     worst_tenth, worst_hundredth : float
-        Mean of the most forgotten tenth or hundredth (at least one example).
-    share_worse : float
-        Fraction of the examples whose loss rose.
+        Mean of the largest tenth or hundredth (at least one example).
+    standard_error : float or None
+        Of the mean; None as for the interval.
+    clusters : int or None
+        Number of clusters that were resampled. None: the examples were, as if they were independent.
     """
 
     examples: int
     mean: float
     median: float
-    lower: float
-    upper: float
+    lower: float | None
+    upper: float | None
     worst_tenth: float
     worst_hundredth: float
+    standard_error: float | None = None
+    clusters: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change(Summary):
+    """Forgetting over the examples scored on both sides: loss after minus loss before.
+
+    Attributes
+    ----------
+    share_worse : float
+        Fraction of the examples whose loss rose.
+    """
+
     share_worse: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence(Summary):
+    """KL divergence of the second model's predictions from those of a reference: KL(reference || model).
+
+    Attributes
+    ----------
+    reference : str or None
+        Name of the reference model.
+    """
+
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far the same losses differ when they are measured again with other batches, in nats per token.
+
+    Attributes
+    ----------
+    before_rms, after_rms : float or None
+        Root mean square difference of an example's two measurements; None if that side was measured once.
+    mean : float
+        Effect on the mean change. Of each side it is the difference of its two means or, if that is smaller,
+        `rms / sqrt(N)`, which independent errors would give; the sides are added in squares.
+    exceeds_change : bool
+        Whether the mean change is smaller than that, so that it may be due to the measurement alone.
+    """
+
+    before_rms: float | None
+    after_rms: float | None
+    mean: float
+    exceeds_change: bool
 
 
 @dataclass(frozen=True)
@@ -62,8 +106,9 @@ class Flips:
     right_before, right_after : float
         Fraction of right answers.
     right_to_wrong, wrong_to_right : int
-    mcnemar_p : float
-        Exact p-value of "both changes are equally likely" (McNemar 1947).
+    mcnemar_p : float or None
+        Exact p-value of "both changes are equally likely" (McNemar 1947). None where examples are clustered: the test
+        needs independent ones.
     """
 
     examples: int
@@ -71,7 +116,7 @@ class Flips:
     right_after: float
     right_to_wrong: int
     wrong_to_right: int
-    mcnemar_p: float
+    mcnemar_p: float | None
 
 
 @dataclass(frozen=True)
@@ -83,15 +128,28 @@ class Difference(Result):
     loss : Change or None
         None where no example has a loss on both sides.
     wilcoxon_p : float or None
-        p-value of "the changes are symmetric about zero" (Wilcoxon's signed ranks).
+        p-value of "the changes are symmetric about zero" (Wilcoxon's signed ranks), of the clusters' means if there are
+        clusters.
     flips : Flips or None
         None where a side has no exact match.
     unscored : int
         Number of examples without a loss on a side; they count in `flips` only.
     by_source : dict
-        `Change` by source, largest mean first; empty if no sources were given.
+        `Change` by source, largest mean first; empty if no sources were given. Where the clusters are the sources, its
+        interval is from resampled examples: of one source there is no second cluster.
     worst : tuple of dict
         The most forgotten examples: id, before, after, change.
+    lost : int
+        Number of examples that the first file has a score of and the second has not: no loss, no exact match although
+        both files have that column, or no KL divergence.
+    by_source_p : dict
+        p-value by source, as `wilcoxon_p`, after Holm's correction for the number of sources.
+    kl : Divergence or None
+        None where the second file has no KL divergence.
+    noise : Noise or None
+        None where neither side was measured twice.
+    different_tokens : int or None
+        Number of examples scored on other tokens or targets on the two sides; None if that is unknown.
     """
 
     kind: ClassVar[str] = "difference"
@@ -102,29 +160,49 @@ class Difference(Result):
     unscored: int
     by_source: dict[str, Change]
     worst: tuple[dict[str, Any], ...]
+    lost: int = 0
+    by_source_p: dict[str, float] = field(default_factory=dict)
+    kl: Divergence | None = None
+    noise: Noise | None = None
+    different_tokens: int | None = None
 
     def __repr__(self) -> str:
         """Size, mean forgetting with its interval, and flips."""
         parts = [f"{self.unscored} unscored"]
         if (loss := self.loss) is not None:
-            parts.insert(0, f"mean {loss.mean:+.3f} ({loss.lower:+.3f} to {loss.upper:+.3f}) nats per token")
+            interval = "" if loss.lower is None else f" ({loss.lower:+.3f} to {loss.upper:+.3f})"
+            parts.insert(0, f"mean {loss.mean:+.3f}{interval} nats per token")
             parts.insert(0, f"{loss.examples} examples")
         if self.flips is not None:
             parts.append(f"{self.flips.right_to_wrong} right to wrong, {self.flips.wrong_to_right} wrong to right")
         return f"Difference({', '.join(parts)})"
 
     def figures(self) -> dict[str, float]:
-        """Return every figure that a gate may name."""
-        figures: dict[str, float] = {}
-        for part in (self.loss, self.flips):
-            if part is not None:
-                figures |= {name: value for name, value in asdict(part).items() if name != "examples"}
-        if self.wilcoxon_p is not None:
-            figures["wilcoxon_p"] = self.wilcoxon_p
-        return figures
+        """Return every figure that a condition may name; one that is not known is not there."""
+        parts = (("", self.loss), ("", self.flips), ("kl_", self.kl))
+        figures: dict[str, float | None] = {
+            f"{prefix}{name}": value
+            for prefix, part in parts
+            if part is not None
+            for name, value in asdict(part).items()
+            if name not in ("examples", "clusters", "reference")
+        }
+        figures["wilcoxon_p"] = self.wilcoxon_p
+        figures["noise"] = self.noise.mean if self.noise is not None else None
+        figures["unscored"] = self.unscored
+        scored = self.loss.examples if self.loss is not None else 0
+        figures["unscored_share"] = self.unscored / (self.unscored + scored)
+        return {name: value for name, value in figures.items() if value is not None}
 
 
-def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None = None) -> Difference:
+def difference(
+    before: Scores,
+    after: Scores,
+    *,
+    sources: Sequence[str] | None = None,
+    clusters: Sequence[str] | None = None,
+    allow_different_tokens: bool = False,
+) -> Difference:
     """Compare two models' scores of the same examples, pair by pair.
 
     Parameters
@@ -132,11 +210,16 @@ def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None =
     before, after : Scores
     sources : sequence of str, optional
         Source of each of `before.ids`.
+    clusters : sequence of str, optional
+        Cluster of each of `before.ids`. Examples of one cluster, such as the parts of one document, may change
+        together; intervals and p-values then rest on the number of clusters. Default: all examples are independent.
+    allow_different_tokens : bool
+        Whether to compare examples, too, that were scored on other tokens or targets.
 
     Raises
     ------
     MismatchError
-        If the two are of different examples.
+        If the two are of different examples, or of different tokens, which are not allowed.
     """
     pools = {before.pool_fingerprint, after.pool_fingerprint} - {None}
     if len(pools) > 1:
@@ -145,19 +228,25 @@ def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None =
         odd = sorted(set(before.ids) ^ set(after.ids))
         raise MismatchError(f"{len(odd)} example(s) are in only one of the score files, e.g. {odd[0]!r}")
     after = after.subset(before.ids)
+    different = check_tokens(before, after, allow_different=allow_different_tokens)
     change = forgetting(before, after)
     scored = np.flatnonzero(~np.isnan(change))
-    by_source = {}
-    if sources is not None:
-        labels = np.array(sources)
-        parts = {name: scored[labels[scored] == name] for name in sorted(set(sources))}
-        by_source = {name: _change(change[rows]) for name, rows in parts.items() if len(rows)}
+    labels, groups = (None if names is None else np.array(names) for names in (sources, clusters))
+    by_source, by_source_p = {}, {}
+    if labels is not None:
+        within = None if groups is None or (groups == labels).all() else groups
+        parts = {name: scored[labels[scored] == name] for name in sorted(set(labels[scored].tolist()))}
+        for name, rows in parts.items():
+            by_source[name] = _change(change[rows], _of(within, rows))
+            by_source_p[name] = _wilcoxon(change[rows], _of(within, rows))
+        by_source_p = dict(zip(by_source_p, holm(list(by_source_p.values())).tolist(), strict=True))
     worst = scored[np.argsort(-change[scored], kind="stable")[:WORST]]
     return Difference(
-        loss=_change(change[scored]) if len(scored) else None,
-        wilcoxon_p=wilcoxon_p(change[scored]) if len(scored) else None,
-        flips=_flips(before, after),
+        loss=_change(change[scored], _of(groups, scored)) if len(scored) else None,
+        wilcoxon_p=_wilcoxon(change[scored], _of(groups, scored)) if len(scored) else None,
+        flips=_flips(before, after, clustered=groups is not None),
         unscored=len(change) - len(scored),
+        different_tokens=different,
         by_source=dict(sorted(by_source.items(), key=lambda item: -item[1].mean)),
         worst=tuple(
             {
@@ -168,34 +257,82 @@ def difference(before: Scores, after: Scores, *, sources: Sequence[str] | None =
             }
             for i in worst.tolist()
         ),
+        lost=_lost(before, after),
+        by_source_p=by_source_p,
+        kl=_divergence(after, groups),
+        noise=_noise(before, after, change[scored].mean(), scored) if len(scored) else None,
     )
 
 
-def _change(change: np.ndarray) -> Change:
-    mean = lower = upper = float(change.mean())
-    if np.ptp(change) > 0:
-        interval = scipy.stats.bootstrap(
-            (change,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            batch=max(BATCH_ENTRIES // len(change), 1),
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        lower, upper = float(interval.low), float(interval.high)
-    return Change(
-        examples=len(change),
-        mean=mean,
-        median=float(np.median(change)),
-        lower=lower,
-        upper=upper,
-        worst_tenth=worst_part(change, 10),
-        worst_hundredth=worst_part(change, 100),
-        share_worse=float((change > 0).mean()),
-    )
+def documents(ids: Iterable[str]) -> tuple[str, ...]:
+    """Return the document that each id belongs to: the id up to its last "#", as parts of a split document have it."""
+    return tuple(id_.rpartition("#")[0] or id_ for id_ in ids)
 
 
-def _flips(before: Scores, after: Scores) -> Flips | None:
+def _of(groups: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if groups is None else groups[rows]
+
+
+def _summary(values: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
+    """Fields of a `Summary`."""
+    interval = mean_interval(values, groups)
+    return {
+        "examples": len(values),
+        "mean": interval.mean,
+        "median": float(np.median(values)),
+        "lower": interval.lower,
+        "upper": interval.upper,
+        "worst_tenth": worst_part(values, 10),
+        "worst_hundredth": worst_part(values, 100),
+        "standard_error": interval.standard_error,
+        "clusters": None if groups is None else interval.units,
+    }
+
+
+def _change(change: np.ndarray, groups: np.ndarray | None) -> Change:
+    return Change(**_summary(change, groups), share_worse=float((change > 0).mean()))
+
+
+def _wilcoxon(change: np.ndarray, groups: np.ndarray | None) -> float:
+    if groups is None:
+        return wilcoxon_p(change)
+    codes = np.unique(groups, return_inverse=True)[1]
+    return wilcoxon_p(np.bincount(codes, change) / np.bincount(codes))
+
+
+def _divergence(after: Scores, groups: np.ndarray | None) -> Divergence | None:
+    if after.kl is None or not len(rows := np.flatnonzero(~np.isnan(after.kl))):
+        return None
+    return Divergence(**_summary(after.kl[rows], _of(groups, rows)), reference=after.metadata.get("reference"))
+
+
+def _noise(before: Scores, after: Scores, mean_change: float, scored: np.ndarray) -> Noise | None:
+    """Compare repeated measurements; `before` and `after` have the same ids in the same order."""
+    rms: list[float | None] = []
+    shifts = []
+    for scores in (before, after):
+        gap = np.empty(0) if scores.repeats is None else (scores.repeats - scores.nll)[scored]
+        gap = gap[~np.isnan(gap)]
+        rms.append(float(np.sqrt((gap**2).mean())) if len(gap) else None)
+        if len(gap):
+            shifts.append(max(abs(gap.mean()), np.sqrt((gap**2).mean() / len(gap))))
+    if not shifts:
+        return None
+    mean = float(np.sqrt(np.square(shifts).sum()))
+    return Noise(before_rms=rms[0], after_rms=rms[1], mean=mean, exceeds_change=bool(abs(mean_change) < mean))
+
+
+def _lost(before: Scores, after: Scores) -> int:
+    """Count the examples with a score before but not after; both have the same ids in the same order."""
+    lost = ~np.isnan(before.nll) & np.isnan(after.nll)
+    if before.exact_match is not None and after.exact_match is not None:
+        lost |= ~np.isnan(before.exact_match) & np.isnan(after.exact_match)
+    if after.kl is not None:
+        lost |= ~np.isnan(before.nll) & np.isnan(after.kl)
+    return int(lost.sum())
+
+
+def _flips(before: Scores, after: Scores, *, clustered: bool) -> Flips | None:
     """Count the flips both ways; `before` and `after` have the same ids in the same order."""
     if before.exact_match is None or after.exact_match is None:
         return None
@@ -204,51 +341,12 @@ def _flips(before: Scores, after: Scores) -> Flips | None:
     if not right.shape[1]:
         return None
     lost, won = int(np.nansum(flips(before, after))), int(np.nansum(flips(after, before)))
+    p = float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
     return Flips(
         examples=right.shape[1],
         right_before=float(right[0].mean()),
         right_after=float(right[1].mean()),
         right_to_wrong=lost,
         wrong_to_right=won,
-        mcnemar_p=float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0,
+        mcnemar_p=None if clustered else p,
     )
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A condition that fails a difference, such as ``mean>0.05``."""
-
-    text: str
-    figure: str
-    comparison: str
-    bound: float
-
-    @classmethod
-    def parse(cls, text: str) -> Gate:
-        """Parse a figure's name, one of > >= < <=, and a number.
-
-        Raises
-        ------
-        ConfigError
-            If the text is something else.
-        """
-        parts = re.fullmatch(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
-        try:
-            if parts is None:
-                raise ValueError
-            return cls(text.strip(), parts[1], parts[2], float(parts[3]))
-        except ValueError:
-            raise ConfigError(f"{text!r} is not a condition; write one as mean>0.05") from None
-
-    def fails(self, measured: Difference) -> bool:
-        """Return whether the condition holds, so that the difference must not pass.
-
-        Raises
-        ------
-        DataError
-            If the figure is unknown, or these score files lack it.
-        """
-        figures = measured.figures()
-        if self.figure not in figures:
-            raise DataError(f"there is no figure {self.figure!r} here; there are {', '.join(figures)}")
-        return bool(_COMPARISONS[self.comparison](figures[self.figure], self.bound))

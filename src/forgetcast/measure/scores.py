@@ -274,7 +274,7 @@ def _what_differs(before: Scores | Baseline, after: Scores) -> str:
         "stride": "the stride",
     }
     differing = [text for name, text in names.items() if one.get(name) != other.get(name)]
-    return f"different: {', '.join(differing)}" if differing else "the texts differ"
+    return f"different: {', '.join(differing)}" if differing else "what was asked differs"
 
 
 def forgetting(before: Scores | Baseline, after: Scores) -> np.ndarray:
