@@ -174,17 +174,15 @@ def chats(count: int) -> list[Example]:
     return found
 
 
-def other_tokens(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> int:
+def other_tokens(tokenizer: Any, examples: list[Example]) -> int:
     """Number of examples whose ids are not those of the tokenizer itself."""
-    return sum(
-        encode(e, tokenizer, None).ids
-        != (
-            tokenizer.apply_chat_template([dict(m) for m in e.messages], return_dict=False)
-            if e.messages
-            else tokenizer(e.full_text)["input_ids"]
-        )
-        for e in examples
-    )
+
+    def own(example: Example) -> list[int]:
+        if example.messages is not None:
+            return list(tokenizer.apply_chat_template([dict(m) for m in example.messages])["input_ids"])
+        return list(tokenizer(example.full_text)["input_ids"])
+
+    return sum(encode(e, tokenizer, None).ids != own(e) for e in examples)
 
 
 @torch.inference_mode()
@@ -205,13 +203,8 @@ def other_targets(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -
 
     TRL is given the last answer of a conversation as completion, and trains on the line break after it, too.
     """
-    sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model, differ = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)), 0
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model, differ = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)), 0
     with tempfile.TemporaryDirectory() as scratch:
         options: dict[str, Any] = {"max_length": None, "report_to": "none", "use_cpu": True, "bf16": False}
         arguments, rows = SFTConfig(output_dir=scratch, **options), Dataset.from_list([trl_row(e) for e in examples])
@@ -272,11 +265,11 @@ def judge(
     if not tokenizer.chat_template:
         console.print(f"{name} is no chat model: no conversations", style="dim")
         del kinds["conversation"]
-    rows: Rows = []
+    rows = Rows()
     for kind, examples in kinds.items():
         few = examples[:size]
         scores, expected = score(model, Pool(few)), precise(model, few)
-        row: dict[str, Any] = {
+        row = {
             "model": name,
             "kind": kind,
             "examples": len(examples),

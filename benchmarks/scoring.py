@@ -120,8 +120,9 @@ def packed(model: LanguageModel, pool: Pool) -> float:
     rows = max(2048 // width, 1)
     total, inner = sum(lengths), model.model
     ids = torch.randint(0, 1000, (rows, width))
-    for _ in range(round(total / (rows * width))):
-        hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    for done in range(0, total, rows * width):
+        part = ids[: -(-(total - done) // width)]  # the last batch has fewer rows
+        hidden = inner.model(input_ids=part, use_cache=False).last_hidden_state.flatten(0, 1)
         for start in range(0, len(hidden), 1024):
             inner.lm_head(hidden[start : start + 1024])
     return float("nan")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool
 from forgetcast.lm import LanguageModel, head, load, score
@@ -64,6 +64,22 @@ def test_scores_are_those_of_a_plain_forward_pass_in_double_precision(
     np.testing.assert_allclose(scores.nll, expected, rtol=0, atol=1e-5)
     assert scores.tokens.tolist() == [encode(e, language_model.tokenizer, 96).targets for e in pool]
     assert not scores.truncated.any()
+
+
+def test_the_rare_words_of_a_large_vocabulary_count() -> None:
+    """Oracle: the model's logits, summed in double precision."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=200_000, num_attention_heads=2, **sizes)).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    language_model, words = LanguageModel(model, tiny().tokenizer, "large"), "the loss of a model " * 20
+    ids = torch.tensor([encode(Example("t", text=words), language_model.tokenizer, None).ids])
+    with torch.inference_mode():
+        hidden = model.model(ids).last_hidden_state[0, :-1]
+        logits = hidden.double() @ model.lm_head.weight.double().T
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+    found = score(language_model, Pool([Example("t", text=words)])).nll[0]
+    assert found == pytest.approx(float(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from forgetcast.lm.adapters import base_model, is_prompt_learning
@@ -160,5 +160,11 @@ def _kl(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses (T,) of logits (T, V) and tokens (T,), on the CPU in double precision."""
-    return cross_entropy(logits.float(), targets.to(logits.device), reduction="none").double().cpu()
+    """Losses (T,) of logits (T, V) and tokens (T,), on the CPU in double precision.
+
+    Not PyTorch's cross entropy: on the CPU it adds the words one after the other, and what the rare ones of a large
+    vocabulary have in common gets lost.
+    """
+    logits = logits.float()
+    chosen = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
+    return (torch.logsumexp(logits, dim=1).double() - chosen.double()).cpu()
