@@ -314,7 +314,8 @@ class Atlas:
             if new:
                 entry: dict[str, Any] = {"name": task, "added": _now(), "recipe": dict(recipe or {})}
                 entry["model_hash"] = after.metadata.get("model_hash")
-                if different := check_tokens(self.baseline, after, allow_different=True):
+                # Where they are not allowed, there are none.
+                if allow_different_tokens and (different := check_tokens(self.baseline, after, allow_different=True)):
                     entry["different_tokens"] = different
                 index = {**self._index, "tasks": [*self._index["tasks"], entry]}
                 write_json(self.path / "atlas.json", index)

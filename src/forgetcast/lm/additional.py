@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from functools import partial as partial_function
 from pathlib import Path
@@ -15,19 +13,7 @@ import forgetcast
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, MismatchError
 from forgetcast.lm.load import LanguageModel
-from forgetcast.lm.score import (
-    BATCH_TOKENS,
-    _add_up,
-    _context,
-    _encode,
-    _inputs,
-    _measure,
-    _Partial,
-    _Totals,
-    default_batch_tokens,
-    score,
-)
-from forgetcast.lm.tokens import digest
+from forgetcast.lm.score import BATCH_TOKENS, _add_up, _measure, _Partial, default_batch_tokens, prepare, score
 from forgetcast.measure.scores import Scores
 
 
@@ -126,40 +112,35 @@ def kl_divergence(
         If the two models' tokenizers differ, or give an example other tokens, or `partial` belongs to other models,
         another pool or settings.
     """
-    context = _context(language_model, max_length, stride)
-    if context > reference.context:
+    inputs = prepare(language_model, pool, max_length, stride)
+    if inputs.context > reference.context:
         raise ConfigError(
-            f"inputs have up to {context} tokens, and the reference's context has {reference.context}; "
+            f"inputs have up to {inputs.context} tokens, and the reference's context has {reference.context}; "
             f"use --max-length {reference.context}"
         )
-    encoded, reasons = _encode(pool, language_model, context if stride is None else None)
-    expected, _ = _encode(pool, reference, context if stride is None else None)
     _check_same_tokens(language_model, reference)
-    pairs = zip(pool.ids, encoded, expected, strict=True)
-    other = [id_ for id_, ours, theirs in pairs if (ours.ids, ours.labels) != (theirs.ids, theirs.labels)]
+    expected = prepare(reference, pool, inputs.context, stride).digests
+    pairs = zip(pool.ids, inputs.digests, expected, strict=True)
+    other = [id_ for id_, ours, theirs in pairs if ours != theirs]
     if other:
         raise MismatchError(
             f"the reference {reference.name} reads {len(other)} example(s) as other tokens, e.g. {other[0]!r}; give "
             "both models the same tokenizer and chat template"
         )
-    inputs = _inputs(encoded, language_model, context, stride)
-    pieces = [(i, piece) for i, pieces in enumerate(inputs) for piece in pieces]
-    digests = [digest(pieces) if pieces else None for pieces in inputs]
     checkpoint = _Partial(
         partial,
         {
             "model_hash": language_model.weights_hash,
             "reference_hash": reference.weights_hash,
             "pool": pool.fingerprint,
-            "tokens": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+            "tokens": inputs.digest,
             "version": forgetcast.__version__,
         },
     )
-    totals = _Totals(reasons, [i for i, _ in pieces])
     batches = partial_function(_measure, language_model, batch_tokens=batch_tokens, reference=reference)
-    _add_up(pool.ids, pieces, totals, checkpoint, batches, on_progress)
+    totals = _add_up(pool.ids, inputs, checkpoint, batches, on_progress)
     checkpoint.remove()
-    targets = np.array([example.targets for example in encoded])
+    targets = np.array([example.targets for example in inputs.encoded])
     measured = np.array([not reason for reason in totals.reasons])
     return np.where(measured, totals.sums / np.maximum(targets, 1), np.nan)
 

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial as partial_function
 from importlib.metadata import version
 from pathlib import Path
@@ -88,44 +88,39 @@ def score(
     MismatchError
         If `partial` belongs to another model, pool or settings.
     """
-    context = _context(language_model, max_length, stride)
-    encoded, reasons = _encode(pool, language_model, context if stride is None else None)
-    inputs = _inputs(encoded, language_model, context, stride)
-    digests = [digest(pieces) if pieces else None for pieces in inputs]
-    pieces = [(i, piece) for i, pieces in enumerate(inputs) for piece in pieces]
+    inputs = prepare(language_model, pool, max_length, stride)
     metadata = {
         "model": language_model.name,
         "model_hash": language_model.weights_hash,
         "pool": pool.fingerprint,
-        "max_length": context,
+        "max_length": inputs.context,
         "stride": stride,
         "dtype": str(language_model.model.dtype).removeprefix("torch."),
         "text": language_model.text_settings,
-        "thinking_left_out": sum(example.incomplete for example in encoded),
-        "tokens": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+        "thinking_left_out": sum(example.incomplete for example in inputs.encoded),
+        "tokens": inputs.digest,
         "version": forgetcast.__version__,
         "versions": {library: version(library) for library in LIBRARIES},
         **language_model.loading,
     }
     checkpoint = _Partial(partial, metadata)
-    totals = _Totals(reasons, [i for i, _ in pieces])
     batches = partial_function(_measure, language_model, batch_tokens=batch_tokens)
-    _add_up(pool.ids, pieces, totals, checkpoint, batches, on_progress)
-    scores = _to_scores(pool, encoded, totals, metadata)
+    totals = _add_up(pool.ids, inputs, checkpoint, batches, on_progress)
+    scores = _to_scores(pool, inputs.encoded, totals, metadata)
     checkpoint.remove()
-    return replace(scores, digests=digests)
+    return replace(scores, digests=inputs.digests)
 
 
 def _add_up(
     ids: Sequence[str],
-    pieces: Sequence[tuple[int, Encoded]],
-    totals: _Totals,
+    inputs: Inputs,
     checkpoint: _Partial,
     batches: Callable[[Sequence[Encoded]], Iterator[tuple[list[int], list[float | None]]]],
     on_progress: Callable[[int], None] | None,
-) -> None:
+) -> _Totals:
     """Measure the pieces of all examples that are not finished, with the other processes, and write them down."""
-    progress = on_progress or (lambda _: None)
+    progress, pieces = on_progress or (lambda _: None), inputs.pieces
+    totals = _Totals(inputs.reasons, [i for i, _ in pieces])
     totals.resume(ids, checkpoint.finished)
     if checkpoint.finished:
         progress(len(checkpoint.finished))
@@ -138,6 +133,7 @@ def _add_up(
     totals.gather(mine)
     if others:
         progress(others)
+    return totals
 
 
 def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -> tuple[list[Encoded], list[str]]:
@@ -154,22 +150,55 @@ def _encode(pool: Pool, language_model: LanguageModel, max_length: int | None) -
     return encoded, reasons
 
 
-def _inputs(
-    encoded: Sequence[Encoded], language_model: LanguageModel, context: int, stride: int | None
-) -> list[list[Encoded]]:
-    """Return the inputs that each example is measured in."""
+@dataclass(frozen=True)
+class Inputs:
+    """What is measured of a pool of N examples.
+
+    Attributes
+    ----------
+    context : int
+        Longest input, in tokens.
+    encoded : list of Encoded, length N
+    reasons : list of str, length N
+        Why an example cannot be scored; empty if it can.
+    pieces : list of (int, Encoded)
+        The inputs that examples are measured in, each with the position of its example.
+    digests : list of str or None, length N
+        See `tokens.digest`.
+    """
+
+    context: int
+    encoded: list[Encoded]
+    reasons: list[str]
+    pieces: list[tuple[int, Encoded]]
+    digests: list[str | None]
+
+    @property
+    def digest(self) -> str:
+        """Hash of all digests (64 hexadecimal digits)."""
+        return hashlib.sha256(json.dumps(self.digests).encode()).hexdigest()
+
+
+def prepare(language_model: LanguageModel, pool: Pool, max_length: int | None, stride: int | None) -> Inputs:
+    """Tokenise a pool for a measurement; parameters as for `score`."""
+    context = _context(language_model, max_length, stride)
+    encoded, reasons = _encode(pool, language_model, context if stride is None else None)
     step = context if stride is None else stride
-    return [list(windows(example, context, step, language_model.tokenizer)) for example in encoded]
+    each = [list(windows(example, context, step, language_model.tokenizer)) for example in encoded]
+    return Inputs(
+        context,
+        encoded,
+        reasons,
+        pieces=[(i, piece) for i, pieces in enumerate(each) for piece in pieces],
+        digests=[digest(pieces) if pieces else None for pieces in each],
+    )
 
 
 def token_digests(
     language_model: LanguageModel, pool: Pool, *, max_length: int | None = None, stride: int | None = None
 ) -> list[str | None]:
     """Return the digests that `score` would store, length N, without a forward pass; parameters as there."""
-    context = _context(language_model, max_length)
-    encoded, _ = _encode(pool, language_model, context if stride is None else None)
-    inputs = _inputs(encoded, language_model, context, stride)
-    return [digest(pieces) if pieces else None for pieces in inputs]
+    return prepare(language_model, pool, max_length, stride).digests
 
 
 class _Totals:

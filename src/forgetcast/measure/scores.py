@@ -246,8 +246,11 @@ def check_tokens(before: Scores | Baseline, after: Scores, *, allow_different: b
     """
     if before.digests is None or after.digests is None:
         return None
-    rows = before.index.positions(after.ids, where="the score file").tolist()
-    pairs = [(before.digests[row], digest) for row, digest in zip(rows, after.digests, strict=True)]
+    rows = before.index.positions(after.ids, where="the score file")
+    stored = before.digests
+    # A column on disk is read at once, not value by value.
+    earlier = stored.select(rows) if isinstance(stored, ExampleIndex) else [stored[row] for row in rows.tolist()]
+    pairs = list(zip(earlier, after.digests, strict=True))
     # An example that could not be tokenised on a side has no loss to be compared.
     known = [i for i, pair in enumerate(pairs) if None not in pair]
     different = [i for i in known if pairs[i][0] != pairs[i][1]]
