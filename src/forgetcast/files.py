@@ -1,14 +1,24 @@
-"""Atomic writes, and reading of JSON and Parquet with errors that name the file."""
+"""Atomic writes, and reading of JSON and Parquet with errors that name the file.
+
+A Parquet file written here is sealed: its pages have checksums, and its footer holds a SHA-256 of all pages and a
+SHA-256 of itself. So a bit that flips anywhere is found when the file is read. Files without a seal, of other tools or
+of earlier versions, are read as they are.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
-import tempfile
+import platform
+import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from forgetcast.errors import DataError
 
@@ -17,56 +27,285 @@ if TYPE_CHECKING:
 
 _METADATA_KEY = b"forgetcast"
 
+_SEALED, _PAGES, _SEAL = b"forgetcast.sealed", b"forgetcast.pages", b"forgetcast.seal"
+"""Keys in a footer: a mark that the other two are there, the digest of all pages, and that of the footer."""
+
+_DIGITS = 64
+_BLANK = b"0" * _DIGITS
+_STRING = b"\x18" + bytes([_DIGITS])
+"""What the footer's encoding, Thrift's compact one, has between a key and a value of 64 characters."""
+
+_TEMPORARY = ".tmp-"
+SECONDS_UNTIL_ABANDONED = 24 * 3600
+"""Age from which a temporary file of a process on another machine is taken for one of a dead process."""
+
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and rename it to `path` if the block ends without an error.
 
-    The data is synced before the rename, so a crash leaves the old file or the new one.
+    The data is synced before the rename and the folder after it, so a crash leaves the old file or the new one. What
+    killed processes left in the folder is removed.
+
+    Parameters
+    ----------
+    path : Path
+    exclusive : bool
+        Whether `path` must not exist.
+
+    Raises
+    ------
+    FileExistsError
+        If `exclusive` and `path` exists at the end; it is left as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    make_folder(path.parent)
+    remove_abandoned(path.parent)
+    temporary = path.parent / f"{_TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~umask())  # mkstemp's 0600 is for secrets; these files are shared with a team
-        temporary.replace(path)
+        if exclusive:
+            os.link(temporary, path)
+        else:
+            temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def umask() -> int:
-    """Return the umask of this process."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
+    for name in names:
+        if _is_abandoned(folder / name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    machine, _, rest = temporary.name.removeprefix(_TEMPORARY).partition("-")
+    process = rest.partition("-")[0]
+    try:
+        if machine != _machine() or not process.isdecimal():
+            return time.time() - temporary.stat().st_mtime > SECONDS_UNTIL_ABANDONED
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except (FileNotFoundError, PermissionError):  # finished meanwhile; another user's process
+        return False
+    return False
+
+
+@cache
+def _machine() -> str:
+    """Return a short name of the place in which process ids are unique: a machine, or a container on it."""
+    try:
+        space = Path("/proc/self/ns/pid").readlink().name
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
     """Write JSON atomically; NaN is refused, because readers other than Python's cannot parse it."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_path(path, exclusive=exclusive) as temporary:
+        temporary.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return JSON as it is written to files."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
     """Read JSON; raise DataError with the name of the file if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Parse JSON; raise DataError with the name `where` if it cannot be parsed."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{where} is not read: it is nested too deeply") from None
+
+
+def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with a digest of its other fields, which `check_digest` checks."""
+    return {**value, "digest": _digest(value)}
+
+
+def check_digest(value: Any, where: str) -> dict[str, Any]:
+    """Return a JSON object that `with_digest` made, without the digest.
+
+    Raises
+    ------
+    DataError
+        If it has been changed, or is something else.
+    """
+    if not isinstance(value, dict) or "digest" not in value:
+        raise DataError(f"{where}: a JSON object with a digest is needed")
+    content = {name: field for name, field in value.items() if name != "digest"}
+    if _digest(content) != value["digest"]:
+        raise DataError(f"{where} was damaged or edited after it was written; put back a copy of it")
+    return content
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+class _HashedFile(io.RawIOBase):
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.hash = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self._file.write(data)
+
+
+def write_parquet(
+    tables: Iterable[pa.Table], schema: pa.Schema, file: IO[bytes], metadata: Mapping[str, Any], **options: Any
+) -> str:
+    """Write and seal a Parquet file.
+
+    Parameters
+    ----------
+    tables : iterable of Table
+        Row groups.
+    schema : Schema
+    file : binary file
+        Empty, open for writing and reading.
+    metadata : mapping
+        Saved as JSON in the schema.
+    **options
+        Of `pyarrow.parquet.ParquetWriter`.
+
+    Returns
+    -------
+    str
+        The seal, of 64 hexadecimal digits: no other content has the same.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    hashed = _HashedFile(file)
+    schema = schema.with_metadata({_METADATA_KEY: json.dumps(dict(metadata)).encode(), _SEALED: b"1"})
+    with (
+        pa.PythonFile(hashed, mode="w") as sink,
+        pq.ParquetWriter(sink, schema, write_page_checksum=True, **options) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=max(len(table), 1))
+        # Only now are all pages written: the rest is the footer.
+        writer.add_key_value_metadata({_PAGES: hashed.hash.hexdigest().encode(), _SEAL: _BLANK})
+    footer, start = _footer(file)
+    at = footer.rindex(_SEAL + _STRING + _BLANK) + len(_SEAL + _STRING)
+    seal = hashlib.sha256(footer).hexdigest()
+    file.seek(start + at)
+    file.write(seal.encode())
+    return seal
+
+
+def _footer(file: IO[bytes]) -> tuple[bytes, int]:
+    """Return the footer of a Parquet file, and where it starts; raise ValueError if there is none."""
+    end = file.seek(0, os.SEEK_END) - 8
+    file.seek(max(end, 0))
+    tail = file.read(8)
+    start = end - int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or start < 4:
+        raise ValueError("its end is missing or damaged")
+    file.seek(start)
+    return file.read(end - start), start
+
+
+def check_seal(path: Path, *, pages: bool = True) -> str | None:
+    """Return the seal of a Parquet file after checking it; None if there is none.
+
+    Parameters
+    ----------
+    path : Path
+    pages : bool
+        Whether to read the whole file. Else the footer is checked, and the checksums of pages are left to the reader.
+
+    Raises
+    ------
+    DataError
+        If the file was damaged or changed after it was written, or is no Parquet file.
+    """
+    damaged = DataError(f"{path} was damaged or changed after it was written; put back a copy, or make it again")
+    try:
+        with path.open("rb") as file:
+            footer, start = _footer(file)
+            seal, digest = _value(footer, _SEAL), _value(footer, _PAGES)
+            if seal is None or digest is None:
+                if seal is not None or digest is not None or _SEALED in footer:
+                    raise damaged
+                return None
+            key = _SEAL + _STRING
+            if hashlib.sha256(footer.replace(key + seal, key + _BLANK)).hexdigest().encode() != seal:
+                raise damaged
+            if pages:
+                file.seek(0)
+                hash_, remaining = hashlib.sha256(), start
+                while remaining and (block := file.read(min(remaining, 1 << 20))):
+                    hash_.update(block)
+                    remaining -= len(block)
+                if hash_.hexdigest().encode() != digest:
+                    raise damaged
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+    return seal.decode()
+
+
+def _value(footer: bytes, key: bytes) -> bytes | None:
+    at = footer.rfind(key + _STRING)
+    first = at + len(key + _STRING)
+    return footer[first : first + _DIGITS] if at >= 0 else None
 
 
 def write_table(table: pa.Table, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a Parquet file atomically, with `metadata` as JSON in its schema."""
-    import pyarrow.parquet as pq
+    """Write a sealed Parquet file atomically, with `metadata` as JSON in its schema."""
+    groups = (table.slice(start, _ROWS) for start in range(0, max(len(table), 1), _ROWS))
+    with atomic_path(path) as temporary, temporary.open("w+b") as file:
+        write_parquet(groups, table.schema, file, metadata)
 
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(dict(metadata))}), temporary)
+
+_ROWS = 1 << 17
+"""Rows in a row group."""
 
 
 def read_table(path: Path, columns: Iterable[str], *, kind: str) -> tuple[pa.Table, dict[str, Any]]:
@@ -75,32 +314,51 @@ def read_table(path: Path, columns: Iterable[str], *, kind: str) -> tuple[pa.Tab
     Raises
     ------
     DataError
-        If the file cannot be read, lacks one of `columns`, or an id is not a string; `kind` names the kind of file.
+        If the file cannot be read, was damaged, lacks one of `columns`, or an id is not a string; `kind` names the
+        kind of file.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    check_seal(path)
+    with opened_parquet(path) as file:
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
+        table = file.read()
+    ids = table.column("id").to_pylist()
+    if any(not isinstance(id_, str) for id_ in ids):
+        raise DataError(f"{path}: an id is missing or is not a string")
+    return table, _metadata(table.schema, path)
+
+
+@contextmanager
+def opened_parquet(path: Path, **options: Any) -> Iterator[Any]:
+    """Open a Parquet file as a `pyarrow.parquet.ParquetFile`, page checksums being checked.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, while it is opened or in the block.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
-    ids = table.column("id").to_pylist()
-    if any(not isinstance(id_, str) for id_ in ids):
-        raise DataError(f"{path}: an id is missing or is not a string")
-    return table, _metadata(table.schema)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read the metadata of a Parquet file written by `write_table`, without its columns."""
-    import pyarrow.parquet as pq
+    check_seal(path, pages=False)
+    with opened_parquet(path) as file:
+        return _metadata(file.schema_arrow, path)
 
-    return _metadata(pq.read_schema(path))
 
-
-def _metadata(schema: pa.Schema) -> dict[str, Any]:
-    return json.loads((schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+def _metadata(schema: pa.Schema, path: Path) -> dict[str, Any]:
+    metadata = parse_json((schema.metadata or {}).get(_METADATA_KEY, b"{}"), f"the metadata of {path}")
+    if not isinstance(metadata, dict):
+        raise DataError(f"the metadata of {path} is not a JSON object")
+    return metadata

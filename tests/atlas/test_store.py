@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from forgetcast import Atlas, DataError, Example, MismatchError, Pool
+from forgetcast.files import with_digest
 from support.data import make_atlas, make_scores
 from support.dying import add_row, add_row_slowly
 from support.processes import exit_code, start
@@ -22,7 +23,7 @@ def test_rows_survive_a_file(tmp_path: Path, pool: Pool) -> None:
     assert read.tasks == tuple(f"t{i}" for i in range(8))
     assert read.matrix(["t3", "t1"]).tasks == ("t3", "t1")
     assert read.provenance("t3")["name"] == "t3"
-    dataset = read.dataset()
+    dataset = read.to_xarray()
     np.testing.assert_array_equal(dataset.forgetting.sel(task="t2").values, read.matrix(["t2"]).values[0])
     assert dict(dataset.sizes) == {"task": 8, "example": len(pool)}
 
@@ -72,7 +73,7 @@ def test_a_right_answer_that_becomes_wrong_is_forgotten(tmp_path: Path, pool: Po
             else:
                 assert value == (after[i] == 0)
     assert 0 < np.nanmean(found.values) < 1
-    flipped = read.dataset().flipped.sel(task="a").values
+    flipped = read.to_xarray().flipped.sel(task="a").values
     np.testing.assert_array_equal(flipped[before == 1], found.values[0])
     assert np.isnan(flipped[before != 1]).all()
     # What was measured is kept.
@@ -84,13 +85,28 @@ def test_missing_answers(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
     atlas.add("answered", replace(make_scores(pool, np.full(len(pool), 4.0)), exact_match=np.ones(len(pool))))
     assert atlas.is_complete("answered")
-    assert "flipped" not in atlas.dataset()
+    assert "flipped" not in atlas.to_xarray()
     with pytest.raises(DataError, match="has no answers; collect one with exact_match: true"):
         atlas.matrix(measure="exact_match")
     none_right = replace(make_scores(pool, np.full(len(pool), 3.0)), exact_match=np.zeros(len(pool)))
     empty = Atlas.create(tmp_path / "b.atlas", pool, none_right, model="base")
     with pytest.raises(DataError, match="answers nothing right"):
         empty.matrix(measure="exact_match")
+
+
+def test_a_row_without_a_number_is_refused(tmp_path: Path, pool: Pool) -> None:
+    """Oracle: nothing is stored, and the atlas stays readable."""
+    atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
+    scores = make_scores(pool, np.full(len(pool), 4.0))
+    nothing = replace(scores, nll=np.full(len(pool), np.nan), reasons=["too long"] * len(pool))
+    files = sorted(atlas.path.rglob("*"))
+    for bad, options in ((nothing, {}), (scores, {"examples": []})):
+        with pytest.raises(DataError, match="no loss of an example that the base model could score"):
+            atlas.add("empty", bad, **options)
+    huge = replace(scores, nll=np.where(np.arange(len(pool)) == 3, 1e39, 4.0))
+    with pytest.raises(DataError, match=r"forgetting of example 'e3' is 1e\+39: too large"):
+        atlas.add("huge", huge)
+    assert sorted(atlas.path.rglob("*")) == files
 
 
 def test_mismatched_scores_are_rejected_without_a_change(tmp_path: Path, pool: Pool) -> None:
@@ -113,37 +129,42 @@ def test_open_reports_invalid_files(tmp_path: Path, pool: Pool) -> None:
     with pytest.raises(DataError, match="not an atlas"):
         Atlas.open(tmp_path)
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
-    index = json.loads((atlas.path / "atlas.json").read_text())
-    (atlas.path / "atlas.json").write_text(json.dumps(index | {"format": 99}))
-    with pytest.raises(DataError, match=r"atlas.json: format 1 is needed"):
-        Atlas.open(atlas.path)
+    written = (atlas.path / "atlas.json").read_text()
+    index = json.loads(written)
+    for changed, message in (
+        (index | {"format": 99}, r"atlas.json is of format 99, and this version reads up to 2; upgrade"),
+        (index | {"format": True}, r"atlas.json is not that of an atlas: its format is True"),
+        (index | {"model": "another"}, r"atlas.json was damaged or edited after it was written"),
+        (with_digest({n: v for n, v in index.items() if n not in ("digest", "pool")}), r"atlas.json: pool: Field req"),
+        ([], "not that of an atlas"),
+    ):
+        (atlas.path / "atlas.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=message):
+            Atlas.open(atlas.path)
     (atlas.path / "atlas.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         Atlas.open(atlas.path)
-    (atlas.path / "atlas.json").write_text(json.dumps(index))
+    (atlas.path / "atlas.json").write_text(written)
     pool.subset(pool.ids[1:]).save(atlas.path / "pool.parquet")
-    with pytest.raises(MismatchError, match=r"pool.parquet has 23 examples, but 24 were scored"):
+    with pytest.raises(MismatchError, match=r"pool.parquet is not the file that the atlas was created with"):
         Atlas.open(atlas.path)
-    Pool([Example("e0", text="another text"), *pool[1:]]).save(atlas.path / "pool.parquet")
-    with pytest.raises(MismatchError, match="another pool"):
-        _ = Atlas.open(atlas.path).pool
     (atlas.path / "before.parquet").unlink()
+    pool.save(atlas.path / "pool.parquet")
     with pytest.raises(DataError, match=r"before.parquet is missing"):
         Atlas.open(atlas.path)
 
 
-def test_second_writer_is_rejected(tmp_path: Path, pool: Pool) -> None:
+def test_two_writers_at_a_time(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=2)
     process, connection = start(add_row_slowly, atlas.path)
     assert connection.recv() == "writing"
-    with pytest.raises(DataError, match="another process"):
-        atlas.add("late", make_scores(pool, np.full(len(pool), 4.0)))
+    atlas.add("late", make_scores(pool, np.full(len(pool), 4.0)))
+    assert Atlas.open(atlas.path).tasks == ("t0", "t1", "late")
     connection.send("go on")
     process.join()
     assert process.exitcode == 0
-    atlas = Atlas.open(atlas.path)
-    atlas.add("late", make_scores(pool, np.full(len(pool), 4.0)))
     read = Atlas.open(atlas.path)
+    assert sorted(read.tasks) == ["late", "slow", "t0", "t1"]
     assert read.is_complete("slow")
     assert read.is_complete("late")
 
@@ -164,7 +185,7 @@ def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool, an
         codes.append(exit_code(add_row, atlas.path, operations))
         read = Atlas.open(atlas.path)
         np.testing.assert_array_equal(read.matrix(["t0", "t1"]).values, kept)
-        assert read.dataset().sizes["task"] == len(read.tasks)
+        assert read.to_xarray().sizes["task"] == len(read.tasks)
         if answers:
             np.testing.assert_array_equal(read.matrix(["t0", "t1"], measure="exact_match").values, 0)
         if codes[-1] == 0:
@@ -179,7 +200,7 @@ def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool, an
 
 
 def test_importing_the_atlas_loads_no_heavy_library() -> None:
-    heavy = ("zarr", "xarray", "pyarrow.dataset", "torch")
+    heavy = ("zarr", "xarray", "fsspec", "pyarrow.dataset", "torch")
     code = f"import sys, forgetcast.atlas; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

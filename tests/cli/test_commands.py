@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -339,13 +338,9 @@ def test_an_interrupted_collect_resumes(work: Path, run: RunCommand, tmp_path: P
         + f"recipe: {make_recipe(steps=40).model_dump_json()}\n"
     )
     command = [sys.executable, "-m", "forgetcast.cli", "collect", str(tmp_path / "config.yaml")]
-    index = tmp_path / "runs.atlas" / "atlas.json"
-
-    def tasks() -> list[Any]:
-        return json.loads(index.read_text())["tasks"] if index.exists() else []
-
+    rows = tmp_path / "runs.atlas" / "rows"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"})
-    while not tasks():
+    while not list(rows.glob("*/*.parquet")):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

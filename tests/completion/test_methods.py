@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize, special
 
 from forgetcast import Atlas, ConfigError, DataError, ForgettingMatrix
-from forgetcast.atlas.columns import StoredMatrix
+from forgetcast.atlas.rows import StoredMatrix
 from forgetcast.completion import (
     KNN,
     METHODS,
@@ -132,6 +132,8 @@ class TestAtlasOnDisk:
         pool = make_pool(300)
         atlas = Atlas.create(tmp_path / "a.atlas", pool, make_scores(pool, np.full(300, 10.0)), model="base")
         for i, row in enumerate(values[:-1]):
+            if np.isnan(row).all():
+                continue
             seen = [id_ for id_, value in zip(pool.ids, row, strict=True) if not np.isnan(value)]
             atlas.add(f"t{i}", make_scores(pool, 10.0 + np.nan_to_num(row).astype(float)), examples=seen)
         at = np.arange(0, 300, 15)
@@ -147,11 +149,9 @@ class TestAtlasOnDisk:
     def test_too_few_measured_tasks(self, tmp_path: Path) -> None:
         pool = make_pool(30)
         atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
-        for name in ("empty", "as empty"):
-            for method in (Bayesian(), Additive()):
-                with pytest.raises(DataError, match="at least two measured tasks; the matrix has 1"):
-                    method.fit(atlas)
-            atlas.add(name, make_scores(pool, np.full(30, 4.0)), examples=[])
+        for method in (Bayesian(), Additive()):
+            with pytest.raises(DataError, match="at least two measured tasks; the matrix has 1"):
+                method.fit(atlas)
 
     def test_factors_of_a_complete_matrix_are_the_same_either_way(self, values: np.ndarray) -> None:
         whole, squares = factor_complete(values, 3)

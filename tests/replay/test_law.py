@@ -226,12 +226,12 @@ def test_the_atlas_keeps_runs(tmp_path: Path) -> None:
     )
     kept.add_replays([first, first | {"seed": 1}])
     kept.add_replays([again])
-    assert Atlas.open(kept.path).replays == [again, first | {"seed": 1}]
-    kept.add_replays([first | {"setup_": "x"}])
-    with pytest.raises(DataError, match=r"replays.json: 0: .*Field required"):
+    assert Atlas.open(kept.path).replays == [first | {"seed": 1}, again], "the one that replaces another is the newest"
+    with pytest.raises(DataError, match=r"replays: 0: .*Field required"):
         advise(kept, "random")
-    (kept.path / "replays.json").write_text('{"a": 1}')
-    with pytest.raises(DataError, match=r"replays.json is not a list of fine-tunes"):
+    for file in (kept.path / "replays").iterdir():
+        file.write_text('{"a": 1}')
+    with pytest.raises(DataError, match=r"replays/[0-9a-f]+.json: a JSON object with a digest is needed"):
         advise(kept, "random")
 
 

@@ -10,7 +10,7 @@ from multiprocessing.context import ForkServerProcess
 # The server imports the slow packages once; each process is a fork of it.
 _context = get_context("forkserver")
 _context.set_forkserver_preload(
-    ["forgetcast.lm", "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft", "zarr"]
+    ["forgetcast.lm", "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"]
 )
 
 

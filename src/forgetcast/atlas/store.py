@@ -1,122 +1,125 @@
 """The atlas: a forgetting matrix on disk, with its pool, its base scores and the provenance of every row.
 
     NAME.atlas/
-      atlas.json       the base model, the pool's fingerprint, and the tasks in row order
+      atlas.json       the base model, the pool's fingerprint, the seals of the two files below; written once
       pool.parquet     the upstream examples
       before.parquet   scores of the base model
-      numbers.zarr/    forgetting: (task, example) float32, nats per token, NaN where not measured
-      answers.zarr/    flipped: (task, example) float32, 1 where a right answer became wrong, 0 where it stayed right,
-                       NaN where it was not right before or not measured; only if the base model has exact match
-      replays.json     outcomes of fine-tunes with and without replay, the basis of advised ratios; only if any
+      rows/TASK/       immutable parts of a row (see `atlas.rows`), and receipts/, by which a lost part is noticed
+      replays/         outcomes of fine-tunes with and without replay, one file each, the basis of advised ratios
 
-A row is written first and then named in atlas.json, by one atomic replacement. So a crash at any byte leaves an atlas
-that opens: a row that is not named is ignored and overwritten; a named row whose new entries were cut short keeps the
-old ones. There is one writer at a time; a second one is refused.
+There is no index that changes: a row is added by one atomic operation, so writers of different rows need no lock, in
+a folder, on a shared file system or in an object store.
 """
 
 from __future__ import annotations
 
-import fcntl
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from forgetcast.atlas.columns import BLOCK, StoredMatrix, has_column, read_column
+from forgetcast.atlas import rows, zarr_format
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
+from forgetcast.atlas.rows import FLIPPED, FORGETTING, Row, StoredMatrix
+from forgetcast.atlas.storage import Storage, storage_of
 from forgetcast.data.formats import read_example
 from forgetcast.data.ids import ExampleIndex, labels
 from forgetcast.data.pool import Pool
-from forgetcast.errors import DataError, MismatchError
-from forgetcast.files import read_json, read_metadata, umask, write_json
+from forgetcast.errors import DataError, MismatchError, MissingExtraError
+from forgetcast.files import (
+    check_digest,
+    check_seal,
+    json_bytes,
+    opened_parquet,
+    parse_json,
+    read_metadata,
+    with_digest,
+)
 from forgetcast.measure.scores import Baseline, Scores, check_tokens, flips, forgetting
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray as xr
-    import zarr
 
-FORMAT = 1
+FORMAT = 2
 
-LOSSES, FLIPS = ("numbers.zarr", "forgetting"), ("answers.zarr", "flipped")
-"""Group and array of the two measures of forgetting: by the loss, and by exact match."""
+INDEX, POOL, BEFORE = "atlas.json", "pool.parquet", "before.parquet"
 
 Measure = Literal["loss", "exact_match"]
 
 
+class Index(BaseModel):
+    """Contents of atlas.json.
+
+    Attributes
+    ----------
+    format : int
+    model : str
+        Name or path of the base model.
+    model_hash : str or None
+        Hash of its weights.
+    pool : str
+        Fingerprint of the pool.
+    examples : int
+        How many the pool has.
+    answers : bool
+        Whether the base model has exact match.
+    seals : mapping
+        Seal of each file that is written once.
+    recipe : mapping
+        The recipe shared by the tasks; empty if they have none in common.
+    created : str
+        Time, in ISO 8601.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    format: int = FORMAT
+    model: str
+    model_hash: str | None
+    pool: str
+    examples: int
+    answers: bool
+    seals: dict[str, str]
+    recipe: dict[str, Any]
+    created: str
+
+
 class Atlas:
-    """A forgetting matrix on disk that only grows; use `Atlas.create` or `Atlas.open`."""
+    """A forgetting matrix on disk that only grows; use `Atlas.create` or `Atlas.open`.
 
-    def __init__(self, path: Path, index: dict[str, Any]) -> None:
-        self.path = path
-        self._index = index
+    Attributes
+    ----------
+    path : Path or str
+        The folder, or the URL.
+    """
 
-    @cached_property
-    def pool(self) -> Pool:
-        """The upstream examples, read on first access.
-
-        Raises
-        ------
-        MismatchError
-            If the pool file is not the pool that was scored.
-        """
-        pool = Pool.load(self.path / "pool.parquet")
-        check_fingerprint(f"the atlas {self.path}", self.pool_fingerprint, pool)
-        return pool
-
-    @cached_property
-    def before(self) -> Scores:
-        """Scores of the base model on the pool, read on first access."""
-        return Scores.load(self.path / "before.parquet")
-
-    @cached_property
-    def examples(self) -> ExampleIndex:
-        """Ids of the examples, in column order; their texts stay on disk."""
-        return ExampleIndex.from_arrow(read_column(self.path / "pool.parquet", "id"))
-
-    @cached_property
-    def nll_before(self) -> np.ndarray:
-        """Loss of the base model on each example, shape (N,), nats per token; NaN where it could not be scored."""
-        return np.asarray(read_column(self.path / "before.parquet", "nll").to_numpy())
-
-    @cached_property
-    def has_answers(self) -> bool:
-        """Whether the base model has exact match, so that flips can be measured."""
-        return (self.path / FLIPS[0]).is_dir()
-
-    @cached_property
-    def baseline(self) -> Baseline:
-        """Losses and answers of the base model, as `before` but without the rest of the score file."""
-        path = self.path / "before.parquet"
-        right = read_column(path, "exact_match").to_pylist() if self.has_answers else None
-        return Baseline(
-            self.examples,
-            self.nll_before,
-            None if right is None else np.array(right, dtype=np.float64),
-            ExampleIndex.from_arrow(read_column(path, "digest")) if has_column(path, "digest") else None,
-        )
-
-    @property
-    def right_before(self) -> np.ndarray:
-        """Whether the base model answers each example right, shape (N,)."""
-        right = self.baseline.exact_match
-        return np.zeros(len(self.examples), dtype=bool) if right is None else np.asarray(right == 1)
+    def __init__(self, storage: Storage, index: Index) -> None:
+        self._storage, self._index = storage, index
+        self.path = storage.location
 
     @classmethod
     def create(
-        cls, path: str | Path, pool: Pool, before: Scores, *, model: str, recipe: Mapping[str, Any] | None = None
+        cls,
+        path: str | Path,
+        pool: Pool,
+        before: Scores,
+        *,
+        model: str,
+        recipe: Mapping[str, Any] | None = None,
     ) -> Atlas:
         """Create an atlas without tasks.
 
         Parameters
         ----------
-        path : path
-            A directory that does not exist yet.
+        path : path or URL
+            A folder that does not exist yet, or holds no atlas and was begun for one.
         pool : Pool
         before : Scores
             Scores of the base model on exactly this pool.
@@ -128,53 +131,38 @@ class Atlas:
         Raises
         ------
         DataError
-            If `path` exists.
+            If `path` exists, or a base loss is larger than a 32-bit number.
         MismatchError
             If `before` is of another pool.
         """
-        import zarr
-
-        path = Path(path)
-        if path.exists():
-            raise DataError(f"{path} exists already; open it, or choose another name")
-        if before.pool_fingerprint is not None:
-            check_fingerprint("the score file", before.pool_fingerprint, pool)
-        if before.ids != pool.ids:
-            raise MismatchError("the scores before fine-tuning must cover the pool's examples, in its order")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Built next to its place and renamed, so that a partial atlas never has the name.
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            pool.save(temporary / "pool.parquet")
-            before.save(temporary / "before.parquet")
-            arrays = {LOSSES: "nats per token"}
-            if before.exact_match is not None:
-                arrays[FLIPS] = "1 = right before and wrong after, 0 = right before and after"
-            for (group, name), units in arrays.items():
-                array = zarr.create_group(temporary / group).create_array(
-                    name,
-                    shape=(0, len(pool)),
-                    chunks=(1, min(len(pool), BLOCK)),
-                    dtype="float32",
-                    fill_value=np.nan,
-                    dimension_names=("task", "example"),
-                )
-                array.attrs.update(units=units, sign="positive = forgotten", missing="NaN")
-            index: dict[str, Any] = {
-                "format": FORMAT,
-                "model": model,
-                "model_hash": before.metadata.get("model_hash"),
-                "pool": pool.fingerprint,
-                "recipe": dict(recipe or {}),
-                "created": _now(),
-                "tasks": [],
-            }
-            write_json(temporary / "atlas.json", index)
-            temporary.chmod(0o777 & ~umask())
-            temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        atlas = cls(path, index)
+        check_fingerprint("the score file", before.pool_fingerprint, pool)
+        if tuple(before.ids) != tuple(pool.ids):
+            raise MismatchError("the score file and the pool have other examples, or another order; score the pool")
+        _as_float32("the base loss", before.nll, pool.ids)
+        storage = storage_of(path)
+        if storage.names():
+            raise DataError(f"{path} exists already; choose another name, or add to it")
+        seals = {}
+        for name, save in ((POOL, pool.save), (BEFORE, before.save)):
+            # Two processes may create the same atlas: the files of the first one count.
+            try:
+                with storage.write(name, exclusive=True) as file:
+                    save(file)
+            except FileExistsError:
+                raise DataError(f"{path} is being created by another process; wait for it to end") from None
+            seals[name] = _seal(storage, name)
+        index = Index(
+            model=model,
+            model_hash=before.metadata.get("model_hash"),
+            pool=pool.fingerprint,
+            examples=len(pool),
+            answers=before.exact_match is not None,
+            seals=seals,
+            recipe=dict(recipe or {}),
+            created=now(),
+        )
+        atlas = cls(storage, index)
+        atlas._write_index(index, exclusive=True)
         atlas.pool, atlas.before = pool, before
         return atlas
 
@@ -182,82 +170,182 @@ class Atlas:
     def open(cls, path: str | Path) -> Atlas:
         """Open an atlas. Its numbers, texts and base scores stay on disk until they are accessed.
 
+        An atlas of an earlier version is opened too; `convert` brings it to this one.
+
         Raises
         ------
         DataError
-            If there is none, a part of it is missing, or a newer version wrote it.
+            If there is none, a part of it is missing or damaged, or a newer version wrote it.
         MismatchError
-            If the pool or the base scores differ from the atlas in the number of examples.
+            If the pool or the base scores are not those that the atlas was created with.
         """
-        import pyarrow.parquet as pq
-
-        path = Path(path)
-        if not (path / "atlas.json").is_file():
-            raise DataError(f"{path} is not an atlas: atlas.json is missing")
-        index = read_json(path / "atlas.json")
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise DataError(f"{path / 'atlas.json'}: format {FORMAT} is needed; upgrade forgetcast or collect it again")
-        missing = [name for name in ("pool.parquet", "before.parquet", "numbers.zarr") if not (path / name).exists()]
-        if missing:
-            raise DataError(f"{path} is not a whole atlas: {missing[0]} is missing")
-        atlas = cls(path, index)
-        columns = atlas._array("r").shape[1]
-        for name in ("pool.parquet", "before.parquet"):
-            if (rows := pq.read_metadata(path / name).num_rows) != columns:
-                raise MismatchError(f"{path / name} has {rows} examples, but {columns} were scored; put it back")
+        storage = storage_of(path)
+        where = f"{path}/{INDEX}"
+        try:
+            content = parse_json(storage.read(INDEX), where)
+        except FileNotFoundError:
+            raise DataError(f"{path} is not an atlas: atlas.json is missing") from None
+        except OSError as error:
+            raise DataError(f"{where}: {error.strerror or error}") from None
+        version = content.get("format") if isinstance(content, dict) else None
+        if type(version) is int and version > FORMAT:
+            raise DataError(
+                f"{where} is of format {version}, and this version reads up to {FORMAT}; upgrade forgetcast"
+            )
+        if type(version) is not int or version not in (zarr_format.FORMAT, FORMAT):
+            raise DataError(f"{where} is not that of an atlas: its format is {version!r}")
+        try:
+            index = Index.model_validate(
+                check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        atlas = cls(storage, index)
+        for name in (POOL, BEFORE):
+            _ = atlas._file(name)
         return atlas
+
+    def _file(self, name: str) -> Path:
+        """Return the path of a file that is written once, after checking that it is the one that was written."""
+        seal = self._index.seals.get(name)
+        try:
+            path = self._storage.local(name, version=seal or "")
+        except FileNotFoundError:
+            raise DataError(f"{self.path} is not a whole atlas: {name} is missing; put it back") from None
+        if check_seal(path, pages=False) != seal:
+            raise MismatchError(f"{path} is not the file that the atlas was created with; put it back")
+        return path
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The upstream examples, read on first access.
+
+        Raises
+        ------
+        MismatchError
+            If the pool file is not the pool that was scored.
+        """
+        pool = Pool.load(self._file(POOL))
+        check_fingerprint(f"the atlas {self.path}", self.pool_fingerprint, pool)
+        return pool
+
+    @cached_property
+    def before(self) -> Scores:
+        """Scores of the base model on the pool, read on first access."""
+        return Scores.load(self._file(BEFORE))
+
+    @cached_property
+    def examples(self) -> ExampleIndex:
+        """Ids of the examples, in column order; their texts stay on disk."""
+        return ExampleIndex.from_arrow(self._column(POOL, "id"))
+
+    @cached_property
+    def nll_before(self) -> np.ndarray:
+        """Loss of the base model on each example, shape (N,), nats per token; NaN where it could not be scored."""
+        return np.asarray(self._column(BEFORE, "nll").to_numpy())
+
+    def _column(self, file: str, name: str) -> Any:
+        """Read one column of a file that is written once; the others stay on disk. None if there is no such column."""
+        with opened_parquet(self._file(file)) as parquet:
+            return parquet.read([name])[name] if name in parquet.schema_arrow.names else None
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the base model has exact match, so that flips can be measured."""
+        return self._index.answers
+
+    @cached_property
+    def baseline(self) -> Baseline:
+        """Losses and answers of the base model, as `before` but without the rest of the score file."""
+        right = self._column(BEFORE, "exact_match").to_pylist() if self.has_answers else None
+        digests = self._column(BEFORE, "digest")
+        return Baseline(
+            self.examples,
+            self.nll_before,
+            None if right is None else np.array(right, dtype=np.float64),
+            None if digests is None else ExampleIndex.from_arrow(digests),
+        )
+
+    @property
+    def right_before(self) -> np.ndarray:
+        """Whether the base model answers each example right, shape (N,)."""
+        right = self.baseline.exact_match
+        return np.zeros(len(self.examples), dtype=bool) if right is None else np.asarray(right == 1)
 
     @property
     def pool_fingerprint(self) -> str:
         """Fingerprint of the pool."""
-        return str(self._index["pool"])
+        return self._index.pool
 
     @property
     def model(self) -> str:
         """Name or path of the base model."""
-        return str(self._index["model"])
+        return self._index.model
 
     @property
     def model_hash(self) -> str | None:
         """Hash of the base model's weights, or None if unknown."""
-        return self._index["model_hash"]
+        return self._index.model_hash
 
     @cached_property
     def scored_with(self) -> dict[str, Any]:
         """Metadata of the base scores: tokenizer, chat template, dtype, context."""
-        return read_metadata(self.path / "before.parquet")
+        return read_metadata(self._file(BEFORE))
+
+    @property
+    def format(self) -> int:
+        """Version of the format on disk."""
+        return self._index.format
 
     @property
     def created(self) -> str:
         """Time of creation, in ISO 8601."""
-        return str(self._index["created"])
+        return self._index.created
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The recipe shared by the tasks."""
-        return dict(self._index["recipe"])
+        """The recipe shared by the tasks; empty if they have none in common."""
+        return dict(self._index.recipe)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in row order."""
-        return tuple(task["name"] for task in self._index["tasks"])
+        return tuple(self._by_task)
+
+    @cached_property
+    def _by_task(self) -> dict[str, Row | zarr_format.ZarrRow]:
+        if self.format == zarr_format.FORMAT:
+            return dict(zarr_format.list_rows(self._storage))
+        return {row.task: row for row in rows.list_rows(self._storage) if row.exists}
+
+    def refresh(self) -> None:
+        """Look again which rows there are: other processes may have added some."""
+        self.__dict__.pop("_by_task", None)
 
     def provenance(self, task: str) -> dict[str, Any]:
-        """Return the provenance of a task: name, time of addition, recipe and hash of the tuned model."""
-        return dict(self._index["tasks"][self._row(task)])
+        """Return when a row was added, its recipe, the hash of the tuned model, and what else is known of it."""
+        return self._row(task).provenance
+
+    def beside(self, what: str) -> Path:
+        """Return the path of a folder for runs: next to the atlas, or in the current folder if the atlas is a URL."""
+        path = self.path if isinstance(self.path, Path) else Path(self.path.rpartition("/")[2])
+        return path.with_name(f"{path.name}.{what}")
 
     def __repr__(self) -> str:
         """Path and size."""
         return f"Atlas({self.path}, {len(self.tasks)} tasks x {len(self.examples)} examples)"
 
-    def _row(self, task: str) -> int:
+    def _row(self, task: str) -> Row | zarr_format.ZarrRow:
+        if task not in self._by_task:
+            self.refresh()
         try:
-            return self.tasks.index(task)
-        except ValueError:
+            return self._by_task[task]
+        except KeyError:
             raise MismatchError(f"the atlas {self.path} has no task {task!r}") from None
 
-    def _rows(self, tasks: Iterable[str] | None) -> list[int]:
-        return list(range(len(self.tasks))) if tasks is None else [self._row(task) for task in tasks]
+    def _rows(self, tasks: Iterable[str] | None) -> list[Row | zarr_format.ZarrRow]:
+        return list(self._by_task.values()) if tasks is None else [self._row(task) for task in tasks]
 
     def add(
         self,
@@ -266,8 +354,10 @@ class Atlas:
         *,
         examples: Iterable[str] | None = None,
         recipe: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        order: int | None = None,
         allow_different_tokens: bool = False,
-    ) -> None:
+    ) -> int:
         """Add the measurements of a task: a whole row, or some entries of one.
 
         Parameters
@@ -280,46 +370,140 @@ class Atlas:
             Ids to use of `after`; default all.
         recipe : mapping, optional
             How the model was tuned.
+        provenance : mapping, optional
+            What else is known of the row, ready for JSON: seed, versions, cost.
+        order : int, optional
+            Place of a new row among the others; default: after the last one.
         allow_different_tokens : bool
             Whether examples may have been scored on other tokens than by the base model; their number is stored.
+
+        Returns
+        -------
+        int
+            How many losses were not measured before.
 
         Raises
         ------
         MismatchError
             If an example is unknown, its text is not the one in the atlas's pool, or its tokens are not those that the
             base model was scored on.
+        DataError
+            If no loss could be measured, or a loss is larger than a 32-bit number; or the name is empty.
         """
-        if not task:
-            raise DataError("a task needs a name")
+        _check_name(task)
         ids = after.ids if examples is None else tuple(dict.fromkeys(examples))
         columns = self.columns_of(after, ids, allow_different_tokens=allow_different_tokens)
         if examples is not None:
             after = after.subset(ids)
-        measured = {LOSSES: forgetting(self.baseline, after)}
+        measured = {FORGETTING: _as_float32("the forgetting", forgetting(self.baseline, after), ids)}
         if self.has_answers and after.exact_match is not None:
-            measured[FLIPS] = flips(self.baseline, after)
-        with self._writing():
-            self._index = read_json(self.path / "atlas.json")
-            new = task not in self.tasks
-            row = len(self.tasks) if new else self._row(task)
-            for place, added in measured.items():
-                array = self._array("r+", place)
-                exists = not new and row < array.shape[0]
-                values = np.asarray(array[row]) if exists else np.full(len(self.examples), np.nan, np.float32)
-                missing = np.isnan(values[columns])
-                values[columns[missing]] = added[missing].astype(np.float32)
-                if array.shape[0] <= row:
-                    array.resize((row + 1, len(self.examples)))
-                array[row] = values
-            if new:
-                entry: dict[str, Any] = {"name": task, "added": _now(), "recipe": dict(recipe or {})}
-                entry["model_hash"] = after.metadata.get("model_hash")
-                # Where they are not allowed, there are none.
-                if allow_different_tokens and (different := check_tokens(self.baseline, after, allow_different=True)):
-                    entry["different_tokens"] = different
-                index = {**self._index, "tasks": [*self._index["tasks"], entry]}
-                write_json(self.path / "atlas.json", index)
-                self._index = index
+            measured[FLIPPED] = flips(self.baseline, after).astype(np.float32)
+        if all(np.isnan(values).all() for values in measured.values()):
+            raise DataError(f"the scores after {task!r} have no loss of an example that the base model could score")
+        self._require_this_format()
+        folder = rows.folder_of(task)
+        existing = next((row for row in rows.list_rows(self._storage, folder) if row.exists), None)
+        if existing is not None:
+            for name, values in measured.items():
+                known = ~np.isnan(existing.read(name, 0, self._index.examples)[columns])
+                values[known] = np.nan
+        new = np.flatnonzero(~np.isnan(list(measured.values())).all(axis=0))
+        if not len(new):
+            return 0
+        if order is None:
+            taken = (existing,) if existing is not None else self._by_task.values()
+            order = max((row.order[0] for row in taken), default=-1) + (existing is None)
+        info: dict[str, Any] = {
+            **(provenance or {}),
+            "name": task,
+            "base": self._index.seals[BEFORE],
+            "examples": self._index.examples,
+            "added": now(),
+            "recipe": dict(recipe or {}),
+            "model_hash": after.metadata.get("model_hash"),
+        }
+        # Where they are not allowed, there are none.
+        if allow_different_tokens and (different := check_tokens(self.baseline, after, allow_different=True)):
+            info["different_tokens"] = different
+        positions: np.ndarray | None = columns[new]
+        if 2 * len(new) >= self._index.examples:  # a column with gaps is smaller than one with positions
+            everywhere = {name: np.full(self._index.examples, np.nan, np.float32) for name in measured}
+            for name, values in measured.items():
+                everywhere[name][columns[new]] = values[new]
+            measured, positions = everywhere, None
+        else:
+            by_position = new[np.argsort(columns[new])]
+            measured, positions = {name: v[by_position] for name, v in measured.items()}, columns[by_position]
+        added = int((~np.isnan(measured[FORGETTING])).sum())
+        rows.write_part(self._storage, info, order, measured, positions)
+        self.refresh()
+        return added
+
+    def drop(self, task: str, *, reason: str = "") -> None:
+        """Let a row not count any more, so that its name is free; its files stay until `compact`.
+
+        Raises
+        ------
+        MismatchError
+            If there is no such row.
+        """
+        self._require_this_format()
+        self.refresh()
+        row = self._row(task)
+        assert isinstance(row, Row)
+        parts = [*(part.file for part in row.parts), *row.lost]
+        rows.drop_parts(self._storage, row.folder, parts, {"dropped": now(), "reason": reason})
+        self.refresh()
+
+    def compact(self) -> int:
+        """Join the parts of each row, and remove what does not count any more; return how many files were removed."""
+        self._require_this_format()
+        self.refresh()
+        for row in self._by_task.values():
+            assert isinstance(row, Row)
+            if len(row.parts) < 2:
+                continue
+            values = {FORGETTING: row.read(FORGETTING, 0, self._index.examples)}
+            if self.has_answers:
+                values[FLIPPED] = row.read(FLIPPED, 0, self._index.examples)
+            parts = [part.info.model_dump() for part in row.by_time]
+            rows.write_part(self._storage, {**parts[0], "parts": parts[1:]}, row.order[0], values, None)
+            rows.drop_parts(
+                self._storage, row.folder, [p.file for p in row.parts], {"dropped": now(), "reason": "joined"}
+            )
+        removed = sum(map(rows.remove_dropped, rows.list_rows(self._storage)))
+        self.refresh()
+        return removed + zarr_format.remove(self._storage)
+
+    def _require_this_format(self) -> None:
+        """Convert an atlas of an earlier version before it is changed."""
+        if self.format != FORMAT:
+            self.convert()
+
+    def convert(self) -> None:
+        """Convert an atlas of an earlier version in its place; what it was made of stays until `compact`.
+
+        An interrupted conversion leaves the old atlas, and can be repeated.
+        """
+        if self.format == FORMAT:
+            return
+        pool, before = self.pool, self.before
+        seals = {}
+        for name, save in ((POOL, pool.save), (BEFORE, before.save)):
+            with self._storage.write(name) as file:
+                save(file)
+            seals[name] = _seal(self._storage, name)
+        zarr_format.copy_rows(self._storage, seals[BEFORE], self._index.examples)
+        for run in self.replays:
+            write_replay(self._storage, run)
+        index = self._index.model_copy(update={"format": FORMAT, "seals": seals})
+        self._write_index(index)
+        self._index = index
+        self.refresh()
+
+    def _write_index(self, index: Index, *, exclusive: bool = False) -> None:
+        with self._storage.write(INDEX, exclusive=exclusive) as file:
+            file.write_bytes(json_bytes(with_digest(index.model_dump())))
 
     def columns_of(
         self, scores: Scores, ids: Iterable[str] | None = None, *, allow_different_tokens: bool = False
@@ -347,13 +531,17 @@ class Atlas:
             If an id is unknown.
         """
         import pyarrow as pa
-        import pyarrow.compute as pc
-        import pyarrow.dataset as pads
 
         ids = list(ids)
-        self.examples.positions(ids, where=where)
-        rows = pads.dataset(self.path / "pool.parquet").to_table(filter=pc.field("id").isin(pa.array(ids, pa.string())))
-        return Pool(read_example(row) for row in rows.to_pylist()).subset(ids)
+        positions = np.unique(self.examples.positions(ids, where=where))
+        tables, start = [], 0
+        with opened_parquet(self._file(POOL)) as file:
+            for group in range(file.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                if len(inside := positions[(positions >= start) & (positions < end)]):
+                    tables.append(file.read_row_group(group).take(pa.array(inside - start)))
+                start = end
+        return Pool(read_example(row) for table in tables for row in table.to_pylist()).subset(ids)
 
     def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
         """Choose ids as `Pool.hold_out` does, without those that the base model could not score."""
@@ -377,20 +565,17 @@ class Atlas:
         """
         return self._flips(self._rows(tasks)) if measure == "exact_match" else self.stored(tasks).load()
 
-    def _flips(self, rows: list[int]) -> ForgettingMatrix:
+    def _flips(self, chosen: Sequence[Row | zarr_format.ZarrRow]) -> ForgettingMatrix:
         if not self.has_answers:
             raise DataError(f"the atlas {self.path} has no answers; collect one with exact_match: true")
         columns = np.flatnonzero(self.right_before)
         if not len(columns):
             raise DataError(f"the atlas {self.path}: the base model answers nothing right, so it can forget no answer")
-        values, array = np.full((len(rows), len(columns)), np.nan, np.float32), self._array("r", FLIPS)
-        for i, row in enumerate(rows):
-            if row < array.shape[0]:  # else no answers were measured for this task or a later one
-                values[i] = np.asarray(array[row])[columns]
         sources = self._sources()
+        values = [row.read(FLIPPED, 0, self._index.examples)[columns] for row in chosen]
         return ForgettingMatrix(
-            values,
-            tasks=[self.tasks[row] for row in rows],
+            np.reshape(values, (len(chosen), len(columns))),
+            tasks=[row.task for row in chosen],
             examples=[self.examples[i] for i in columns.tolist()],
             sources=[sources[i] for i in columns.tolist()],
             pool_fingerprint=self.pool_fingerprint,
@@ -398,40 +583,62 @@ class Atlas:
 
     def stored(self, tasks: Iterable[str] | None = None) -> StoredMatrix:
         """Return all rows, or those of `tasks`, on disk, to be read by blocks of columns."""
-        rows = self._rows(tasks)
         return StoredMatrix(
-            self._array("r"),
-            rows,
-            tasks=[self.tasks[row] for row in rows],
+            self._rows(tasks),
             examples=self.examples,
             sources=self._sources,
             pool_fingerprint=self.pool_fingerprint,
         )
 
-    def dataset(self) -> xr.Dataset:
-        """Return a lazy xarray data set with `forgetting` and `before`, by task, example and source.
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the forgetting matrix as a pandas frame, tasks by examples."""
+        import pandas as pd
 
-        It has `flipped` too, if exact match was measured for all tasks.
+        matrix = self.matrix()
+        return pd.DataFrame(
+            matrix.values,
+            index=pd.Index(matrix.tasks, name="task"),
+            columns=pd.Index(matrix.examples, name="example"),
+        )
+
+    def to_xarray(self) -> xr.Dataset:
+        """Return an xarray data set with `forgetting` and `before`, by task, example and source.
+
+        It has `flipped` too, if the base model has answers: 1 where a right answer became wrong, 0 where it stayed
+        right, NaN where it was not right before or not measured.
         """
-        import xarray as xr
+        try:
+            import xarray as xr
+        except ImportError as error:
+            raise MissingExtraError("xarray", error) from None
 
-        dataset = xr.open_zarr(self.path / "numbers.zarr", consolidated=False)
-        dataset = dataset.isel(task=slice(0, len(self.tasks)))
-        if self.has_answers and self._array("r", FLIPS).shape[0] >= len(self.tasks):
-            answers = xr.open_zarr(self.path / FLIPS[0], consolidated=False)
-            dataset = dataset.assign(flipped=answers.flipped.isel(task=slice(0, len(self.tasks))))
-        return dataset.assign(before=("example", self.nll_before)).assign_coords(
-            task=list(self.tasks), example=list(self.examples), source=("example", self._sources())
+        matrix = self.matrix()
+        variables: dict[str, Any] = {
+            "forgetting": (("task", "example"), matrix.values),
+            "before": ("example", self.nll_before),
+        }
+        if self.has_answers:
+            answers = [row.read(FLIPPED, 0, self._index.examples) for row in self._by_task.values()]
+            variables["flipped"] = (("task", "example"), np.reshape(answers, matrix.shape))
+        dataset = xr.Dataset(variables)
+        dataset.forgetting.attrs.update(units="nats per token", sign="positive = forgotten")
+        return dataset.assign_coords(
+            task=list(matrix.tasks), example=list(matrix.examples), source=("example", list(matrix.sources))
         )
 
     @property
     def replays(self) -> list[dict[str, Any]]:
         """Outcomes kept by `add_replays`, oldest first."""
-        path = self.path / "replays.json"
-        runs = read_json(path) if path.exists() else []
-        if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-            raise DataError(f"{path} is not a list of fine-tunes; remove it, and verify or pilot again")
-        return runs
+        if self.format == zarr_format.FORMAT:
+            return zarr_format.replays(self._storage)
+        kept = []
+        for name in self._storage.names("replays"):
+            where = f"{self.path}/{name}"
+            content = check_digest(parse_json(self._storage.read(name), where), where)
+            if not isinstance(content.get("run"), dict):
+                raise DataError(f"{where} is not a fine-tune; remove it, and verify or pilot again")
+            kept.append((str(content.get("added")), name, content["run"]))
+        return [run for *_, run in sorted(kept, key=lambda each: each[:2])]
 
     def add_replays(self, runs: Iterable[Mapping[str, Any]]) -> None:
         """Keep the outcomes of fine-tunes with and without replay.
@@ -442,46 +649,57 @@ class Atlas:
             Fields of `outcome.Run`. A run replaces an earlier one of the same task, setup, seed, strategy and
             ratio.
         """
-
-        def key(run: Mapping[str, Any]) -> tuple[Any, ...]:
-            return tuple(run.get(name) for name in ("task", "setup", "seed", "strategy", "ratio"))
-
-        with self._writing():
-            kept = {key(run): dict(run) for run in [*self.replays, *runs]}
-            write_json(self.path / "replays.json", list(kept.values()))
+        self._require_this_format()
+        for run in runs:
+            write_replay(self._storage, run)
 
     def is_complete(self, task: str) -> bool:
         """Return whether every example that the base model could score, or answers right, is measured for the task."""
+        self.refresh()
         if task not in self.tasks:
             return False
-        row = self._row(task)
-        losses = np.asarray(self._array("r")[row])
-        if np.isnan(losses[~np.isnan(self.nll_before)]).any():
+        row, count = self._row(task), self._index.examples
+        if np.isnan(row.read(FORGETTING, 0, count)[~np.isnan(self.nll_before)]).any():
             return False
-        if not self.has_answers:
-            return True
-        array = self._array("r", FLIPS)
-        return row < array.shape[0] and not np.isnan(np.asarray(array[row])[self.right_before]).any()
+        return not self.has_answers or not np.isnan(row.read(FLIPPED, 0, count)[self.right_before]).any()
 
     def _sources(self) -> list[str]:
         """Return the source of each example; '' where it has none."""
-        return list(labels(read_column(self.path / "pool.parquet", "source")))
-
-    def _array(self, mode: Any, place: tuple[str, str] = LOSSES) -> zarr.Array[Any]:
-        import zarr
-
-        return zarr.open_array(self.path / place[0] / place[1], mode=mode)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Lock the atlas for one writer; the lock ends with the process, so a crash leaves none."""
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{self.path} is being written by another process; wait for it to end") from None
-            yield
+        return list(labels(self._column(POOL, "source")))
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:
+    """Store the outcome of a fine-tune in a file of its own, in the place of one of the same settings."""
+    key = json.dumps([run.get(name) for name in ("task", "setup", "seed", "strategy", "ratio")])
+    with storage.write(f"replays/{hashlib.sha256(key.encode()).hexdigest()[:32]}.json") as file:
+        file.write_bytes(json_bytes(with_digest({"added": now(), "run": dict(run)})))
+
+
+def _seal(storage: Storage, name: str) -> str:
+    seal = check_seal(storage.local(name), pages=False)
+    assert seal is not None, f"{name} was written without a seal"
+    return seal
+
+
+def _check_name(task: str) -> None:
+    if not task:
+        raise DataError("a task needs a name")
+    try:
+        task.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name of the task {task!r} is not Unicode text; rename it") from None
+
+
+def _as_float32(what: str, values: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+    """Return the values as they are stored; raise DataError if one does not fit."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(np.float32)
+    if np.isinf(stored).any():
+        at = int(np.argmax(np.isinf(stored)))
+        raise DataError(f"{what} of example {ids[at]!r} is {values[at]:g}: too large to be stored as a 32-bit number")
+    return stored
+
+
+def now() -> str:
+    """Return the time, in ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

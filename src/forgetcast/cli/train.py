@@ -258,7 +258,7 @@ def pilot(
         repeat=repeat,
     )
     tuner = load_tuner(model, loading, opened)
-    result = _compare(tuner, opened, settings, comparison, seeds, opened.path.with_name(f"{opened.path.name}.pilots"))
+    result = _compare(tuner, opened, settings, comparison, seeds, opened.beside("pilots"))
     advice = advise(opened, others[0].name if others else Random.name, task=data_name(task))
     if as_json:
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})

@@ -12,8 +12,8 @@ import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.atlas import Atlas
-from forgetcast.atlas.columns import StoredMatrix
 from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.atlas.rows import StoredMatrix
 from forgetcast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

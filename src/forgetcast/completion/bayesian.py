@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy
 
-from forgetcast.atlas.columns import StoredMatrix
+from forgetcast.atlas.rows import StoredMatrix
 from forgetcast.completion.gaussian import Estimate, LinearGaussian
 from forgetcast.completion.low_rank import IncompleteError, LowRank, factor_complete, factor_incomplete
 from forgetcast.errors import ConfigError

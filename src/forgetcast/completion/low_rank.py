@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from forgetcast.atlas.columns import BLOCK as STORED_BLOCK
-from forgetcast.atlas.columns import StoredMatrix
+from forgetcast.atlas.rows import BLOCK as STORED_BLOCK
+from forgetcast.atlas.rows import StoredMatrix
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import BLOCK, check_tasks
 

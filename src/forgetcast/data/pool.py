@@ -35,7 +35,7 @@ from forgetcast.data.example import (
 )
 from forgetcast.data.ids import ExampleIndex, labels
 from forgetcast.errors import DataError
-from forgetcast.files import atomic_path
+from forgetcast.files import atomic_path, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -229,17 +229,14 @@ class Pool(Sequence[Example]):
 
     def save(self, path: str | Path) -> None:
         """Write the pool as JSONL, or as Parquet if the name ends in `.parquet`."""
-        with atomic_path(Path(path)) as temporary:
-            if Path(path).suffix == ".parquet":
-                import pyarrow.parquet as pq
-
-                pq.write_table(self._table, temporary)
-                return
-            with temporary.open("w", encoding="utf-8") as file:
-                for row in self._each(FIELDS):
-                    kept = {name: value for name, value in zip(FIELDS, row, strict=True) if value is not None}
-                    kept |= {name: json.loads(kept[name]) for name in STRUCTURED if name in kept}
-                    file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+        if Path(path).suffix == ".parquet":
+            write_table(self._table, Path(path), {})
+            return
+        with atomic_path(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for row in self._each(FIELDS):
+                kept = {name: value for name, value in zip(FIELDS, row, strict=True) if value is not None}
+                kept |= {name: json.loads(kept[name]) for name in STRUCTURED if name in kept}
+                file.write(json.dumps(kept, ensure_ascii=False) + "\n")
 
 
 def load_task(

@@ -160,11 +160,13 @@ def _kl(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses (T,) of logits (T, V) and tokens (T,), on the CPU in double precision.
+    """Losses (T,) of logits (T, V) and tokens (T,), on the CPU in double precision; overwrites the logits.
 
     Not PyTorch's cross entropy: on the CPU it adds the words one after the other, and what the rare ones of a large
-    vocabulary have in common gets lost.
+    vocabulary have in common gets lost. In place, it takes half the time, too.
     """
     logits = logits.float()
-    chosen = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
-    return (torch.logsumexp(logits, dim=1).double() - chosen.double()).cpu()
+    chosen = logits.gather(1, targets.to(logits.device)[:, None])[:, 0].double()
+    largest = logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(dim=1)
+    return (total.double().log() + largest[:, 0].double() - chosen).cpu()

@@ -344,7 +344,7 @@ def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: st
     try:
         runs = TypeAdapter(list[Run]).validate_python(atlas.replays)
     except ValidationError as error:
-        raise DataError(f"{atlas.path / 'replays.json'}: {first_fault(error)}") from None
+        raise DataError(f"{atlas.path}/replays: {first_fault(error)}") from None
     laws = {metric: ReplayLaw.fit(runs, metric) for metric in LAW_METRICS}
     mean = laws["mean"]
     task = task if task in mean.tasks else None
