@@ -1,8 +1,9 @@
 """Atomic writes, and reading of JSON and Parquet with errors that name the file.
 
-A Parquet file written here is sealed: its pages have checksums, and its footer holds a SHA-256 of all pages and a
-SHA-256 of itself. So a bit that flips anywhere is found when the file is read. Files without a seal, of other tools or
-of earlier versions, are read as they are.
+A Parquet file written here is sealed: its footer holds a SHA-256 of all that comes before, a CRC-32 of each row group,
+and a SHA-256 of itself. So a bit that flips anywhere is found when the file is read, as a whole or by row groups. Its
+pages have Parquet's checksums too, for other tools; these leave out the headers of pages. Files without a seal, of
+other tools or of earlier versions, are read as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import platform
 import secrets
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +31,9 @@ _METADATA_KEY = b"forgetcast"
 
 _SEALED, _PAGES, _SEAL = b"forgetcast.sealed", b"forgetcast.pages", b"forgetcast.seal"
 """Keys in a footer: a mark that the other two are there, the digest of all pages, and that of the footer."""
+
+_GROUPS = b"forgetcast.groups"
+"""Key in a footer: a JSON list of the end and the CRC-32 of each row group."""
 
 _DIGITS = 64
 _BLANK = b"0" * _DIGITS
@@ -184,13 +189,21 @@ class _HashedFile(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.hash = file, hashlib.sha256()
+        self.size, self.crc = 0, 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
+        self.crc = zlib.crc32(data, self.crc)
+        self.size += len(data)
         return self._file.write(data)
+
+    def end_group(self) -> list[int]:
+        """Return where a row group ends, and the CRC-32 of what was written since the last one."""
+        crc, self.crc = self.crc, 0
+        return [self.size, crc]
 
 
 def write_parquet(
@@ -224,10 +237,13 @@ def write_parquet(
         pa.PythonFile(hashed, mode="w") as sink,
         pq.ParquetWriter(sink, schema, write_page_checksum=True, **options) as writer,
     ):
+        ends = []
         for table in tables:
             writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=max(len(table), 1))
+            ends.append(hashed.end_group())
         # Only now are all pages written: the rest is the footer.
-        writer.add_key_value_metadata({_PAGES: hashed.hash.hexdigest().encode(), _SEAL: _BLANK})
+        pages = hashed.hash.hexdigest().encode()
+        writer.add_key_value_metadata({_GROUPS: json.dumps(ends).encode(), _PAGES: pages, _SEAL: _BLANK})
     footer, start = _footer(file)
     at = footer.rindex(_SEAL + _STRING + _BLANK) + len(_SEAL + _STRING)
     seal = hashlib.sha256(footer).hexdigest()
@@ -255,7 +271,7 @@ def check_seal(path: Path, *, pages: bool = True) -> str | None:
     ----------
     path : Path
     pages : bool
-        Whether to read the whole file. Else the footer is checked, and the checksums of pages are left to the reader.
+        Whether to read the whole file. Else the footer is checked only; `check_groups` checks the rest as it is read.
 
     Raises
     ------
@@ -289,6 +305,30 @@ def check_seal(path: Path, *, pages: bool = True) -> str | None:
     except ValueError as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from None
     return seal.decode()
+
+
+def check_groups(path: Path, metadata: Mapping[bytes, bytes], groups: Iterable[int]) -> None:
+    """Check row groups of a sealed Parquet file whose footer was checked.
+
+    Parameters
+    ----------
+    path : Path
+    metadata : mapping
+        Of the footer.
+    groups : iterable of int
+
+    Raises
+    ------
+    DataError
+        If one was damaged or changed after it was written.
+    """
+    ends = [[0, 0], *json.loads(metadata[_GROUPS])]
+    with path.open("rb") as file:
+        for group in groups:
+            (start, _), (end, crc) = ends[group : group + 2]
+            file.seek(start)
+            if zlib.crc32(file.read(end - start)) != crc:
+                raise DataError(f"{path} was damaged or changed after it was written; put back a copy of it")
 
 
 def _value(footer: bytes, key: bytes) -> bytes | None:

@@ -29,6 +29,7 @@ from forgetcast.atlas.storage import Storage
 from forgetcast.errors import DataError
 from forgetcast.files import (
     check_digest,
+    check_groups,
     check_seal,
     json_bytes,
     opened_parquet,
@@ -42,8 +43,8 @@ BLOCK = 65_536
 """Examples in a row group, so that a block of columns is read alone."""
 
 CHECKED_WHOLE = 1 << 23
-"""Bytes up to which a part is checked as a whole when it is opened; of a larger one, the footer, and each page that
-is read."""
+"""Bytes up to which a part is checked as a whole when it is opened; of a larger one, the footer, and each row group
+that is read."""
 
 FORGETTING, FLIPPED, POSITION = "forgetting", "flipped", "example"
 
@@ -93,7 +94,8 @@ class Part:
             path = self._storage.local(name)
         except FileNotFoundError:
             raise DataError(f"{self._storage}/{name} is missing; put it back") from None
-        seal = check_seal(path, pages=path.stat().st_size <= CHECKED_WHOLE)
+        self._whole = path.stat().st_size <= CHECKED_WHOLE
+        seal = check_seal(path, pages=self._whole)
         if seal is None or not seal.startswith(self._seal):
             raise DataError(f"{path} holds other numbers than its name says; put back a copy of it")
         return path
@@ -118,18 +120,24 @@ class Part:
             names = file.schema_arrow.names
             if column not in names:
                 return
-            if POSITION not in names:
-                groups = range(first // BLOCK, -(-last // BLOCK))
-                read = file.read_row_groups(list(groups), columns=[column], use_threads=False)[column]
-                found = read.to_numpy()[first - groups.start * BLOCK :][: len(values)]
-                measured = ~np.isnan(found)
-                values[measured] = found[measured]
-                return
-            groups_of = [group for group in range(self._footer.num_row_groups) if self._overlaps(group, first, last)]
-            table = file.read_row_groups(groups_of, columns=[POSITION, column], use_threads=False)
-        positions, found = table[POSITION].to_numpy(), table[column].to_numpy()
-        use = (positions >= first) & (positions < last) & ~np.isnan(found)
-        values[positions[use] - first] = found[use]
+            dense = POSITION not in names
+            groups = (
+                list(range(first // BLOCK, -(-last // BLOCK)))
+                if dense
+                else [group for group in range(file.num_row_groups) if self._overlaps(group, first, last)]
+            )
+            if not self._whole:
+                check_groups(self.path, self._footer.metadata, groups)
+            table = file.read_row_groups(groups, columns=[column] if dense else [POSITION, column], use_threads=False)
+        found = table[column].to_numpy()
+        if dense:
+            found = found[first - groups[0] * BLOCK :][: len(values)] if groups else found
+            use = ~np.isnan(found)
+            values[use] = found[use]
+        else:
+            positions = table[POSITION].to_numpy()
+            use = (positions >= first) & (positions < last) & ~np.isnan(found)
+            values[positions[use] - first] = found[use]
 
     def _overlaps(self, group: int, first: int, last: int) -> bool:
         statistics = self._footer.row_group(group).column(0).statistics
