@@ -78,12 +78,12 @@ class PartInfo(BaseModel):
 class Part:
     """One immutable file of a row; its metadata and numbers are read when they are asked for."""
 
-    def __init__(self, storage: Storage, folder: str, file: str) -> None:
+    def __init__(self, storage: Storage, base: str, folder: str, file: str) -> None:
         match = _PART.fullmatch(file)
         if match is None:
             raise DataError(f"{storage}/rows/{folder}/{file} is no part of an atlas; move it elsewhere")
         self.file, self.folder, self.order, self._seal = file, folder, int(match[1]), match[2]
-        self._storage = storage
+        self._storage, self._base = storage, base
         self._footer: Any = None
 
     @cached_property
@@ -109,6 +109,8 @@ class Part:
             raise DataError(f"{self.path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
         if folder_of(info.name) != self.folder:
             raise DataError(f"{self.path} is a part of the row {info.name!r}; move it back")
+        if info.base != self._base:
+            raise DataError(f"{self.path} was measured against other base scores; move it back to its atlas")
         return info
 
     def overlay(self, column: str, first: int, values: np.ndarray) -> None:
@@ -178,7 +180,8 @@ class Row:
     @property
     def order(self) -> tuple[int, str]:
         """Key by which rows are sorted."""
-        return min((part.order for part in self.parts), default=0), self.folder
+        files = [*(part.file for part in self.parts), *self.lost]
+        return min((int(match[1]) for file in files if (match := _PART.fullmatch(file))), default=0), self.folder
 
     @cached_property
     def by_time(self) -> list[Part]:
@@ -203,37 +206,59 @@ class Row:
         return values
 
 
-def list_rows(storage: Storage, folder: str = "") -> list[Row]:
+def list_rows(storage: Storage, base: str, folder: str = "") -> list[Row]:
     """List the rows, sorted, or the one in `folder`, those without parts that count too.
+
+    Parameters
+    ----------
+    storage : Storage
+    base : str
+        Seal of the base scores that the rows were measured against.
+    folder : str
 
     Raises
     ------
     DataError
         If there is a file that does not belong there.
     """
+    rows = _listed(storage, base, folder)
+    # Compacting removes files while we look: only what is missing twice is lost.
+    if rows is None or any(row.lost for row in rows):
+        rows = _listed(storage, base, folder)
+    if rows is None:
+        raise DataError(f"{storage} is being compacted by another process; try again when it has ended")
+    return rows
+
+
+def _listed(storage: Storage, base: str, folder: str) -> list[Row] | None:
+    """List the rows; None if a file vanished meanwhile."""
+    # Receipts first: each of them is stored after its file.
+    receipts: dict[str, set[str]] = defaultdict(set)
+    for name in storage.names("receipts"):
+        row_folder, _, file = name.removeprefix("receipts/").partition("+")
+        if not folder or row_folder == folder:
+            receipts[row_folder].add(file)
     present: dict[str, set[str]] = defaultdict(set)
     for name in storage.names(f"rows/{folder}" if folder else "rows"):
         _, row_folder, file = name.split("/", 2) if name.count("/") >= 2 else ("", "", name)
         if not row_folder or not (_PART.fullmatch(file) or _DROPPED.fullmatch(file)):
             raise DataError(f"{storage}/{name} is no part of an atlas; move it elsewhere")
         present[row_folder].add(file)
-    receipts: dict[str, set[str]] = defaultdict(set)
-    for name in storage.names("receipts"):
-        row_folder, _, file = name.removeprefix("receipts/").partition("+")
-        if not folder or row_folder == folder:
-            receipts[row_folder].add(file)
-    rows = [_row(storage, name, present[name], receipts[name]) for name in {*present, *receipts}]
+    try:
+        rows = [_row(storage, base, name, present[name], receipts[name]) for name in {*present, *receipts}]
+    except FileNotFoundError:
+        return None
     return sorted(rows, key=lambda row: row.order)
 
 
-def _row(storage: Storage, folder: str, present: set[str], receipts: set[str]) -> Row:
+def _row(storage: Storage, base: str, folder: str, present: set[str], receipts: set[str]) -> Row:
     dropped: set[str] = set()
     for file in present:
         if _DROPPED.fullmatch(file):
             where = f"{storage}/rows/{folder}/{file}"
             content = check_digest(parse_json(storage.read(f"rows/{folder}/{file}"), where), where)
             dropped |= {file, *content["parts"]}
-    parts = [Part(storage, folder, file) for file in sorted(present - dropped)]
+    parts = [Part(storage, base, folder, file) for file in sorted(present - dropped)]
     return Row(storage, folder, parts, sorted(receipts - present - dropped), sorted(dropped & present))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -147,10 +147,9 @@ class Atlas:
             # Two processes may create the same atlas: the files of the first one count.
             try:
                 with storage.write(name, exclusive=True) as file:
-                    save(file)
+                    seals[name] = _sealed(save, file)
             except FileExistsError:
                 raise DataError(f"{path} is being created by another process; wait for it to end") from None
-            seals[name] = _seal(storage, name)
         index = Index(
             model=model,
             model_hash=before.metadata.get("model_hash"),
@@ -213,7 +212,7 @@ class Atlas:
             path = self._storage.local(name, version=seal or "")
         except FileNotFoundError:
             raise DataError(f"{self.path} is not a whole atlas: {name} is missing; put it back") from None
-        if check_seal(path, pages=False) != seal:
+        if check_seal(path, pages=False) != seal and self.format == FORMAT:
             raise MismatchError(f"{path} is not the file that the atlas was created with; put it back")
         return path
 
@@ -317,7 +316,12 @@ class Atlas:
     def _by_task(self) -> dict[str, Row | zarr_format.ZarrRow]:
         if self.format == zarr_format.FORMAT:
             return dict(zarr_format.list_rows(self._storage))
-        return {row.task: row for row in rows.list_rows(self._storage) if row.exists}
+        return {row.task: row for row in rows.list_rows(self._storage, self._base) if row.exists}
+
+    @property
+    def _base(self) -> str:
+        """Seal of the base scores, which each part names."""
+        return self._index.seals[BEFORE]
 
     def refresh(self) -> None:
         """Look again which rows there are: other processes may have added some."""
@@ -402,7 +406,7 @@ class Atlas:
             raise DataError(f"the scores after {task!r} have no loss of an example that the base model could score")
         self._require_this_format()
         folder = rows.folder_of(task)
-        existing = next((row for row in rows.list_rows(self._storage, folder) if row.exists), None)
+        existing = next((row for row in rows.list_rows(self._storage, self._base, folder) if row.exists), None)
         if existing is not None:
             for name, values in measured.items():
                 known = ~np.isnan(existing.read(name, 0, self._index.examples)[columns])
@@ -416,7 +420,7 @@ class Atlas:
         info: dict[str, Any] = {
             **(provenance or {}),
             "name": task,
-            "base": self._index.seals[BEFORE],
+            "base": self._base,
             "examples": self._index.examples,
             "added": now(),
             "recipe": dict(recipe or {}),
@@ -471,7 +475,7 @@ class Atlas:
             rows.drop_parts(
                 self._storage, row.folder, [p.file for p in row.parts], {"dropped": now(), "reason": "joined"}
             )
-        removed = sum(map(rows.remove_dropped, rows.list_rows(self._storage)))
+        removed = sum(map(rows.remove_dropped, rows.list_rows(self._storage, self._base)))
         self.refresh()
         return removed + zarr_format.remove(self._storage)
 
@@ -491,8 +495,7 @@ class Atlas:
         seals = {}
         for name, save in ((POOL, pool.save), (BEFORE, before.save)):
             with self._storage.write(name) as file:
-                save(file)
-            seals[name] = _seal(self._storage, name)
+                seals[name] = _sealed(save, file)
         zarr_format.copy_rows(self._storage, seals[BEFORE], self._index.examples)
         for run in self.replays:
             write_replay(self._storage, run)
@@ -675,9 +678,11 @@ def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:
         file.write_bytes(json_bytes(with_digest({"added": now(), "run": dict(run)})))
 
 
-def _seal(storage: Storage, name: str) -> str:
-    seal = check_seal(storage.local(name), pages=False)
-    assert seal is not None, f"{name} was written without a seal"
+def _sealed(save: Callable[[Path], None], path: Path) -> str:
+    """Save to a path, and return the seal of the file."""
+    save(path)
+    seal = check_seal(path, pages=False)
+    assert seal is not None, "pools and scores are saved as sealed Parquet files"
     return seal
 
 
