@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from rich.table import Table
 
 from forgetcast import Atlas, Example, Pool, Scores
@@ -68,7 +67,7 @@ def make(folder: Path, count: int) -> None:
     for task, row in enumerate(np.abs(forgetting)):
         atlas.add(f"t{task}", Scores(pool.ids, 3.0 + row, *fields, metadata=metadata))
     Scores(pool.ids, 3.0 + np.abs(forgetting[0]), *fields, metadata=metadata).save(folder / "after.parquet")
-    assert zarr.open_array(folder / "bench.atlas" / "numbers.zarr" / "forgetting", mode="r").shape == (TASKS, count)
+    assert Atlas.open(folder / "bench.atlas").stored().shape == (TASKS, count)
 
 
 JOBS = {
@@ -119,7 +118,7 @@ def main() -> None:
         console.print(f"writing an atlas of {TASKS} x {count:,}", style="dim")
         # In another process: what a parent takes counts as its children's, from before they start their program.
         subprocess.run([sys.executable, __file__, "--make", str(count), "--folder", name], check=True)
-        nothing = measure(folder, "import numpy, scipy.linalg, pyarrow.parquet, zarr, forgetcast.completion")[1]
+        nothing = measure(folder, "import numpy, scipy.linalg, pyarrow.parquet, forgetcast.completion")[1]
         for job, code in JOBS.items():
             seconds, gigabytes = measure(folder, code)
             rows.append({"examples": count, "job": job, "seconds": seconds, "gigabytes": gigabytes})

@@ -103,7 +103,7 @@ def test_exchanged_files_are_errors(tmp_path: Path, pool: Pool) -> None:
     (other.parent / one.name).write_bytes(contents[0])
     with pytest.raises(DataError, match="has lost rows/t1"):
         Atlas.open(atlas.path).matrix()
-    for receipt in (atlas.path / "receipts").glob("t1+*"):
+    for receipt in (atlas.path / "receipts" / "t1").iterdir():
         receipt.unlink()
     with pytest.raises(DataError, match="is a part of the row 't0'; move it back"):
         Atlas.open(atlas.path).matrix()
@@ -142,7 +142,24 @@ def test_a_row_can_be_dropped_and_measured_again(tmp_path: Path, pool: Pool) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["Law", "law", "a/b", "../../x", "..", ".", "con.", "ä" * 60, "x" * 250, "a b", "~", "\x1b[31m", "a+b", "-"]
+    "name",
+    [
+        "Law",
+        "a/b",
+        "../../x",
+        "..",
+        ".",
+        "con.",
+        "ä" * 60,
+        "x" * 250,
+        "a b",
+        "~",
+        "~replays",
+        "\x1b[31m",
+        "a+b",
+        "-",
+        "%41",
+    ],
 )
 def test_any_name_is_a_row_of_its_own(tmp_path: Path, pool: Pool, name: str) -> None:
     """Oracle: a folder of a portable name below `rows`, and the name as it was given."""
@@ -152,7 +169,23 @@ def test_any_name_is_a_row_of_its_own(tmp_path: Path, pool: Pool, name: str) -> 
     folders = {path.name for path in (atlas.path / "rows").iterdir()}
     assert len(folders) == 2
     (new,) = folders - {"t0"}
-    assert new == new.lower()
     assert len(new) <= 100
     assert not set(new) & set('/\\\x1b:*?"<>|+ ')
+    assert not new.startswith(".")
     assert not list(tmp_path.glob("x*"))
+
+
+def test_names_that_differ_in_case_only(tmp_path: Path, pool: Pool) -> None:
+    atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
+    with pytest.raises(DataError, match="has a row 't0', whose name differs only in case"):
+        atlas.add("T0", make_scores(pool, np.full(len(pool), 4.0)))
+    assert Atlas.open(atlas.path).tasks == ("t0",)
+
+
+def test_a_lost_replay_is_an_error(tmp_path: Path, pool: Pool) -> None:
+    atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
+    atlas.add_replays([{"task": "t0", "seed": 0}, {"task": "t0", "seed": 1}])
+    file = sorted((atlas.path / "replays").iterdir())[0]
+    file.unlink()
+    with pytest.raises(DataError, match=rf"has lost replays/{file.name}; put back a copy"):
+        _ = Atlas.open(atlas.path).replays

@@ -3,7 +3,7 @@
     rows/TASK/000004-SEAL.parquet     a part: `forgetting` and, with answers, `flipped`, float32, NaN = not measured;
                                       of all examples in the pool's order, or with a column `example` of positions
     rows/TASK/dropped-DIGEST.json     names parts that do not count any more
-    receipts/TASK+FILE                empty; for each file above, so that a lost one is an error and not a lost row
+    receipts/TASK/FILE                empty; for each file above, so that a lost one is an error and not a lost row
 
 A part is stored by one atomic operation, so writers need no lock. Where two parts measured the same entry, the first
 one added counts.
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -46,20 +47,24 @@ CHECKED_WHOLE = 1 << 23
 """Bytes up to which a part is checked as a whole when it is opened; of a larger one, the footer, and each row group
 that is read."""
 
+OTHERS = "~replays"
+"""Folder of receipts of what is no row; no task's folder starts so."""
+
 FORGETTING, FLIPPED, POSITION = "forgetting", "flipped", "example"
 
 _LONGEST = 100
-_PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _PART = re.compile(r"(\d{6,})-([0-9a-f]{32})\.parquet")
 _DROPPED = re.compile(r"dropped-[0-9a-f]{16}\.json")
 
 
 def folder_of(task: str) -> str:
-    """Return the name of a task's folder: its own if any file system takes it, else what it takes of it and a hash."""
-    if _PLAIN.fullmatch(task) and len(task) <= _LONGEST and not task.endswith("."):
-        return task
-    plain = re.sub(r"[^a-z0-9._-]+", "-", task.lower())[: _LONGEST // 2].strip(".-_")
-    return f"{plain or 'task'}~{hashlib.sha256(task.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+    """Return the name of a task's folder: its own, with signs that file systems refuse as %XX, and long ones cut."""
+    folder = quote(task, safe="").replace("~", "%7E")
+    if folder[:1] == ".":
+        folder = f"%2E{folder[1:]}"
+    if len(folder) <= _LONGEST:
+        return folder
+    return f"{folder[: _LONGEST // 2].rstrip('%')}~{hashlib.sha256(task.encode()).hexdigest()[:16]}"
 
 
 class PartInfo(BaseModel):
@@ -170,7 +175,7 @@ class Row:
     @cached_property
     def task(self) -> str:
         """Name of the task; that of the folder if all parts are lost."""
-        return self.parts[0].info.name if "~" in self.folder and self.parts else self.folder
+        return self.parts[0].info.name if "~" in self.folder and self.parts else unquote(self.folder)
 
     @property
     def exists(self) -> bool:
@@ -234,9 +239,9 @@ def _listed(storage: Storage, base: str, folder: str) -> list[Row] | None:
     """List the rows; None if a file vanished meanwhile."""
     # Receipts first: each of them is stored after its file.
     receipts: dict[str, set[str]] = defaultdict(set)
-    for name in storage.names("receipts"):
-        row_folder, _, file = name.removeprefix("receipts/").partition("+")
-        if not folder or row_folder == folder:
+    for name in storage.names(f"receipts/{folder}" if folder else "receipts"):
+        _, row_folder, file = name.split("/")
+        if row_folder != OTHERS:
             receipts[row_folder].add(file)
     present: dict[str, set[str]] = defaultdict(set)
     for name in storage.names(f"rows/{folder}" if folder else "rows"):
@@ -308,7 +313,7 @@ def remove_dropped(row: Row) -> int:
     # What says so goes last: a crash leaves parts that are still known as dropped.
     files = sorted(row.dropped, key=lambda file: _DROPPED.fullmatch(file) is not None)
     for file in files:
-        row.storage.remove(f"receipts/{row.folder}+{file}")
+        row.storage.remove(f"receipts/{row.folder}/{file}")
         row.storage.remove(f"rows/{row.folder}/{file}")
     return len(files)
 
@@ -317,7 +322,7 @@ def _store(storage: Storage, folder: str, file: str, content: bytes | memoryview
     with storage.write(f"rows/{folder}/{file}") as path:
         path.write_bytes(content)
     # A crash before this leaves a part that counts; only its loss would go unnoticed.
-    storage.mark(f"receipts/{folder}+{file}")
+    storage.mark(f"receipts/{folder}/{file}")
 
 
 class ReadableRow(Protocol):

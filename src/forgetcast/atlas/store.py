@@ -414,9 +414,15 @@ class Atlas:
         new = np.flatnonzero(~np.isnan(list(measured.values())).all(axis=0))
         if not len(new):
             return 0
-        if order is None:
-            taken = (existing,) if existing is not None else self._by_task.values()
-            order = max((row.order[0] for row in taken), default=-1) + (existing is None)
+        if existing is not None:
+            order = existing.order[0]
+        else:
+            folders = self._storage.folders("rows")
+            if alike := [other for other in folders if other != folder and other.casefold() == folder.casefold()]:
+                raise DataError(
+                    f"{self.path} has a row {alike[0]!r}, whose name differs only in case; choose another name"
+                )
+            order = len(folders) if order is None else order
         info: dict[str, Any] = {
             **(provenance or {}),
             "name": task,
@@ -635,7 +641,12 @@ class Atlas:
         if self.format == zarr_format.FORMAT:
             return zarr_format.replays(self._storage)
         kept = []
-        for name in self._storage.names("replays"):
+        stored = self._storage.names(f"receipts/{rows.OTHERS}")
+        names = self._storage.names("replays")
+        for receipt in stored:
+            if (name := f"replays/{receipt.rpartition('/')[2]}") not in names:
+                raise DataError(f"{self.path} has lost {name}; put back a copy, or remove {receipt} to do without it")
+        for name in names:
             where = f"{self.path}/{name}"
             content = check_digest(parse_json(self._storage.read(name), where), where)
             if not isinstance(content.get("run"), dict):
@@ -674,8 +685,10 @@ class Atlas:
 def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:
     """Store the outcome of a fine-tune in a file of its own, in the place of one of the same settings."""
     key = json.dumps([run.get(name) for name in ("task", "setup", "seed", "strategy", "ratio")])
-    with storage.write(f"replays/{hashlib.sha256(key.encode()).hexdigest()[:32]}.json") as file:
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    with storage.write(f"replays/{name}") as file:
         file.write_bytes(json_bytes(with_digest({"added": now(), "run": dict(run)})))
+    storage.mark(f"receipts/{rows.OTHERS}/{name}")
 
 
 def _sealed(save: Callable[[Path], None], path: Path) -> str:
