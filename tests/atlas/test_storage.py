@@ -15,14 +15,29 @@ from forgetcast.atlas.storage import storage_of
 from support.data import make_atlas, make_scores, planted
 
 
-@pytest.fixture(params=["folder", "memory"])
-def location(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """Address of a server that speaks S3, with a bucket."""
+    fsspec, s3fs = pytest.importorskip("fsspec"), pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    settings = {"endpoint_url": address, "key": "someone", "secret": "secret"}
+    s3fs.S3FileSystem(**settings).mkdir("bucket")
+    fsspec.config.conf["s3"] = settings
+    yield "s3://bucket"
+    del fsspec.config.conf["s3"]
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def location(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FORGETCAST_CACHE", str(tmp_path / "cache"))
     if request.param == "folder":
-        yield str(tmp_path / "a.atlas")
-        return
+        return str(tmp_path / "a.atlas")
     pytest.importorskip("fsspec")
-    yield f"memory://{uuid.uuid4()}/a.atlas"
+    root = "memory:/" if request.param == "memory" else request.getfixturevalue("s3")
+    return f"{root}/{uuid.uuid4()}/a.atlas"
 
 
 def test_an_atlas_grows_and_is_read(location: str, pool: Pool) -> None:
