@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from forgetcast import Atlas, Example, MismatchError, Pool, Scores
 from forgetcast.data import Rendering
-from forgetcast.lm import FineTuner, LanguageModel, Recipe, score
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, load, score
 from forgetcast.measure import check_tokens
 from support.cli import RunCommand
 from support.experiments import collect_into
@@ -169,3 +170,23 @@ def test_score_records_how_it_rendered(tmp_path: Path, run: RunCommand) -> None:
     assert text["template"]
     code, _, err = run("score", folder, pool, "-o", tmp_path / "t.parquet", "--date", "tomorrow")
     assert (code, "the date must be of the form" in err) == (2, True)
+
+
+def test_train_counts_thinking_unless_asked_not_to(run: RunCommand, tmp_path: Path) -> None:
+    """Oracle: the library with the same rendering."""
+    save(model(), tmp_path / "model")
+    asked = {"role": "user", "content": "Say yes"}
+    chat = [asked, {"role": "assistant", "content": "<think>\nit is yes\n</think>\n\nyes"}]
+    task = Pool([Example(str(i), messages=chat) for i in range(4)])
+    task.save(tmp_path / "task.jsonl")
+    (tmp_path / "recipe.yaml").write_text("steps: 2\nbatch_size: 2\nlearning_rate: 0.01\n")
+    recipe, hashes = Recipe.load(tmp_path / "recipe.yaml"), []
+    for options, thinking in (((), True), (("--no-thinking",), False)):
+        out = tmp_path / f"tuned {thinking}"
+        words = ("train", tmp_path / "model", tmp_path / "task.jsonl", "--recipe", tmp_path / "recipe.yaml", *options)
+        assert run(*words, "-o", out)[0] == 0
+        base = replace(load(str(tmp_path / "model")), rendering=Rendering(thinking=thinking))
+        tuned = FineTuner(base).tune(task, recipe)
+        hashes.append(load(str(out)).weights_hash)
+        assert hashes[-1] == tuned.language_model.weights_hash
+    assert hashes[0] != hashes[1]

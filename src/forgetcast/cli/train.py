@@ -28,10 +28,12 @@ from forgetcast.cli.options import (
     AsJson,
     AtlasOption,
     Columns,
+    Date,
     Format,
     HoldOut,
     Loading,
     ModelName,
+    NoThinking,
     NumberOfProbes,
     OnlineAt,
     Output,
@@ -71,6 +73,8 @@ def train(
     format: Format = None,
     column: Columns = None,
     strict: Strict = False,
+    date: Date = None,
+    no_thinking: NoThinking = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -80,7 +84,7 @@ def train(
     Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.data import Recipe
+    from forgetcast.data import Recipe, Rendering
     from forgetcast.replay import ReplayPlan
 
     check_output_directory(output)
@@ -98,7 +102,9 @@ def train(
         if replay is None or opened is None:
             raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
         selector = _selector(opened, replay, online, probes)
-    tuner = load_tuner(model, loading, opened)
+    asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
+    rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
+    tuner = load_tuner(model, loading, opened, rendering)
     partial = output.with_name(f"{output.name}.partial")
     with progress() as report:
         tuned = tuner.tune(
