@@ -13,8 +13,11 @@ a folder, on a shared file system or in an object store.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -684,6 +687,33 @@ def _sealed(save: Callable[[Path], None], path: Path) -> str:
     seal = check_seal(path, pages=False)
     assert seal is not None, "pools and scores are saved as sealed Parquet files"
     return seal
+
+
+def check_free(path: str | Path) -> None:
+    """Raise DataError unless an atlas can be created: nothing is there, or what a process left that was stopped."""
+    if not {name for name in storage_of(path).names() if not name.startswith(".")} <= {POOL, BEFORE}:
+        raise DataError(f"{path} exists already; choose another name, or add to it")
+
+
+def check_writable(path: str | Path) -> None:
+    """Store a file and remove it again, so that a place that cannot be written to is known before any work.
+
+    Raises
+    ------
+    DataError
+        If it cannot be reached.
+    OSError
+        If it cannot be written to; names the file or folder.
+    """
+    storage = storage_of(path)
+    probe = f".writable-{secrets.token_hex(8)}"
+    with storage.write(probe) as file:
+        file.touch()
+    storage.remove(probe)
+    for folder in ("rows", "receipts"):  # of a shared folder, another user may own them
+        place = storage.location
+        if isinstance(place, Path) and (place / folder).exists() and not os.access(place / folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place / folder))
 
 
 def _check_name(task: str) -> None:

@@ -59,11 +59,10 @@ def load_base(
 ) -> LanguageModel:
     """Load a base model, and check that it is the atlas's; by default, conversations are rendered as for the atlas."""
     from forgetcast.data import Rendering
-    from forgetcast.experiments.runs import check_base
+    from forgetcast.experiments.runs import check_base, rendering_of
     from forgetcast.lm import load
 
-    stored = atlas.scored_with.get("text", {}) if atlas is not None else {}
-    rendering = rendering or Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
+    rendering = rendering or (Rendering() if atlas is None else rendering_of(atlas))
     base = replace(load(model, **loading.arguments()), rendering=rendering)
     if atlas is not None:
         check_base(atlas, base)
