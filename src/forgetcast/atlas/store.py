@@ -334,6 +334,45 @@ class Atlas:
         """Return when a row was added, its recipe, the hash of the tuned model, and what else is known of it."""
         return self._row(task).provenance
 
+    def info(self) -> dict[str, Any]:
+        """Return what an atlas holds, ready for JSON: base model, pool, size, and of each row how much is measured.
+
+        'measured' is the share of the examples with base scores, 'parts' the number of files of a row, 'dropped' that
+        of the files that `compact` would remove.
+        """
+        scorable = ~np.isnan(self.nll_before)
+        found = []
+        for task, row in self._by_task.items():
+            values = row.read(FORGETTING, 0, self._index.examples)[scorable]
+            known = values[~np.isnan(values)]
+            found.append(
+                {
+                    "task": task,
+                    "measured": len(known) / max(len(values), 1),
+                    "mean_forgetting": float(known.mean(dtype=np.float64)) if len(known) else None,
+                    "parts": len(row.parts) if isinstance(row, Row) else 1,
+                    "provenance": row.provenance,
+                }
+            )
+        all_rows = rows.list_rows(self._storage, self._base) if self.format == FORMAT else []
+        return {
+            "atlas": str(self.path),
+            "format": self.format,
+            "model": self.model,
+            "model_hash": self.model_hash,
+            "pool": self.pool_fingerprint,
+            "examples": len(self.examples),
+            "unscored": int((~scorable).sum()),
+            "answers": self.has_answers,
+            "scored_with": self.scored_with,
+            "recipe": self.recipe,
+            "created": self.created,
+            "tasks": len(found),
+            "bytes": self._storage.size(),
+            "dropped": sum(len(row.dropped) for row in all_rows),
+            "rows": found,
+        }
+
     def beside(self, what: str) -> Path:
         """Return the path of a folder for runs: next to the atlas, or in the current folder if the atlas is a URL."""
         path = self.path if isinstance(self.path, Path) else Path(self.path.rpartition("/")[2])

@@ -471,9 +471,7 @@ def _check_base(atlas: Atlas, job: _Job, base: LanguageModel) -> str | None:
     if base.weights_hash != atlas.model_hash:
         dtype, here = atlas.scored_with.get("dtype"), str(base.model.dtype).removeprefix("torch.")
         as_loaded = f", here loaded as {here}, there as {dtype}" if dtype not in (None, here) else ""
-        raise MismatchError(
-            f"{what}, whose weights are not those that the atlas {atlas.path} was measured on ({atlas.model}{as_loaded})"
-        )
+        raise MismatchError(f"{what}, whose weights are not those of the atlas's base model ({atlas.model}{as_loaded})")
     return None
 
 
@@ -504,7 +502,7 @@ def weights_file(model: str) -> str | None:
 
 
 def recipe_of(model: str) -> Recipe | None:
-    """Return the recipe in the run.json that `forgetcast train` leaves beside a model; None if there is none of ours."""
+    """Return the recipe in the run.json that `forgetcast train` leaves beside a model; None if it is unknown."""
     path = Path(model)
     above = [path.parent] if CHECKPOINT.fullmatch(path.name) else []
     for folder in (path, *above):

@@ -230,7 +230,7 @@ def check_base(atlas: Atlas, base: LanguageModel) -> None:
 
 
 def check_text(atlas: Atlas, language_model: LanguageModel, pool: Pool) -> None:
-    """Check, without a forward pass, that a model reads examples of the atlas as the tokens that its base was scored on.
+    """Check, without a forward pass, that a model reads examples as the tokens that the atlas's base was scored on.
 
     Raises
     ------
