@@ -12,19 +12,17 @@ import pytest
 import torch
 from peft import (
     IA3Config,
-    LoraConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
 
 from forgetcast import ConfigError, DataError, Example, Pool
 from forgetcast.lm import FineTuner, LanguageModel, exact_match, gradient_products, load, score
+from support.adapters import adapted_model, lora, save_adapter
 from support.cli import RunCommand
 from support.data import make_pool
-from support.adapters import adapted_model, lora, save_adapter
 from support.models import save, tiny
 from support.training import TASK, make_recipe
 

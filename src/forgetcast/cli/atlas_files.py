@@ -79,7 +79,11 @@ def create(
             max_new_tokens=max_new_tokens,
             on_progress=report,
         )
-    out.print(f"{atlas.path}: {len(examples)} examples, no rows; next: forgetcast add {atlas.path} MODEL", markup=False)
+    out.print(
+        f"{atlas.path}: {len(examples)} examples, no rows; next: forgetcast add {atlas.path} MODEL",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(rich_help_panel=ATLAS)
@@ -213,7 +217,7 @@ def drop(
 
     opened = Atlas.open(atlas)
     opened.drop(task, reason=reason)
-    out.print(f"{opened.path}: {task} dropped, {len(opened.tasks)} tasks left", markup=False)
+    out.print(f"{opened.path}: {task} dropped, {len(opened.tasks)} tasks left", markup=False, soft_wrap=True)
 
 
 @atlas_app.command()
@@ -226,7 +230,7 @@ def compact(atlas: AtlasPath) -> None:
 
     opened = Atlas.open(atlas)
     removed = opened.compact()
-    out.print(f"{opened.path}: {removed} files removed, {len(opened.tasks)} tasks", markup=False)
+    out.print(f"{opened.path}: {removed} files removed, {len(opened.tasks)} tasks", markup=False, soft_wrap=True)
 
 
 @atlas_app.command()
@@ -241,6 +245,6 @@ def convert(atlas: AtlasPath) -> None:
     before = opened.format
     opened.convert()
     if opened.format == before:
-        out.print(f"{opened.path} is of format {before} already", markup=False)
+        out.print(f"{opened.path} is of format {before} already", markup=False, soft_wrap=True)
     else:
-        out.print(f"{opened.path}: converted from format {before} to {opened.format}", markup=False)
+        out.print(f"{opened.path}: converted from format {before} to {opened.format}", markup=False, soft_wrap=True)
