@@ -27,6 +27,8 @@ COMMANDS = (
     "strategies",
     "score",
     "diff",
+    "add",
+    "atlas",
     "collect",
     "analyze",
     "probes",

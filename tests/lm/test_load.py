@@ -12,16 +12,15 @@ import pytest
 import torch
 from peft import (
     IA3Config,
-    LoraConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
 
 from forgetcast import ConfigError, DataError, Example, Pool
 from forgetcast.lm import FineTuner, LanguageModel, exact_match, gradient_products, load, score
+from support.adapters import adapted_model, lora, save_adapter
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import save, tiny
@@ -300,32 +299,6 @@ def test_gguf_files_that_cannot_be_read(tmp_path: Path, run: RunCommand, monkeyp
 
 
 # Adapters
-
-
-def save_adapter(adapted: Any, tokenizer: Any, folder: Path, **options: Any) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # says that it saves the embeddings too
-        adapted.save_pretrained(folder, **options)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return folder
-
-
-def adapted_model(base: Any, settings: Any) -> Any:
-    """Add an adapter with random weights, as if trained."""
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on tied weights
-        adapted = get_peft_model(base, settings)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapted.eval()
-
-
-def lora(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"} | settings)
 
 
 ADDED = [4096, 4097, 4098]

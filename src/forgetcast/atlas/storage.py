@@ -55,6 +55,10 @@ class Storage(ABC):
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
 
+    @abstractmethod
+    def size(self) -> int:
+        """Return the bytes of all files."""
+
     def __str__(self) -> str:
         return str(self.location)
 
@@ -117,6 +121,10 @@ class FolderStorage(Storage):
         path.unlink(missing_ok=True)
         if path.parent != self.location and path.parent.is_dir() and not any(path.parent.iterdir()):
             path.parent.rmdir()
+
+    def size(self) -> int:
+        """Return the bytes of all files."""
+        return sum((self.location / name).stat().st_size for name in self.names())
 
 
 class RemoteStorage(Storage):
@@ -207,6 +215,12 @@ class RemoteStorage(Storage):
         with self._reaching():
             if self._files.exists(self._path(name)):
                 self._files.rm_file(self._path(name))
+
+    def size(self) -> int:
+        """Return the bytes of all files."""
+        with self._reaching():
+            self._files.invalidate_cache()
+            return int(self._files.du(self._root))
 
 
 def cache_folder() -> Path:

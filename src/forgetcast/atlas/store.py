@@ -13,8 +13,11 @@ a folder, on a shared file system or in an object store.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -330,6 +333,45 @@ class Atlas:
     def provenance(self, task: str) -> dict[str, Any]:
         """Return when a row was added, its recipe, the hash of the tuned model, and what else is known of it."""
         return self._row(task).provenance
+
+    def info(self) -> dict[str, Any]:
+        """Return what an atlas holds, ready for JSON: base model, pool, size, and of each row how much is measured.
+
+        'measured' is the share of the examples with base scores, 'parts' the number of files of a row, 'dropped' that
+        of the files that `compact` would remove.
+        """
+        scorable = ~np.isnan(self.nll_before)
+        found = []
+        for task, row in self._by_task.items():
+            values = row.read(FORGETTING, 0, self._index.examples)[scorable]
+            known = values[~np.isnan(values)]
+            found.append(
+                {
+                    "task": task,
+                    "measured": len(known) / max(len(values), 1),
+                    "mean_forgetting": float(known.mean(dtype=np.float64)) if len(known) else None,
+                    "parts": len(row.parts) if isinstance(row, Row) else 1,
+                    "provenance": row.provenance,
+                }
+            )
+        all_rows = rows.list_rows(self._storage, self._base) if self.format == FORMAT else []
+        return {
+            "atlas": str(self.path),
+            "format": self.format,
+            "model": self.model,
+            "model_hash": self.model_hash,
+            "pool": self.pool_fingerprint,
+            "examples": len(self.examples),
+            "unscored": int((~scorable).sum()),
+            "answers": self.has_answers,
+            "scored_with": self.scored_with,
+            "recipe": self.recipe,
+            "created": self.created,
+            "tasks": len(found),
+            "bytes": self._storage.size(),
+            "dropped": sum(len(row.dropped) for row in all_rows),
+            "rows": found,
+        }
 
     def beside(self, what: str) -> Path:
         """Return the path of a folder for runs: next to the atlas, or in the current folder if the atlas is a URL."""
@@ -697,6 +739,33 @@ def _sealed(save: Callable[[Path], None], path: Path) -> str:
     seal = check_seal(path, pages=False)
     assert seal is not None, "pools and scores are saved as sealed Parquet files"
     return seal
+
+
+def check_free(path: str | Path) -> None:
+    """Raise DataError unless an atlas can be created: nothing is there, or what a process left that was stopped."""
+    if not {name for name in storage_of(path).names() if not name.startswith(".")} <= {POOL, BEFORE}:
+        raise DataError(f"{path} exists already; choose another name, or add to it")
+
+
+def check_writable(path: str | Path) -> None:
+    """Store a file and remove it again, so that a place that cannot be written to is known before any work.
+
+    Raises
+    ------
+    DataError
+        If it cannot be reached.
+    OSError
+        If it cannot be written to; names the file or folder.
+    """
+    storage = storage_of(path)
+    probe = f".writable-{secrets.token_hex(8)}"
+    with storage.write(probe) as file:
+        file.touch()
+    storage.remove(probe)
+    for folder in ("rows", "receipts"):  # of a shared folder, another user may own them
+        place = storage.location
+        if isinstance(place, Path) and (place / folder).exists() and not os.access(place / folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place / folder))
 
 
 def _check_name(task: str) -> None:

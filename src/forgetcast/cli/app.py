@@ -20,6 +20,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from forgetcast.cli.options import ATLAS
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+atlas_app = typer.Typer(no_args_is_help=True, help="Create, check and share atlases.")
+app.add_typer(atlas_app, name="atlas", rich_help_panel=ATLAS)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 15
@@ -56,11 +59,10 @@ def load_base(
 ) -> LanguageModel:
     """Load a base model, and check that it is the atlas's; by default, conversations are rendered as for the atlas."""
     from forgetcast.data import Rendering
-    from forgetcast.experiments.runs import check_base
+    from forgetcast.experiments.runs import check_base, rendering_of
     from forgetcast.lm import load
 
-    stored = atlas.scored_with.get("text", {}) if atlas is not None else {}
-    rendering = rendering or Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
+    rendering = rendering or (Rendering() if atlas is None else rendering_of(atlas))
     base = replace(load(model, **loading.arguments()), rendering=rendering)
     if atlas is not None:
         check_base(atlas, base)

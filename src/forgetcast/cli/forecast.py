@@ -122,7 +122,7 @@ def forecast(
 
 @app.command(rich_help_panel=FORECAST)
 def bench(
-    matrix: Annotated[Path, typer.Argument(help="An atlas, or a matrix as .npy or .json.")],
+    matrix: Annotated[str, typer.Argument(help="An atlas, or a matrix as .npy or .json.")],
     test: Annotated[
         str | None,
         typer.Option(help="Tasks to forecast: names or row numbers, such as 3,5,10-19; default: each in turn."),
@@ -143,11 +143,12 @@ def bench(
     Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
     """
     from forgetcast.atlas import Atlas, ForgettingMatrix
+    from forgetcast.atlas.storage import is_url
     from forgetcast.cli.tables import bench_table
     from forgetcast.evaluation import bench as compare
     from forgetcast.evaluation import bench_left_out
 
-    if matrix.is_dir():
+    if is_url(matrix) or Path(matrix).is_dir():
         values = Atlas.open(matrix).matrix(measure="exact_match" if exact_match else "loss")
     elif exact_match:
         raise ConfigError("--exact-match is for an atlas; a matrix in a file is what it is")

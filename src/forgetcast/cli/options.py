@@ -93,8 +93,9 @@ Columns = Annotated[
     typer.Option("--column", help="What the data call a field, such as prompt=frage; repeatable. Empty: not read."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail on a row that cannot be used, instead of skipping it.")]
-AtlasPath = Annotated[Path, typer.Argument(help="Directory of the atlas.")]
-AtlasOption = Annotated[Path, typer.Option("--atlas", help="Atlas with the pool and the base scores.")]
+AtlasPath = Annotated[str, typer.Argument(help="Directory of the atlas, or its URL, such as s3://bucket/runs.atlas.")]
+AtlasOption = Annotated[str, typer.Option("--atlas", help="Atlas with the pool and the base scores.")]
+NewAtlas = Annotated[str, typer.Option("-o", "--output", help="Directory or URL of the new atlas.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File or directory to write.")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

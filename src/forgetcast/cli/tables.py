@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from forgetcast.completion.structure import Structure
 from forgetcast.evaluation import BenchRow
+from forgetcast.experiments.add import Outcome
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.diff import Difference, Summary
@@ -30,6 +31,43 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
     return table
+
+
+def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield what `Atlas.info` says: the atlas, and a row per task."""
+    names = ("format", "model", "model_hash", "pool", "examples", "unscored", "tasks", "bytes", "dropped", "created")
+    facts = {name: info[name] for name in names} | {"answers": "yes" if info["answers"] else "no"}
+    if not info["dropped"]:
+        del facts["dropped"]
+    yield facts_table(info["atlas"], facts | {"bytes": f"{info['bytes']:,}"})
+    if not info["rows"]:
+        return
+    table = Table("task", "measured", "mean forgetting", "parts", "kind", "added", title="Rows")
+    for row in info["rows"]:
+        mean, origin = row["mean_forgetting"], row["provenance"]
+        table.add_row(
+            escape(row["task"]),
+            f"{row['measured']:.1%}",
+            "" if mean is None else f"{mean:+.4f}",
+            str(row["parts"]),
+            escape(str(origin.get("kind", ""))),
+            escape(str(origin["added"])[:10]),
+        )
+    yield table
+
+
+def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
+    """Yield what became of each model that was to be added."""
+    table = Table("row", "", "measured", "mean forgetting", "seconds", title=f"Added to {escape(atlas)}")
+    for outcome in outcomes:
+        table.add_row(
+            escape(outcome.name),
+            escape(outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}"),
+            str(outcome.measured) if outcome.measured else "",
+            "" if outcome.mean is None else f"{outcome.mean:+.4f}",
+            "" if outcome.seconds is None else f"{outcome.seconds:.1f}",
+        )
+    yield table
 
 
 def structure_tables(structure: Structure) -> Iterator[RenderableType]:

@@ -67,7 +67,7 @@ def train(
     recipe: RecipeName = None,
     plan: Annotated[Path | None, typer.Option(help="Replay plan; default: no replay.")] = None,
     pool: Annotated[Path | None, typer.Option(help="The pool that the plan was made for.")] = None,
-    atlas: Annotated[Path | None, typer.Option(help="For --online and plans that select during training.")] = None,
+    atlas: Annotated[str | None, typer.Option(help="For --online and plans that select during training.")] = None,
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
     format: Format = None,
@@ -119,6 +119,7 @@ def train(
     if not is_first():
         return
     tuned.save(partial / "model")
+    shutil.copy(partial / "run.json", partial / "model" / "run.json")  # from which `add` knows the recipe
     if output.is_dir():
         output.rmdir()
     (partial / "model").rename(output)

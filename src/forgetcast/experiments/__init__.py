@@ -1,5 +1,6 @@
 """Resumable experiments: collect an atlas, verify plans, learn tasks in sequence."""
 
+from forgetcast.experiments.add import FoundModels, Outcome, add_models, add_scores, create_atlas, find_models
 from forgetcast.experiments.collect import CollectConfig, collect, load_tasks, prepare_atlas
 from forgetcast.experiments.sequence import SequenceSettings, run_sequence
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
@@ -7,13 +8,19 @@ from forgetcast.experiments.verify import ReplayComparison, Verification, arms, 
 
 __all__ = [
     "CollectConfig",
+    "FoundModels",
+    "Outcome",
     "ReplayComparison",
     "SequenceResult",
     "SequenceSettings",
     "Stage",
     "Verification",
+    "add_models",
+    "add_scores",
     "arms",
     "collect",
+    "create_atlas",
+    "find_models",
     "load_tasks",
     "pilot_comparison",
     "prepare_atlas",

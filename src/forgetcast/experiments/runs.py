@@ -13,6 +13,7 @@ import numpy as np
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
+from forgetcast.data.rendering import Rendering
 from forgetcast.errors import MismatchError
 from forgetcast.measure.scores import Scores, check_tokens
 from forgetcast.replay.plan import ReplayPlan
@@ -223,26 +224,58 @@ def check_base(atlas: Atlas, base: LanguageModel) -> None:
     MismatchError
         If it was not.
     """
-    from forgetcast.lm import token_digests
-
     if atlas.model_hash is not None and atlas.model_hash != base.weights_hash:
         raise MismatchError(f"the atlas {atlas.path} was measured on another base model ({atlas.model})")
+    check_text(atlas, base, atlas.pool)
+
+
+def check_text(atlas: Atlas, language_model: LanguageModel, pool: Pool) -> None:
+    """Check, without a forward pass, that a model reads examples as the tokens that the atlas's base was scored on.
+
+    Raises
+    ------
+    MismatchError
+        If it does not.
+    """
+    from forgetcast.lm import token_digests
+
+    settings, text = length_settings(atlas, language_model), language_model.text_settings
     scored_with = atlas.scored_with
-    if scored_with.get("text", base.text_settings) == base.text_settings:
+    if scored_with.get("text", text) == text and settings["max_length"] == scored_with.get("max_length"):
         return
     # Another tokenizer or template may still give the same tokens.
-    options = {name: scored_with.get(name) for name in ("max_length", "stride")}
-    digests = token_digests(base, atlas.pool, **options)
-    check_tokens(atlas.before, replace(atlas.before, digests=digests, metadata={"text": base.text_settings, **options}))
+    before = atlas.before.subset(pool.ids)
+    digests = token_digests(language_model, pool, **settings)
+    check_tokens(before, replace(before, digests=digests, metadata={"text": text, **settings}))
+
+
+def length_settings(atlas: Atlas, language_model: LanguageModel) -> dict[str, Any]:
+    """Return the arguments of `lm.score` that the atlas's base was scored with, as far as a model's context allows."""
+    longest, stride = (atlas.scored_with.get(name) for name in ("max_length", "stride"))
+    return {
+        "max_length": None if longest is None else min(longest, language_model.context),
+        "stride": stride,
+    }
+
+
+def rendering_of(atlas: Atlas) -> Rendering:
+    """Return how conversations were rendered for the base scores of an atlas."""
+    stored = atlas.scored_with.get("text", {})
+    return Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
 
 
 def score_with_progress(
-    language_model: LanguageModel, pool: Pool, meter: Meter, name: str, answers: Mapping[str, Any] | None = None
+    language_model: LanguageModel,
+    pool: Pool,
+    meter: Meter,
+    name: str,
+    answers: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Scores:
-    """Score a pool, and answer its prompts if `answers` has arguments for `lm.exact_match`."""
+    """Score a pool with `settings` of `lm.score`; answer its prompts if `answers` has arguments of `lm.exact_match`."""
     from forgetcast.lm import exact_match, score
 
-    scores = score(language_model, pool, on_progress=lambda count: meter.advance(f"{name}: scoring", count))
+    scores = score(language_model, pool, **settings, on_progress=lambda count: meter.advance(f"{name}: scoring", count))
     if answers is None:
         return scores
     remaining = len(pool)

@@ -15,7 +15,7 @@ from forgetcast.data.rendering import Rendering
 from forgetcast.lm.additional import kl_divergence, score_again
 from forgetcast.lm.generate import exact_match, sample_texts
 from forgetcast.lm.gradients import gradient_products
-from forgetcast.lm.load import LanguageModel, load
+from forgetcast.lm.load import LanguageModel, SharedBase, load
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score, token_digests
 from forgetcast.lm.selectors import MostForgottenSelector, OnlineSelector, ReplaySelector
@@ -32,6 +32,7 @@ __all__ = [
     "ReplayCallback",
     "ReplayMixture",
     "ReplaySelector",
+    "SharedBase",
     "Tuned",
     "exact_match",
     "gradient_products",

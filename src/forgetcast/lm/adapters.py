@@ -104,6 +104,30 @@ def attach(model: PreTrainedModel, adapter: Adapter, tokenizer: PreTrainedTokeni
     return adapted.eval()
 
 
+def is_adapted(model: Any) -> bool:
+    """Whether the model has an adapter, around it or in it."""
+    return isinstance(model, PeftModel) or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def detach(model: Any) -> None:
+    """Take an adapter off its base model again, unmerged; a model with virtual tokens has left its base as it was."""
+    if is_prompt_learning(model):
+        return
+    # Without this, `unload` would leave the adapter's copies of whole layers in the model.
+    model.delete_adapter(model.active_adapter)
+    model.unload()
+
+
+def parameters(model: Any) -> dict[str, tuple[int, int, torch.Size, int]]:
+    """Return what tells whether a parameter or buffer was replaced, moved, resized or written to, by its name."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        # A tensor made of others, such as a quantised one, has no address of its own.
+        name: (id(value), 0 if hasattr(value, "__tensor_flatten__") else value.data_ptr(), value.shape, value._version)
+        for name, value in named
+    }
+
+
 def _rows(model: Any) -> int:
     """Return the number of token embeddings."""
     return int(model.get_input_embeddings().weight.shape[0])

@@ -264,6 +264,86 @@ def load(
     return LanguageModel(loaded.eval(), tokenizer, name, loading=loading)
 
 
+class SharedBase:
+    """Loads models one after another; adapters of one base model share it in memory.
+
+    Parameters
+    ----------
+    rendering : Rendering
+        How conversations are rendered.
+    **options
+        Of `load`.
+    """
+
+    def __init__(self, rendering: Rendering = DEFAULT_RENDERING, **options: Any) -> None:
+        self._rendering, self._options = rendering, options
+        kwargs = dict(options.get("model_kwargs") or {})
+        self._hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        # Where the adapter's files are says nothing about the base model's.
+        self._of_base = options | {"model_kwargs": {k: v for k, v in kwargs.items() if k not in _HUB_OPTIONS}}
+        self._bases: dict[str, LanguageModel] = {}
+
+    def base_name(self, model: str) -> str | None:
+        """Return the name of the base model of an adapter; None if `model` is not an adapter.
+
+        Raises
+        ------
+        DataError
+            If there is no such model, the adapter's configuration is malformed, or its base model does not exist.
+        """
+        adapter = self._adapter(model)
+        return adapter.base if adapter is not None else None
+
+    def _adapter(self, model: str) -> adapters.Adapter | None:
+        source, file = _find(model)
+        with _one_line(model):
+            return adapters.find(source, self._hub) if file is None else None
+
+    def base(self, name: str) -> LanguageModel:
+        """Return a base model by its name; it is loaded unless it is the one in memory.
+
+        Raises
+        ------
+        ConfigError, DataError
+            As `load` does.
+        """
+        if name not in self._bases:
+            self._bases.clear()  # before the next one needs the memory
+            self._bases[name] = replace(load(name, **self._of_base), rendering=self._rendering)
+        return self._bases[name]
+
+    @contextmanager
+    def model(self, name: str) -> Iterator[LanguageModel]:
+        """Load a model for as long as the block lasts; of an adapter, only its weights are read.
+
+        Raises
+        ------
+        ConfigError, DataError
+            As `load` does.
+        """
+        adapter = self._adapter(name)
+        base = self.base(adapter.base) if adapter is not None else None
+        if adapter is None or base is None or adapters.is_adapted(base.model):
+            self._bases.clear()
+            yield replace(load(name, **self._options), rendering=self._rendering)
+            return
+        _ = base.weights_hash  # of the weights alone
+        options = {**self._hub, "trust_remote_code": self._options.get("trust_remote_code", False)}
+        before = adapters.parameters(base.model)
+        adapted: Any = None
+        try:
+            with _one_line(name), without_bars():
+                tokenizer = _tokenizer(adapter.source, adapter.base, options, None)
+                adapted = adapters.attach(base.model, adapter, tokenizer, self._hub)
+            yield LanguageModel(adapted, tokenizer, name, self._rendering, base.loading)
+        finally:
+            if adapted is not None:
+                adapters.detach(adapted)
+            # An adapter may have resized or changed the base model's weights, or been attached in part.
+            if adapters.parameters(base.model) != before:
+                self._bases.clear()
+
+
 def _find(name: str) -> tuple[str, str | None]:
     """Return the directory or hub id of a model, and the name of its GGUF file if it is one.
 
