@@ -179,27 +179,7 @@ class Atlas:
             If the pool or the base scores are not those that the atlas was created with.
         """
         storage = storage_of(path)
-        where = f"{path}/{INDEX}"
-        try:
-            content = parse_json(storage.read(INDEX), where)
-        except FileNotFoundError:
-            raise DataError(f"{path} is not an atlas: atlas.json is missing") from None
-        except OSError as error:
-            raise DataError(f"{where}: {error.strerror or error}") from None
-        version = content.get("format") if isinstance(content, dict) else None
-        if type(version) is int and version > FORMAT:
-            raise DataError(
-                f"{where} is of format {version}, and this version reads up to {FORMAT}; upgrade forgetcast"
-            )
-        if type(version) is not int or version not in (zarr_format.FORMAT, FORMAT):
-            raise DataError(f"{where} is not that of an atlas: its format is {version!r}")
-        try:
-            index = Index.model_validate(
-                check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        index = parse_index(storage)
         atlas = cls(storage, index)
         for name in (POOL, BEFORE):
             _ = atlas._file(name)
@@ -669,6 +649,35 @@ class Atlas:
     def _sources(self) -> list[str]:
         """Return the source of each example; '' where it has none."""
         return list(labels(self._column(POOL, "source")))
+
+
+def parse_index(storage: Storage) -> Index:
+    """Read and check atlas.json of this version or of an earlier one.
+
+    Raises
+    ------
+    DataError
+        If there is none, it is damaged, or a newer version wrote it.
+    """
+    where = f"{storage}/{INDEX}"
+    try:
+        content = parse_json(storage.read(INDEX), where)
+    except FileNotFoundError:
+        raise DataError(f"{storage} is not an atlas: atlas.json is missing") from None
+    except OSError as error:
+        raise DataError(f"{where}: {error.strerror or error}") from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is int and version > FORMAT:
+        raise DataError(f"{where} is of format {version}, and this version reads up to {FORMAT}; upgrade forgetcast")
+    if type(version) is not int or version not in (zarr_format.FORMAT, FORMAT):
+        raise DataError(f"{where} is not that of an atlas: its format is {version!r}")
+    try:
+        return Index.model_validate(
+            check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:

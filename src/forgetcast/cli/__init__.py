@@ -9,11 +9,24 @@ import sys
 import warnings
 
 # Each registers its commands, in the order in which they are listed.
-from forgetcast.cli import pool, measure, atlas, forecast, plan, train, report  # isort: skip
+from forgetcast.cli import pool, measure, atlas, atlas_exchange, forecast, plan, train, report  # isort: skip
 from forgetcast.cli.app import app, err, out
 from forgetcast.errors import ForgetcastError
 
-__all__ = ["app", "atlas", "err", "forecast", "main", "measure", "out", "plan", "pool", "report", "train"]
+__all__ = [
+    "app",
+    "atlas",
+    "atlas_exchange",
+    "err",
+    "forecast",
+    "main",
+    "measure",
+    "out",
+    "plan",
+    "pool",
+    "report",
+    "train",
+]
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from forgetcast.cli.options import ATLAS
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+atlas_app = typer.Typer(no_args_is_help=True, help="Create, check and share atlases.")
+app.add_typer(atlas_app, name="atlas", rich_help_panel=ATLAS)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 15
