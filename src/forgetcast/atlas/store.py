@@ -423,6 +423,34 @@ class Atlas:
         self.refresh()
         return added
 
+    def read_row(self, task: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return all that is known of a row, ready for `write_row` of an atlas with the same examples.
+
+        Returns
+        -------
+        info : dict
+            Its provenance; that of further parts under 'parts'.
+        values : dict of str to array, shape (N,) of float32
+            'forgetting' and, if the base model has answers, 'flipped'.
+
+        Raises
+        ------
+        MismatchError
+            If there is no such row.
+        """
+        return self._read_row(self._row(task))
+
+    def _read_row(self, row: Row | zarr_format.ZarrRow) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        columns = (FORGETTING, FLIPPED) if self.has_answers else (FORGETTING,)
+        return _joined_info(row), {column: row.read(column, 0, self._index.examples) for column in columns}
+
+    def write_row(self, info: Mapping[str, Any], values: Mapping[str, np.ndarray], order: int) -> None:
+        """Store a row, or entries of one, as `read_row` of another atlas returned them; nothing is checked."""
+        rows.write_part(
+            self._storage, {**info, "base": self._base, "examples": self._index.examples}, order, values, None
+        )
+        self.refresh()
+
     def drop(self, task: str, *, reason: str = "") -> None:
         """Let a row not count any more, so that its name is free; its files stay until `compact`.
 
@@ -447,11 +475,7 @@ class Atlas:
             assert isinstance(row, Row)
             if len(row.parts) < 2:
                 continue
-            values = {FORGETTING: row.read(FORGETTING, 0, self._index.examples)}
-            if self.has_answers:
-                values[FLIPPED] = row.read(FLIPPED, 0, self._index.examples)
-            parts = [part.info.model_dump() for part in row.by_time]
-            rows.write_part(self._storage, {**parts[0], "parts": parts[1:]}, row.order[0], values, None)
+            self.write_row(*self._read_row(row), row.order[0])
             rows.drop_parts(
                 self._storage, row.folder, [p.file for p in row.parts], {"dropped": now(), "reason": "joined"}
             )
@@ -649,6 +673,14 @@ class Atlas:
     def _sources(self) -> list[str]:
         """Return the source of each example; '' where it has none."""
         return list(labels(self._column(POOL, "source")))
+
+
+def _joined_info(row: Row | zarr_format.ZarrRow) -> dict[str, Any]:
+    """Return the provenance of a row's first part, with that of the others under 'parts'."""
+    if not isinstance(row, Row):
+        return row.provenance
+    first, *others = [part.info.model_dump() for part in row.by_time]
+    return {**first, "parts": [*first.get("parts", []), *others]} if others else first
 
 
 def parse_index(storage: Storage) -> Index:

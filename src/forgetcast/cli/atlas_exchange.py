@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forgetcast.cli.app import atlas_app, out, print_json
 from forgetcast.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from forgetcast.atlas import Atlas
 
 AtlasLocation = Annotated[str, typer.Argument(help="Directory or URL of the atlas.")]
 
@@ -32,3 +35,34 @@ def validate(atlas: AtlasLocation, as_json: AsJson = False) -> None:
         out.print(f"{atlas} {f'is not whole: {errors} errors' if errors else 'is whole'}", markup=False)
     if errors:
         raise typer.Exit(1)
+
+
+AtlasOutput = Annotated[str, typer.Option("-o", "--output", help="Directory or URL of the new atlas.")]
+
+
+@atlas_app.command()
+def merge(
+    atlases: Annotated[list[str], typer.Argument(help="Directories or URLs of atlases of the same base model.")],
+    output: AtlasOutput,
+    as_prior: Annotated[
+        list[str] | None,
+        typer.Option(help="Atlas of another version of the model, whose rows inform forecasts; may be repeated."),
+    ] = None,
+    keep_both: Annotated[
+        bool, typer.Option("--keep-both", help="Keep rows of one name and other numbers, the later as TASK@ATLAS.")
+    ] = False,
+) -> None:
+    """Join atlases of one base model in a new one, with all their examples and rows.
+
+    Examples are the same if their ids are; then their texts, tokens and base losses have to be the same too.
+
+    Example: forgetcast atlas merge law.atlas code.atlas -o team.atlas
+    """
+    from forgetcast.atlas.merge import merge as join
+
+    merged = join(output, atlases, priors=as_prior or (), keep_both=keep_both)
+    _say(merged)
+
+
+def _say(atlas: Atlas) -> None:
+    out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(atlas.examples)} examples", markup=False, soft_wrap=True)
