@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forgetcast.cli.app import atlas_app, out, print_json
-from forgetcast.cli.options import AsJson
+from forgetcast.cli.options import AsJson, Output
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
@@ -62,6 +63,47 @@ def merge(
 
     merged = join(output, atlases, priors=as_prior or (), keep_both=keep_both)
     _say(merged)
+
+
+@atlas_app.command()
+def export(atlas: AtlasLocation, output: Output) -> None:
+    """Write an atlas as a data set of the Hugging Face Hub, with a card; `atlas import` reads it back.
+
+    Texts, names and recipes are written too: look them over before you share them.
+
+    Example: forgetcast atlas export runs.atlas -o shared
+    """
+    from forgetcast.atlas import Atlas
+    from forgetcast.atlas.exchange import export_dataset
+
+    export_dataset(Atlas.open(atlas), output)
+    out.print(
+        f"{output}: a data set with a card, README.md; next: hf upload NAME {output} --repo-type dataset",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@atlas_app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="Folder or URL that `atlas export` wrote, such as hf://datasets/NAME.")],
+    output: AtlasOutput,
+) -> None:
+    """Make an atlas of a data set that `atlas export` wrote.
+
+    A matrix in a file (.npy, .json, .pkl) has no texts and no base losses and becomes no atlas: `bench` and `analyze`
+    read it as it is.
+
+    Example: forgetcast atlas import shared -o shared.atlas
+    """
+    from forgetcast.atlas.exchange import import_dataset
+    from forgetcast.errors import DataError
+
+    if Path(source).is_file():
+        raise DataError(
+            f"{source} is a file; without texts and base losses it makes no atlas: give it to `bench` or `analyze`"
+        )
+    _say(import_dataset(source, output))
 
 
 def _say(atlas: Atlas) -> None:

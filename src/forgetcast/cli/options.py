@@ -94,6 +94,7 @@ Columns = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail on a row that cannot be used, instead of skipping it.")]
 AtlasPath = Annotated[Path, typer.Argument(help="Directory of the atlas.")]
+MatrixPath = Annotated[Path, typer.Argument(help="An atlas, or a matrix as .npy, .json or .pkl.")]
 AtlasOption = Annotated[Path, typer.Option("--atlas", help="Atlas with the pool and the base scores.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File or directory to write.")]
 
