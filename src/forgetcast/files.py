@@ -40,7 +40,9 @@ _BLANK = b"0" * _DIGITS
 _STRING = b"\x18" + bytes([_DIGITS])
 """What the footer's encoding, Thrift's compact one, has between a key and a value of 64 characters."""
 
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
+"""How the names of temporary files start."""
+
 SECONDS_UNTIL_ABANDONED = 24 * 3600
 """Age from which a temporary file of a process on another machine is taken for one of a dead process."""
 
@@ -65,7 +67,7 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """
     make_folder(path.parent)
     remove_abandoned(path.parent)
-    temporary = path.parent / f"{_TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    temporary = path.parent / f"{TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
     try:
         temporary.touch(exist_ok=False)
         yield temporary
@@ -100,14 +102,14 @@ def sync_folder(folder: Path) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
+        names = [entry.name for entry in entries if entry.name.startswith(TEMPORARY)]
     for name in names:
         if _is_abandoned(folder / name):
             (folder / name).unlink(missing_ok=True)
 
 
 def _is_abandoned(temporary: Path) -> bool:
-    machine, _, rest = temporary.name.removeprefix(_TEMPORARY).partition("-")
+    machine, _, rest = temporary.name.removeprefix(TEMPORARY).partition("-")
     process = rest.partition("-")[0]
     try:
         if machine != _machine() or not process.isdecimal():

@@ -12,6 +12,7 @@ import pytest
 
 from forgetcast import Atlas, DataError, Pool
 from forgetcast.atlas import rows
+from forgetcast.atlas.validate import validate
 from support.data import make_scores
 
 zarr = pytest.importorskip("zarr")
@@ -129,3 +130,12 @@ def test_damaged_arrays_are_one_line(old: tuple[Path, np.ndarray]) -> None:
     (path / "numbers.zarr" / "forgetting" / "zarr.json").write_text("{")
     with pytest.raises(DataError, match=r"old.atlas: its Zarr arrays cannot be read"):
         Atlas.open(path)
+
+
+def test_validate_reads_what_it_has(old: tuple[Path, np.ndarray]) -> None:
+    path, _ = old
+    assert validate(path) == []
+    chunk = next(file for file in sorted((path / "numbers.zarr").rglob("*")) if file.is_file() and "c" in file.parts)
+    chunk.write_bytes(b"damaged")
+    assert [finding.file for finding in validate(path)] == ["numbers.zarr"]
+    Atlas.open(path)  # it opens all the same

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from forgetcast.atlas.released import read_matrix
 from forgetcast.data.ids import ExampleIndex
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.files import read_json
 from forgetcast.measure.scores import Scores, forgetting
 
 
@@ -65,26 +65,26 @@ class ForgettingMatrix:
 
     @classmethod
     def load(cls, path: str | Path) -> ForgettingMatrix:
-        """Read a matrix of numbers: `.npy`, or `.json` with a list of rows (null is NaN), alone or under the key "arr".
+        """Read a matrix of numbers, and the names of its rows and columns where the file has them.
+
+        Parameters
+        ----------
+        path : path
+            `.npy`; `.json` with a list of rows (null is NaN), alone or under the key "arr"; and the files of the
+            paper's released statistics: `.npy` with a `.npy.meta` beside it, `.pkl` with a split (the training rows,
+            then the test rows; nothing in the pickle is run), and the project page's `.json`. In these, the values
+            that stand for "not measured" become NaN.
 
         Raises
         ------
         DataError
-            If the file cannot be read or is something else.
+            If the file cannot be read or is something else, or a pickle has more than numbers and names.
         """
         path = Path(path)
-        if path.suffix == ".npy":
-            try:
-                return cls(np.load(path, allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path} is not a readable .npy file of numbers: {error}") from None
-        if path.suffix != ".json":
-            raise DataError(f"{path}: a matrix is read from .npy, .json, or an atlas's directory")
-        content = read_json(path)
         try:
-            return cls(content["arr"] if isinstance(content, dict) else content)
-        except (DataError, KeyError) as error:
-            raise DataError(f"{path}: a list of rows of the same length is needed: {error}") from None
+            return cls(**read_matrix(path))
+        except DataError as error:
+            raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     @classmethod
     def from_scores(cls, before: Scores, after: dict[str, Scores], *, pool: Pool | None = None) -> ForgettingMatrix:

@@ -246,7 +246,7 @@ def _listed(storage: Storage, base: str, folder: str) -> list[Row] | None:
     present: dict[str, set[str]] = defaultdict(set)
     for name in storage.names(f"rows/{folder}" if folder else "rows"):
         _, row_folder, file = name.split("/", 2) if name.count("/") >= 2 else ("", "", name)
-        if not row_folder or not (_PART.fullmatch(file) or _DROPPED.fullmatch(file)):
+        if not row_folder or not is_row_file(file):
             raise DataError(f"{storage}/{name} is no part of an atlas; move it elsewhere")
         present[row_folder].add(file)
     try:
@@ -260,11 +260,22 @@ def _row(storage: Storage, base: str, folder: str, present: set[str], receipts: 
     dropped: set[str] = set()
     for file in present:
         if _DROPPED.fullmatch(file):
-            where = f"{storage}/rows/{folder}/{file}"
-            content = check_digest(parse_json(storage.read(f"rows/{folder}/{file}"), where), where)
-            dropped |= {file, *content["parts"]}
+            dropped |= {file, *read_dropped(storage, folder, file)}
     parts = [Part(storage, base, folder, file) for file in sorted(present - dropped)]
     return Row(storage, folder, parts, sorted(receipts - present - dropped), sorted(dropped & present))
+
+
+def is_row_file(file: str) -> bool:
+    """Say whether a file may be in the folder of a row, by its name."""
+    return bool(_PART.fullmatch(file) or _DROPPED.fullmatch(file))
+
+
+def read_dropped(storage: Storage, folder: str, file: str) -> list[str]:
+    """Return the parts of a row that a file says do not count any more; raise DataError if it is damaged."""
+    where = f"{storage}/rows/{folder}/{file}"
+    content = check_digest(parse_json(storage.read(f"rows/{folder}/{file}"), where), where)
+    parts: list[str] = content["parts"]
+    return parts
 
 
 def write_part(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -71,6 +72,45 @@ def storage_of(location: Path | str) -> Storage:
 def is_url(location: Path | str) -> bool:
     """Say whether a location is a URL and not a path."""
     return "://" in str(location)
+
+
+@contextmanager
+def whole_folder(location: Path | str, last: str) -> Iterator[Path]:
+    """Yield the path of a folder to make, which is moved or copied to `location` when the block ends without an error.
+
+    Parameters
+    ----------
+    location : path or URL
+    last : str
+        The file without which the others are nothing, so that it is uploaded last.
+
+    Raises
+    ------
+    DataError
+        If there is something at `location` already.
+    """
+    storage = storage_of(location)
+    if storage.names() or (isinstance(storage, FolderStorage) and storage.location.exists()):
+        raise DataError(f"{location} exists already; choose another name")
+    if isinstance(storage, FolderStorage):
+        target = storage.location
+        made = target.with_name(f".{target.name}.new")
+        make_folder(target.parent)
+        if made.exists():  # left by a killed process
+            shutil.rmtree(made)
+        try:
+            yield made
+            made.rename(target)
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="forgetcast-") as folder:
+        made = Path(folder) / "new"
+        yield made
+        for name in sorted(FolderStorage(made).names(), key=lambda name: name == last):
+            with storage.write(name) as path:
+                shutil.copyfile(made / name, path)
 
 
 class FolderStorage(Storage):

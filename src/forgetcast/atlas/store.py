@@ -182,27 +182,7 @@ class Atlas:
             If the pool or the base scores are not those that the atlas was created with.
         """
         storage = storage_of(path)
-        where = f"{path}/{INDEX}"
-        try:
-            content = parse_json(storage.read(INDEX), where)
-        except FileNotFoundError:
-            raise DataError(f"{path} is not an atlas: atlas.json is missing") from None
-        except OSError as error:
-            raise DataError(f"{where}: {error.strerror or error}") from None
-        version = content.get("format") if isinstance(content, dict) else None
-        if type(version) is int and version > FORMAT:
-            raise DataError(
-                f"{where} is of format {version}, and this version reads up to {FORMAT}; upgrade forgetcast"
-            )
-        if type(version) is not int or version not in (zarr_format.FORMAT, FORMAT):
-            raise DataError(f"{where} is not that of an atlas: its format is {version!r}")
-        try:
-            index = Index.model_validate(
-                check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        index = parse_index(storage)
         atlas = cls(storage, index)
         for name in (POOL, BEFORE):
             _ = atlas._file(name)
@@ -491,6 +471,34 @@ class Atlas:
         self.refresh()
         return added
 
+    def read_row(self, task: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return all that is known of a row, ready for `write_row` of an atlas with the same examples.
+
+        Returns
+        -------
+        info : dict
+            Its provenance; that of further parts under 'parts'.
+        values : dict of str to array, shape (N,) of float32
+            'forgetting' and, if the base model has answers, 'flipped'.
+
+        Raises
+        ------
+        MismatchError
+            If there is no such row.
+        """
+        return self._read_row(self._row(task))
+
+    def _read_row(self, row: Row | zarr_format.ZarrRow) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        columns = (FORGETTING, FLIPPED) if self.has_answers else (FORGETTING,)
+        return _joined_info(row), {column: row.read(column, 0, self._index.examples) for column in columns}
+
+    def write_row(self, info: Mapping[str, Any], values: Mapping[str, np.ndarray], order: int) -> None:
+        """Store a row, or entries of one, as `read_row` of another atlas returned them; nothing is checked."""
+        rows.write_part(
+            self._storage, {**info, "base": self._base, "examples": self._index.examples}, order, values, None
+        )
+        self.refresh()
+
     def drop(self, task: str, *, reason: str = "") -> None:
         """Let a row not count any more, so that its name is free; its files stay until `compact`.
 
@@ -515,11 +523,7 @@ class Atlas:
             assert isinstance(row, Row)
             if len(row.parts) < 2:
                 continue
-            values = {FORGETTING: row.read(FORGETTING, 0, self._index.examples)}
-            if self.has_answers:
-                values[FLIPPED] = row.read(FLIPPED, 0, self._index.examples)
-            parts = [part.info.model_dump() for part in row.by_time]
-            rows.write_part(self._storage, {**parts[0], "parts": parts[1:]}, row.order[0], values, None)
+            self.write_row(*self._read_row(row), row.order[0])
             rows.drop_parts(
                 self._storage, row.folder, [p.file for p in row.parts], {"dropped": now(), "reason": "joined"}
             )
@@ -722,6 +726,43 @@ class Atlas:
     def _sources(self) -> list[str]:
         """Return the source of each example; '' where it has none."""
         return list(labels(self._column(POOL, "source")))
+
+
+def _joined_info(row: Row | zarr_format.ZarrRow) -> dict[str, Any]:
+    """Return the provenance of a row's first part, with that of the others under 'parts'."""
+    if not isinstance(row, Row):
+        return row.provenance
+    first, *others = [part.info.model_dump() for part in row.by_time]
+    return {**first, "parts": [*first.get("parts", []), *others]} if others else first
+
+
+def parse_index(storage: Storage) -> Index:
+    """Read and check atlas.json of this version or of an earlier one.
+
+    Raises
+    ------
+    DataError
+        If there is none, it is damaged, or a newer version wrote it.
+    """
+    where = f"{storage}/{INDEX}"
+    try:
+        content = parse_json(storage.read(INDEX), where)
+    except FileNotFoundError:
+        raise DataError(f"{storage} is not an atlas: atlas.json is missing") from None
+    except OSError as error:
+        raise DataError(f"{where}: {error.strerror or error}") from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is int and version > FORMAT:
+        raise DataError(f"{where} is of format {version}, and this version reads up to {FORMAT}; upgrade forgetcast")
+    if type(version) is not int or version not in (zarr_format.FORMAT, FORMAT):
+        raise DataError(f"{where} is not that of an atlas: its format is {version!r}")
+    try:
+        return Index.model_validate(
+            check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:

@@ -128,6 +128,16 @@ def index(storage: Storage, content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def group_of(column: str) -> str:
+    """Return the name of the folder with a column's array."""
+    return _ARRAYS[column][0]
+
+
+def is_leftover(name: str) -> bool:
+    """Say whether a file, by its name in the atlas, is one that only this format has."""
+    return name.partition("/")[0] in {*(group for group, _ in _ARRAYS.values()), _REPLAYS, ".lock"}
+
+
 def _folder(storage: Storage) -> Path:
     if not isinstance(storage, FolderStorage):
         raise DataError(f"{storage}: an atlas of format {FORMAT} is read from a folder; copy it to this machine")

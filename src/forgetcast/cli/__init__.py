@@ -9,13 +9,14 @@ import sys
 import warnings
 
 # Each registers its commands, in the order in which they are listed.
-from forgetcast.cli import pool, measure, atlas, atlas_files, forecast, plan, train, report  # isort: skip
+from forgetcast.cli import pool, measure, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
 from forgetcast.cli.app import app, err, out
 from forgetcast.errors import ForgetcastError
 
 __all__ = [
     "app",
     "atlas",
+    "atlas_exchange",
     "atlas_files",
     "err",
     "forecast",

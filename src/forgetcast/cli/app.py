@@ -24,7 +24,7 @@ from forgetcast.cli.options import ATLAS
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from forgetcast.atlas import Atlas
+    from forgetcast.atlas import Atlas, ForgettingMatrix
     from forgetcast.cli.options import DataFormat, Loading
     from forgetcast.data import Pool, Recipe, Rendering
     from forgetcast.lm import FineTuner, LanguageModel
@@ -76,6 +76,17 @@ def load_tuner(
     from forgetcast.lm import FineTuner
 
     return FineTuner(load_base(model, loading, atlas, rendering))
+
+
+def load_matrix(location: str, *, exact_match: bool) -> ForgettingMatrix:
+    """Read the forgetting matrix of an atlas, or one in a file."""
+    from forgetcast.atlas import Atlas, ForgettingMatrix
+
+    if not Path(location).is_file():
+        return Atlas.open(location).matrix(measure="exact_match" if exact_match else "loss")
+    if exact_match:
+        raise ConfigError("--exact-match is for an atlas; a matrix in a file is what it is")
+    return ForgettingMatrix.load(location)
 
 
 def column_names(given: Iterable[str] | None) -> dict[str, str]:

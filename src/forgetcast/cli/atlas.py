@@ -7,15 +7,25 @@ from typing import Annotated
 
 import typer
 
-from forgetcast.cli.app import app, load_data, load_tuner, out, print_all, print_json, progress, require_single_process
+from forgetcast.cli.app import (
+    app,
+    load_data,
+    load_matrix,
+    load_tuner,
+    out,
+    print_all,
+    print_json,
+    progress,
+    require_single_process,
+)
 from forgetcast.cli.options import (
     ATLAS,
     AsJson,
-    AtlasPath,
     ByAnswers,
     Columns,
     Format,
     Loading,
+    MatrixPath,
     Strict,
     loads_a_model,
 )
@@ -62,16 +72,15 @@ def collect(
 
 
 @app.command(rich_help_panel=ATLAS)
-def analyze(atlas: AtlasPath, exact_match: ByAnswers = False, as_json: AsJson = False) -> None:
+def analyze(matrix: MatrixPath, exact_match: ByAnswers = False, as_json: AsJson = False) -> None:
     """Show how nearly low-rank the forgetting is, and what its components load on.
 
     Example: forgetcast analyze runs.atlas
     """
-    from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import structure_tables
     from forgetcast.completion.structure import analyze as analyze_matrix
 
-    structure = analyze_matrix(Atlas.open(atlas).matrix(measure="exact_match" if exact_match else "loss"))
+    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match))
     if as_json:
         print_json(structure.as_dict())
         return

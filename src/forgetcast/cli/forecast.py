@@ -11,8 +11,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from forgetcast.cli.app import app, err, numbers, out, print_json, progress, show
-from forgetcast.cli.options import FORECAST, AllowDifferentTokens, AsJson, AtlasPath, ByAnswers, Method, Output
+from forgetcast.cli.app import app, err, load_matrix, numbers, out, print_json, progress, show
+from forgetcast.cli.options import (
+    FORECAST,
+    AllowDifferentTokens,
+    AsJson,
+    AtlasPath,
+    ByAnswers,
+    MatrixPath,
+    Method,
+    Output,
+)
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,10 +131,13 @@ def forecast(
 
 @app.command(rich_help_panel=FORECAST)
 def bench(
-    matrix: Annotated[str, typer.Argument(help="An atlas, or a matrix as .npy or .json.")],
+    matrix: MatrixPath,
     test: Annotated[
         str | None,
-        typer.Option(help="Tasks to forecast: names or row numbers, such as 3,5,10-19; default: each in turn."),
+        typer.Option(
+            help="Tasks to forecast: names or row numbers, such as 3,5,10-19; default: those of a split, else each in "
+            "turn."
+        ),
     ] = None,
     train: Annotated[str | None, typer.Option(help="Tasks to learn from; default: all others.")] = None,
     k: Annotated[str, typer.Option("-k", help="Numbers of probes.")] = "10,30",
@@ -142,20 +154,15 @@ def bench(
 
     Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
     """
-    from forgetcast.atlas import Atlas, ForgettingMatrix
-    from forgetcast.atlas.storage import is_url
+    from forgetcast.atlas.released import PICKLES, read_split
     from forgetcast.cli.tables import bench_table
     from forgetcast.evaluation import bench as compare
     from forgetcast.evaluation import bench_left_out
 
-    if is_url(matrix) or Path(matrix).is_dir():
-        values = Atlas.open(matrix).matrix(measure="exact_match" if exact_match else "loss")
-    elif exact_match:
-        raise ConfigError("--exact-match is for an atlas; a matrix in a file is what it is")
-    else:
-        values = ForgettingMatrix.load(matrix)
+    values = load_matrix(matrix, exact_match=exact_match)
     wanted, ks = {name: _method(name) for name in methods.split(",")}, numbers(k, "-k")
-    tested = _tasks(test, values.tasks) if test is not None else []
+    split = read_split(Path(matrix))[1]["tasks"] if Path(matrix).suffix in PICKLES else []
+    tested = _tasks(test, values.tasks) if test is not None else split
     known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]
     if both := set(tested).intersection(known):
         raise ConfigError(f"the task {min(both)!r} is in --train and in --test")

@@ -94,6 +94,7 @@ Columns = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail on a row that cannot be used, instead of skipping it.")]
 AtlasPath = Annotated[str, typer.Argument(help="Directory of the atlas, or its URL, such as s3://bucket/runs.atlas.")]
+MatrixPath = Annotated[str, typer.Argument(help="An atlas, its URL, or a matrix as .npy, .json or .pkl.")]
 AtlasOption = Annotated[str, typer.Option("--atlas", help="Atlas with the pool and the base scores.")]
 NewAtlas = Annotated[str, typer.Option("-o", "--output", help="Directory or URL of the new atlas.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File or directory to write.")]

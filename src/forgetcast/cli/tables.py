@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
+from forgetcast.markdown import markdown_text
 from forgetcast.measure.diff import Difference, Summary
 from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
@@ -205,17 +205,6 @@ def difference_markdown(result: Difference, judgement: Judgement) -> str:
         lines += ["", "| most forgotten | before | after | change |", "|---|---|---|---|"]
         lines += [row(*cells) for cells in _worst_rows(result)]
     return "\n".join(lines)
-
-
-def markdown_text(text: str) -> str:
-    """Escape text that users wrote: on one line, no markup, no end of a cell, and nothing that GitHub would link.
-
-    GitHub makes links of mentions, references to issues and addresses after it has read the escapes, so a space without
-    width breaks them.
-    """
-    plain = re.sub(r"([\\`*_{}\[\]<>|~!&#])", r"\\\1", " ".join(text.split()))
-    plain = re.sub(r"(@)(?=\w)|(\\#)(?=\d)|(\b[a-zA-Z][a-zA-Z0-9+.-]*)(?=://)|(\bwww)(?=\.)", r"\g<0>&#8203;", plain)
-    return re.sub(r"(\bmailto|\bxmpp)(?=:)", r"\1&#8203;", plain)
 
 
 def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:

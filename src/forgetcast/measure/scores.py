@@ -267,7 +267,13 @@ def _what_differs(before: Scores | Baseline, after: Scores) -> str:
     """Name the settings that differ between two score files, as far as they are stored."""
     if not isinstance(before, Scores):
         return "tokenizer, chat template or context differs"
-    one, other = ({**m.get("text", {}), **m} for m in (before.metadata, after.metadata))
+    differing = settings_that_differ(before.metadata, after.metadata)
+    return f"different: {', '.join(differing)}" if differing else "what was asked differs"
+
+
+def settings_that_differ(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Name the settings of tokens and targets that differ between the metadata of two scores."""
+    one, other = ({**m.get("text", {}), **m} for m in (before, after))
     names = {
         "tokenizer": "the tokenizer",
         "template": "the chat template",
@@ -276,8 +282,7 @@ def _what_differs(before: Scores | Baseline, after: Scores) -> str:
         "max_length": "the longest input",
         "stride": "the stride",
     }
-    differing = [text for name, text in names.items() if one.get(name) != other.get(name)]
-    return f"different: {', '.join(differing)}" if differing else "what was asked differs"
+    return [text for name, text in names.items() if one.get(name) != other.get(name)]
 
 
 def forgetting(before: Scores | Baseline, after: Scores) -> np.ndarray:
