@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from forgetcast.cli.app import app, load_data, load_tuner, out, print_all, print_json, progress, require_single_process
+from forgetcast.cli.app import (
+    app,
+    err,
+    load_data,
+    load_tuner,
+    out,
+    print_all,
+    print_json,
+    progress,
+    require_single_process,
+)
 from forgetcast.cli.options import (
     ATLAS,
     AsJson,
@@ -19,6 +29,7 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.errors import IncompleteError
 
 
 @app.command(rich_help_panel=ATLAS)
@@ -28,26 +39,33 @@ def collect(
     format: Format = None,
     column: Columns = None,
     strict: Strict = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Task or row to make, of those in the configuration; repeatable.")
+    ] = None,
     *,
     loading: Loading,
 ) -> None:
     """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
 
-    --format and --column are about the tasks.
+    --format and --column are about the tasks. Exit code 1: rows failed; each is named, and the others were made.
 
     Example: forgetcast collect config.yaml
     """
-    from forgetcast.experiments.collect import CollectConfig, collection_units, prepare_atlas
+    from forgetcast.experiments.collect import CollectConfig, check_destination, collection_units, prepare_atlas
     from forgetcast.experiments.collect import collect as collect_rows
     from forgetcast.experiments.runs import Stages
 
     require_single_process("collect")
     settings = CollectConfig.load(config)
+    sweep = settings.sweep(only or ())
+    check_destination(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
+    rows = sweep.rows(tasks, settings.recipe.seed)
     tuner = load_tuner(settings.model, loading, rendering=settings.rendering)
     with progress() as report:
         stages, answered = Stages(report), settings.exact_match
+        later = collection_units(len(rows), pool, settings.recipe, answered=answered, share=settings.score_share)
         atlas = prepare_atlas(
             settings.atlas,
             tuner.base,
@@ -55,10 +73,19 @@ def collect(
             settings.recipe,
             exact_match=answered,
             max_new_tokens=settings.max_new_tokens,
-            on_progress=stages.stage(later=collection_units(len(tasks), pool, settings.recipe, answered=answered)),
+            on_progress=stages.stage(later=later),
         )
-        collect_rows(tuner, atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
+        try:
+            collect_rows(tuner, atlas, settings.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0))
+        except IncompleteError as error:
+            failures = error.failures
+        else:
+            failures = {}
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+    for name, reason in failures.items():
+        err.print(f"failed: {name}: {reason}", markup=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=ATLAS)

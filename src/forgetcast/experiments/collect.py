@@ -1,23 +1,29 @@
 """Collect an atlas: fine-tune the base model on every task in turn, score the pool after each, add a row.
 
-Complete rows are skipped, so an interrupted sweep continues where it stopped.
+Complete rows are skipped, so an interrupted sweep continues where it stopped. A row does not depend on the others, nor
+on the process that makes it, so the rows may be shared out among any number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import errno
+import gc
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from forgetcast.atlas.matrix import check_fingerprint
-from forgetcast.atlas.store import Atlas
+from forgetcast.atlas.storage import is_url
+from forgetcast.atlas.store import Atlas, check_free, check_name, check_writable, is_atlas
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
-from forgetcast.errors import DataError, MismatchError
+from forgetcast.errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError
 from forgetcast.experiments.runs import (
     AtlasRows,
     FineTune,
@@ -33,6 +39,85 @@ from forgetcast.settings import read_settings
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, LanguageModel
     from forgetcast.lm.generate import Metric
+    from forgetcast.measure.scores import Scores
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row that is to be in the atlas.
+
+    Attributes
+    ----------
+    name : str
+        The task's name; with the seed, unless it is the first one.
+    task : str
+    seed : int
+    order : int
+        Place among the rows, whatever process makes it.
+    """
+
+    name: str
+    task: str
+    seed: int
+    order: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which rows are made, and how.
+
+    Attributes
+    ----------
+    seeds : sequence of int
+        A row per task and seed; default: the recipe's seed. The first one's row has the name of the task, the others
+        "TASK seed 1".
+    only : collection of str
+        Tasks or rows to make, by name; default: all.
+    score_share : float
+        Share of the pool, in (0, 1], that is scored for a task: a random sample, the same for all seeds.
+    retries : int
+        How often a row is tried again after a failure that may pass: of memory, or of a file system.
+    """
+
+    seeds: Sequence[int] = ()
+    only: Collection[str] = ()
+    score_share: float = 1.0
+    retries: int = 1
+
+    def rows(self, tasks: Iterable[str], seed: int = 0) -> list[PlannedRow]:
+        """Return the rows to make.
+
+        Parameters
+        ----------
+        tasks : iterable of str
+        seed : int
+            That of the recipe.
+
+        Raises
+        ------
+        ConfigError
+            If `only` names something else.
+        DataError
+            If a row cannot have its name, or two would have the same.
+        """
+        names, seeds = list(tasks), tuple(dict.fromkeys(self.seeds)) or (seed,)
+        rows = [
+            PlannedRow(name if i == 0 else f"{name} seed {seed}", name, seed, place * len(seeds) + i)
+            for place, name in enumerate(names)
+            for i, seed in enumerate(seeds)
+        ]
+        taken = dict[str, PlannedRow]()
+        for row in rows:
+            check_name(row.name)
+            if row.name in taken:
+                raise DataError(f"two rows would be called {row.name!r}: rename the file of the task {row.name!r}")
+            taken[row.name] = row
+        if unknown := [name for name in self.only if name not in names and name not in taken]:
+            raise ConfigError(f"--only {unknown[0]}: there is no such task; there are {', '.join(names)}")
+        return [row for row in rows if not self.only or row.name in self.only or row.task in self.only]
 
 
 class CollectConfig(BaseModel):
@@ -55,6 +140,12 @@ class CollectConfig(BaseModel):
         Longest answer.
     rendering : Rendering
         How conversations are rendered: `date`, `thinking`.
+    seeds : list of int, optional
+        A row per task and seed; default: the recipe's seed.
+    score_share : float
+        Share of the pool, in (0, 1], that is scored for a task.
+    retries : int
+        How often a row is tried again after a failure that may pass.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,11 +153,14 @@ class CollectConfig(BaseModel):
     model: str
     pool: Path
     tasks: Path | list[Path]
-    atlas: Path
+    atlas: Path | str
     recipe: Recipe = Recipe()
     exact_match: bool = False
     max_new_tokens: int = Field(default=32, ge=1)
     rendering: Rendering = Rendering()
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
+    score_share: float = Field(default=1.0, gt=0, le=1)
+    retries: int = Field(default=1, ge=0)
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -89,9 +183,15 @@ class CollectConfig(BaseModel):
         base = Path(path).parent
         tasks = [base / t for t in config.tasks] if isinstance(config.tasks, list) else base / config.tasks
         model = str(base / config.model) if (base / config.model).is_dir() else config.model
+        recipe = config.recipe.model_copy(update={"seed": config.seeds[0]}) if config.seeds else config.recipe
+        atlas = str(config.atlas) if is_url(config.atlas) else base / config.atlas
         return config.model_copy(
-            update={"model": model, "pool": base / config.pool, "tasks": tasks, "atlas": base / config.atlas}
+            update={"model": model, "pool": base / config.pool, "tasks": tasks, "atlas": atlas, "recipe": recipe}
         )
+
+    def sweep(self, only: Collection[str] = ()) -> Sweep:
+        """Return which rows are made, and how."""
+        return Sweep(tuple(self.seeds), tuple(only), self.score_share, self.retries)
 
     def load_tasks(self, read: Callable[[Path], Pool] = load_task) -> dict[str, Pool]:
         """Read every task, by the name of its file without the ending.
@@ -174,18 +274,43 @@ def prepare_atlas(
     ------
     MismatchError
         If the atlas has another model, pool, recipe or way to measure answers.
+    DataError, OSError
+        If it can be neither created nor written to, before anything is scored.
     """
-    if Path(path).exists():
-        atlas = Atlas.open(path)
-        check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
-        check_base(atlas, base)
-        check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
-        _check_answers(atlas, max_new_tokens if exact_match else None)
-        return atlas
-    answers = _answers(max_new_tokens, metric) if exact_match else None
-    meter = Meter(len(pool) * (2 if exact_match else 1), on_progress)
-    before = score_with_progress(base, pool, meter, "base model", answers)
-    return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
+    check_destination(path)
+    if not is_atlas(path):
+        answers = _answers(max_new_tokens, metric) if exact_match else None
+        meter = Meter(len(pool) * (2 if exact_match else 1), on_progress)
+        before = score_with_progress(base, pool, meter, "base model", answers)
+        try:
+            return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
+        except MismatchError:
+            raise
+        except DataError:
+            if not is_atlas(path):
+                raise
+            # Another process has created it meanwhile.
+    atlas = Atlas.open(path)
+    check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
+    check_base(atlas, base)
+    check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
+    _check_answers(atlas, max_new_tokens if exact_match else None)
+    return atlas
+
+
+def check_destination(path: str | Path) -> None:
+    """Check that an atlas can be created or written to, before the work that leads to it.
+
+    Raises
+    ------
+    DataError
+        If something else is there, or a URL cannot be reached.
+    OSError
+        If it cannot be written to.
+    """
+    if not is_atlas(path):
+        check_free(path)
+    check_writable(path)
 
 
 def collect(
@@ -194,6 +319,7 @@ def collect(
     recipe: Recipe,
     tasks: Mapping[str, Pool],
     *,
+    sweep: Sweep | None = None,
     metric: Metric | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
@@ -204,10 +330,12 @@ def collect(
     tuner : FineTuner
         With the base model.
     atlas : Atlas
-        Gets one row per task. If it has the base model's answers, the tuned models answer too.
+        Gets the rows. If it has the base model's answers, the tuned models answer too.
     recipe : Recipe
     tasks : mapping of str to Pool
-        Fine-tuning data by task name.
+        Fine-tuning data by task name; all of the sweep, because a row's place is that of its task.
+    sweep : Sweep, optional
+        Which rows are made, and how; default: a row per task.
     metric : callable, optional
         As in `prepare_atlas`.
     on_progress : callable, optional
@@ -216,23 +344,118 @@ def collect(
     ------
     MismatchError
         If the atlas is of another base model or recipe.
+    IncompleteError
+        If rows failed; all others were made.
+    OSError
+        If a disk is full; finished rows are kept.
     """
+    sweep = sweep or Sweep()
     check_base(atlas, tuner.base)
     check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
-    rows, settings = AtlasRows(atlas), {"recipe": recipe.model_dump()}
+    rows = AtlasRows(atlas)
+    planned = {row.name: (row, _settings(row, recipe, sweep)) for row in sweep.rows(tasks, recipe.seed)}
     answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
-    todo = [name for name in tasks if not rows.has(name, settings)]
-    meter = Meter(collection_units(len(todo), atlas.pool, recipe, answered=atlas.has_answers), on_progress)
+    judged = {row.task: _sample(atlas, row.task, sweep.score_share) for row, _ in planned.values()}
+    todo = [name for name, (_, settings) in planned.items() if not rows.has(name, settings)]
+    per_row = {name: units(recipe, len(judged[planned[name][0].task]) * (1 + atlas.has_answers)) for name in todo}
+    meter, failures = Meter(sum(per_row.values()), on_progress), dict[str, str]()
     for name in todo:
-        job = FineTune(name, tasks[name], recipe, atlas.pool, answers=answers)
-        rows.ensure(name, settings, lambda job=job: job.run(tuner, settings, meter))  # type: ignore[misc]
+        row, settings = planned[name]
+        started = meter.done
+        seeded = recipe.model_copy(update={"seed": row.seed})
+        job = FineTune(name, tasks[row.task], seeded, judged[row.task], answers=answers)
+
+        def make(job: FineTune = job, settings: dict[str, Any] = settings, started: int = started) -> Scores:
+            meter.done = started
+            return job.run(tuner, settings, meter)
+
+        reason = _try(lambda: rows.ensure(name, settings, make), sweep.retries)  # noqa: B023 - called at once
+        if reason is not None and not rows.has(name, settings):
+            failures[name] = reason
+        if rest := started + per_row[name] - meter.done:
+            meter.advance(f"{name}: {'failed' if name in failures else 'finished'}", rest)
     tuner.restore()
+    if failures:
+        done = f"{atlas.path}: {len(todo) - len(failures)} of {len(todo)} rows were made"
+        raise IncompleteError(done, failures)
     return atlas
 
 
-def collection_units(tasks: int, pool: Pool, recipe: Recipe, *, answered: bool = False) -> int:
-    """Return the units of work of `tasks` rows."""
-    return tasks * units(recipe, len(pool) * (1 + answered))
+def _settings(row: PlannedRow, recipe: Recipe, sweep: Sweep) -> dict[str, Any]:
+    """Return the settings of a row; see `AtlasRows`."""
+    provenance: dict[str, Any] = {"task": row.task, "seed": row.seed}
+    if sweep.score_share < 1:
+        provenance |= {"score_share": sweep.score_share, "sample_seed": _sample_seed(row.task)}
+    return {
+        "recipe": recipe.model_dump() | {"seed": row.seed},
+        "share": sweep.score_share,
+        "order": row.order,
+        "provenance": provenance,
+    }
+
+
+def _sample(atlas: Atlas, task: str, share: float) -> Pool:
+    """Return the examples that are scored for a task: a larger share's include those of a smaller one."""
+    if share >= 1:
+        return atlas.pool
+    ids = atlas.hold_out(share, seed=_sample_seed(task))
+    if not ids:
+        raise ConfigError(f"score_share {share:g} of {len(atlas.pool)} examples is not one; choose a larger share")
+    return atlas.pool.subset(ids)
+
+
+def _sample_seed(task: str) -> int:
+    return int.from_bytes(hashlib.sha256(task.encode()).digest()[:4])
+
+
+def _try(make: Callable[[], None], retries: int) -> str | None:
+    """Make a row, again after a failure that may pass; return why it failed, None if it did not.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is invalid, which holds for all rows.
+    OSError
+        If a disk is full.
+    """
+    for left in range(retries, -1, -1):
+        try:
+            make()
+            return None
+        except ConfigError:
+            raise
+        # Whatever the Trainer, a model's own code or a file system raise, the other tasks do not depend on it.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
+            again = left > 0 and _may_pass(error)
+            reason = " ".join(str(error).split())[:300]
+            if not isinstance(error, ForgetcastError) or not reason:
+                reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+        if not again:
+            return reason
+        _free_memory()
+    return None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure is of memory or of a file system. PyTorch has no class for the memory of a CPU."""
+    if isinstance(error, RuntimeError):
+        return "memory" in str(error)
+    return isinstance(error, MemoryError | OSError)
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def collection_units(rows: int, pool: Pool, recipe: Recipe, *, answered: bool = False, share: float = 1.0) -> int:
+    """Return the units of work of `rows` rows that score a share of the pool."""
+    return rows * units(recipe, round(share * len(pool)) * (1 + answered))
 
 
 def _answers(max_new_tokens: int, metric: Metric | None) -> dict[str, Any]:
