@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Scores
 from forgetcast.errors import IncompleteError
 from forgetcast.experiments.collect import Sweep, collect, prepare_atlas
 from forgetcast.experiments.runs import FineTune
+from forgetcast.files import temporary_folder
 from forgetcast.lm import FineTuner, score
 from support.cli import RunCommand
 from support.data import make_pool
@@ -254,6 +259,11 @@ def test_seeds_and_a_share_of_the_pool(tmp_path: Path, run: RunCommand) -> None:
     assert (~np.isnan(more)).sum(axis=1).tolist() == [round(0.75 * len(pool))] * 6
     Atlas.open(tmp_path / "a.atlas").compact()
     assert Atlas.open(tmp_path / "a.atlas").is_complete("naming", share=0.75)
+    noise = json.loads(run("analyze", tmp_path / "a.atlas", "--json")[1])["noise"]
+    pairs = more[::2] - more[1::2]
+    assert (noise["tasks"], noise["rows"]) == (3, 6)
+    assert noise["std"] == pytest.approx(np.sqrt(np.nanmean(pairs**2) / 2), rel=1e-5)
+    assert "Noise from run to run" in run("analyze", tmp_path / "a.atlas")[1]
     with pytest.raises(ConfigError, match="is not one"):
         collect(FineTuner(tiny()), atlas, RECIPE, TASKS, sweep=Sweep(score_share=0.001))
 
@@ -279,3 +289,118 @@ def test_an_example_that_the_tuned_model_cannot_be_scored_on_is_not_tried_again(
     assert made == ["adding", "naming", "naming"]
     with pytest.raises(MismatchError, match=r"another recipe \(steps differ\)"):
         collect(FineTuner(tiny()), atlas, make_recipe(steps=4), tasks)
+
+
+TRAINER = """
+import argparse, json, random, sys
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("task", type=Path)
+parser.add_argument("output", type=Path)
+parser.add_argument("--model")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--leave", default="model")
+given = parser.parse_args()
+examples = [json.loads(line) for line in given.task.read_text().splitlines()]
+print(f"training on {len(examples)} examples, seed {given.seed}")
+if given.leave == "nothing":
+    (given.output / "notes.txt").write_text("no model")
+    sys.exit()
+if given.leave == "error":
+    sys.exit("the trainer's own words")
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(given.model), AutoTokenizer.from_pretrained(given.model)
+torch.manual_seed(given.seed + len(examples[0]["prompt"]))
+for name in ("checkpoint-2", "checkpoint-10") if given.leave == "checkpoints" else (".",):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(given.output / name)
+    tokenizer.save_pretrained(given.output / name)
+"""
+
+
+def command(folder: Path, *words: str) -> dict[str, Any]:
+    """Return the setting for a trainer in a folder whose name has a space."""
+    script = folder / "my trainer" / "train.py"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(TRAINER)
+    line = shlex.join([sys.executable, str(script), "{task}", "{output}", "--model", "{model}", *words])
+    return {"trainer": json.dumps({"command": line})}
+
+
+def perturbed(task: str, times: int, seed: int = 0) -> np.ndarray:
+    """Losses of the model that the trainer makes."""
+    model = tiny()
+    torch.manual_seed(seed + len(TASKS[task][0].prompt or ""))
+    with torch.no_grad():
+        for _ in range(times):
+            for parameter in model.model.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+    return score(model, make_pool()).nll
+
+
+@pytest.mark.parametrize("leave", ["model", "checkpoints"])
+def test_a_command_as_the_trainer(tmp_path: Path, run: RunCommand, leave: str) -> None:
+    given = command(tmp_path, "--leave", leave, "--seed", "{seed}")
+    config = configure(tmp_path, "a.atlas", **given, seeds="[0, 4]")
+    code, _, err = run("collect", config, "--only", "naming")
+    assert code == 0, err
+    atlas = Atlas.open(tmp_path / "a.atlas")
+    assert atlas.tasks == ("naming", "naming seed 4")
+    for row, seed in zip(atlas.matrix().values, (0, 4), strict=True):
+        expected = perturbed("naming", 2 if leave == "checkpoints" else 1, seed) - atlas.before.nll
+        np.testing.assert_allclose(row, expected, atol=1e-5)
+    kept = atlas.provenance("naming seed 4")
+    assert kept["recipe"]["command"] == atlas.recipe["command"] == json.loads(given["trainer"])["command"]
+    assert (kept["task"], kept["seed"]) == ("naming", 4)
+    assert kept["cost"]["training"]["seconds"] > 0
+    runs = tmp_path / "a.atlas.runs"
+    assert "training on 6 examples, seed 0" in (runs / "naming.log").read_text()
+    assert not list((runs / "naming" / "unfinished").iterdir())
+
+    # What was trained is not trained again where only the row is missing.
+    atlas.drop("naming")
+    assert run("collect", config, "--only", "naming")[0] == 0
+    assert (runs / "naming.log").read_text().count("training on") == 1
+    np.testing.assert_array_equal(Atlas.open(tmp_path / "a.atlas").matrix().values, atlas.matrix().values[[0, 1]])
+    other = configure(tmp_path, "a.atlas", **command(tmp_path, "--leave", "model"))
+    code, _, err = run("collect", other, "--only", "naming")
+    assert (code, "another recipe (command differ)" in err) == (2, True)
+
+
+def test_a_command_that_fails_is_named(tmp_path: Path, run: RunCommand) -> None:
+    for leave, message in (("nothing", "there is notes.txt"), ("error", "exited with 1; its output is in")):
+        config = configure(tmp_path, f"{leave}.atlas", **command(tmp_path, "--leave", leave))
+        code, _, err = run("collect", config, "--only", "naming")
+        assert code == 1
+        assert err.splitlines()[-1].startswith("failed: naming: the command ")
+        assert message in err
+    assert "the trainer's own words" in (tmp_path / "error.atlas.runs" / "naming.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer": "{command: 'train {task}'}"}, "{output} is missing"),
+        ({"trainer": "{command: 'train {task} {output} {odd}'}"}, "{odd} is unknown"),
+        ({"trainer": "{command: 'train {task} {output} \"'}"}, "No closing quotation"),
+        ({"trainer": "{command: 'no-such-program {task} {output}'}"}, "there is no program no-such-program"),
+        ({"trainer": "{command: 'train {task} {output}'}", "recipe": "{}"}, "leave one of the two out"),
+        ({"trainer": "{command: 'train {task} {output}'}", "seeds": "[0, 1]"}, "{seed} is missing"),
+    ],
+)
+def test_invalid_commands_are_refused(tmp_path: Path, run: RunCommand, settings: Any, message: str) -> None:
+    code, _, err = run("collect", configure(tmp_path, "a.atlas", **settings))
+    assert (code, message in err) == (2, True), err
+
+
+def test_a_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    dead, ours = tmp_path / f"{temporary_folder(tmp_path).name[:13]}-999999999-00000000", temporary_folder(tmp_path)
+    (dead / "model").mkdir(parents=True)
+    temporary_folder(tmp_path)
+    assert not dead.exists()
+    assert ours.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,6 @@ from forgetcast.cli.app import (
     app,
     err,
     load_data,
-    load_tuner,
     out,
     print_all,
     print_json,
@@ -51,36 +51,22 @@ def collect(
 
     Example: forgetcast collect config.yaml
     """
-    from forgetcast.experiments.collect import CollectConfig, check_destination, collection_units, prepare_atlas
-    from forgetcast.experiments.collect import collect as collect_rows
-    from forgetcast.experiments.runs import Stages
+    from forgetcast.atlas import Atlas
+    from forgetcast.experiments.collect import CollectConfig, check_destination, run_sweep
+    from forgetcast.lm import load
 
     require_single_process("collect")
     settings = CollectConfig.load(config)
-    sweep = settings.sweep(only or ())
     check_destination(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
-    rows = sweep.rows(tasks, settings.recipe.seed)
-    tuner = load_tuner(settings.model, loading, rendering=settings.rendering)
+    failures: dict[str, str] = {}
     with progress() as report:
-        stages, answered = Stages(report), settings.exact_match
-        later = collection_units(len(rows), pool, settings.recipe, answered=answered, share=settings.score_share)
-        atlas = prepare_atlas(
-            settings.atlas,
-            tuner.base,
-            pool,
-            settings.recipe,
-            exact_match=answered,
-            max_new_tokens=settings.max_new_tokens,
-            on_progress=stages.stage(later=later),
-        )
         try:
-            collect_rows(tuner, atlas, settings.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0))
+            run_sweep(settings, pool, tasks, partial(load, **loading.arguments()), only=only or (), on_progress=report)
         except IncompleteError as error:
             failures = error.failures
-        else:
-            failures = {}
+    atlas = Atlas.open(settings.atlas)
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
     for name, reason in failures.items():
         err.print(f"failed: {name}: {reason}", markup=False, soft_wrap=True)
@@ -92,13 +78,19 @@ def collect(
 def analyze(atlas: AtlasPath, exact_match: ByAnswers = False, as_json: AsJson = False) -> None:
     """Show how nearly low-rank the forgetting is, and what its components load on.
 
+    Where tasks have several seeds, also how much of what the structure leaves is noise from run to run.
+
     Example: forgetcast analyze runs.atlas
     """
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import structure_tables
     from forgetcast.completion.structure import analyze as analyze_matrix
 
-    structure = analyze_matrix(Atlas.open(atlas).matrix(measure="exact_match" if exact_match else "loss"))
+    opened = Atlas.open(atlas)
+    structure = analyze_matrix(
+        opened.matrix(measure="exact_match" if exact_match else "loss"),
+        replicates={row: str(opened.provenance(row).get("task", row)) for row in opened.tasks},
+    )
     if as_json:
         print_json(structure.as_dict())
         return

@@ -10,11 +10,12 @@ import errno
 import gc
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.storage import is_url
@@ -24,11 +25,14 @@ from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError
+from forgetcast.experiments.command import CommandTrainer, TrainerSettings
 from forgetcast.experiments.runs import (
+    TRAINING_UNITS,
     AtlasRows,
     FineTune,
     Meter,
     OnProgress,
+    Stages,
     check_base,
     check_recipe,
     score_with_progress,
@@ -146,6 +150,8 @@ class CollectConfig(BaseModel):
         Share of the pool, in (0, 1], that is scored for a task.
     retries : int
         How often a row is tried again after a failure that may pass.
+    trainer : TrainerSettings, optional
+        A command that fine-tunes, instead of a recipe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -161,6 +167,15 @@ class CollectConfig(BaseModel):
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
     score_share: float = Field(default=1.0, gt=0, le=1)
     retries: int = Field(default=1, ge=0)
+    trainer: TrainerSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> Self:
+        if self.trainer is not None and "recipe" in self.model_fields_set:
+            raise ValueError("recipe: the trainer's command does not use it; leave one of the two out")
+        if self.trainer is not None and len(self.seeds) > 1 and not self.trainer.has_seed:
+            raise ValueError("trainer.command: {seed} is missing, so all seeds would give the same model")
+        return self
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -245,7 +260,7 @@ def prepare_atlas(
     path: str | Path,
     base: LanguageModel,
     pool: Pool,
-    recipe: Recipe,
+    recipe: Recipe | TrainerSettings,
     *,
     exact_match: bool = False,
     max_new_tokens: int = 32,
@@ -260,8 +275,8 @@ def prepare_atlas(
     base : LanguageModel
     pool : Pool
         Upstream examples.
-    recipe : Recipe
-        Recipe of every row.
+    recipe : Recipe or TrainerSettings
+        How the model of every row is tuned.
     exact_match : bool
         Whether the models also answer the pool's prompts, so that flips are counted.
     max_new_tokens : int
@@ -314,7 +329,7 @@ def check_destination(path: str | Path) -> None:
 
 
 def collect(
-    tuner: FineTuner,
+    tuner: FineTuner | CommandTrainer,
     atlas: Atlas,
     recipe: Recipe,
     tasks: Mapping[str, Pool],
@@ -327,11 +342,12 @@ def collect(
 
     Parameters
     ----------
-    tuner : FineTuner
+    tuner : FineTuner or CommandTrainer
         With the base model.
     atlas : Atlas
         Gets the rows. If it has the base model's answers, the tuned models answer too.
     recipe : Recipe
+        Of a CommandTrainer, only the seed is used.
     tasks : mapping of str to Pool
         Fine-tuning data by task name; all of the sweep, because a row's place is that of its task.
     sweep : Sweep, optional
@@ -350,44 +366,61 @@ def collect(
         If a disk is full; finished rows are kept.
     """
     sweep = sweep or Sweep()
-    check_base(atlas, tuner.base)
-    check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
+    if isinstance(tuner, CommandTrainer):
+        tuner.check()
+        facts = tuner.recipe
+    else:
+        check_base(atlas, tuner.base)
+        facts = recipe.model_dump()
+    check_recipe(f"the atlas {atlas.path}", atlas.recipe, facts)
     rows = AtlasRows(atlas)
-    planned = {row.name: (row, _settings(row, recipe, sweep)) for row in sweep.rows(tasks, recipe.seed)}
+    planned = {row.name: (row, _settings(row, facts, sweep)) for row in sweep.rows(tasks, recipe.seed)}
     answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
     judged = {row.task: _sample(atlas, row.task, sweep.score_share) for row, _ in planned.values()}
     todo = [name for name, (_, settings) in planned.items() if not rows.has(name, settings)]
-    per_row = {name: units(recipe, len(judged[planned[name][0].task]) * (1 + atlas.has_answers)) for name in todo}
+    per_row = {
+        name: _training_units(tuner, recipe, tasks[planned[name][0].task])
+        + len(judged[planned[name][0].task]) * (1 + atlas.has_answers)
+        for name in todo
+    }
     meter, failures = Meter(sum(per_row.values()), on_progress), dict[str, str]()
+
+    def make(row: PlannedRow, settings: dict[str, Any], started: int) -> Scores:
+        meter.done = started
+        task, sample = tasks[row.task], judged[row.task]
+        if isinstance(tuner, CommandTrainer):
+            return tuner.run(row.name, task, sample, settings, meter, answers)
+        seeded = recipe.model_copy(update={"seed": row.seed})
+        return FineTune(row.name, task, seeded, sample, answers=answers).run(tuner, settings, meter)
+
     for name in todo:
         row, settings = planned[name]
         started = meter.done
-        seeded = recipe.model_copy(update={"seed": row.seed})
-        job = FineTune(name, tasks[row.task], seeded, judged[row.task], answers=answers)
-
-        def make(job: FineTune = job, settings: dict[str, Any] = settings, started: int = started) -> Scores:
-            meter.done = started
-            return job.run(tuner, settings, meter)
-
-        reason = _try(lambda: rows.ensure(name, settings, make), sweep.retries)  # noqa: B023 - called at once
+        make_it = partial(rows.ensure, name, settings, partial(make, row, settings, started))
+        reason = _try(make_it, sweep.retries)
         if reason is not None and not rows.has(name, settings):
             failures[name] = reason
         if rest := started + per_row[name] - meter.done:
             meter.advance(f"{name}: {'failed' if name in failures else 'finished'}", rest)
-    tuner.restore()
+    if not isinstance(tuner, CommandTrainer):
+        tuner.restore()
     if failures:
         done = f"{atlas.path}: {len(todo) - len(failures)} of {len(todo)} rows were made"
         raise IncompleteError(done, failures)
     return atlas
 
 
-def _settings(row: PlannedRow, recipe: Recipe, sweep: Sweep) -> dict[str, Any]:
+def _training_units(tuner: FineTuner | CommandTrainer, recipe: Recipe, task: Pool) -> int:
+    return len(task) * TRAINING_UNITS if isinstance(tuner, CommandTrainer) else units(recipe, 0)
+
+
+def _settings(row: PlannedRow, recipe: Mapping[str, Any], sweep: Sweep) -> dict[str, Any]:
     """Return the settings of a row; see `AtlasRows`."""
     provenance: dict[str, Any] = {"task": row.task, "seed": row.seed}
     if sweep.score_share < 1:
         provenance |= {"score_share": sweep.score_share, "sample_seed": _sample_seed(row.task)}
     return {
-        "recipe": recipe.model_dump() | {"seed": row.seed},
+        "recipe": {**recipe, "seed": row.seed},
         "share": sweep.score_share,
         "order": row.order,
         "provenance": provenance,
@@ -453,9 +486,74 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def collection_units(rows: int, pool: Pool, recipe: Recipe, *, answered: bool = False, share: float = 1.0) -> int:
-    """Return the units of work of `rows` rows that score a share of the pool."""
-    return rows * units(recipe, round(share * len(pool)) * (1 + answered))
+def run_sweep(
+    config: CollectConfig,
+    pool: Pool,
+    tasks: Mapping[str, Pool],
+    load: Callable[[str | Path], LanguageModel],
+    *,
+    only: Collection[str] = (),
+    on_progress: OnProgress | None = None,
+) -> Atlas:
+    """Do what the configuration of a sweep says.
+
+    Parameters
+    ----------
+    config : CollectConfig
+    pool : Pool
+    tasks : mapping of str to Pool
+        All tasks of the configuration.
+    load : callable
+        Loads the base model, and what a trainer's command leaves.
+    only : collection of str
+        Tasks or rows to make; default: all.
+    on_progress : callable, optional
+
+    Raises
+    ------
+    ForgetcastError, OSError
+        As `prepare_atlas` and `collect`.
+    """
+    from forgetcast.lm import FineTuner
+
+    sweep = config.sweep(only)
+    rows = sweep.rows(tasks, config.recipe.seed)
+    trainer = _command_trainer(config, load)
+    base = replace(load(config.model), rendering=config.rendering)
+    # The tuner merges an adapter that the base model may have.
+    tuner: FineTuner | CommandTrainer = trainer or FineTuner(base)
+    base = tuner.base if isinstance(tuner, FineTuner) else base
+    stages, answered = Stages(on_progress), config.exact_match
+    scored = round(config.score_share * len(pool)) * (1 + answered)
+    atlas = prepare_atlas(
+        config.atlas,
+        base,
+        pool,
+        config.trainer or config.recipe,
+        exact_match=answered,
+        max_new_tokens=config.max_new_tokens,
+        on_progress=stages.stage(
+            later=sum(_training_units(tuner, config.recipe, tasks[row.task]) + scored for row in rows)
+        ),
+    )
+    del base  # a command needs the memory
+    return collect(tuner, atlas, config.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0))
+
+
+def _command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
+    if config.trainer is None:
+        return None
+    atlas = Path(config.atlas if not is_url(config.atlas) else str(config.atlas).rpartition("/")[2])
+    trainer = CommandTrainer(
+        config.trainer, config.model, atlas.with_name(f"{atlas.name}.runs"), load, config.rendering
+    )
+    trainer.check()
+    return trainer
+
+
+def collection_units(rows: int, pool: Pool, recipe: Recipe, *, answered: bool = False) -> int:
+    """Return the units of work of `rows` rows."""
+    return rows * units(recipe, len(pool) * (1 + answered))
 
 
 def _answers(max_new_tokens: int, metric: Metric | None) -> dict[str, Any]:
