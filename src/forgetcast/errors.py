@@ -4,9 +4,10 @@
     ├── DataError           an invalid file, line, field or array
     │   └── MismatchError   inputs that do not belong together (another pool, another model, unknown ids)
     ├── ConfigError         an invalid setting or recipe
-    └── MissingExtraError   an optional dependency that is not installed
+    ├── MissingExtraError   an optional dependency that is not installed
+    └── IncompleteError     a part of the work failed, and the rest is done
 
-The command line prints their message as one line and exits with code 2.
+The command line prints their message as one line and exits with code 2, or 1 for an IncompleteError.
 """
 
 from __future__ import annotations
@@ -33,3 +34,17 @@ class MissingExtraError(ForgetcastError, ImportError):
 
     def __init__(self, extra: str, cause: ImportError) -> None:
         super().__init__(f"{cause.name or cause} is not installed; run: pip install 'forgetcast[{extra}]'")
+
+
+class IncompleteError(ForgetcastError):
+    """A part of the work failed, and the rest is done.
+
+    Attributes
+    ----------
+    failures : dict
+        Reason by the name of what failed.
+    """
+
+    def __init__(self, done: str, failures: dict[str, str]) -> None:
+        super().__init__(f"{done}; failed: " + "; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+        self.failures = failures

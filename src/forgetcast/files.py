@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -106,6 +107,17 @@ def remove_abandoned(folder: Path) -> None:
     for name in names:
         if _is_abandoned(folder / name):
             (folder / name).unlink(missing_ok=True)
+
+
+def temporary_folder(parent: Path) -> Path:
+    """Make a folder in `parent`, which is for such folders only; those of killed processes are removed."""
+    make_folder(parent)
+    for folder in parent.iterdir():
+        if _is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
+    made = parent / f"{_TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    made.mkdir()
+    return made
 
 
 def _is_abandoned(temporary: Path) -> bool:

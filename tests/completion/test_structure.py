@@ -102,3 +102,31 @@ def test_f1_of_binary_forgetting_rises_with_the_planted_rank() -> None:
     assert 0.3 < found[0] < found[1] - 0.05
     assert found[1] > 0.8
     assert analyze(ForgettingMatrix(values + 0.5)).rank_f1 == ()
+
+
+def test_noise_between_seeds() -> None:
+    """Planted: rank 2, a residual of each task that no factor explains, and noise of each run."""
+    rng = np.random.default_rng(6)
+    low_rank = rng.normal(size=(30, 2)) @ rng.normal(size=(2, 300))
+    truth = low_rank + rng.normal(0, 0.4, low_rank.shape)
+    names = [f"t{i}" for i in range(30)]
+    runs = [truth + rng.normal(0, 0.3, truth.shape) for _ in range(3)]
+    matrix = ForgettingMatrix(
+        np.vstack([runs[0], runs[1][:10], runs[2][:5]]),
+        tasks=[*names, *(f"{name} seed 1" for name in names[:10]), *(f"{name} seed 2" for name in names[:5])],
+    )
+    replicates = {name: name.partition(" ")[0] for name in matrix.tasks}
+    noise = analyze(matrix, replicates=replicates).noise
+    assert noise is not None
+    assert (noise.tasks, noise.rows) == (10, 25)
+    assert noise.std == pytest.approx(0.3, rel=0.05)
+    assert noise.residual_share == pytest.approx(0.3**2 / (0.3**2 + 0.4**2), rel=0.15)
+    assert analyze(matrix).noise is None
+    # Oracle on entries that are measured in some of the rows only: the mean of each pair's squared difference / 2.
+    values = matrix.values.copy()
+    values[:10][rng.random((10, 300)) < 0.5] = np.nan
+    pairs = ForgettingMatrix(values[:40], tasks=matrix.tasks[:40])
+    expected = np.sqrt(np.nanmean((values[:10] - values[30:40]) ** 2) / 2)
+    noise = analyze(pairs, replicates=replicates).noise
+    assert noise is not None
+    assert noise.std == pytest.approx(expected, rel=1e-5)

@@ -104,3 +104,10 @@ def add_row_slowly(path: Path, connection: Connection) -> None:
     os.fsync = wait
     atlas = Atlas.open(path)
     atlas.add("slow", make_scores(atlas.pool, np.full(len(atlas.pool), 5.0)))
+
+
+def run_cli(words: list[object], connection: Connection) -> None:
+    """Run a command; send its exit code, standard output and standard error."""
+    from support.cli import run_command
+
+    connection.send(run_command(*words))

@@ -27,7 +27,7 @@ def make_recipe(**changes: Any) -> Recipe:
     return Recipe(**{"steps": 3, "batch_size": 2, "learning_rate": 5e-3, "max_length": 48} | changes)
 
 
-class Interruption(Exception):  # noqa: N818  # it is none
+class Interruption(BaseException):  # as KeyboardInterrupt: it stops all work, and no task failed
     pass
 
 

@@ -68,7 +68,10 @@ def folder_of(task: str) -> str:
 
 
 class PartInfo(BaseModel):
-    """Metadata of a part: where it belongs, and where its numbers come from."""
+    """Metadata of a part: where it belongs, and where its numbers come from.
+
+    With the part, the share `finished` of the pool is measured as far as the tuned model can be scored on it.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -78,6 +81,7 @@ class PartInfo(BaseModel):
     added: str
     recipe: dict[str, Any] = {}
     model_hash: str | None = None
+    finished: float = 0.0
 
 
 class Part:
@@ -202,6 +206,11 @@ class Row:
     def provenance(self) -> dict[str, Any]:
         """Metadata of the part added first."""
         return self.by_time[0].info.model_dump()
+
+    @property
+    def finished(self) -> float:
+        """Share of the pool that is measured as far as the tuned model can be scored on it; 0 if no part says so."""
+        return max((part.info.finished for part in self.by_time), default=0.0)
 
     def read(self, column: str, first: int, last: int) -> np.ndarray:
         """Return a column for the examples from `first` to `last`, shape (last - first,) of float32."""

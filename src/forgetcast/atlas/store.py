@@ -136,23 +136,31 @@ class Atlas:
         DataError
             If `path` exists, or a base loss is larger than a 32-bit number.
         MismatchError
-            If `before` is of another pool.
+            If `before` is of another pool, or the creation of an atlas of other scores was begun at `path`.
+
+        Notes
+        -----
+        Where a process that was stopped, or another one right now, has stored its pool and base scores already, these
+        count, so that all writers measure against the same base scores.
         """
         check_fingerprint("the score file", before.pool_fingerprint, pool)
         if tuple(before.ids) != tuple(pool.ids):
             raise MismatchError("the score file and the pool have other examples, or another order; score the pool")
         _as_float32("the base loss", before.nll, pool.ids)
+        check_free(path)
         storage = storage_of(path)
-        if storage.names():
-            raise DataError(f"{path} exists already; choose another name, or add to it")
         seals = {}
         for name, save in ((POOL, pool.save), (BEFORE, before.save)):
-            # Two processes may create the same atlas: the files of the first one count.
             try:
                 with storage.write(name, exclusive=True) as file:
                     seals[name] = _sealed(save, file)
             except FileExistsError:
-                raise DataError(f"{path} is being created by another process; wait for it to end") from None
+                stored = storage.local(name)
+                if name == BEFORE:
+                    before = _same_base(Scores.load(stored), before, stored)
+                else:
+                    check_fingerprint(f"{stored}, of an atlas that was begun,", Pool.load(stored).fingerprint, pool)
+                seals[name] = check_seal(stored) or ""
         index = Index(
             model=model,
             model_hash=before.metadata.get("model_hash"),
@@ -164,7 +172,10 @@ class Atlas:
             created=now(),
         )
         atlas = cls(storage, index)
-        atlas._write_index(index, exclusive=True)
+        try:
+            atlas._write_index(index, exclusive=True)
+        except FileExistsError:
+            raise DataError(f"{path} exists already; choose another name, or add to it") from None
         atlas.pool, atlas.before = pool, before
         return atlas
 
@@ -416,7 +427,7 @@ class Atlas:
         DataError
             If no loss could be measured, or a loss is larger than a 32-bit number; or the name is empty.
         """
-        _check_name(task)
+        check_name(task)
         ids = after.ids if examples is None else tuple(dict.fromkeys(examples))
         columns = self.columns_of(after, ids, allow_different_tokens=allow_different_tokens)
         if examples is not None:
@@ -713,11 +724,18 @@ class Atlas:
         for run in runs:
             write_replay(self._storage, run)
 
-    def is_complete(self, task: str) -> bool:
-        """Return whether every example that the base model could score, or answers right, is measured for the task."""
+    def is_complete(self, task: str, *, share: float = 1.0) -> bool:
+        """Return whether a task is measured.
+
+        It is if every example that the base model could score, or answers right, is measured, or if a part of the row
+        says in its provenance that at least `share` of the pool is `finished`: measured as far as the tuned model can
+        be scored.
+        """
         self.refresh()
         if task not in self.tasks:
             return False
+        if isinstance(row := self._row(task), Row) and row.finished >= share:
+            return True
         row, count = self._row(task), self._index.examples
         if np.isnan(row.read(FORGETTING, 0, count)[~np.isnan(self.nll_before)]).any():
             return False
@@ -733,7 +751,7 @@ def _joined_info(row: Row | zarr_format.ZarrRow) -> dict[str, Any]:
     if not isinstance(row, Row):
         return row.provenance
     first, *others = [part.info.model_dump() for part in row.by_time]
-    return {**first, "parts": [*first.get("parts", []), *others]} if others else first
+    return {**first, "finished": row.finished, "parts": [*first.get("parts", []), *others]} if others else first
 
 
 def parse_index(storage: Storage) -> Index:
@@ -782,6 +800,15 @@ def _sealed(save: Callable[[Path], None], path: Path) -> str:
     return seal
 
 
+def is_atlas(path: str | Path) -> bool:
+    """Say whether there is an atlas, even if it cannot be read."""
+    try:
+        storage_of(path).read(INDEX)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def check_free(path: str | Path) -> None:
     """Raise DataError unless an atlas can be created: nothing is there, or what a process left that was stopped."""
     if not {name for name in storage_of(path).names() if not name.startswith(".")} <= {POOL, BEFORE}:
@@ -809,7 +836,22 @@ def check_writable(path: str | Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place / folder))
 
 
-def _check_name(task: str) -> None:
+def _same_base(stored: Scores, before: Scores, path: Path) -> Scores:
+    """Return the base scores of another process's atlas that was begun, after checking that they are of this model."""
+
+    def facts(scores: Scores) -> list[Any]:
+        known = [scores.metadata.get(name) for name in ("pool", "model_hash", "tokens", "dtype", "max_new_tokens")]
+        return [*known, tuple(scores.ids), scores.exact_match is not None]
+
+    if facts(stored) != facts(before):
+        raise MismatchError(
+            f"{path} is of an atlas that was begun with another base model or other settings; remove it"
+        )
+    return stored
+
+
+def check_name(task: str) -> None:
+    """Raise DataError if a row cannot have this name."""
     if not task:
         raise DataError("a task needs a name")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,9 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    err,
     load_data,
     load_matrix,
-    load_tuner,
     out,
     print_all,
     print_json,
@@ -29,6 +30,7 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.errors import IncompleteError
 
 
 @app.command(rich_help_panel=ATLAS)
@@ -38,49 +40,58 @@ def collect(
     format: Format = None,
     column: Columns = None,
     strict: Strict = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Task or row to make, of those in the configuration; repeatable.")
+    ] = None,
     *,
     loading: Loading,
 ) -> None:
     """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
 
-    --format and --column are about the tasks.
+    --format and --column are about the tasks. Exit code 1: rows failed; each is named, and the others were made.
 
     Example: forgetcast collect config.yaml
     """
-    from forgetcast.experiments.collect import CollectConfig, collection_units, prepare_atlas
-    from forgetcast.experiments.collect import collect as collect_rows
-    from forgetcast.experiments.runs import Stages
+    from forgetcast.atlas import Atlas
+    from forgetcast.experiments.collect import CollectConfig, check_destination, run_sweep
+    from forgetcast.lm import load
 
     require_single_process("collect")
     settings = CollectConfig.load(config)
+    check_destination(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
-    tuner = load_tuner(settings.model, loading, rendering=settings.rendering)
+    failures: dict[str, str] = {}
     with progress() as report:
-        stages, answered = Stages(report), settings.exact_match
-        atlas = prepare_atlas(
-            settings.atlas,
-            tuner.base,
-            pool,
-            settings.recipe,
-            exact_match=answered,
-            max_new_tokens=settings.max_new_tokens,
-            on_progress=stages.stage(later=collection_units(len(tasks), pool, settings.recipe, answered=answered)),
-        )
-        collect_rows(tuner, atlas, settings.recipe, tasks, on_progress=stages.stage(later=0))
+        try:
+            run_sweep(settings, pool, tasks, partial(load, **loading.arguments()), only=only or (), on_progress=report)
+        except IncompleteError as error:
+            failures = error.failures
+    atlas = Atlas.open(settings.atlas)
     out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+    for name, reason in failures.items():
+        err.print(f"failed: {name}: {reason}", markup=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=ATLAS)
 def analyze(matrix: MatrixPath, exact_match: ByAnswers = False, as_json: AsJson = False) -> None:
     """Show how nearly low-rank the forgetting is, and what its components load on.
 
+    Where tasks have several seeds, also how much of what the structure leaves is noise from run to run.
+
     Example: forgetcast analyze runs.atlas
     """
+    from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import structure_tables
     from forgetcast.completion.structure import analyze as analyze_matrix
 
-    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match))
+    replicates: dict[str, str] = {}
+    if not Path(matrix).is_file():  # a matrix alone does not say which rows are of one task
+        atlas = Atlas.open(matrix)
+        replicates = {row: str(atlas.provenance(row).get("task", row)) for row in atlas.tasks}
+    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match), replicates=replicates)
     if as_json:
         print_json(structure.as_dict())
         return

@@ -84,6 +84,12 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
         held_out = structure.held_out_r2[rank - 1 : rank]
         fits.add_row(f"rank {rank}", f"{r2:.3f}", *(f"{value:.3f}" for value in held_out))
     yield fits
+    if (noise := structure.noise) is not None:
+        share = f", {noise.residual_share:.0%} of what" if noise.residual_share is not None else "; unknown of what"
+        yield (
+            f"Noise from run to run: {noise.std:.4f} per entry ({noise.rows} rows of {noise.tasks} tasks with several "
+            f"seeds){share} the best rank leaves"
+        )
     components = structure.components
     loadings = Table("source", *(f"component {i}" for i in range(1, len(components) + 1)))
     loadings.title = "Mean loading by source (1 is that of a typical example)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,6 +43,27 @@ class Component:
 
 
 @dataclass(frozen=True)
+class RunNoise:
+    """How much two fine-tunes on the same task differ, by their seed alone.
+
+    Attributes
+    ----------
+    tasks, rows : int
+        Tasks with several rows, and how many rows these are.
+    std : float
+        Standard deviation between the seeds of a task, of one entry, pooled over entries and tasks; nats per token.
+    residual_share : float or None
+        Share of the held-out mean squared error of the best rank, fitted to a row per task, that is this noise: the
+        part that no forecast can reach. None where nothing could be held out.
+    """
+
+    tasks: int
+    rows: int
+    std: float
+    residual_share: float | None
+
+
+@dataclass(frozen=True)
 class Structure(Result):
     """Result of `analyze`. R^2 is over observed entries, with the sum of squares around the grand mean.
 
@@ -64,6 +85,8 @@ class Structure(Result):
         For forgetting that is 0 or 1: F1 of the entries that logistic factorisation of rank 1 to 5 gives a probability
         of at least one half. Empty otherwise.
     components : tuple of Component
+    noise : RunNoise or None
+        None where no task has several rows.
     """
 
     kind: ClassVar[str] = "structure"
@@ -79,6 +102,7 @@ class Structure(Result):
     additive_r2: float
     rank_f1: tuple[float, ...]
     components: tuple[Component, ...]
+    noise: RunNoise | None = None
 
     def __repr__(self) -> str:
         return (
@@ -88,7 +112,13 @@ class Structure(Result):
         )
 
 
-def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: int = 3) -> Structure:
+def analyze(
+    matrix: ForgettingMatrix,
+    *,
+    max_rank: int = MAX_RANK,
+    components: int = 3,
+    replicates: Mapping[str, str] | None = None,
+) -> Structure:
     """Measure the structure of a forgetting matrix.
 
     Parameters
@@ -99,6 +129,8 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
         Highest rank to fit; at most min(M, N).
     components : int
         Number of components to describe.
+    replicates : mapping of str to str, optional
+        Task of each row by the row's name, where rows are of the same task with another seed.
 
     Raises
     ------
@@ -134,6 +166,7 @@ def analyze(matrix: ForgettingMatrix, *, max_rank: int = MAX_RANK, components: i
         additive_r2=r2(sum_of(task_effects, example_effects)),
         rank_f1=_binary_f1(values, min(len(fits), F1_RANKS)),
         components=_components(described.fit, described.loadings, [matrix.sources[j] for j in columns]),
+        noise=_run_noise(values, [(replicates or {}).get(task, task) for task in tasks], max_rank),
     )
 
 
@@ -149,13 +182,42 @@ def _binary_f1(values: np.ndarray, ranks: int) -> tuple[float, ...]:
 
 
 def _held_out_r2(values: np.ndarray, ranks: int) -> tuple[float, ...]:
+    errors, total = _held_out_errors(values, ranks)
+    return tuple(1 - error / (total or 1.0) for error in errors)
+
+
+def _held_out_errors(values: np.ndarray, ranks: int) -> tuple[list[float], float]:
+    """Return the held-out mean squared error of each rank, none if nothing can be held out, and the variance."""
     split = held_out_entries(values)
     if split is None:
-        return ()
+        return [], 0.0
     truth = split.values[split.held_out]
-    total = float(((truth - truth.mean()) ** 2).sum()) or 1.0
     fits = (fit_low_rank(split.kept, rank, centred=False, rounds=100).fit for rank in range(1, ranks + 1))
-    return tuple(1 - float(((fit[split.held_out] - truth) ** 2).sum()) / total for fit in fits)
+    return [float(((fit[split.held_out] - truth) ** 2).mean()) for fit in fits], float(truth.var())
+
+
+def _run_noise(values: np.ndarray, tasks: Sequence[str], max_rank: int) -> RunNoise | None:
+    """Pool the variances between the rows of a task; None if no entry was measured twice."""
+    labels = np.array(tasks)
+    groups = [rows for task in dict.fromkeys(tasks) if len(rows := np.flatnonzero(labels == task)) > 1]
+    squares, freedom = 0.0, 0
+    for rows in groups:
+        both = values[rows][:, (~np.isnan(values[rows])).sum(axis=0) > 1]
+        squares += float(np.nansum((both - np.nanmean(both, axis=0)) ** 2))
+        freedom += int((~np.isnan(both)).sum()) - both.shape[1]
+    if not freedom:
+        return None
+    # A second row of a task would tell of the first one's entries what a forecast cannot know.
+    first = values[[tasks.index(task) for task in dict.fromkeys(tasks)]]
+    first = first[:, (~np.isnan(first)).any(axis=0)]
+    errors, _ = _held_out_errors(first, min(max_rank, *first.shape))
+    variance = squares / freedom
+    return RunNoise(
+        tasks=len(groups),
+        rows=sum(map(len, groups)),
+        std=float(np.sqrt(variance)),
+        residual_share=variance / min(errors) if errors and min(errors) > 0 else None,
+    )
 
 
 def _components(low_rank: np.ndarray, loadings: np.ndarray, sources: Sequence[str]) -> tuple[Component, ...]:

@@ -1,19 +1,32 @@
 """Resumable experiments: collect an atlas, verify plans, learn tasks in sequence."""
 
 from forgetcast.experiments.add import FoundModels, Outcome, add_models, add_scores, create_atlas, find_models
-from forgetcast.experiments.collect import CollectConfig, collect, load_tasks, prepare_atlas
+from forgetcast.experiments.collect import (
+    CollectConfig,
+    PlannedRow,
+    Sweep,
+    collect,
+    load_tasks,
+    prepare_atlas,
+    run_sweep,
+)
+from forgetcast.experiments.command import CommandTrainer, TrainerSettings
 from forgetcast.experiments.sequence import SequenceSettings, run_sequence
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.experiments.verify import ReplayComparison, Verification, arms, pilot_comparison, verify
 
 __all__ = [
     "CollectConfig",
+    "CommandTrainer",
     "FoundModels",
     "Outcome",
+    "PlannedRow",
     "ReplayComparison",
     "SequenceResult",
     "SequenceSettings",
     "Stage",
+    "Sweep",
+    "TrainerSettings",
     "Verification",
     "add_models",
     "add_scores",
@@ -25,5 +38,6 @@ __all__ = [
     "pilot_comparison",
     "prepare_atlas",
     "run_sequence",
+    "run_sweep",
     "verify",
 ]

@@ -1,28 +1,38 @@
 """Collect an atlas: fine-tune the base model on every task in turn, score the pool after each, add a row.
 
-Complete rows are skipped, so an interrupted sweep continues where it stopped.
+Complete rows are skipped, so an interrupted sweep continues where it stopped. A row does not depend on the others, nor
+on the process that makes it, so the rows may be shared out among any number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import errno
+import gc
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from forgetcast.atlas.matrix import check_fingerprint
-from forgetcast.atlas.store import Atlas
+from forgetcast.atlas.storage import is_url
+from forgetcast.atlas.store import Atlas, check_free, check_name, check_writable, is_atlas
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
-from forgetcast.errors import DataError, MismatchError
+from forgetcast.errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError
+from forgetcast.experiments.command import CommandTrainer, TrainerSettings
 from forgetcast.experiments.runs import (
+    TRAINING_UNITS,
     AtlasRows,
     FineTune,
     Meter,
     OnProgress,
+    Stages,
     check_base,
     check_recipe,
     score_with_progress,
@@ -33,6 +43,85 @@ from forgetcast.settings import read_settings
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, LanguageModel
     from forgetcast.lm.generate import Metric
+    from forgetcast.measure.scores import Scores
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row that is to be in the atlas.
+
+    Attributes
+    ----------
+    name : str
+        The task's name; with the seed, unless it is the first one.
+    task : str
+    seed : int
+    order : int
+        Place among the rows, whatever process makes it.
+    """
+
+    name: str
+    task: str
+    seed: int
+    order: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which rows are made, and how.
+
+    Attributes
+    ----------
+    seeds : sequence of int
+        A row per task and seed; default: the recipe's seed. The first one's row has the name of the task, the others
+        "TASK seed 1".
+    only : collection of str
+        Tasks or rows to make, by name; default: all.
+    score_share : float
+        Share of the pool, in (0, 1], that is scored for a task: a random sample, the same for all seeds.
+    retries : int
+        How often a row is tried again after a failure that may pass: of memory, or of a file system.
+    """
+
+    seeds: Sequence[int] = ()
+    only: Collection[str] = ()
+    score_share: float = 1.0
+    retries: int = 1
+
+    def rows(self, tasks: Iterable[str], seed: int = 0) -> list[PlannedRow]:
+        """Return the rows to make.
+
+        Parameters
+        ----------
+        tasks : iterable of str
+        seed : int
+            That of the recipe.
+
+        Raises
+        ------
+        ConfigError
+            If `only` names something else.
+        DataError
+            If a row cannot have its name, or two would have the same.
+        """
+        names, seeds = list(tasks), tuple(dict.fromkeys(self.seeds)) or (seed,)
+        rows = [
+            PlannedRow(name if i == 0 else f"{name} seed {seed}", name, seed, place * len(seeds) + i)
+            for place, name in enumerate(names)
+            for i, seed in enumerate(seeds)
+        ]
+        taken = dict[str, PlannedRow]()
+        for row in rows:
+            check_name(row.name)
+            if row.name in taken:
+                raise DataError(f"two rows would be called {row.name!r}: rename the file of the task {row.name!r}")
+            taken[row.name] = row
+        if unknown := [name for name in self.only if name not in names and name not in taken]:
+            raise ConfigError(f"--only {unknown[0]}: there is no such task; there are {', '.join(names)}")
+        return [row for row in rows if not self.only or row.name in self.only or row.task in self.only]
 
 
 class CollectConfig(BaseModel):
@@ -55,6 +144,14 @@ class CollectConfig(BaseModel):
         Longest answer.
     rendering : Rendering
         How conversations are rendered: `date`, `thinking`.
+    seeds : list of int, optional
+        A row per task and seed; default: the recipe's seed.
+    score_share : float
+        Share of the pool, in (0, 1], that is scored for a task.
+    retries : int
+        How often a row is tried again after a failure that may pass.
+    trainer : TrainerSettings, optional
+        A command that fine-tunes, instead of a recipe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,11 +159,23 @@ class CollectConfig(BaseModel):
     model: str
     pool: Path
     tasks: Path | list[Path]
-    atlas: Path
+    atlas: Path | str
     recipe: Recipe = Recipe()
     exact_match: bool = False
     max_new_tokens: int = Field(default=32, ge=1)
     rendering: Rendering = Rendering()
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
+    score_share: float = Field(default=1.0, gt=0, le=1)
+    retries: int = Field(default=1, ge=0)
+    trainer: TrainerSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> Self:
+        if self.trainer is not None and "recipe" in self.model_fields_set:
+            raise ValueError("recipe: the trainer's command does not use it; leave one of the two out")
+        if self.trainer is not None and len(self.seeds) > 1 and not self.trainer.has_seed:
+            raise ValueError("trainer.command: {seed} is missing, so all seeds would give the same model")
+        return self
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -89,9 +198,15 @@ class CollectConfig(BaseModel):
         base = Path(path).parent
         tasks = [base / t for t in config.tasks] if isinstance(config.tasks, list) else base / config.tasks
         model = str(base / config.model) if (base / config.model).is_dir() else config.model
+        recipe = config.recipe.model_copy(update={"seed": config.seeds[0]}) if config.seeds else config.recipe
+        atlas = str(config.atlas) if is_url(config.atlas) else base / config.atlas
         return config.model_copy(
-            update={"model": model, "pool": base / config.pool, "tasks": tasks, "atlas": base / config.atlas}
+            update={"model": model, "pool": base / config.pool, "tasks": tasks, "atlas": atlas, "recipe": recipe}
         )
+
+    def sweep(self, only: Collection[str] = ()) -> Sweep:
+        """Return which rows are made, and how."""
+        return Sweep(tuple(self.seeds), tuple(only), self.score_share, self.retries)
 
     def load_tasks(self, read: Callable[[Path], Pool] = load_task) -> dict[str, Pool]:
         """Read every task, by the name of its file without the ending.
@@ -145,7 +260,7 @@ def prepare_atlas(
     path: str | Path,
     base: LanguageModel,
     pool: Pool,
-    recipe: Recipe,
+    recipe: Recipe | TrainerSettings,
     *,
     exact_match: bool = False,
     max_new_tokens: int = 32,
@@ -160,8 +275,8 @@ def prepare_atlas(
     base : LanguageModel
     pool : Pool
         Upstream examples.
-    recipe : Recipe
-        Recipe of every row.
+    recipe : Recipe or TrainerSettings
+        How the model of every row is tuned.
     exact_match : bool
         Whether the models also answer the pool's prompts, so that flips are counted.
     max_new_tokens : int
@@ -174,26 +289,52 @@ def prepare_atlas(
     ------
     MismatchError
         If the atlas has another model, pool, recipe or way to measure answers.
+    DataError, OSError
+        If it can be neither created nor written to, before anything is scored.
     """
-    if Path(path).exists():
-        atlas = Atlas.open(path)
-        check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
-        check_base(atlas, base)
-        check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
-        _check_answers(atlas, max_new_tokens if exact_match else None)
-        return atlas
-    answers = _answers(max_new_tokens, metric) if exact_match else None
-    meter = Meter(len(pool) * (2 if exact_match else 1), on_progress)
-    before = score_with_progress(base, pool, meter, "base model", answers)
-    return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
+    check_destination(path)
+    if not is_atlas(path):
+        answers = _answers(max_new_tokens, metric) if exact_match else None
+        meter = Meter(len(pool) * (2 if exact_match else 1), on_progress)
+        before = score_with_progress(base, pool, meter, "base model", answers)
+        try:
+            return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
+        except MismatchError:
+            raise
+        except DataError:
+            if not is_atlas(path):
+                raise
+            # Another process has created it meanwhile.
+    atlas = Atlas.open(path)
+    check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
+    check_base(atlas, base)
+    check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
+    _check_answers(atlas, max_new_tokens if exact_match else None)
+    return atlas
+
+
+def check_destination(path: str | Path) -> None:
+    """Check that an atlas can be created or written to, before the work that leads to it.
+
+    Raises
+    ------
+    DataError
+        If something else is there, or a URL cannot be reached.
+    OSError
+        If it cannot be written to.
+    """
+    if not is_atlas(path):
+        check_free(path)
+    check_writable(path)
 
 
 def collect(
-    tuner: FineTuner,
+    tuner: FineTuner | CommandTrainer,
     atlas: Atlas,
     recipe: Recipe,
     tasks: Mapping[str, Pool],
     *,
+    sweep: Sweep | None = None,
     metric: Metric | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
@@ -201,13 +342,16 @@ def collect(
 
     Parameters
     ----------
-    tuner : FineTuner
+    tuner : FineTuner or CommandTrainer
         With the base model.
     atlas : Atlas
-        Gets one row per task. If it has the base model's answers, the tuned models answer too.
+        Gets the rows. If it has the base model's answers, the tuned models answer too.
     recipe : Recipe
+        Of a CommandTrainer, only the seed is used.
     tasks : mapping of str to Pool
-        Fine-tuning data by task name.
+        Fine-tuning data by task name; all of the sweep, because a row's place is that of its task.
+    sweep : Sweep, optional
+        Which rows are made, and how; default: a row per task.
     metric : callable, optional
         As in `prepare_atlas`.
     on_progress : callable, optional
@@ -216,23 +360,200 @@ def collect(
     ------
     MismatchError
         If the atlas is of another base model or recipe.
+    IncompleteError
+        If rows failed; all others were made.
+    OSError
+        If a disk is full; finished rows are kept.
     """
-    check_base(atlas, tuner.base)
-    check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
-    rows, settings = AtlasRows(atlas), {"recipe": recipe.model_dump()}
+    sweep = sweep or Sweep()
+    if isinstance(tuner, CommandTrainer):
+        tuner.check()
+        facts = tuner.recipe
+    else:
+        check_base(atlas, tuner.base)
+        facts = recipe.model_dump()
+    check_recipe(f"the atlas {atlas.path}", atlas.recipe, facts)
+    rows = AtlasRows(atlas)
+    planned = {row.name: (row, _settings(row, facts, sweep)) for row in sweep.rows(tasks, recipe.seed)}
     answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
-    todo = [name for name in tasks if not rows.has(name, settings)]
-    meter = Meter(collection_units(len(todo), atlas.pool, recipe, answered=atlas.has_answers), on_progress)
+    judged = {row.task: _sample(atlas, row.task, sweep.score_share) for row, _ in planned.values()}
+    todo = [name for name, (_, settings) in planned.items() if not rows.has(name, settings)]
+    per_row = {
+        name: _training_units(tuner, recipe, tasks[planned[name][0].task])
+        + len(judged[planned[name][0].task]) * (1 + atlas.has_answers)
+        for name in todo
+    }
+    meter, failures = Meter(sum(per_row.values()), on_progress), dict[str, str]()
+
+    def make(row: PlannedRow, settings: dict[str, Any], started: int) -> Scores:
+        meter.done = started
+        task, sample = tasks[row.task], judged[row.task]
+        if isinstance(tuner, CommandTrainer):
+            return tuner.run(row.name, task, sample, settings, meter, answers)
+        seeded = recipe.model_copy(update={"seed": row.seed})
+        return FineTune(row.name, task, seeded, sample, answers=answers).run(tuner, settings, meter)
+
     for name in todo:
-        job = FineTune(name, tasks[name], recipe, atlas.pool, answers=answers)
-        rows.ensure(name, settings, lambda job=job: job.run(tuner, settings, meter))  # type: ignore[misc]
-    tuner.restore()
+        row, settings = planned[name]
+        started = meter.done
+        make_it = partial(rows.ensure, name, settings, partial(make, row, settings, started))
+        reason = _try(make_it, sweep.retries)
+        if reason is not None and not rows.has(name, settings):
+            failures[name] = reason
+        if rest := started + per_row[name] - meter.done:
+            meter.advance(f"{name}: {'failed' if name in failures else 'finished'}", rest)
+    if not isinstance(tuner, CommandTrainer):
+        tuner.restore()
+    if failures:
+        done = f"{atlas.path}: {len(todo) - len(failures)} of {len(todo)} rows were made"
+        raise IncompleteError(done, failures)
     return atlas
 
 
-def collection_units(tasks: int, pool: Pool, recipe: Recipe, *, answered: bool = False) -> int:
-    """Return the units of work of `tasks` rows."""
-    return tasks * units(recipe, len(pool) * (1 + answered))
+def _training_units(tuner: FineTuner | CommandTrainer, recipe: Recipe, task: Pool) -> int:
+    return len(task) * TRAINING_UNITS if isinstance(tuner, CommandTrainer) else units(recipe, 0)
+
+
+def _settings(row: PlannedRow, recipe: Mapping[str, Any], sweep: Sweep) -> dict[str, Any]:
+    """Return the settings of a row; see `AtlasRows`."""
+    provenance: dict[str, Any] = {"task": row.task, "seed": row.seed}
+    if sweep.score_share < 1:
+        provenance |= {"score_share": sweep.score_share, "sample_seed": _sample_seed(row.task)}
+    return {
+        "recipe": {**recipe, "seed": row.seed},
+        "share": sweep.score_share,
+        "order": row.order,
+        "provenance": provenance,
+    }
+
+
+def _sample(atlas: Atlas, task: str, share: float) -> Pool:
+    """Return the examples that are scored for a task: a larger share's include those of a smaller one."""
+    if share >= 1:
+        return atlas.pool
+    ids = atlas.hold_out(share, seed=_sample_seed(task))
+    if not ids:
+        raise ConfigError(f"score_share {share:g} of {len(atlas.pool)} examples is not one; choose a larger share")
+    return atlas.pool.subset(ids)
+
+
+def _sample_seed(task: str) -> int:
+    return int.from_bytes(hashlib.sha256(task.encode()).digest()[:4])
+
+
+def _try(make: Callable[[], None], retries: int) -> str | None:
+    """Make a row, again after a failure that may pass; return why it failed, None if it did not.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is invalid, which holds for all rows.
+    OSError
+        If a disk is full.
+    """
+    for left in range(retries, -1, -1):
+        try:
+            make()
+            return None
+        except ConfigError:
+            raise
+        # Whatever the Trainer, a model's own code or a file system raise, the other tasks do not depend on it.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
+            again = left > 0 and _may_pass(error)
+            reason = " ".join(str(error).split())[:300]
+            if not isinstance(error, ForgetcastError) or not reason:
+                reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+        if not again:
+            return reason
+        _free_memory()
+    return None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure is of memory or of a file system. PyTorch has no class for the memory of a CPU."""
+    if isinstance(error, RuntimeError):
+        return "memory" in str(error)
+    return isinstance(error, MemoryError | OSError)
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run_sweep(
+    config: CollectConfig,
+    pool: Pool,
+    tasks: Mapping[str, Pool],
+    load: Callable[[str | Path], LanguageModel],
+    *,
+    only: Collection[str] = (),
+    on_progress: OnProgress | None = None,
+) -> Atlas:
+    """Do what the configuration of a sweep says.
+
+    Parameters
+    ----------
+    config : CollectConfig
+    pool : Pool
+    tasks : mapping of str to Pool
+        All tasks of the configuration.
+    load : callable
+        Loads the base model, and what a trainer's command leaves.
+    only : collection of str
+        Tasks or rows to make; default: all.
+    on_progress : callable, optional
+
+    Raises
+    ------
+    ForgetcastError, OSError
+        As `prepare_atlas` and `collect`.
+    """
+    from forgetcast.lm import FineTuner
+
+    sweep = config.sweep(only)
+    rows = sweep.rows(tasks, config.recipe.seed)
+    trainer = _command_trainer(config, load)
+    base = replace(load(config.model), rendering=config.rendering)
+    # The tuner merges an adapter that the base model may have.
+    tuner: FineTuner | CommandTrainer = trainer or FineTuner(base)
+    base = tuner.base if isinstance(tuner, FineTuner) else base
+    stages, answered = Stages(on_progress), config.exact_match
+    scored = round(config.score_share * len(pool)) * (1 + answered)
+    atlas = prepare_atlas(
+        config.atlas,
+        base,
+        pool,
+        config.trainer or config.recipe,
+        exact_match=answered,
+        max_new_tokens=config.max_new_tokens,
+        on_progress=stages.stage(
+            later=sum(_training_units(tuner, config.recipe, tasks[row.task]) + scored for row in rows)
+        ),
+    )
+    del base  # a command needs the memory
+    return collect(tuner, atlas, config.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0))
+
+
+def _command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
+    if config.trainer is None:
+        return None
+    atlas = Path(config.atlas if not is_url(config.atlas) else str(config.atlas).rpartition("/")[2])
+    trainer = CommandTrainer(
+        config.trainer, config.model, atlas.with_name(f"{atlas.name}.runs"), load, config.rendering
+    )
+    trainer.check()
+    return trainer
+
+
+def collection_units(rows: int, pool: Pool, recipe: Recipe, *, answered: bool = False) -> int:
+    """Return the units of work of `rows` rows."""
+    return rows * units(recipe, len(pool) * (1 + answered))
 
 
 def _answers(max_new_tokens: int, metric: Metric | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -103,7 +104,7 @@ class FineTune:
         -------
         Scores
             Metadata: 'settings'; 'losses', the mean loss of each test set; 'replayed', the ids in order; 'steps';
-            'seconds'.
+            'seconds'; 'cost', see `cost`.
         """
         tuned = tuner.tune(
             self.task,
@@ -114,7 +115,9 @@ class FineTune:
             initial=self.initial,
             on_step=lambda *_: meter.advance(f"{self.name}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),
         )
+        started = time.monotonic()
         after = score_with_progress(tuned.language_model, self.judged, meter, self.name, self.answers)
+        scoring = time.monotonic() - started
         tests = {
             task: score_with_progress(tuned.language_model, test, meter, self.name) for task, test in self.tests.items()
         }
@@ -124,8 +127,17 @@ class FineTune:
             "replayed": list(tuned.replayed),
             "steps": tuned.steps,
             "seconds": tuned.seconds,
+            "cost": cost(tuned.seconds, tuned.tokens, scoring, after),
         }
         return replace(after, metadata={**after.metadata, **facts})
+
+
+def cost(training: float, trained: int | None, scoring: float, after: Scores) -> dict[str, dict[str, float | None]]:
+    """Return what a run took: seconds, and tokens that were trained on (None: unknown) or predicted in scoring."""
+    return {
+        "training": {"seconds": round(training, 3), "tokens": trained},
+        "scoring": {"seconds": round(scoring, 3), "tokens": int(after.tokens.sum())},
+    }
 
 
 def units(recipe: Recipe, scored: int, replayed: int = 0) -> int:
@@ -186,30 +198,48 @@ class ScoreFiles(RunStore):
 
 
 class AtlasRows(RunStore):
-    """The rows of an atlas, one per task."""
+    """The rows of an atlas, one per task, and per seed where there are several.
+
+    The settings of a row are its `recipe`, and where given: `share`, the share of the pool that is scored; `order`, its
+    place among the rows; `provenance`, what else is known of it.
+    """
 
     def __init__(self, atlas: Atlas) -> None:
         self.atlas = atlas
 
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
-        """Say whether the row is complete; see `RunStore.has`."""
+        """Say whether the row is complete, by this process or another one; see `RunStore.has`."""
+        self.atlas.refresh()
         if name not in self.atlas.tasks:
             return False
-        check_recipe(
-            f"the row {name!r} of {self.atlas.path}", self.atlas.provenance(name)["recipe"], settings["recipe"]
-        )
-        return self.atlas.is_complete(name)
+        stored = self.atlas.provenance(name)
+        check_recipe(f"the row {name!r} of {self.atlas.path}", stored["recipe"], settings["recipe"])
+        return self.atlas.is_complete(name, share=settings.get("share", 1.0))
 
     def save(self, name: str, scores: Scores) -> None:
         """Add the row."""
-        self.atlas.add(name, scores, recipe=scores.metadata["settings"]["recipe"])
+        settings = scores.metadata["settings"]
+        facts = {
+            **settings.get("provenance", {}),
+            **{what: scores.metadata[what] for what in ("cost", "text", "versions") if what in scores.metadata},
+        }
+        # What there was no memory for may be scored the next time; a loss that is not finite stays so.
+        if "out of memory" not in scores.reasons:
+            facts["finished"] = settings.get("share", 1.0)
+        self.atlas.add(name, scores, recipe=settings["recipe"], order=settings.get("order"), provenance=facts)
 
 
 def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-    """Raise MismatchError if a stored recipe is not empty and differs."""
+    """Raise MismatchError if a stored recipe is not empty and differs; that of a user's trainer is its command."""
+    if not stored:
+        return
     # A field that an older version lacked had its default value.
     earlier = {name: field.default for name, field in Recipe.model_fields.items()} | dict(stored)
-    if changed := [name for name, value in recipe.items() if stored and earlier[name] != value]:
+    if "command" in stored or "command" in recipe:
+        changed = ["command"] if stored.get("command") != recipe.get("command") else []
+    else:
+        changed = [name for name, value in recipe.items() if earlier.get(name) != value]
+    if changed:
         raise MismatchError(
             f"{what} was collected with another recipe ({', '.join(changed)} differ); "
             "rows of one atlas must be comparable: use its recipe, or collect into a new atlas"

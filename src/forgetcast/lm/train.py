@@ -57,12 +57,15 @@ class Tuned:
         Ids of the replayed upstream examples, in order.
     seconds : float
         Wall time of the training.
+    tokens : int
+        Tokens that were trained on, without padding; those of an example count each time.
     """
 
     language_model: LanguageModel
     steps: int
     replayed: tuple[str, ...]
     seconds: float
+    tokens: int = 0
 
     def __repr__(self) -> str:
         return f"Tuned(steps={self.steps}, replayed={len(self.replayed)}, seconds={self.seconds:.1f})"
@@ -274,7 +277,8 @@ class FineTuner:
                 f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})"
             )
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
-        return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started)
+        tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
+        return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started, tokens)
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
