@@ -115,7 +115,7 @@ def temporary_folder(parent: Path) -> Path:
     for folder in parent.iterdir():
         if _is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
-    made = parent / f"{_TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    made = parent / f"{TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     made.mkdir()
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shlex
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Scores
+from forgetcast.cli.tables import runs_table
 from forgetcast.errors import IncompleteError
 from forgetcast.experiments.collect import Sweep, collect, prepare_atlas
 from forgetcast.experiments.runs import FineTune
@@ -24,6 +27,7 @@ from forgetcast.lm import FineTuner, score
 from support.cli import RunCommand
 from support.data import make_pool
 from support.dying import run_cli
+from support.experiments import collect_into
 from support.models import save, tiny
 from support.processes import start
 from support.training import TASKS, make_recipe
@@ -404,3 +408,27 @@ def test_a_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     temporary_folder(tmp_path)
     assert not dead.exists()
     assert ours.exists()
+
+
+def test_figures_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forgetcast.lm.train.STEPS_BETWEEN_LOSSES", 2)
+    recipe = make_recipe(steps=4)
+    straight = collect_into(tmp_path / "b.atlas", tiny(), make_pool(), TASKS, recipe)
+    atlas = prepare_atlas(tmp_path / "a.atlas", tiny(), make_pool(), recipe)
+    seen: list[tuple[str, dict[str, float]]] = []
+    collect(FineTuner(tiny()), atlas, recipe, TASKS, on_figures=lambda name, found: seen.append((name, dict(found))))
+    same(Atlas.open(atlas.path), straight)
+    figures = dict[str, dict[str, float]]()
+    for name, found in seen:
+        figures.setdefault(name, {}).update(found)
+    assert [list(found) for name, found in seen if name == "naming"] == [
+        ["loss"], ["loss"], ["forgetting", "training", "scoring"],
+    ]  # fmt: skip
+    for name, row in zip(TASKS, atlas.matrix().values, strict=True):
+        assert figures[name]["forgetting"] == pytest.approx(row.mean(), rel=1e-4)
+        assert 0 < figures[name]["loss"] < 20
+    screen = Console(file=io.StringIO(), width=120)
+    screen.print(runs_table(figures))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{figures['naming']['forgetting']:+.3f}" in text
+    assert "mean forgetting of 3 rows so far" in text

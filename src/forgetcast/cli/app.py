@@ -182,8 +182,18 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(*, resumable: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar with the time left on standard error; if that is no terminal, print a line now and then."""
+def progress(
+    *, resumable: bool = True, above: Callable[[], RenderableType] | None = None
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar with the time left on standard error; if that is no terminal, print a line now and then.
+
+    On a terminal, what `above` returns is shown above the bar.
+    """
+
+    class Bar(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            return [*([above()] if above is not None else []), *super().get_renderables()]
+
     if not is_first():
         yield lambda *_: None
         return
@@ -194,7 +204,7 @@ def progress(*, resumable: bool = True) -> Iterator[Callable[[str, int, int], No
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, speed_estimate_period=120, disable=not err.is_terminal) as bar:
+    with Bar(*columns, console=err, transient=True, speed_estimate_period=120, disable=not err.is_terminal) as bar:
         row = bar.add_task("starting", total=None)
         printed = time.monotonic()
 

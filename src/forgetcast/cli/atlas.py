@@ -53,6 +53,7 @@ def collect(
     Example: forgetcast collect config.yaml
     """
     from forgetcast.atlas import Atlas
+    from forgetcast.cli.tables import runs_table
     from forgetcast.experiments.collect import CollectConfig, check_destination, run_sweep
     from forgetcast.lm import load
 
@@ -62,9 +63,18 @@ def collect(
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
     failures: dict[str, str] = {}
-    with progress() as report:
+    figures: dict[str, dict[str, float]] = {}
+    with progress(above=lambda: runs_table(figures)) as report:
         try:
-            run_sweep(settings, pool, tasks, partial(load, **loading.arguments()), only=only or (), on_progress=report)
+            run_sweep(
+                settings,
+                pool,
+                tasks,
+                partial(load, **loading.arguments()),
+                only=only or (),
+                on_progress=report,
+                on_figures=lambda name, found: figures.setdefault(name, {}).update(found),
+            )
         except IncompleteError as error:
             failures = error.failures
     atlas = Atlas.open(settings.atlas)

@@ -70,6 +70,17 @@ def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[Renderable
     yield table
 
 
+def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Table:
+    """Return a table of the last runs of a sweep, and the mean forgetting of all; see `experiments.runs.OnFigures`."""
+    table = Table("task", "training loss", "tokens/s, training", "tokens/s, scoring", "forgetting")
+    formats = {"loss": ".3f", "training": ",.0f", "scoring": ",.0f", "forgetting": "+.3f"}
+    for name, found in list(figures.items())[-last:]:
+        table.add_row(escape(name), *(f"{found[key]:{form}}" if key in found else "" for key, form in formats.items()))
+    if so_far := [found["forgetting"] for found in figures.values() if "forgetting" in found]:
+        table.caption = f"mean forgetting of {len(so_far)} rows so far: {np.mean(so_far):+.3f} nats per token"
+    return table
+
+
 def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     """Yield how much each fit explains, and the components' loadings."""
     yield (

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from forgetcast.atlas.matrix import check_fingerprint
@@ -31,6 +32,7 @@ from forgetcast.experiments.runs import (
     AtlasRows,
     FineTune,
     Meter,
+    OnFigures,
     OnProgress,
     Stages,
     check_base,
@@ -337,6 +339,7 @@ def collect(
     sweep: Sweep | None = None,
     metric: Metric | None = None,
     on_progress: OnProgress | None = None,
+    on_figures: OnFigures | None = None,
 ) -> Atlas:
     """Measure the base model's forgetting after each task.
 
@@ -354,7 +357,7 @@ def collect(
         Which rows are made, and how; default: a row per task.
     metric : callable, optional
         As in `prepare_atlas`.
-    on_progress : callable, optional
+    on_progress, on_figures : callable, optional
 
     Raises
     ------
@@ -383,15 +386,19 @@ def collect(
         + len(judged[planned[name][0].task]) * (1 + atlas.has_answers)
         for name in todo
     }
-    meter, failures = Meter(sum(per_row.values()), on_progress), dict[str, str]()
+    meter, failures = Meter(sum(per_row.values()), on_progress, on_figures), dict[str, str]()
 
     def make(row: PlannedRow, settings: dict[str, Any], started: int) -> Scores:
         meter.done = started
         task, sample = tasks[row.task], judged[row.task]
         if isinstance(tuner, CommandTrainer):
-            return tuner.run(row.name, task, sample, settings, meter, answers)
-        seeded = recipe.model_copy(update={"seed": row.seed})
-        return FineTune(row.name, task, seeded, sample, answers=answers).run(tuner, settings, meter)
+            after = tuner.run(row.name, task, sample, settings, meter, answers)
+        else:
+            seeded = recipe.model_copy(update={"seed": row.seed})
+            after = FineTune(row.name, task, seeded, sample, answers=answers).run(tuner, settings, meter)
+        if on_figures is not None:
+            on_figures(row.name, _figures(atlas, after))
+        return after
 
     for name in todo:
         row, settings = planned[name]
@@ -408,6 +415,17 @@ def collect(
         done = f"{atlas.path}: {len(todo) - len(failures)} of {len(todo)} rows were made"
         raise IncompleteError(done, failures)
     return atlas
+
+
+def _figures(atlas: Atlas, after: Scores) -> dict[str, float]:
+    """Return the figures of a run that has ended; see `OnFigures`."""
+    columns = atlas.examples.positions(after.ids, where="the scores")
+    speeds = {
+        part: spent["tokens"] / spent["seconds"]
+        for part, spent in after.metadata["cost"].items()
+        if spent["tokens"] is not None and spent["seconds"] > 0
+    }
+    return {"forgetting": float(np.nanmean(after.nll - atlas.nll_before[columns])), **speeds}
 
 
 def _training_units(tuner: FineTuner | CommandTrainer, recipe: Recipe, task: Pool) -> int:
@@ -494,6 +512,7 @@ def run_sweep(
     *,
     only: Collection[str] = (),
     on_progress: OnProgress | None = None,
+    on_figures: OnFigures | None = None,
 ) -> Atlas:
     """Do what the configuration of a sweep says.
 
@@ -507,7 +526,7 @@ def run_sweep(
         Loads the base model, and what a trainer's command leaves.
     only : collection of str
         Tasks or rows to make; default: all.
-    on_progress : callable, optional
+    on_progress, on_figures : callable, optional
 
     Raises
     ------
@@ -537,7 +556,9 @@ def run_sweep(
         ),
     )
     del base  # a command needs the memory
-    return collect(tuner, atlas, config.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0))
+    return collect(
+        tuner, atlas, config.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0), on_figures=on_figures
+    )
 
 
 def _command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:

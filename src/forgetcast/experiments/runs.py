@@ -27,14 +27,19 @@ OnProgress = Callable[[str, int, int], None]
 
 A unit is one example's forward pass; training on an example counts as TRAINING_UNITS."""
 
+OnFigures = Callable[[str, Mapping[str, float]], None]
+"""Called with the name of a run and some of its figures: `loss` of the last steps of the training, nats per
+target token; when it has ended, mean `forgetting`, and tokens per second of `training` (if known) and `scoring`."""
+
 TRAINING_UNITS = 3
 
 
 class Meter:
-    """Adds up units of work for a progress display."""
+    """Adds up units of work for a progress display, and passes figures on to it."""
 
-    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+    def __init__(self, total: int, on_progress: OnProgress | None, on_figures: OnFigures | None = None) -> None:
         self.total, self.done, self._on_progress = total, 0, on_progress
+        self.on_figures = on_figures
 
     def advance(self, what: str, units: int) -> None:
         """Count `units` more as done."""
@@ -106,6 +111,7 @@ class FineTune:
             Metadata: 'settings'; 'losses', the mean loss of each test set; 'replayed', the ids in order; 'steps';
             'seconds'; 'cost', see `cost`.
         """
+        show = meter.on_figures
         tuned = tuner.tune(
             self.task,
             self.recipe,
@@ -114,6 +120,7 @@ class FineTune:
             selector=self.selector,
             initial=self.initial,
             on_step=lambda *_: meter.advance(f"{self.name}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),
+            on_loss=None if show is None else lambda loss: show(self.name, {"loss": loss}),
         )
         started = time.monotonic()
         after = score_with_progress(tuned.language_model, self.judged, meter, self.name, self.answers)

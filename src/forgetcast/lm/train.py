@@ -35,6 +35,8 @@ from forgetcast.replay.plan import ReplayPlan
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 """Upper limit on lost work. A checkpoint is three times as large as the trained weights."""
 
+STEPS_BETWEEN_LOSSES = 10
+"""Steps whose mean loss is told at once: telling it waits for the device."""
 
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 """Names of modules that choose experts: their training is a subject of its own, and they stay frozen."""
@@ -189,6 +191,7 @@ class FineTuner:
         initial: InitialState | None = None,
         checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        on_loss: Callable[[float], None] | None = None,
     ) -> Tuned:
         """Fine-tune the base model on a task.
 
@@ -207,6 +210,8 @@ class FineTuner:
             resumes from it, with the same result as without the interruption.
         on_step : callable, optional
             Called with the number of finished steps and their total.
+        on_loss : callable, optional
+            Called every few steps with their mean training loss.
 
         Raises
         ------
@@ -260,10 +265,13 @@ class FineTuner:
         ):
             trainer = Trainer(
                 model=model,
-                args=_arguments(recipe, mixture, model.device, micro, devices, directory),
+                args=_arguments(recipe, mixture, model.device, micro, devices, directory, logs=on_loss is not None),
                 train_dataset=mixture,
                 data_collator=mixture.collate,
-                callbacks=[ReplayCallback(mixture, selector), _Progress(on_step, saves=checkpoints is not None)],
+                callbacks=[
+                    ReplayCallback(mixture, selector),
+                    _Progress(on_step, on_loss, saves=checkpoints is not None),
+                ],
             )
             trainer.remove_callback(_printer())
             # The Trainer ends with a garbage collection, which need not search all modules.
@@ -414,7 +422,14 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _arguments(
-    recipe: Recipe, mixture: ReplayMixture, device: torch.device, micro: int, devices: int, directory: str
+    recipe: Recipe,
+    mixture: ReplayMixture,
+    device: torch.device,
+    micro: int,
+    devices: int,
+    directory: str,
+    *,
+    logs: bool,
 ) -> TrainingArguments:
     on_gpu = device.type == "cuda"
     arguments = TrainingArguments(
@@ -434,7 +449,8 @@ def _arguments(
         remove_unused_columns=False,
         save_strategy="no",  # at fixed time intervals instead, see _Progress
         save_total_limit=1,
-        logging_strategy="no",
+        logging_strategy="steps" if logs else "no",
+        logging_steps=STEPS_BETWEEN_LOSSES,
         logging_nan_inf_filter=False,  # the default hides a loss that is not finite, which is an error here
         report_to="none",
         disable_tqdm=True,
@@ -452,9 +468,12 @@ def _printer() -> type[TrainerCallback]:
 
 
 class _Progress(TrainerCallback):
-    """Report the Trainer's steps, and request a checkpoint at intervals."""
+    """Report the Trainer's steps and losses, and request a checkpoint at intervals."""
 
-    def __init__(self, on_step: Callable[[int, int], None] | None, *, saves: bool) -> None:
+    def __init__(
+        self, on_step: Callable[[int, int], None] | None, on_loss: Callable[[float], None] | None, *, saves: bool
+    ) -> None:
+        self._on_loss = on_loss
         self._on_step, self._saves, self._saved = on_step, saves, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -467,3 +486,9 @@ class _Progress(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Trainer hook."""
         self._saved = time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Trainer hook."""
+        loss = given.get("logs", {}).get("loss")
+        if self._on_loss is not None and loss is not None:
+            self._on_loss(float(loss))
