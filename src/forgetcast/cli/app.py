@@ -6,15 +6,16 @@ Nothing here imports numpy, Arrow or torch: a help text answers at once, and eac
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
@@ -39,6 +40,12 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 15
 """Between two progress lines where the output is a log and no terminal."""
+
+
+def fail(reason: str) -> NoReturn:
+    """Say in one line why the command could not be done, and exit with code 2."""
+    err.print(f"error: {' '.join(reason.splitlines())}", markup=False, soft_wrap=True)
+    raise SystemExit(2)
 
 
 def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
@@ -119,20 +126,33 @@ def check_output_directory(path: Path) -> None:
 
 def fractions(text: str, option: str) -> list[float]:
     """Parse "1/32,0.125" as numbers."""
-    try:
-        return [float(Fraction(part)) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{option}: {text!r} is no fraction, nor a list such as 0.1,1/2") from None
+    fault = ConfigError(f"{option}: {text!r} is no fraction, nor a list such as 0.1,1/2")
+    values = []
+    for part in text.split(","):
+        above, sign, below = part.partition("/")
+        try:
+            values.append(float(above) / (float(below) if sign else 1.0))
+        except (ValueError, ZeroDivisionError):
+            raise fault from None
+    if not all(map(math.isfinite, values)):
+        raise fault
+    return values
+
+
+MOST_NUMBERS = 100_000
+"""So many numbers an option may list, ranges counted."""
 
 
 def numbers(text: str, option: str) -> list[int]:
     """Parse "3,5,10-12" as [3, 5, 10, 11, 12]."""
     numbers: list[int] = []
     for part in text.split(","):
-        ends = part.split("-")
-        if not 1 <= len(ends) <= 2 or not all(end.strip().isdigit() for end in ends):
+        if not (ends := re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", part)):
             raise ConfigError(f"{option}: {part!r} is not a number, nor a range such as 10-19")
-        numbers.extend(range(int(ends[0]), int(ends[-1]) + 1))
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last - first + len(numbers) >= MOST_NUMBERS:
+            raise ConfigError(f"{option}: {part!r} makes more than {MOST_NUMBERS:,} numbers")
+        numbers.extend(range(first, last + 1))
     return numbers
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from forgetcast.cli.app import app, err, numbers, out, print_json, progress, show
 from forgetcast.cli.options import FORECAST, AllowDifferentTokens, AsJson, AtlasPath, ByAnswers, Method, Output
+from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 def probes(
     atlas: AtlasPath,
     output: Output,
-    k: Annotated[int, typer.Option("-k", help="Number of probes.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of probes.")] = 10,
     at_random: Annotated[bool, typer.Option("--random", help="Sample them uniformly instead.")] = False,
-    audit: Annotated[int, typer.Option(help="Number of the k that are sampled at random, as an unbiased sample.")] = 0,
+    audit: Annotated[
+        int, typer.Option(min=0, help="Number of the k that are sampled at random, as an unbiased sample.")
+    ] = 0,
     by_tokens: Annotated[bool, typer.Option(help="Use the number of tokens as the cost of an example.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the sample with --random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample with --random.")] = 0,
 ) -> None:
     """Choose the few examples to measure after a new fine-tune.
 
@@ -129,7 +132,7 @@ def bench(
     ] = None,
     train: Annotated[str | None, typer.Option(help="Tasks to learn from; default: all others.")] = None,
     k: Annotated[str, typer.Option("-k", help="Numbers of probes.")] = "10,30",
-    seeds: Annotated[int, typer.Option(min=1, help="Halvings of the examples.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Halvings of the examples.")] = 10,
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(Method)}.")] = "mean,additive,knn,mf,bayesian",
     baseline: Annotated[str, typer.Option(help="Method that the ratios are relative to.")] = "additive",
     exclude_similar: Annotated[

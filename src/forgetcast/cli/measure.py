@@ -38,6 +38,7 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def score(
     answers: Annotated[
         bool, typer.Option("--exact-match", help="Also answer the prompts, and compare with the completions.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens, with --exact-match.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Longest answer in tokens, with --exact-match.")
+    ] = 32,
     stride: Annotated[
         int | None, typer.Option(help="Score longer texts in windows this many tokens apart; default: truncate.")
     ] = None,
@@ -343,8 +346,8 @@ def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
 def generate(
     model: ModelName,
     output: Output,
-    count: Annotated[int, typer.Option("-n", help="Number of texts.")] = 1000,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 128,
+    count: Annotated[int, typer.Option("-n", min=1, max=MOST_EXAMPLES, help="Number of texts.")] = 1000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Longest text in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     seed: Seed = 0,
     *,

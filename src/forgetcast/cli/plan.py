@@ -27,7 +27,7 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
-from forgetcast.defaults import HOLD_OUT, RATIO
+from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, RATIO
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -240,10 +240,17 @@ def export(
     task: Annotated[Path | None, typer.Option(help="Fine-tuning data; not for jsonl and parquet.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model to name in a trainer's configuration.")] = None,
     count: Annotated[
-        int | None, typer.Option(help="Replayed examples; default: the ratio times the examples of the task or steps.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_EXAMPLES,
+            help="Replayed examples; default: the ratio times the examples of the task or steps.",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps on new examples, to compute the count from.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per step, with --steps.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Steps on new examples, to compute the count from.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_EXAMPLES, help="Examples per step, with --steps.")] = 8,
     data_format: Annotated[
         DataFormat | None, typer.Option(help="Format of the task; default: each row's, by its fields.")
     ] = None,

@@ -45,7 +45,7 @@ from forgetcast.cli.options import (
     TestShare,
     loads_a_model,
 )
-from forgetcast.defaults import HOLD_OUT, PROBES, RATIO, TEST_SHARE
+from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, PROBES, RATIO, TEST_SHARE
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def pilot(
     atlas: AtlasOption,
     ratios: Annotated[str, typer.Option(help="Replayed examples per new one.")] = "1/32,1/8",
     strategy: Strategies = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: those of the recipe.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Default: those of the recipe.")] = None,
     recipe: RecipeName = None,
     seeds: Seeds = 1,
     hold_out: HoldOut = HOLD_OUT,
@@ -238,15 +238,17 @@ def pilot(
     """
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import advice_tables
+    from forgetcast.data import Recipe
     from forgetcast.data.reader import data_name
     from forgetcast.experiments import pilot_comparison
     from forgetcast.replay import Random, advise, get_strategy
+    from forgetcast.settings import check_settings
 
     require_single_process("pilot")
     opened, examples = Atlas.open(atlas), load_data(task, format, column, strict)
     settings = load_recipe(recipe, opened)
     if steps is not None:
-        settings = settings.model_copy(update={"steps": steps})
+        settings = check_settings(settings.model_dump() | {"steps": steps}, Recipe, where="--steps")
     others = [get_strategy(name) for name in strategy or ()]
     comparison = pilot_comparison(
         opened,

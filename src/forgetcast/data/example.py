@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetcast.errors import DataError
+from forgetcast.files import decode_json
 
 FIELDS = ("id", "text", "prompt", "completion", "messages", "tools", "chat_template_kwargs", "source")
 
@@ -219,8 +220,8 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
 def _arguments(text: str, where: str) -> Any:
     """Decode arguments of a tool call; an empty string means that there are none."""
     try:
-        return json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
+        return decode_json(text) if text.strip() else {}
+    except ValueError:
         raise DataError(f"{where}: the arguments of a tool call are not JSON: {reprlib.repr(text)}") from None
 
 
