@@ -9,6 +9,9 @@ import json
 import math
 import os
 import re
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from forgetcast.errors import ConfigError
 
@@ -36,7 +40,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+_INVISIBLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    r"""Write out what a terminal would obey or not show: control characters, and those that turn the writing direction.
+
+    They become escapes as in JSON, such as `\u001b`, so that JSON remains what it is. Newlines and tabs stay.
+    """
+    return _INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class _Console(Console):
+    """A console that makes control characters of all texts visible, those in tables too, before they are measured."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        # Emoji: a name such as a:warning:b is not meant so.
+        super().__init__(stderr=stderr, highlight=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+out, err = _Console(), _Console(stderr=True)
 
 SECONDS_BETWEEN_LINES = 15
 """Between two progress lines where the output is a log and no terminal."""
@@ -185,7 +215,13 @@ def show(facts: dict[str, Any], as_json: bool, *, title: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print JSON on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    print_text(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_text(text: str) -> None:
+    """Print text on standard output as it is, its lines not wrapped, but control characters visible."""
+    sys.stdout.write(visible(text) + "\n")
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -207,16 +243,39 @@ def progress(*, resumable: bool = True) -> Iterator[Callable[[str, int, int], No
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal printed
-            bar.update(row, description=what, completed=done, total=total or None)  # a stream's end is unknown
+            bar.update(row, description=visible(what), completed=done, total=total or None)  # a stream's end is unknown
             if not err.is_terminal and time.monotonic() - printed > SECONDS_BETWEEN_LINES:
                 printed = time.monotonic()
                 remaining = bar.tasks[row].time_remaining
                 estimate = f", {timedelta(seconds=round(remaining))} left" if remaining is not None else ""
                 err.print(f"{done / total:4.0%}{estimate}  {what}" if total else f"{done:,}  {what}", markup=False)
 
-        try:
-            yield report
-        except KeyboardInterrupt:
-            if resumable:
-                err.print("interrupted; finished work is kept, and the same command continues from there")
-            raise typer.Exit(130) from None
+        with _interruptible() as interrupted:
+            try:
+                yield report
+            except BaseException:  # an import that is interrupted raises something else
+                if not interrupted:
+                    raise
+                if resumable:
+                    err.print("interrupted; finished work is kept, and the same command continues from there")
+                raise typer.Exit(130) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Let Ctrl-C raise KeyboardInterrupt, for work that has something to put in order; yield a list of such signals."""
+    signals: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -17,6 +17,7 @@ from forgetcast.cli.app import (
     out,
     print_all,
     print_json,
+    print_text,
     progress,
     require_single_process,
     show,
@@ -287,7 +288,7 @@ def diff(
     if as_json:
         print_json(result.as_dict() | judgement.as_dict())
     elif markdown:
-        typer.echo(difference_markdown(result, judgement))
+        print_text(difference_markdown(result, judgement))
     else:
         print_all(difference_tables(result))
         print_all(judgement_lines(judgement))

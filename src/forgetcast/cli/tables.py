@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from forgetcast.cli.app import visible
 from forgetcast.completion.structure import Structure
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.sequence_result import SequenceResult
@@ -175,9 +176,15 @@ def markdown_text(text: str) -> str:
     GitHub makes links of mentions, references to issues and addresses after it has read the escapes, so a space without
     width breaks them.
     """
-    plain = re.sub(r"([\\`*_{}\[\]<>|~!&#])", r"\\\1", " ".join(text.split()))
-    plain = re.sub(r"(@)(?=\w)|(\\#)(?=\d)|(\b[a-zA-Z][a-zA-Z0-9+.-]*)(?=://)|(\bwww)(?=\.)", r"\g<0>&#8203;", plain)
-    return re.sub(r"(\bmailto|\bxmpp)(?=:)", r"\1&#8203;", plain)
+    plain = re.sub(r"([\\`*_{}\[\]<>|~!&#])", r"\\\1", " ".join(visible(text).split()))
+    return _LINKED.sub(r"\g<0>&#8203;", plain)
+
+
+_LINKED = re.compile(
+    r"@(?=\w)|\\#(?=\d)|\bGH(?=-\d)|(?=://)|www(?=\.)|(?:mailto|xmpp)(?=:)",
+    re.IGNORECASE,
+)
+"""After which GitHub would see no link."""
 
 
 def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
@@ -209,7 +216,9 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
         figures = (f"{result.average(arm, metric):.3f}" for metric in result.metrics)
-        table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
+        table.add_row(
+            escape(arm), *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}"
+        )
     yield table
     yield from _comparison_tables(result.comparisons(), "pairs of runs (same task and seed)")
 
@@ -224,7 +233,7 @@ def _comparison_tables(comparisons: Sequence[Comparison], pairs: str) -> Iterato
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
         bootstrap = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
-        arms, corrected = f"{escape(c.arm)} - {c.baseline}", f"p = {c.corrected_wilcoxon_p:.2g}"
+        arms, corrected = f"{escape(c.arm)} - {escape(c.baseline)}", f"p = {c.corrected_wilcoxon_p:.2g}"
         gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, bootstrap, corrected)
     yield gaps
     for c in comparisons:
@@ -297,4 +306,5 @@ def demo_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
     yield table
     yield from verification_tables(Verification.from_dict(summary["replay"]))
-    yield f"Written: {summary['files']['report']}, {summary['files']['atlas']} ({summary['seconds']:.0f} s)"
+    files = escape(f"{summary['files']['report']}, {summary['files']['atlas']}")
+    yield f"Written: {files} ({summary['seconds']:.0f} s)"

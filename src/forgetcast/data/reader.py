@@ -552,6 +552,8 @@ class Reader:
             name, example = self._rows.read(fields, unnamed if id_ is None else id_, from_table=part.from_table)
         except AmbiguousRowError as error:
             raise DataError(f"{part.place(number)}: {error}") from None
+        except RecursionError:
+            raise DataError(f"{part.place(number)}: it is nested too deeply") from None
         except DataError as error:
             reason = str(error) if id_ is not None else str(error).replace(f"example {unnamed!r}", "the example")
             if self._options.strict:
