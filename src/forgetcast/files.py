@@ -502,29 +502,36 @@ ADDED = len(".kl.partial.12345")
 """So many characters commands add to a name, for files of unfinished work."""
 
 
-def check_destination(path: Path) -> None:
+def check_destination(path: Path, *, folder: bool = False) -> None:
     """Try whether a file can be written, before the work whose result it is to hold; nothing is changed.
+
+    Parameters
+    ----------
+    path : Path
+    folder : bool
+        Whether it is a folder that is written to.
 
     Raises
     ------
     DataError
-        If there is a folder or a device of that name, its folder cannot be made or written to, or the name is too long.
+        If something else has that name, its folder cannot be made or written to, or the name is too long.
     """
     try:
-        if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "no regular file"
-            raise DataError(f"{path} is {what}; name another file to write")
-        folder = path.parent
-        while not folder.exists():
-            folder = folder.parent
-        if not folder.is_dir():
-            raise DataError(f"{path} cannot be written: {folder} is a file, not a folder")
-        longest = os.pathconf(folder, "PC_NAME_MAX")
-        for part in path.relative_to(folder).parts:
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            what = "a folder" if path.is_dir() else "no folder" if folder else "no regular file"
+            raise DataError(f"{path} is {what}; give another name to write to")
+        there = path if folder else path.parent
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise DataError(f"{path} cannot be written: {there} is a file, not a folder")
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        for part in path.relative_to(there).parts:
             if len(os.fsencode(part)) + ADDED > longest:
                 raise DataError(f"{path} cannot be written: the name {part!r} is too long; take a shorter one")
-        with tempfile.TemporaryFile(dir=folder, prefix=_TEMPORARY):
+        with tempfile.TemporaryFile(dir=there, prefix=_TEMPORARY):
             pass
-    except (OSError, UnicodeEncodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "the name cannot be encoded"
-        raise DataError(f"{path} cannot be written: {reason}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{path} cannot be written: the name cannot be encoded") from None

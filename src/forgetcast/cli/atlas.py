@@ -19,6 +19,7 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.files import check_destination
 
 
 @app.command(rich_help_panel=ATLAS)
@@ -43,6 +44,7 @@ def collect(
 
     require_single_process("collect")
     settings = CollectConfig.load(config)
+    check_destination(settings.atlas, folder=True)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
     tuner = load_tuner(settings.model, loading, rendering=settings.rendering)

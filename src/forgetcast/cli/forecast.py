@@ -15,6 +15,7 @@ from forgetcast.cli.app import app, err, numbers, out, print_json, progress, sho
 from forgetcast.cli.options import FORECAST, AllowDifferentTokens, AsJson, AtlasPath, ByAnswers, Method, Output
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     from forgetcast.completion import Completion
@@ -42,6 +43,7 @@ def probes(
     from forgetcast.atlas import Atlas
     from forgetcast.completion.probes import choose, random
 
+    check_destination(output)
     opened = Atlas.open(atlas)
     # An example without a base loss cannot be a probe.
     usable = np.flatnonzero(~np.isnan(opened.nll_before))
@@ -79,6 +81,7 @@ def forecast(
     from forgetcast.completion.forecast import TaskForecast, measured_probes
     from forgetcast.measure import Scores, check_tokens
 
+    check_destination(output)
     opened = Atlas.open(atlas)
     measured = Scores.load(scores)
     columns, forgetting = measured_probes(opened, measured, allow_different_tokens=allow_different_tokens)

@@ -41,6 +41,7 @@ from forgetcast.cli.options import (
 )
 from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError, MismatchError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,6 +97,7 @@ def score(
     from forgetcast.lm import score as score_pool
     from forgetcast.measure import Scores
 
+    check_destination(output)
     examples = load_data(pool, format, column, strict)
     rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = replace(load(model, **loading.arguments()), rendering=rendering)
@@ -361,6 +363,7 @@ def generate(
     from forgetcast.lm import load, sample_texts
 
     require_single_process("generate")
+    check_destination(output)
     language_model = load(model, **loading.arguments())
     done = 0
     with progress(resumable=False) as report:

@@ -29,6 +29,7 @@ from forgetcast.cli.options import (
 )
 from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, RATIO
 from forgetcast.errors import ConfigError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +110,8 @@ def plan(
     from forgetcast.cli.tables import advice_tables
     from forgetcast.data.reader import data_name
 
+    if output is not None:
+        check_destination(output)
     rule = replay.get_strategy(strategy, temperature=temperature)
     if ratio is not None and target_retention is not None:
         raise ConfigError("give --ratio or --target-retention, not both")
@@ -267,6 +270,7 @@ def export(
     from forgetcast.replay import ReplayPlan
     from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted
 
+    check_destination(output, folder=kind not in (ExportFormat.JSONL, ExportFormat.PARQUET))
     replay, upstream = ReplayPlan.load(plan), load_data(pool)
     examples = load_data(task, data_format, column, strict) if task is not None else None
     if count is None and steps is not None:

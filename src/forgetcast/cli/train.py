@@ -47,6 +47,7 @@ from forgetcast.cli.options import (
 )
 from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, PROBES, RATIO, TEST_SHARE
 from forgetcast.errors import ConfigError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
@@ -84,6 +85,8 @@ def train(
     from forgetcast.replay import ReplayPlan
 
     check_output_directory(output)
+    partial = output.with_name(f"{output.name}.partial")
+    check_destination(partial, folder=True)
     if (plan is None) != (pool is None):
         raise ConfigError("--plan and --pool go together")
     settings = Recipe() if recipe is None else Recipe.load(recipe)
@@ -99,7 +102,6 @@ def train(
             raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
         selector = _selector(opened, replay, online, probes)
     tuner = load_tuner(model, loading, opened)
-    partial = output.with_name(f"{output.name}.partial")
     with progress() as report:
         tuned = tuner.tune(
             examples,
@@ -133,6 +135,12 @@ def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Rep
     if online is None:
         return MostForgottenSelector(atlas.pool, atlas.nll_before, max_length=atlas.before.metadata.get("max_length"))
     return OnlineSelector.from_atlas(atlas, plan, k=k, at=fractions(online, "--online"))
+
+
+def _check_replays(atlas: Path) -> None:
+    """Try whether outcomes can be added to an atlas, unless it is at a URL."""
+    if atlas.is_dir():
+        check_destination(atlas / "replays", folder=True)
 
 
 def _compare(
@@ -189,6 +197,9 @@ def verify(
     from forgetcast.replay import ReplayPlan, get_strategy
 
     require_single_process("verify")
+    check_destination(output)
+    check_destination(output.with_suffix(".runs"), folder=True)
+    _check_replays(atlas)
     opened, replays = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan]
     examples = load_data(task, format, column, strict)
     for replay in replays:
@@ -245,6 +256,7 @@ def pilot(
     from forgetcast.settings import check_settings
 
     require_single_process("pilot")
+    _check_replays(atlas)
     opened, examples = Atlas.open(atlas), load_data(task, format, column, strict)
     settings = load_recipe(recipe, opened)
     if steps is not None:
@@ -308,6 +320,8 @@ def sequence(
     from forgetcast.settings import check_settings
 
     require_single_process("sequence")
+    check_destination(output)
+    check_destination(output.with_suffix(".runs"), folder=True)
     given: dict[str, Any] = {"ratio": ratio, "orders": orders, "probes": probes, "hold_out": hold_out, "repeat": repeat}
     settings = check_settings(
         given | ({"strategies": strategy} if strategy else {}), SequenceSettings, where="the sequence"

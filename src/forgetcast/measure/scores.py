@@ -95,7 +95,7 @@ class Scores:
         set_(self, "nll", np.asarray(self.nll, dtype=np.float64))
         set_(self, "tokens", np.asarray(self.tokens, dtype=np.int64))
         truncated = np.asarray(self.truncated)
-        if truncated.size and truncated.dtype.kind not in "biu":
+        if truncated.size and truncated.dtype.kind not in "biuf":
             raise DataError("scores: 'truncated' must be true or false")  # and "False" would be true
         set_(self, "truncated", truncated.astype(bool))
         set_(self, "reasons", tuple(self.reasons) or (None,) * len(self.ids))
