@@ -68,5 +68,5 @@ def check_settings(content: Any, schema: type[Settings], *, where: str, folder: 
         return schema.model_validate(content, context=folder)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the content"
+        field = ".".join(part for part in map(str, first["loc"]) if "[" not in part) or "the content"
         raise ConfigError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -27,7 +27,7 @@ class _Metadata(BaseModel):
     model: str = ""
     model_hash: str = ""
     pool: str = Field(default="-", min_length=1)
-    max_length: int = Field(default=2, ge=1)
+    max_length: int = Field(default=2, ge=1, le=2**31 - 1)
     stride: int | None = Field(default=None, ge=1)
     text: dict[str, str | bool | None] = {}
     max_new_tokens: int = Field(default=1, ge=1)
