@@ -1,4 +1,4 @@
-"""Defaults that the library and the command line share, one value each."""
+"""Defaults and limits that the library and the command line share, one value each."""
 
 RATIO = 1 / 8
 """Replayed examples per new one."""
@@ -11,3 +11,9 @@ TEST_SHARE = 0.1
 
 PROBES = 30
 """Probes of a forecast that is made during an experiment."""
+
+MAX_SEED = 2**32 - 1
+"""Largest seed that all generators of random numbers take."""
+
+MOST_EXAMPLES = 10**8
+"""So many examples a fine-tune may take, new or replayed: they are listed before it begins."""

@@ -13,8 +13,10 @@ import io
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,6 +81,10 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
         else:
             temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file, and nobody knows the temporary one
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -166,11 +172,51 @@ def read_json(path: Path) -> Any:
 def parse_json(content: bytes, where: str) -> Any:
     """Parse JSON; raise DataError with the name `where` if it cannot be parsed."""
     try:
-        return json.loads(content.decode("utf-8"))
+        value = decode_json(content.decode("utf-8-sig"))
+        if _HALF_PAIR.search(content):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} has half of a surrogate pair, which UTF-8 cannot hold; mend or remove it") from None
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}") from None
+    return value
+
+
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escaped surrogate, which may lack its other half."""
+
+
+def decode_json(text: str) -> Any:
+    """Decode JSON in which no object has a key twice, since a reader would have to guess which of them counts.
+
+    Raises
+    ------
+    ValueError
+        If it is not valid, or too deeply nested; `json.JSONDecodeError` where that has a place.
+    """
+    try:
+        return _DECODER.decode(text)
     except RecursionError:
-        raise DataError(f"{where} is not read: it is nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        if "digits" in str(error):  # Python's message advises to raise its limit
+            raise ValueError("a number in it has more than 4,300 digits") from None
+        raise
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the key {next(name for name in fields if names.count(name) > 1)!r} occurs twice in an object"
+        )
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,6 +367,18 @@ def check_seal(path: Path, *, pages: bool = True) -> str | None:
     return seal.decode()
 
 
+def is_rewritten(path: Path) -> bool:
+    """Whether another tool wrote what it had read from a sealed file: Arrow copies the mark, but no digest."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return False
+    return _SEALED in metadata and not {_SEAL, _PAGES, _GROUPS} & set(metadata)
+
+
 def check_groups(path: Path, metadata: Mapping[bytes, bytes], groups: Iterable[int]) -> None:
     """Check row groups of a sealed Parquet file whose footer was checked.
 
@@ -362,27 +420,62 @@ _ROWS = 1 << 17
 """Rows in a row group."""
 
 
-def read_table(path: Path, columns: Iterable[str], *, kind: str) -> tuple[pa.Table, dict[str, Any]]:
+def read_table(
+    path: Path, columns: Mapping[str, type], optional: Mapping[str, type] | None = None, *, kind: str
+) -> tuple[pa.Table, dict[str, Any]]:
     """Read a Parquet file written by `write_table`, and its metadata.
+
+    Parameters
+    ----------
+    path : Path
+    columns : mapping of str to type
+        Columns that must be there: `str`, `float`, `int` or `bool`. Only numbers of the type `float` may be missing.
+    optional : mapping of str to type, optional
+        Columns that may be there, and whose values may be missing.
+    kind : str
+        What messages call the kind of file.
 
     Raises
     ------
     DataError
-        If the file cannot be read, was damaged, lacks one of `columns`, or an id is not a string; `kind` names the
-        kind of file.
+        If the file cannot be read, was damaged, lacks one of `columns`, or a column has another type.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     check_seal(path)
     with opened_parquet(path) as file:
-        missing = [name for name in columns if name not in file.schema_arrow.names]
-        if missing:
+        names = file.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:
             raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
-        table = file.read()
-    ids = table.column("id").to_pylist()
-    if any(not isinstance(id_, str) for id_ in ids):
-        raise DataError(f"{path}: an id is missing or is not a string")
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}: two columns are called {repeated[0]!r}")
+        known = [name for name in {**columns, **(optional or {})} if name in names]
+        table = file.read(columns=known)
+        table.validate(full=True)  # a text that is not UTF-8
+    for name, type_ in {**columns, **(optional or {})}.items():
+        if name in names and not _is_of(table.schema.field(name).type, type_):
+            raise DataError(
+                f"{path}: the column {name!r} must hold {_TYPES[type_]}, not {table.schema.field(name).type}"
+            )
+        if name in columns and type_ is not float and table.column(name).null_count:
+            raise DataError(f"{path}: {'an id' if name == 'id' else f'a value of {name!r}'} is missing")
     return table, _metadata(table.schema, path)
+
+
+_TYPES = {str: "text", float: "numbers", int: "whole numbers", bool: "true or false"}
+
+
+def _is_of(arrow: pa.DataType, type_: type) -> bool:
+    """Whether an Arrow type holds what a Python type does."""
+    import pyarrow as pa
+
+    types = pa.types
+    if type_ is str:
+        arrow = arrow.value_type if types.is_dictionary(arrow) else arrow
+        return any(is_text(arrow) for is_text in (types.is_string, types.is_large_string, types.is_string_view))
+    if type_ is bool:
+        return bool(types.is_boolean(arrow))
+    return bool(types.is_integer(arrow) or (type_ is float and types.is_floating(arrow)))
 
 
 @contextmanager
@@ -400,8 +493,9 @@ def opened_parquet(path: Path, **options: Any) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
             yield file
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not a readable Parquet file: {reason}") from None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -416,3 +510,42 @@ def _metadata(schema: pa.Schema, path: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise DataError(f"the metadata of {path} is not a JSON object")
     return metadata
+
+
+ADDED = len(".kl.partial.12345")
+"""So many characters commands add to a name, for files of unfinished work."""
+
+
+def check_destination(path: Path, *, folder: bool = False) -> None:
+    """Try whether a file can be written, before the work whose result it is to hold; nothing is changed.
+
+    Parameters
+    ----------
+    path : Path
+    folder : bool
+        Whether it is a folder that is written to.
+
+    Raises
+    ------
+    DataError
+        If something else has that name, its folder cannot be made or written to, or the name is too long.
+    """
+    try:
+        if path.exists() and not (path.is_dir() if folder else path.is_file()):
+            what = "a folder" if path.is_dir() else "no folder" if folder else "no regular file"
+            raise DataError(f"{path} is {what}; give another name to write to")
+        there = path if folder else path.parent
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise DataError(f"{path} cannot be written: {there} is a file, not a folder")
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        for part in path.relative_to(there).parts:
+            if len(os.fsencode(part)) + ADDED > longest:
+                raise DataError(f"{path} cannot be written: the name {part!r} is too long; take a shorter one")
+        with tempfile.TemporaryFile(dir=there, prefix=TEMPORARY):
+            pass
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{path} cannot be written: the name cannot be encoded") from None

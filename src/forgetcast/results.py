@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from forgetcast.errors import DataError
 from forgetcast.files import read_json, write_json
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Result:
@@ -60,6 +62,25 @@ class Result:
             return TypeAdapter(cls).validate_python(kept)
         except ValidationError as error:
             raise DataError(f"this is not a {cls.kind}: {first_fault(error)}") from None
+        except (OverflowError, RecursionError) as error:  # a whole number that no float can hold
+            raise DataError(f"this is not a {cls.kind}: {error}") from None
+
+
+def validated(schema: type[Model], content: object, where: str) -> Model:
+    """Check what was read from a file against a pydantic model.
+
+    Raises
+    ------
+    DataError
+        If a field is missing or invalid; one line that names `where` and the field.
+    """
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "missing":
+            raise DataError(f"{where} lacks {first['loc'][-1]!r}") from None
+        raise DataError(f"{where}: {first_fault(error)}") from None
 
 
 def first_fault(error: ValidationError) -> str:

@@ -171,9 +171,17 @@ def test_data_sets_of_the_hub_are_streamed(monkeypatch: pytest.MonkeyPatch) -> N
         ("a.jsonl", b'{"text": "x"}\n[1]\n', "line 2: a JSON object is needed, not a list"),
         ("a.json", b'[{"text": "x"}, 3]', "item 2: a JSON object is needed, not a int"),
         ("a.json", b'[{"text": "x"},\n{"text"]', "a.json: not JSON (Expecting ':' delimiter at line 2, column 8)"),
-        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: JSON that is nested too deeply"),
-        ("a.jsonl", b'{"text": "x"}\n{"id": ' + b"9" * 5000 + b"}", "line 2: JSON that cannot be read (Exceeds"),
-        ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", "a.json: JSON that cannot be read (Exceeds"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: JSON that cannot be read (it is nested too deeply)"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"id": ' + b"9" * 5000 + b"}",
+            "line 2: JSON that cannot be read (a number in it has more than 4,300 digits)",
+        ),
+        (
+            "a.json",
+            b'[{"id": ' + b"9" * 5000 + b"}]",
+            "a.json: JSON that cannot be read (a number in it has more than 4,300 digits)",
+        ),
         ("a.jsonl", b'{"text": "x"}\n{"id": 1.5, "text": "y"}', "line 2: the id must be a string"),
         ("a.jsonl", b'{"text": "x"}\n{"id": true, "text": "y"}', "line 2: the id must be a string"),
         (

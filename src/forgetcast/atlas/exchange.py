@@ -24,9 +24,9 @@ from forgetcast.atlas.store import BEFORE, INDEX, POOL, Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError
 from forgetcast.files import atomic_path, check_seal, opened_parquet, read_metadata, write_parquet
-from forgetcast.markdown import markdown_text
 from forgetcast.measure.scores import Scores
 from forgetcast.results import first_fault
+from forgetcast.text import markdown_text
 
 if TYPE_CHECKING:
     import pyarrow as pa

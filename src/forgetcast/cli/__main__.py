@@ -1,5 +1,5 @@
 """Run the command line as a module, which is how `accelerate launch` starts it."""
 
-from forgetcast.cli import main
+from forgetcast.__main__ import main
 
 main()

@@ -6,22 +6,28 @@ Nothing here imports numpy, Arrow or torch: a help text answers at once, and eac
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from forgetcast.cli.options import ATLAS
 from forgetcast.errors import ConfigError
+from forgetcast.text import visible
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas, ForgettingMatrix
@@ -38,10 +44,29 @@ app = typer.Typer(
 )
 atlas_app = typer.Typer(no_args_is_help=True, help="Create, check and share atlases.")
 app.add_typer(atlas_app, name="atlas", rich_help_panel=ATLAS)
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+class _Console(Console):
+    """A console that makes control characters of all texts visible, those in tables too, before they are measured."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        # Emoji: a name such as a:warning:b is not meant so.
+        super().__init__(stderr=stderr, highlight=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
+out, err = _Console(), _Console(stderr=True)
 
 SECONDS_BETWEEN_LINES = 15
 """Between two progress lines where the output is a log and no terminal."""
+
+
+def fail(reason: str) -> NoReturn:
+    """Say in one line why the command could not be done, and exit with code 2."""
+    err.print(f"error: {' '.join(reason.splitlines())}", markup=False, soft_wrap=True)
+    raise SystemExit(2)
 
 
 def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
@@ -132,20 +157,33 @@ def check_output_directory(path: Path) -> None:
 
 def fractions(text: str, option: str) -> list[float]:
     """Parse "1/32,0.125" as numbers."""
-    try:
-        return [float(Fraction(part)) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"{option}: {text!r} is no fraction, nor a list such as 0.1,1/2") from None
+    fault = ConfigError(f"{option}: {text!r} is no fraction, nor a list such as 0.1,1/2")
+    values = []
+    for part in text.split(","):
+        above, sign, below = part.partition("/")
+        try:
+            values.append(float(above) / (float(below) if sign else 1.0))
+        except (ValueError, ZeroDivisionError):
+            raise fault from None
+    if not all(map(math.isfinite, values)):
+        raise fault
+    return values
+
+
+MOST_NUMBERS = 100_000
+"""So many numbers an option may list, ranges counted."""
 
 
 def numbers(text: str, option: str) -> list[int]:
     """Parse "3,5,10-12" as [3, 5, 10, 11, 12]."""
     numbers: list[int] = []
     for part in text.split(","):
-        ends = part.split("-")
-        if not 1 <= len(ends) <= 2 or not all(end.strip().isdigit() for end in ends):
+        if not (ends := re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", part)):
             raise ConfigError(f"{option}: {part!r} is not a number, nor a range such as 10-19")
-        numbers.extend(range(int(ends[0]), int(ends[-1]) + 1))
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last - first + len(numbers) >= MOST_NUMBERS:
+            raise ConfigError(f"{option}: {part!r} makes more than {MOST_NUMBERS:,} numbers")
+        numbers.extend(range(first, last + 1))
     return numbers
 
 
@@ -178,7 +216,13 @@ def show(facts: dict[str, Any], as_json: bool, *, title: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print JSON on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    print_text(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_text(text: str) -> None:
+    """Print text on standard output as it is, its lines not wrapped, but control characters visible."""
+    sys.stdout.write(visible(text) + "\n")
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -210,16 +254,39 @@ def progress(
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal printed
-            bar.update(row, description=what, completed=done, total=total or None)  # a stream's end is unknown
+            bar.update(row, description=visible(what), completed=done, total=total or None)  # a stream's end is unknown
             if not err.is_terminal and time.monotonic() - printed > SECONDS_BETWEEN_LINES:
                 printed = time.monotonic()
                 remaining = bar.tasks[row].time_remaining
                 estimate = f", {timedelta(seconds=round(remaining))} left" if remaining is not None else ""
                 err.print(f"{done / total:4.0%}{estimate}  {what}" if total else f"{done:,}  {what}", markup=False)
 
-        try:
-            yield report
-        except KeyboardInterrupt:
-            if resumable:
-                err.print("interrupted; finished work is kept, and the same command continues from there")
-            raise typer.Exit(130) from None
+        with _interruptible() as interrupted:
+            try:
+                yield report
+            except BaseException:  # an import that is interrupted raises something else
+                if not interrupted:
+                    raise
+                if resumable:
+                    err.print("interrupted; finished work is kept, and the same command continues from there")
+                raise typer.Exit(130) from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Let Ctrl-C raise KeyboardInterrupt, for work that has something to put in order; yield a list of such signals."""
+    signals: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)

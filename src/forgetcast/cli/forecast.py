@@ -22,7 +22,9 @@ from forgetcast.cli.options import (
     Method,
     Output,
 )
+from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     from forgetcast.completion import Completion
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
 def probes(
     atlas: AtlasPath,
     output: Output,
-    k: Annotated[int, typer.Option("-k", help="Number of probes.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of probes.")] = 10,
     at_random: Annotated[bool, typer.Option("--random", help="Sample them uniformly instead.")] = False,
-    audit: Annotated[int, typer.Option(help="Number of the k that are sampled at random, as an unbiased sample.")] = 0,
+    audit: Annotated[
+        int, typer.Option(min=0, help="Number of the k that are sampled at random, as an unbiased sample.")
+    ] = 0,
     by_tokens: Annotated[bool, typer.Option(help="Use the number of tokens as the cost of an example.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the sample with --random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample with --random.")] = 0,
 ) -> None:
     """Choose the few examples to measure after a new fine-tune.
 
@@ -48,6 +52,7 @@ def probes(
     from forgetcast.atlas import Atlas
     from forgetcast.completion.probes import choose, random
 
+    check_destination(output)
     opened = Atlas.open(atlas)
     # An example without a base loss cannot be a probe.
     usable = np.flatnonzero(~np.isnan(opened.nll_before))
@@ -85,6 +90,7 @@ def forecast(
     from forgetcast.completion.forecast import TaskForecast, measured_probes
     from forgetcast.measure import Scores, check_tokens
 
+    check_destination(output)
     opened = Atlas.open(atlas)
     measured = Scores.load(scores)
     columns, forgetting = measured_probes(opened, measured, allow_different_tokens=allow_different_tokens)
@@ -141,7 +147,7 @@ def bench(
     ] = None,
     train: Annotated[str | None, typer.Option(help="Tasks to learn from; default: all others.")] = None,
     k: Annotated[str, typer.Option("-k", help="Numbers of probes.")] = "10,30",
-    seeds: Annotated[int, typer.Option(min=1, help="Halvings of the examples.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, max=10_000, help="Halvings of the examples.")] = 10,
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(Method)}.")] = "mean,additive,knn,mf,bayesian",
     baseline: Annotated[str, typer.Option(help="Method that the ratios are relative to.")] = "additive",
     exclude_similar: Annotated[

@@ -17,6 +17,7 @@ from forgetcast.cli.app import (
     out,
     print_all,
     print_json,
+    print_text,
     progress,
     require_single_process,
     show,
@@ -38,7 +39,9 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError, MismatchError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +61,9 @@ def score(
     answers: Annotated[
         bool, typer.Option("--exact-match", help="Also answer the prompts, and compare with the completions.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens, with --exact-match.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Longest answer in tokens, with --exact-match.")
+    ] = 32,
     stride: Annotated[
         int | None, typer.Option(help="Score longer texts in windows this many tokens apart; default: truncate.")
     ] = None,
@@ -92,6 +97,7 @@ def score(
     from forgetcast.lm import score as score_pool
     from forgetcast.measure import Scores
 
+    check_destination(output)
     examples = load_data(pool, format, column, strict)
     rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = replace(load(model, **loading.arguments()), rendering=rendering)
@@ -284,7 +290,7 @@ def diff(
     if as_json:
         print_json(result.as_dict() | judgement.as_dict())
     elif markdown:
-        typer.echo(difference_markdown(result, judgement))
+        print_text(difference_markdown(result, judgement))
     else:
         print_all(difference_tables(result))
         print_all(judgement_lines(judgement))
@@ -343,8 +349,8 @@ def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
 def generate(
     model: ModelName,
     output: Output,
-    count: Annotated[int, typer.Option("-n", help="Number of texts.")] = 1000,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 128,
+    count: Annotated[int, typer.Option("-n", min=1, max=MOST_EXAMPLES, help="Number of texts.")] = 1000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Longest text in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     seed: Seed = 0,
     *,
@@ -357,6 +363,7 @@ def generate(
     from forgetcast.lm import load, sample_texts
 
     require_single_process("generate")
+    check_destination(output)
     language_model = load(model, **loading.arguments())
     done = 0
     with progress(resumable=False) as report:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -13,7 +12,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
+from forgetcast.files import decode_json
 
 
 class Method(StrEnum):
@@ -125,8 +126,8 @@ OnlineAt = Annotated[
         "--online", help="Revise the plan from probes after these fractions of training, such as 0.25 or 0.25,0.5."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
-Seeds = Annotated[int, typer.Option(min=1, help="Number of fine-tunes per arm, each with its own seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all random choices.")]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="Number of fine-tunes per arm, each with its own seed.")]
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Loading:
             If the further arguments are no JSON object.
         """
         try:
-            further = json.loads(self.model_kwargs or "{}")
+            further = decode_json(self.model_kwargs or "{}")
         except ValueError as error:
             raise ConfigError(f"--model-kwargs is not JSON: {error}") from None
         if not isinstance(further, dict):

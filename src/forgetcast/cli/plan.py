@@ -27,8 +27,9 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
-from forgetcast.defaults import HOLD_OUT, RATIO
+from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, RATIO
 from forgetcast.errors import ConfigError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +110,8 @@ def plan(
     from forgetcast.cli.tables import advice_tables
     from forgetcast.data.reader import data_name
 
+    if output is not None:
+        check_destination(output)
     rule = replay.get_strategy(strategy, temperature=temperature)
     if ratio is not None and target_retention is not None:
         raise ConfigError("give --ratio or --target-retention, not both")
@@ -240,10 +243,17 @@ def export(
     task: Annotated[Path | None, typer.Option(help="Fine-tuning data; not for jsonl and parquet.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model to name in a trainer's configuration.")] = None,
     count: Annotated[
-        int | None, typer.Option(help="Replayed examples; default: the ratio times the examples of the task or steps.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_EXAMPLES,
+            help="Replayed examples; default: the ratio times the examples of the task or steps.",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps on new examples, to compute the count from.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per step, with --steps.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Steps on new examples, to compute the count from.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_EXAMPLES, help="Examples per step, with --steps.")] = 8,
     data_format: Annotated[
         DataFormat | None, typer.Option(help="Format of the task; default: each row's, by its fields.")
     ] = None,
@@ -260,6 +270,7 @@ def export(
     from forgetcast.replay import ReplayPlan
     from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted
 
+    check_destination(output, folder=kind not in (ExportFormat.JSONL, ExportFormat.PARQUET))
     replay, upstream = ReplayPlan.load(plan), load_data(pool)
     examples = load_data(task, data_format, column, strict) if task is not None else None
     if count is None and steps is not None:

@@ -9,6 +9,7 @@ import typer
 from forgetcast.cli.app import app, column_names, err, out, print_json, progress
 from forgetcast.cli.options import MEASURE, AsJson, By, Columns, Format, Output, Seed, Strict
 from forgetcast.errors import ConfigError, DataError
+from forgetcast.files import check_destination
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -46,6 +47,7 @@ def pool(
 
     if tokenizer is not None and max_tokens is None:
         raise ConfigError("--tokenizer counts the tokens of --max-tokens; give both")
+    check_destination(output)
     splitter = Splitter(max_tokens, _tokenizer(tokenizer)) if max_tokens is not None else None
     with progress(resumable=False) as report:
         made, done = build_pool(

@@ -9,6 +9,7 @@ import typer
 
 from forgetcast.cli.app import app, out, print_all, print_json, progress, require_single_process
 from forgetcast.cli.options import REPORT, AsJson, AtlasPath, Output
+from forgetcast.files import check_destination
 
 
 @app.command(rich_help_panel=REPORT)
@@ -28,6 +29,7 @@ def report(
     from forgetcast.experiments import SequenceResult, Verification
     from forgetcast.report import write_report
 
+    check_destination(output)
     opened = Atlas.open(atlas)
     forecasts = [TaskForecast.load(path) for path in forecast or ()]
     verified = Verification.load(verification) if verification is not None else None
@@ -50,6 +52,7 @@ def demo(
     from forgetcast.demo.run import FULL, STANDARD, run_demo
 
     require_single_process("demo")
+    check_destination(output, folder=True)
     with progress() as on_progress:
         summary = run_demo(output, FULL if full else STANDARD, on_progress=on_progress)
     if as_json:

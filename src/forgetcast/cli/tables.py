@@ -16,12 +16,12 @@ from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
-from forgetcast.markdown import markdown_text
 from forgetcast.measure.diff import Difference, Summary
 from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
 from forgetcast.replay.outcome import LAW_METRICS, METRICS
 from forgetcast.stats import Comparison
+from forgetcast.text import markdown_text
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
@@ -253,7 +253,9 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
         figures = (f"{result.average(arm, metric):.3f}" for metric in result.metrics)
-        table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
+        table.add_row(
+            escape(arm), *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}"
+        )
     yield table
     yield from _comparison_tables(result.comparisons(), "pairs of runs (same task and seed)")
 
@@ -268,7 +270,7 @@ def _comparison_tables(comparisons: Sequence[Comparison], pairs: str) -> Iterato
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
         bootstrap = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
-        arms, corrected = f"{escape(c.arm)} - {c.baseline}", f"p = {c.corrected_wilcoxon_p:.2g}"
+        arms, corrected = f"{escape(c.arm)} - {escape(c.baseline)}", f"p = {c.corrected_wilcoxon_p:.2g}"
         gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, bootstrap, corrected)
     yield gaps
     for c in comparisons:
@@ -341,4 +343,5 @@ def demo_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
     yield table
     yield from verification_tables(Verification.from_dict(summary["replay"]))
-    yield f"Written: {summary['files']['report']}, {summary['files']['atlas']} ({summary['seconds']:.0f} s)"
+    files = escape(f"{summary['files']['report']}, {summary['files']['atlas']}")
+    yield f"Written: {files} ({summary['seconds']:.0f} s)"

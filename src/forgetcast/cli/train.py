@@ -47,8 +47,9 @@ from forgetcast.cli.options import (
     TestShare,
     loads_a_model,
 )
-from forgetcast.defaults import HOLD_OUT, PROBES, RATIO, TEST_SHARE
+from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, PROBES, RATIO, TEST_SHARE
 from forgetcast.errors import ConfigError
+from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
@@ -88,6 +89,8 @@ def train(
     from forgetcast.replay import ReplayPlan
 
     check_output_directory(output)
+    partial = output.with_name(f"{output.name}.partial")
+    check_destination(partial, folder=True)
     if (plan is None) != (pool is None):
         raise ConfigError("--plan and --pool go together")
     settings = Recipe() if recipe is None else Recipe.load(recipe)
@@ -105,7 +108,6 @@ def train(
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
     tuner = load_tuner(model, loading, opened, rendering)
-    partial = output.with_name(f"{output.name}.partial")
     with progress() as report:
         tuned = tuner.tune(
             examples,
@@ -189,6 +191,7 @@ def verify(
     Example: forgetcast verify ./my-model task.jsonl --atlas runs.atlas --plan plan.parquet -o verification.json
     """
     from forgetcast.atlas import Atlas
+    from forgetcast.atlas.store import check_writable
     from forgetcast.cli.tables import verification_tables
     from forgetcast.data import split_task
     from forgetcast.data.reader import data_name
@@ -196,7 +199,10 @@ def verify(
     from forgetcast.replay import ReplayPlan, get_strategy
 
     require_single_process("verify")
+    check_destination(output)
+    check_destination(output.with_suffix(".runs"), folder=True)
     opened, replays = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan]
+    check_writable(opened.path)
     examples = load_data(task, format, column, strict)
     for replay in replays:
         replay.check_pool(opened.pool)
@@ -225,7 +231,7 @@ def pilot(
     atlas: AtlasOption,
     ratios: Annotated[str, typer.Option(help="Replayed examples per new one.")] = "1/32,1/8",
     strategy: Strategies = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Default: those of the recipe.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Default: those of the recipe.")] = None,
     recipe: RecipeName = None,
     seeds: Seeds = 1,
     hold_out: HoldOut = HOLD_OUT,
@@ -244,16 +250,21 @@ def pilot(
     Example: forgetcast pilot ./my-model task.jsonl --atlas runs.atlas --ratios 1/32,1/8 --steps 100
     """
     from forgetcast.atlas import Atlas
+    from forgetcast.atlas.store import check_writable
     from forgetcast.cli.tables import advice_tables
+    from forgetcast.data import Recipe
     from forgetcast.data.reader import data_name
     from forgetcast.experiments import pilot_comparison
     from forgetcast.replay import Random, advise, get_strategy
+    from forgetcast.settings import check_settings
 
     require_single_process("pilot")
-    opened, examples = Atlas.open(atlas), load_data(task, format, column, strict)
+    opened = Atlas.open(atlas)
+    check_writable(opened.path)
+    examples = load_data(task, format, column, strict)
     settings = load_recipe(recipe, opened)
     if steps is not None:
-        settings = settings.model_copy(update={"steps": steps})
+        settings = check_settings(settings.model_dump() | {"steps": steps}, Recipe, where="--steps")
     others = [get_strategy(name) for name in strategy or ()]
     comparison = pilot_comparison(
         opened,
@@ -313,6 +324,8 @@ def sequence(
     from forgetcast.settings import check_settings
 
     require_single_process("sequence")
+    check_destination(output)
+    check_destination(output.with_suffix(".runs"), folder=True)
     given: dict[str, Any] = {"ratio": ratio, "orders": orders, "probes": probes, "hold_out": hold_out, "repeat": repeat}
     settings = check_settings(
         given | ({"strategies": strategy} if strategy else {}), SequenceSettings, where="the sequence"

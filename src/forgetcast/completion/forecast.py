@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.store import Atlas
@@ -15,8 +16,21 @@ from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import read_table, write_table
 from forgetcast.measure.scores import Scores, forgetting
+from forgetcast.results import validated
 
-_COLUMNS = ("mean", "std", "lower", "upper", "probed")
+_NUMBERS = ("mean", "std", "lower", "upper")
+_COLUMNS = (*_NUMBERS, "probed")
+
+
+class _Metadata(BaseModel):
+    """Metadata of the file."""
+
+    level: float
+    misfit: float = Field(ge=0, le=1)
+    method: str
+    pool: str = Field(min_length=1)
+    task: str | None
+    different_tokens: int | None = Field(default=None, ge=0)  # files of earlier versions have none
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,9 @@ class TaskForecast:
         probed = np.zeros(len(ids), dtype=bool)
         probed[forecast.probes] = True
         misfit = float(forecast.misfit)
-        return cls(ids, forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task)
+        made = cls(ids, forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task)
+        made.check()
+        return made
 
     def __repr__(self) -> str:
         """Task, size, number of probes and mean forecast."""
@@ -79,6 +95,29 @@ class TaskForecast:
     def probes(self) -> tuple[str, ...]:
         """Ids of the probes."""
         return tuple(id_ for id_, probed in zip(self.ids, self.probed, strict=True) if probed)
+
+    def check(self) -> None:
+        """Check the numbers.
+
+        Raises
+        ------
+        DataError
+            If lengths differ, a number is not finite or exceeds what the atlas's 32 bits hold, a standard deviation is
+            negative, an interval is upside down, or the level is not between 0 and 1.
+        """
+        if any(len(getattr(self, name)) != len(self.ids) for name in _COLUMNS):
+            raise DataError("a forecast needs every number for every id")
+        if not 0 < self.level < 1:
+            raise DataError(f"the level of a forecast's intervals must be between 0 and 1, not {self.level}")
+        for name in _NUMBERS:
+            if not (np.abs(getattr(self, name)) <= np.finfo(np.float32).max).all():
+                raise DataError(f"a value of {name!r} is not a finite number, or too large for 32 bits")
+        for wrong, what in (
+            (np.asarray(self.std) < 0, "a negative standard deviation"),
+            (np.asarray(self.lower) > self.upper, "an interval whose lower end is above its upper end"),
+        ):
+            if wrong.any():
+                raise DataError(f"the forecast of {self.ids[int(np.argmax(wrong))]!r} has {what}")
 
     def check_pool(self, pool: Pool) -> None:
         """Raise MismatchError if the forecast is of a pool with another fingerprint."""
@@ -101,24 +140,31 @@ class TaskForecast:
 
     @classmethod
     def load(cls, path: str | Path) -> TaskForecast:
-        """Read a file that `save` wrote."""
-        table, metadata = read_table(Path(path), ("id", *_COLUMNS), kind="forecast")
-        columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in _COLUMNS}
-        if not np.isfinite(np.concatenate([columns[name] for name in _COLUMNS])).all():
-            raise DataError(f"{path}: a forecast is not a finite number")
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        DataError
+            If the file is not a forecast; the message names what is missing or invalid.
+        """
+        columns = {"id": str, **dict.fromkeys(_NUMBERS, float), "probed": bool}
+        table, content = read_table(Path(path), columns, kind="forecast")
+        metadata = validated(_Metadata, content, f"{path} is not a forecast: its metadata")
         try:
-            return cls(
+            loaded = cls(
                 ids=table.column("id").to_pylist(),
-                **columns,
-                level=metadata["level"],
-                misfit=metadata["misfit"],
-                method=metadata["method"],
-                pool_fingerprint=metadata["pool"],
-                task=metadata["task"],
-                different_tokens=metadata.get("different_tokens"),
+                **{name: table.column(name).to_numpy(zero_copy_only=False) for name in _COLUMNS},
+                level=metadata.level,
+                misfit=metadata.misfit,
+                method=metadata.method,
+                pool_fingerprint=metadata.pool,
+                task=metadata.task,
+                different_tokens=metadata.different_tokens,
             )
-        except KeyError as error:
-            raise DataError(f"{path} is not a forecast: its metadata lacks {error}") from None
+            loaded.check()
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        return loaded
 
 
 def measured_probes(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgetcast.errors import DataError
+from forgetcast.files import decode_json
 
 FIELDS = ("id", "text", "prompt", "completion", "messages", "tools", "chat_template_kwargs", "source")
 
@@ -144,7 +145,7 @@ def _check_unicode(text: str, where: str) -> None:
 def _message(message: object, where: str) -> dict[str, Any]:
     """Check a message and bring it to the one form."""
     if not isinstance(message, Mapping):
-        raise DataError(f"{where}: a message must be an object with a role and a content, not {message!r}")
+        raise DataError(f"{where}: a message must be an object with a role and a content, not {reprlib.repr(message)}")
     kept = {str(name): value for name, value in message.items() if value is not None}
     if not isinstance(kept.get("role"), str):
         raise DataError(f"{where}: a message has no role")
@@ -152,7 +153,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
         kept["content"] = _content(kept["content"], where)
     # A message that calls a tool needs no content.
     if not isinstance(kept.get("content", "" if len(kept) > 1 else None), str):
-        raise DataError(f"{where}: the content of a message must be a string, not {kept.get('content')!r}")
+        raise DataError(f"{where}: the content of a message must be a string, not {reprlib.repr(kept.get('content'))}")
     _weight(kept, where)
     if "tool_calls" in kept:
         kept["tool_calls"] = _tool_calls(kept["tool_calls"], where)
@@ -179,7 +180,7 @@ def _content(content: Any, where: str) -> Any:
         elif isinstance(part, str):
             texts.append(part)
         else:
-            raise DataError(f"{where}: the content of a message must be a string, not {content!r}")
+            raise DataError(f"{where}: the content of a message must be a string, not {reprlib.repr(content)}")
     return "".join(texts)
 
 
@@ -187,12 +188,12 @@ def _weight(message: dict[str, Any], where: str) -> None:
     """Replace `train`, as Axolotl has it, by `weight`, as OpenAI has it."""
     weight = message.get("weight", 1)
     if weight not in (0, 1):
-        raise DataError(f"{where}: the weight of a message must be 0 or 1, not {weight!r}")
+        raise DataError(f"{where}: the weight of a message must be 0 or 1, not {reprlib.repr(weight)}")
     if "train" not in message:
         return
     train = message.pop("train")
     if not isinstance(train, bool | int) or train not in (0, 1):
-        raise DataError(f"{where}: 'train' of a message must be true or false, not {train!r}")
+        raise DataError(f"{where}: 'train' of a message must be true or false, not {reprlib.repr(train)}")
     if message.get("weight", train) != train:
         raise DataError(f"{where}: a message has 'weight' {weight} and 'train' {str(bool(train)).lower()}; keep one")
     if train and message["role"] != "assistant":
@@ -219,8 +220,8 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
 def _arguments(text: str, where: str) -> Any:
     """Decode arguments of a tool call; an empty string means that there are none."""
     try:
-        return json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
+        return decode_json(text) if text.strip() else {}
+    except ValueError:
         raise DataError(f"{where}: the arguments of a tool call are not JSON: {reprlib.repr(text)}") from None
 
 

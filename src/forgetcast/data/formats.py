@@ -5,13 +5,13 @@ The fields of a row say which format it has. A row that fits two is refused: cho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forgetcast.data.example import FIELDS, Example, without_nulls
 from forgetcast.errors import ConfigError, DataError
+from forgetcast.files import decode_json
 
 Row = Mapping[str, Any]
 
@@ -114,8 +114,8 @@ def _unweighted(message: Row) -> dict[str, Any]:
 def _decode(name: str, text: str) -> Any:
     """Decode a field that is JSON in a string, as CSV has it and Parquet may."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return decode_json(text)
+    except ValueError:
         raise DataError(f"the field {name!r} is not JSON") from None
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from forgetcast.data.example import FIELDS, STRUCTURED, Example, with_content_id
 from forgetcast.data.formats import FORMATS, AmbiguousRowError, RowReader, row_id
 from forgetcast.errors import DataError, MissingExtraError
+from forgetcast.files import check_seal, decode_json, is_rewritten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -264,13 +265,11 @@ def _first_character(path: Path) -> bytes:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return decode_json(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
         raise DataError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON that is nested too deeply") from None
-    except ValueError as error:  # a number with more digits than Python reads
+    except ValueError as error:
         raise DataError(f"{where}: JSON that cannot be read ({_first_line(error)})") from None
 
 
@@ -333,7 +332,13 @@ def _table_part(name: str, size: int, open_: Callable[[], _Table]) -> Part:
                 batch.validate(full=True)  # a text that is not UTF-8, or a value that lies outside of the file
                 yield batch
                 tick(int(size * fraction))
-        except (OSError, ValueError) as error:  # Arrow's errors are among them
+        except (
+            OSError,
+            ValueError,
+            MemoryError,
+            OverflowError,
+            NotImplementedError,
+        ) as error:  # Arrow's are among them
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{name} is not a readable table: {_first_line(error)}") from None
@@ -344,7 +349,9 @@ def _table_part(name: str, size: int, open_: Callable[[], _Table]) -> Part:
 def _readable(name: str, open_: Callable[[], _Table]) -> _Table:
     try:
         return open_()
-    except (OSError, ValueError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, MemoryError, NotImplementedError) as error:
         kind = "Parquet" if name.lower().endswith(".parquet") else "Arrow"
         raise DataError(f"{name} is not a readable {kind} file: {_first_line(error)}") from None
 
@@ -352,7 +359,12 @@ def _readable(name: str, open_: Callable[[], _Table]) -> _Table:
 def _open_parquet(path: Path) -> _Table:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    try:
+        check_seal(path)
+    except DataError:
+        if not is_rewritten(path):  # a pool may well be filtered by another tool
+            raise
+    file = pq.ParquetFile(path, page_checksum_verification=True)
 
     def batches(columns: list[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
         done = 0
@@ -540,6 +552,8 @@ class Reader:
             name, example = self._rows.read(fields, unnamed if id_ is None else id_, from_table=part.from_table)
         except AmbiguousRowError as error:
             raise DataError(f"{part.place(number)}: {error}") from None
+        except RecursionError:
+            raise DataError(f"{part.place(number)}: it is nested too deeply") from None
         except DataError as error:
             reason = str(error) if id_ is not None else str(error).replace(f"example {unnamed!r}", "the example")
             if self._options.strict:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError
-from forgetcast.settings import read_settings
+from forgetcast.settings import Seed, read_settings
 
 
 class Recipe(BaseModel):
@@ -41,18 +42,26 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Literal["full", "lora"] = "full"
-    steps: int = Field(default=200, ge=1)
-    learning_rate: float = Field(default=1e-5, gt=0)
-    batch_size: int = Field(default=8, ge=1)
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    max_length: int = Field(default=1024, ge=2)
-    seed: int = 0
+    steps: int = Field(default=200, ge=1, le=MOST_EXAMPLES)
+    learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(default=8, ge=1, le=MOST_EXAMPLES)
+    micro_batch_size: int | None = Field(default=None, ge=1, le=MOST_EXAMPLES)
+    max_length: int = Field(default=1024, ge=2, le=2**31 - 1)
+    seed: Seed = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST_EXAMPLES)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     gradient_checkpointing: bool = False
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
+    lora_rank: int = Field(default=16, ge=1, le=2**16)
+    lora_alpha: int = Field(default=32, ge=1, le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        if self.steps * self.batch_size > MOST_EXAMPLES:
+            raise ValueError(
+                f"{self.steps:,} steps of {self.batch_size:,} examples are more than {MOST_EXAMPLES:,} examples"
+            )
+        return self
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

@@ -16,6 +16,7 @@ from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
 from forgetcast.errors import MismatchError
+from forgetcast.files import check_destination
 from forgetcast.measure.scores import Scores, check_tokens
 from forgetcast.replay.plan import ReplayPlan
 
@@ -163,6 +164,8 @@ class RunStore(ABC):
         ------
         MismatchError
             If it was made with other settings.
+        DataError
+            If it cannot be stored.
         """
 
     @abstractmethod
@@ -187,6 +190,7 @@ class ScoreFiles(RunStore):
 
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Say whether the run is finished; see `RunStore.has`."""
+        check_destination(self.path(name))  # before the run, not when it is to be saved
         if not self.path(name).exists():
             return False
         if self.load(name).metadata.get("settings") != settings:

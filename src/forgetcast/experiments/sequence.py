@@ -30,6 +30,7 @@ from forgetcast.replay.coverage import correlation_loadings
 from forgetcast.replay.plan import ReplayPlan, make_plan, replay_steps
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available, get_strategy
+from forgetcast.settings import Seed
 from forgetcast.stats import worst_tenth
 
 if TYPE_CHECKING:
@@ -63,11 +64,11 @@ class SequenceSettings(BaseModel):
 
     strategies: tuple[str, ...] = ("top",)
     ratio: float = Field(default=RATIO, gt=0, allow_inf_nan=False)
-    orders: int = Field(default=2, ge=1)
+    orders: int = Field(default=2, ge=1, le=10_000)
     probes: int = Field(default=PROBES, ge=1)
     hold_out: float = Field(default=0.5, gt=0, lt=1)
     repeat: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("strategies")
     @classmethod

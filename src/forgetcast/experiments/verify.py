@@ -18,7 +18,7 @@ from pydantic import ConfigDict
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, split_task
 from forgetcast.defaults import TEST_SHARE
-from forgetcast.errors import ConfigError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
 from forgetcast.measure.scores import Scores, count_flips, forgetting
 from forgetcast.replay.outcome import METRICS, Run
@@ -46,6 +46,11 @@ class Verification(Result, Compared):
         Replayed examples per new one.
     summaries : mapping of str to str
         What each arm replays; empty in files of earlier versions.
+
+    Raises
+    ------
+    DataError
+        If there are no runs.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
@@ -55,6 +60,11 @@ class Verification(Result, Compared):
     judged: int
     ratio: float
     summaries: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that there are runs."""
+        if not self.runs:
+            raise DataError("a verification has at least one run")
 
     def __repr__(self) -> str:
         """Return the arms and the number of runs."""

@@ -76,6 +76,8 @@ class LanguageModel:
         tokens = max(len(self.tokenizer), 1 + max(self.tokenizer.get_vocab().values(), default=-1))
         if tokens > rows:
             raise DataError(f"{self.name}: the tokenizer has {tokens} tokens, the model only {rows}")
+        if self.context < 2:
+            raise DataError(f"{self.name}: its context is {self.context} tokens; see max_position_embeddings")
 
     def __repr__(self) -> str:
         parameters, dtype = (

@@ -20,6 +20,7 @@ import torch
 import forgetcast
 from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.files import decode_json
 from forgetcast.lm import processes
 from forgetcast.lm.head import CHUNK_LOGITS, Head, kl_divergence
 from forgetcast.lm.load import LanguageModel, embedding_rows
@@ -106,8 +107,8 @@ def score(
     checkpoint = _Partial(partial, metadata)
     batches = partial_function(_measure, language_model, batch_tokens=batch_tokens)
     totals = _add_up(pool.ids, inputs, checkpoint, batches, on_progress)
+    checkpoint.remove()  # where nothing could be scored too: the next model would be refused for it
     scores = _to_scores(pool, inputs.encoded, totals, metadata)
-    checkpoint.remove()
     return replace(scores, digests=inputs.digests)
 
 
@@ -388,10 +389,14 @@ def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, st
     MismatchError
         If it belongs to another model, pool or settings.
     """
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    rows: list[Any] = []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    for line in lines:
         try:
-            rows.append(json.loads(line))
+            rows.append(decode_json(line.decode()))
         except ValueError:  # the line that an interruption truncated
             break
     if rows and rows[0] != metadata:
@@ -399,7 +404,10 @@ def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, st
             f"{path} holds unfinished scores of another model, pool, settings or version; finish them with the command "
             "that began them, or remove it"
         )
-    return {id_: (nll, reason) for id_, nll, reason in rows[1:]}
+    try:
+        return {str(id_): (float(nll), str(reason)) for id_, nll, reason in rows[1:]}
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{path} is no file of unfinished scores, or was damaged; remove it") from None
 
 
 def _context(language_model: LanguageModel, max_length: int | None, stride: int | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
+import pickle
 import shutil
 import tempfile
 import time
@@ -278,6 +278,9 @@ class FineTuner:
             gc.freeze()
             try:
                 loss = trainer.train(resume_from_checkpoint=latest).training_loss
+            except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+                _raise_for_checkpoint(error, directory, latest)
+                raise
             finally:
                 gc.unfreeze()
         if not loss < float("inf"):
@@ -415,10 +418,24 @@ def _recomputing(model: Any, recipe: Recipe) -> Iterator[None]:
 def _is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written completely: the Trainer writes this file last."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_json(checkpoint / "trainer_state.json")
+    except DataError:
         return False
     return True
+
+
+def _raise_for_checkpoint(error: Exception, directory: str, latest: str | None) -> None:
+    """Raise DataError if a checkpoint could not be read or written; errors of the training itself pass."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "PytorchStreamReader" in reason:
+        raise DataError(
+            f"the checkpoint {latest} cannot be read: {reason}; remove it to start from the one before"
+        ) from error
+    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in reason:
+        raise DataError(
+            f"a checkpoint in {directory} cannot be read or written: {reason}; make room on the disk, or remove "
+            f"{latest or 'it'}, and run the same command again"
+        ) from error
 
 
 def _arguments(

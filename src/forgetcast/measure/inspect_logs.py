@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetcast.errors import DataError
+from forgetcast.files import decode_json
 from forgetcast.measure.logs import LogFile, LogTable, digest_of, one_run
 from forgetcast.measure.scores import Scores
 
@@ -128,7 +128,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _json_log(path: Path) -> dict[str, Any]:
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
+        log = decode_json(path.read_text(encoding="utf-8-sig"))
         if not isinstance(log["eval"], dict):
             raise TypeError
     except OSError as error:
@@ -166,7 +166,7 @@ class _Archive:
 
     def read(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads(self._bytes(self._entries[name]))
+            return decode_json(self._bytes(self._entries[name]).decode("utf-8-sig"))
         except (*_FAULTS, OSError):
             raise DataError(f"{self.path}: {name} is missing or broken") from None
 

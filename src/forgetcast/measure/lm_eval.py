@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetcast.errors import DataError
+from forgetcast.files import decode_json, read_json
 from forgetcast.measure.logs import LogFile, LogTable, digest_of, one_run
 from forgetcast.measure.scores import Scores
 
@@ -125,8 +125,8 @@ def _find(path: Path) -> list[LogFile]:
 def _known_tasks(folder: Path) -> list[str]:
     """Return the tasks that the results of version 0.4.0 name."""
     try:
-        return list(json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"])
-    except (OSError, LookupError, TypeError, ValueError, RecursionError):
+        return list(read_json(folder / "results.json")["results"])
+    except (LookupError, TypeError, DataError):
         return []
 
 
@@ -135,15 +135,15 @@ def _samples(file: Path) -> list[tuple[str, str, Sample]]:
     samples: list[tuple[str, Sample]] = []
     where = str(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if text.lstrip()[:1] == "[":
-            parts = ((f"{file}, sample {number}", part) for number, part in enumerate(json.loads(text), 1))
+            parts = ((f"{file}, sample {number}", part) for number, part in enumerate(decode_json(text), 1))
         else:
             # Not splitlines, which also splits at characters that JSON allows within a string.
             lines = enumerate(text.split("\n"), 1)
             parts = ((f"{file}, line {number}", line) for number, line in lines if line.strip())
         for where, part in parts:
-            sample = json.loads(part) if isinstance(part, str) else part
+            sample = decode_json(part) if isinstance(part, str) else part
             sample = _of_write_out(sample) if "logit_0" in sample else sample
             if isinstance(sample.get("metrics"), dict):
                 sample = sample | sample["metrics"]
@@ -194,7 +194,7 @@ def _parsed(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     words = {"True": "true", "False": "false", "(": "[", ")": "]", "nan": "NaN", "inf": "Infinity"}
-    return json.loads(re.sub(r"True|False|[()]|nan|inf", lambda match: words[match[0]], text))
+    return decode_json(re.sub(r"True|False|[()]|nan|inf", lambda match: words[match[0]], text))
 
 
 def _nats(value: Any) -> float:

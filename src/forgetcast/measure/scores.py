@@ -13,10 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from forgetcast.data.ids import ExampleIndex
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import read_table, write_table
+from forgetcast.results import validated
+
+
+class _Metadata(BaseModel):
+    """Types of the metadata that are used; any may be absent, as in files of other tools, but not null."""
+
+    model: str = ""
+    model_hash: str = ""
+    pool: str = Field(default="-", min_length=1)
+    max_length: int = Field(default=2, ge=1, le=2**31 - 1)
+    stride: int | None = Field(default=None, ge=1)
+    text: dict[str, str | bool | None] = {}
+    max_new_tokens: int = Field(default=1, ge=1)
+    thinking_left_out: int = Field(default=0, ge=0)
+    reference: str | None = None
+    settings: dict[str, Any] = {}
+    losses: dict[str, float] = {}
+    replayed: list[str] = []
+    steps: int = 0
+    seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,8 @@ class Scores:
     Raises
     ------
     DataError
-        If lengths differ, ids repeat, a loss is infinite or negative, or is NaN without a reason.
+        If lengths differ, ids repeat, a loss is infinite or negative, or is NaN without a reason, or another column
+        has values that it cannot have.
     """
 
     ids: Sequence[str]
@@ -72,7 +94,10 @@ class Scores:
         set_(self, "ids", tuple(self.ids))
         set_(self, "nll", np.asarray(self.nll, dtype=np.float64))
         set_(self, "tokens", np.asarray(self.tokens, dtype=np.int64))
-        set_(self, "truncated", np.asarray(self.truncated, dtype=bool))
+        truncated = np.asarray(self.truncated)
+        if truncated.size and truncated.dtype.kind not in "biuf":
+            raise DataError("scores: 'truncated' must be true or false")  # and "False" would be true
+        set_(self, "truncated", truncated.astype(bool))
         set_(self, "reasons", tuple(self.reasons) or (None,) * len(self.ids))
         n, names = len(self.ids), ["nll", "tokens", "truncated", "reasons"]
         for name in ("exact_match", "kl", "repeats"):
@@ -88,6 +113,11 @@ class Scores:
                 raise DataError(f"scores: {n} ids but {len(getattr(self, name))} values of {name!r}")
         if len(set(self.ids)) != n:
             raise DataError("scores: an id occurs twice")
+        if (self.tokens < 0).any():
+            raise DataError("scores: a number of tokens is negative")
+        for name in ("kl", "repeats"):
+            if (values := getattr(self, name)) is not None and np.isinf(values).any():
+                raise DataError(f"scores: a value of {name!r} is not finite")
         if self.exact_match is not None and not np.isin(self.exact_match[~np.isnan(self.exact_match)], (0, 1)).all():
             raise DataError("scores: an exact match must be 0, 1 or NaN")
         for i in np.flatnonzero(~((self.nll >= 0) & (self.nll < np.inf))).tolist():
@@ -183,7 +213,17 @@ class Scores:
         DataError
             If the file is not a score file; the message names what is missing or invalid.
         """
-        table, metadata = read_table(Path(path), ("id", "nll", "tokens", "truncated"), kind="score")
+        columns = {"id": str, "nll": float, "tokens": int, "truncated": bool}
+        others = {
+            "reason": str,
+            "prediction": str,
+            "digest": str,
+            "exact_match": bool,
+            "kl": float,
+            "nll_repeat": float,
+        }
+        table, metadata = read_table(Path(path), columns, others, kind="score")
+        validated(_Metadata, metadata, f"{path}: its metadata")
 
         def optional(name: str) -> list[Any] | None:
             return table.column(name).to_pylist() if name in table.column_names else None

@@ -8,17 +8,34 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, Field
 
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.data.pool import Pool
+from forgetcast.defaults import MAX_SEED, MOST_EXAMPLES
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import read_table, write_table
 from forgetcast.replay.sampling import interleave, stratified_order
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import Phase, Strategy, get_strategy
+from forgetcast.results import validated
+
+
+class _Metadata(BaseModel):
+    """Metadata of the file; what has a default is not in those of earlier versions, or of some strategies."""
+
+    ratio: float
+    strategy: str
+    seed: int
+    pool: str = Field(min_length=1)
+    phase: Phase | None = None
+    summary: str = ""
+    ranked_share: float = 1.0
+    repeat: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,10 @@ class ReplayPlan:
     Raises
     ------
     DataError
-        If a weight is negative or not finite, a held-out example has one, or a rank is missing or occurs twice.
+        If a weight is negative or not finite, the weights do not sum to one, a held-out example has one, a rank is
+        missing or occurs twice, or the phase is none.
+    ConfigError
+        If the ratio or the seed is out of range.
     """
 
     ids: Sequence[str]
@@ -82,12 +102,18 @@ class ReplayPlan:
         object.__setattr__(self, "held_out", np.asarray(self.held_out, dtype=bool))
         if not len(self.ids) == len(self.weights) == len(self.held_out):
             raise DataError("a replay plan needs one weight and one held-out mark for every id")
+        if self.phase not in get_args(Phase):
+            raise DataError(f"the phase of a replay plan is one of {', '.join(get_args(Phase))}, not {self.phase!r}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"the seed must be between 0 and {MAX_SEED}, not {self.seed}")
         _check_ratio(self.ratio, self.strategy, self.phase)
         for id_, weight, held in zip(self.ids, self.weights, self.held_out, strict=True):
             if not np.isfinite(weight) or weight < 0:
                 raise DataError(f"the replay weight of {id_!r} is {weight}; it must be finite and not negative")
             if held and weight > 0:
                 raise DataError(f"{id_!r} is held out, but has a replay weight")
+        if self.weights.any() and not np.isclose(self.weights.sum(), 1, rtol=0, atol=1e-6):
+            raise DataError(f"the replay weights sum to {self.weights.sum():g}; they must sum to 1")
         if self.phase == "padding" and self.weights.any():
             raise DataError("a plan that pads with new examples has no replay weights")
         if self.ratio > 0 and self.phase != "padding" and not self.weights.any():
@@ -160,6 +186,8 @@ class ReplayPlan:
 
     def check_count(self, wanted: int) -> None:
         """Raise ConfigError if `wanted` exceeds what the plan has although it may not repeat any."""
+        if wanted > MOST_EXAMPLES:
+            raise ConfigError(f"{wanted:,} examples are to be replayed; at most {MOST_EXAMPLES:,} can be")
         if wanted > self.usable > 0 and not self.repeat:
             raise ConfigError(
                 f"{wanted} examples are to be replayed, and the plan has {self.usable}: take a ratio of at most "
@@ -183,7 +211,8 @@ class ReplayPlan:
         passes = int(times.min()) if len(times) else 0
         while len(drawn) < count:
             # Arrival order of exponential clocks with these rates: successive sampling without replacement.
-            arrival = np.argsort(rng.exponential(size=len(usable)) / self.weights[usable])
+            with np.errstate(over="ignore"):  # a tiny weight comes last
+                arrival = np.argsort(rng.exponential(size=len(usable)) / self.weights[usable])
             due = usable[times <= passes]
             arranged = self._arranged(usable[arrival])
             drawn.extend(arranged[np.isin(arranged, due)].tolist())
@@ -218,29 +247,35 @@ class ReplayPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> ReplayPlan:
-        """Read a file that `save` wrote."""
-        table, metadata = read_table(Path(path), ("id", "weight", "held_out"), kind="replay plan")
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        DataError, ConfigError
+            If the file is not a replay plan; the message names what is missing or invalid.
+        """
+        columns, optional = {"id": str, "weight": float, "held_out": bool}, {"rank": int, "stratum": str}
+        table, content = read_table(Path(path), columns, optional, kind="replay plan")
+        metadata = validated(_Metadata, content, f"{path} is not a replay plan: its metadata")
         names = table.column_names
         try:
             # Files of earlier versions have no phase; their strategies are among those that ship.
-            made_by = None if "phase" in metadata else get_strategy(metadata["strategy"])
+            made_by = get_strategy(metadata.strategy) if metadata.phase is None else None
             return cls(
                 ids=table.column("id").to_pylist(),
                 weights=table.column("weight").to_numpy(),
                 held_out=table.column("held_out").to_numpy(zero_copy_only=False),
-                ratio=metadata["ratio"],
-                strategy=metadata["strategy"],
-                seed=metadata["seed"],
-                pool_fingerprint=metadata["pool"],
+                ratio=metadata.ratio,
+                strategy=metadata.strategy,
+                seed=metadata.seed,
+                pool_fingerprint=metadata.pool,
                 rank=table.column("rank").fill_null(-1).to_numpy() if "rank" in names else None,
-                ranked_share=metadata.get("ranked_share", 1.0),
+                ranked_share=metadata.ranked_share,
                 strata=table.column("stratum").to_pylist() if "stratum" in names else None,
-                repeat=metadata.get("repeat", False),
-                phase=metadata["phase"] if made_by is None else made_by.phase,
-                summary=metadata.get("summary", "") if made_by is None else made_by.summary,
+                repeat=metadata.repeat,
+                phase=metadata.phase or (made_by.phase if made_by is not None else "planned"),
+                summary=metadata.summary if made_by is None else made_by.summary,
             )
-        except KeyError as error:
-            raise DataError(f"{path} is not a replay plan: its metadata lacks {error}") from None
         except (DataError, ConfigError) as error:
             raise type(error)(f"{path}: {error}") from None
 
