@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print.
 
-Exit codes: 0 done, 1 a condition of `diff` holds, 2 bad input (one line on standard error says which), 130 interrupted, 141
-nobody reads the output any more.
+Exit codes: 0 done, 1 a condition of `diff` holds, 2 bad input (one line on standard error says which),
+130 interrupted, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
