@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -73,11 +74,12 @@ def commands() -> str:
     group: Any = typer.main.get_command(app)
     parts = [
         "`forgetcast COMMAND --help` prints the same. Most commands take `--json`.",
-        "Exit codes: 0 done; 1 a condition of `diff --fail-if` holds; 2 bad input: one line on standard error says "
+        "Exit codes: 0 done; 1 a condition of `diff --fail-if` holds, or `add` could not add some of the models, which "
+        "it names; 2 bad input: one line on standard error says "
         "what and where, and no stored file has changed; 130 interrupted: the same command resumes.",
         "`score`, `train`, `collect`, `verify` and `sequence` resume after an interruption.",
     ]
-    for name, command in group.commands.items():
+    for name, command in _all_commands(group):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option" and "--help" not in p.opts]
         words = [_metavar(p) for p in arguments] + [f"{p.opts[0]} {_metavar(p)}" for p in options if p.required]
@@ -90,6 +92,15 @@ def commands() -> str:
         rows += [f"| {_names(p)} | {_help(p)} | {_default(p)} |" for p in options]
         parts.append("| argument or option | meaning | default |\n|---|---|---|\n" + "\n".join(rows))
     return _page("Command line", *parts)
+
+
+def _all_commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every command with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _all_commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def public_names() -> str:

@@ -314,11 +314,13 @@ def test_other_invalid_input_is_rejected(work: Path, atlas: Path, run: RunComman
 
 
 def test_usage_errors_and_help_texts(run: RunCommand) -> None:
-    for command in COMMANDS:
-        code, out, _ = run(command, "--help")
-        assert code == 0
-        assert f"Example: forgetcast {command}" in " ".join(out.split())
-    assert set(typer.main.get_command(app).commands) == set(COMMANDS)
+    commands = typer.main.get_command(app).commands
+    for name, command in commands.items():
+        for words in ((name, inner) for inner in command.commands) if hasattr(command, "commands") else ((name,),):
+            code, out, _ = run(*words, "--help")
+            assert code == 0
+            assert f"Example: forgetcast {' '.join(words)}" in " ".join(out.split())
+    assert set(commands) == set(COMMANDS)
     assert run("score")[0] == 2
     assert run("no-such-command")[0] == 2
 

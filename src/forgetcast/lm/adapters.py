@@ -128,6 +128,12 @@ def parameters(model: Any) -> dict[str, tuple[int, int, torch.Size, int]]:
     }
 
 
+def shares(model: Any, before: Mapping[str, tuple[int, int, torch.Size, int]]) -> bool:
+    """Whether a model with an adapter still has all parameters of its base model, unchanged: see `parameters`."""
+    now = set(parameters(model).values())
+    return all(value in now for value in before.values())
+
+
 def _rows(model: Any) -> int:
     """Return the number of token embeddings."""
     return int(model.get_input_embeddings().weight.shape[0])

@@ -100,7 +100,12 @@ class LanguageModel:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over names, shapes and values of all parameters (64 hexadecimal digits)."""
+        """SHA-256 over names, shapes and values of all parameters (64 hexadecimal digits).
+
+        With an adapter, over names and hashes of the parameters, so that those of a shared base are hashed once.
+        """
+        if adapters.base_model(self.model) is not self.model:
+            return hash_of_parts(self.model, {})
         digest = hashlib.sha256()
         with torch.inference_mode(False):  # in which quantised weights cannot be listed
             for name, value in sorted(self.model.state_dict().items()):
@@ -147,6 +152,42 @@ def _add_to(digest: Any, name: str, value: Any) -> None:
             _add_to(digest, f"{name}.{part}", getattr(value, part))
     else:
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+Address = tuple[int, torch.dtype, torch.Size]
+
+
+def part_hashes(model: Any) -> dict[Address, str]:
+    """Return the hash of each parameter and buffer of a model by where it is in memory."""
+    return {address: _part_hash(value) for value in _parts(model).values() if (address := _address(value))}
+
+
+def hash_of_parts(model: Any, known: Mapping[Address, str]) -> str:
+    """Return a hash over the names and hashes of all parameters; those that are `known` are not hashed again."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_parts(model).items()):
+        address = _address(value)
+        found = known.get(address) if address is not None else None
+        digest.update(f"{name} {found or _part_hash(value)} ".encode())
+    return digest.hexdigest()
+
+
+def _parts(model: Any) -> dict[str, Any]:
+    with torch.inference_mode(False):  # in which quantised weights cannot be listed
+        return dict(model.state_dict())
+
+
+def _address(value: Any) -> Address | None:
+    """Return where a tensor is in memory; None for what has no address of its own, as a tensor made of others."""
+    if not isinstance(value, torch.Tensor) or hasattr(value, "__tensor_flatten__") or not value.data_ptr():
+        return None
+    return value.data_ptr(), value.dtype, value.shape
+
+
+def _part_hash(value: Any) -> str:
+    digest = hashlib.sha256()
+    _add_to(digest, "", value)
+    return digest.hexdigest()
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -284,6 +325,7 @@ class SharedBase:
         # Where the adapter's files are says nothing about the base model's.
         self._of_base = options | {"model_kwargs": {k: v for k, v in kwargs.items() if k not in _HUB_OPTIONS}}
         self._bases: dict[str, LanguageModel] = {}
+        self._hashes: dict[Address, str] = {}
 
     def base_name(self, model: str) -> str | None:
         """Return the name of the base model of an adapter; None if `model` is not an adapter.
@@ -310,7 +352,7 @@ class SharedBase:
             As `load` does.
         """
         if name not in self._bases:
-            self._bases.clear()  # before the next one needs the memory
+            self._forget()  # before the next one needs the memory
             self._bases[name] = replace(load(name, **self._of_base), rendering=self._rendering)
         return self._bases[name]
 
@@ -326,10 +368,11 @@ class SharedBase:
         adapter = self._adapter(name)
         base = self.base(adapter.base) if adapter is not None else None
         if adapter is None or base is None or adapters.is_adapted(base.model):
-            self._bases.clear()
+            self._forget()
             yield replace(load(name, **self._options), rendering=self._rendering)
             return
         _ = base.weights_hash  # of the weights alone
+        self._hashes = self._hashes or part_hashes(base.model)
         options = {**self._hub, "trust_remote_code": self._options.get("trust_remote_code", False)}
         before = adapters.parameters(base.model)
         adapted: Any = None
@@ -337,13 +380,22 @@ class SharedBase:
             with _one_line(name), without_bars():
                 tokenizer = _tokenizer(adapter.source, adapter.base, options, None)
                 adapted = adapters.attach(base.model, adapter, tokenizer, self._hub)
-            yield LanguageModel(adapted, tokenizer, name, self._rendering, base.loading)
+            language_model = LanguageModel(adapted, tokenizer, name, self._rendering, base.loading)
+            # A base model that was resized is hashed whole, because memory that it gave back may be in use again.
+            known = self._hashes if adapters.shares(adapted, before) else {}
+            vars(language_model)["weights_hash"] = hash_of_parts(adapted, known)
+            yield language_model
         finally:
             if adapted is not None:
                 adapters.detach(adapted)
             # An adapter may have resized or changed the base model's weights, or been attached in part.
             if adapters.parameters(base.model) != before:
-                self._bases.clear()
+                self._forget()
+
+    def _forget(self) -> None:
+        """Give the memory of the base model back."""
+        self._bases.clear()
+        self._hashes.clear()
 
 
 def _find(name: str) -> tuple[str, str | None]:
