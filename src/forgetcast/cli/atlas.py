@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,13 +24,14 @@ from forgetcast.cli.options import (
     AsJson,
     ByAnswers,
     Columns,
+    Engine,
     Format,
     Loading,
     MatrixPath,
     Strict,
     loads_a_model,
 )
-from forgetcast.errors import IncompleteError
+from forgetcast.errors import ConfigError, IncompleteError
 
 
 @app.command(rich_help_panel=ATLAS)
@@ -43,6 +44,12 @@ def collect(
     only: Annotated[
         list[str] | None, typer.Option(help="Task or row to make, of those in the configuration; repeatable.")
     ] = None,
+    engine: Annotated[Engine, typer.Option(help="Make the rows in this process, or by Ray, a task for each.")] = (
+        Engine.LOCAL
+    ),
+    address: Annotated[str | None, typer.Option(help="Ray: an existing cluster; default: this machine.")] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="Ray: GPUs that a row needs.")] = 0.0,
+    memory: Annotated[float, typer.Option(min=0, help="Ray: memory that a row needs, in GiB.")] = 0.0,
     *,
     loading: Loading,
 ) -> None:
@@ -55,9 +62,12 @@ def collect(
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import runs_table
     from forgetcast.experiments.collect import CollectConfig, check_destination, run_sweep
+    from forgetcast.experiments.on_ray import run_on_ray
     from forgetcast.lm import load
 
     require_single_process("collect")
+    if engine is Engine.LOCAL and (address is not None or gpus or memory):
+        raise ConfigError("--address, --gpus and --memory are for --engine ray")
     settings = CollectConfig.load(config)
     check_destination(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
@@ -66,15 +76,19 @@ def collect(
     figures: dict[str, dict[str, float]] = {}
     with progress(above=lambda: runs_table(figures)) as report:
         try:
-            run_sweep(
-                settings,
-                pool,
-                tasks,
-                partial(load, **loading.arguments()),
-                only=only or (),
-                on_progress=report,
-                on_figures=lambda name, found: figures.setdefault(name, {}).update(found),
-            )
+            if engine is Engine.RAY:
+                resources: dict[str, Any] = {"address": address, "gpus": gpus, "memory": memory}
+                run_on_ray(settings, pool, tasks, loading.arguments(), **resources, only=only or (), on_progress=report)
+            else:
+                run_sweep(
+                    settings,
+                    pool,
+                    tasks,
+                    partial(load, **loading.arguments()),
+                    only=only or (),
+                    on_progress=report,
+                    on_figures=lambda name, found: figures.setdefault(name, {}).update(found),
+                )
         except IncompleteError as error:
             failures = error.failures
     atlas = Atlas.open(settings.atlas)

@@ -73,6 +73,13 @@ class DataFormat(StrEnum):
     PROMPT_RESPONSE = "prompt-response"
 
 
+class Engine(StrEnum):
+    """What makes the rows of a sweep."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class By(StrEnum):
     """What gives equal shares of a pool."""
 

@@ -11,6 +11,7 @@ from forgetcast.experiments.collect import (
     run_sweep,
 )
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
+from forgetcast.experiments.on_ray import run_on_ray
 from forgetcast.experiments.sequence import SequenceSettings, run_sequence
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.experiments.verify import ReplayComparison, Verification, arms, pilot_comparison, verify
@@ -37,6 +38,7 @@ __all__ = [
     "load_tasks",
     "pilot_comparison",
     "prepare_atlas",
+    "run_on_ray",
     "run_sequence",
     "run_sweep",
     "verify",

@@ -428,7 +428,7 @@ def _figures(atlas: Atlas, after: Scores) -> dict[str, float]:
     return {"forgetting": float(np.nanmean(after.nll - atlas.nll_before[columns])), **speeds}
 
 
-def _training_units(tuner: FineTuner | CommandTrainer, recipe: Recipe, task: Pool) -> int:
+def _training_units(tuner: FineTuner | CommandTrainer | None, recipe: Recipe, task: Pool) -> int:
     return len(task) * TRAINING_UNITS if isinstance(tuner, CommandTrainer) else units(recipe, 0)
 
 
@@ -538,27 +538,50 @@ def run_sweep(
     sweep = config.sweep(only)
     rows = sweep.rows(tasks, config.recipe.seed)
     trainer = _command_trainer(config, load)
+    scored = round(config.score_share * len(pool)) * (1 + config.exact_match)
+    stages = Stages(on_progress)
+    later = sum(_training_units(trainer, config.recipe, tasks[row.task]) + scored for row in rows)
+    atlas, base = prepare_sweep(config, pool, load, on_progress=stages.stage(later=later))
+    tuner = trainer or FineTuner(base)
+    del base  # a command needs the memory
+    return collect(
+        tuner,
+        atlas,
+        config.recipe,
+        tasks,
+        sweep=sweep,
+        on_progress=stages.stage(later=0),
+        on_figures=on_figures,
+    )
+
+
+def prepare_sweep(
+    config: CollectConfig,
+    pool: Pool,
+    load: Callable[[str | Path], LanguageModel],
+    *,
+    on_progress: OnProgress | None = None,
+) -> tuple[Atlas, LanguageModel]:
+    """Open or create the atlas of a sweep; return it with the base model. Parameters and errors as for `run_sweep`."""
     base = replace(load(config.model), rendering=config.rendering)
-    # The tuner merges an adapter that the base model may have.
-    tuner: FineTuner | CommandTrainer = trainer or FineTuner(base)
-    base = tuner.base if isinstance(tuner, FineTuner) else base
-    stages, answered = Stages(on_progress), config.exact_match
-    scored = round(config.score_share * len(pool)) * (1 + answered)
+    if config.trainer is None:
+        base = base.merged()  # as the tuner does
     atlas = prepare_atlas(
         config.atlas,
         base,
         pool,
         config.trainer or config.recipe,
-        exact_match=answered,
+        exact_match=config.exact_match,
         max_new_tokens=config.max_new_tokens,
-        on_progress=stages.stage(
-            later=sum(_training_units(tuner, config.recipe, tasks[row.task]) + scored for row in rows)
-        ),
+        on_progress=on_progress,
     )
-    del base  # a command needs the memory
-    return collect(
-        tuner, atlas, config.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0), on_figures=on_figures
-    )
+    return atlas, base
+
+
+def unfinished(config: CollectConfig, atlas: Atlas, rows: Iterable[PlannedRow]) -> list[PlannedRow]:
+    """Return the rows that are not complete; raises MismatchError where one has another recipe."""
+    stored, facts, sweep = AtlasRows(atlas), (config.trainer or config.recipe).model_dump(), config.sweep()
+    return [row for row in rows if not stored.has(row.name, _settings(row, facts, sweep))]
 
 
 def _command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
