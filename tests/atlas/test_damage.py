@@ -107,6 +107,10 @@ def test_exchanged_files_are_errors(tmp_path: Path, pool: Pool) -> None:
         receipt.unlink()
     with pytest.raises(DataError, match="is a part of the row 't0'; move it back"):
         Atlas.open(atlas.path).matrix()
+    (atlas.path / "receipts" / "note").touch()
+    with pytest.raises(DataError, match="receipts/note is no receipt; move it elsewhere"):
+        Atlas.open(atlas.path).matrix()
+    (atlas.path / "receipts" / "note").unlink()
     (other.parent / "notes.txt").write_text("a note")
     with pytest.raises(DataError, match=r"notes.txt is no part of an atlas; move it elsewhere"):
         _ = Atlas.open(atlas.path).tasks

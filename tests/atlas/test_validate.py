@@ -111,7 +111,7 @@ def test_lost_and_exchanged_and_foreign_files_are_named(atlas: Atlas, tmp_path: 
 
 def test_what_is_harmless_is_a_note(atlas: Atlas) -> None:
     root = Path(atlas.path)
-    receipt = next((root / "receipts").glob("t0+*"))
+    receipt = next((root / "receipts" / "t0").iterdir())
     receipt.unlink()
     (root / "rows/t0/.tmp-0-0-0.parquet").touch()
     findings = validate(root)

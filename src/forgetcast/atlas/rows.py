@@ -249,7 +249,9 @@ def _listed(storage: Storage, base: str, folder: str) -> list[Row] | None:
     # Receipts first: each of them is stored after its file.
     receipts: dict[str, set[str]] = defaultdict(set)
     for name in storage.names(f"receipts/{folder}" if folder else "receipts"):
-        _, row_folder, file = name.split("/")
+        _, row_folder, file = name.split("/") if name.count("/") == 2 else ("", "", "")
+        if not file:
+            raise DataError(f"{storage}/{name} is no receipt; move it elsewhere")
         if row_folder != OTHERS:
             receipts[row_folder].add(file)
     present: dict[str, set[str]] = defaultdict(set)

@@ -698,12 +698,9 @@ class Atlas:
         if self.format == zarr_format.FORMAT:
             return zarr_format.replays(self._storage)
         kept = []
-        stored = self._storage.names(f"receipts/{rows.OTHERS}")
-        names = self._storage.names("replays")
-        for receipt in stored:
-            if (name := f"replays/{receipt.rpartition('/')[2]}") not in names:
-                raise DataError(f"{self.path} has lost {name}; put back a copy, or remove {receipt} to do without it")
-        for name in names:
+        for name, receipt in lost_replays(self._storage):
+            raise DataError(f"{self.path} has lost {name}; put back a copy, or remove {receipt} to do without it")
+        for name in self._storage.names("replays"):
             where = f"{self.path}/{name}"
             content = check_digest(parse_json(self._storage.read(name), where), where)
             if not isinstance(content.get("run"), dict):
@@ -781,6 +778,14 @@ def parse_index(storage: Storage) -> Index:
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def lost_replays(storage: Storage) -> list[tuple[str, str]]:
+    """Return the outcomes of fine-tunes that were stored and are not there, each with its receipt."""
+    receipts = storage.names(f"receipts/{rows.OTHERS}")
+    present = set(storage.names("replays"))
+    named = [(f"replays/{receipt.rpartition('/')[2]}", receipt) for receipt in receipts]
+    return [(name, receipt) for name, receipt in named if name not in present]
 
 
 def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:

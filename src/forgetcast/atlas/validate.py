@@ -16,7 +16,7 @@ import numpy as np
 from forgetcast.atlas import rows, zarr_format
 from forgetcast.atlas.rows import BLOCK, FLIPPED, FORGETTING, POSITION, Part
 from forgetcast.atlas.storage import FolderStorage, storage_of
-from forgetcast.atlas.store import BEFORE, INDEX, POOL, parse_index
+from forgetcast.atlas.store import BEFORE, INDEX, POOL, lost_replays, parse_index
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, ForgetcastError
 from forgetcast.files import SECONDS_UNTIL_ABANDONED, TEMPORARY, check_digest, check_seal, opened_parquet, read_json
@@ -107,6 +107,8 @@ class _Check:
             self.check_arrays()
         else:
             self.check_rows(seals.get(BEFORE) or self.seal_of_base())
+            for name, receipt in lost_replays(self.storage):
+                self.add(name, f"was stored and is lost; put back a copy, or remove {receipt} to do without it")
             for name in self.storage.names("replays"):
                 with self.checking(name):
                     content = check_digest(read_json(folder / name), str(folder / name))
@@ -153,8 +155,11 @@ class _Check:
     def check_rows(self, base: str | None) -> None:
         receipts, present = defaultdict(set), defaultdict(set)
         for name in self.storage.names("receipts"):
-            folder, sign, file = name.removeprefix("receipts/").partition("+")
-            receipts[folder].add(file) if sign else self.add(name, "is no receipt; move it elsewhere", "note")
+            folder, sign, file = name.removeprefix("receipts/").partition("/")
+            if not sign:
+                self.add(name, "is no receipt; move it elsewhere")
+            elif folder != rows.OTHERS:
+                receipts[folder].add(file)
         for name in self.storage.names("rows"):
             folder, sign, file = name.removeprefix("rows/").partition("/")
             if sign and rows.is_row_file(file):
