@@ -36,6 +36,7 @@ from forgetcast.data.ids import ExampleIndex, labels
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError, MissingExtraError
 from forgetcast.files import (
+    check_destination,
     check_digest,
     check_seal,
     json_bytes,
@@ -831,6 +832,8 @@ def check_writable(path: str | Path) -> None:
         If it cannot be written to; names the file or folder.
     """
     storage = storage_of(path)
+    if isinstance(storage.location, Path):
+        check_destination(storage.location, folder=True)
     probe = f".writable-{secrets.token_hex(8)}"
     with storage.write(probe) as file:
         file.touch()

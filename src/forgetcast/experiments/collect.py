@@ -294,7 +294,7 @@ def prepare_atlas(
     DataError, OSError
         If it can be neither created nor written to, before anything is scored.
     """
-    check_destination(path)
+    check_atlas_destination(path)
     if not is_atlas(path):
         answers = _answers(max_new_tokens, metric) if exact_match else None
         meter = Meter(len(pool) * (2 if exact_match else 1), on_progress)
@@ -315,7 +315,7 @@ def prepare_atlas(
     return atlas
 
 
-def check_destination(path: str | Path) -> None:
+def check_atlas_destination(path: str | Path) -> None:
     """Check that an atlas can be created or written to, before the work that leads to it.
 
     Raises

@@ -11,7 +11,7 @@ from typing import Any
 from forgetcast.atlas.store import Atlas, is_atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, ForgetcastError, IncompleteError, MissingExtraError
-from forgetcast.experiments.collect import CollectConfig, check_destination, prepare_sweep, run_sweep, unfinished
+from forgetcast.experiments.collect import CollectConfig, check_atlas_destination, prepare_sweep, run_sweep, unfinished
 from forgetcast.experiments.runs import OnProgress
 
 WORKER_RETRIES = 3
@@ -68,7 +68,7 @@ def run_on_ray(
     if Path(config.model).is_dir():
         where["model"] = str(Path(config.model).absolute())
     config = config.model_copy(update=where)
-    check_destination(config.atlas)
+    check_atlas_destination(config.atlas)
     rows = config.sweep(only).rows(tasks, config.recipe.seed)
     if is_atlas(config.atlas):
         rows = unfinished(config, Atlas.open(config.atlas), rows)
