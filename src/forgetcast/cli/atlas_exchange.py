@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forgetcast.cli.app import atlas_app, out, print_json
+from forgetcast.cli.app import atlas_app, err, out, print_json
 from forgetcast.cli.options import AsJson, AtlasPath, NewAtlas, Output
+from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
@@ -81,10 +82,19 @@ def export(atlas: AtlasPath, output: Output) -> None:
 
 @atlas_app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="Folder or URL that `atlas export` wrote, such as hf://datasets/NAME.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folder or URL that `atlas export` wrote, such as hf://datasets/NAME. With --logs: the logs of the "
+            "base model, then those of each fine-tune."
+        ),
+    ],
     output: NewAtlas,
+    logs: Annotated[
+        bool, typer.Option("--logs", help="Read logs of lm-evaluation-harness or Inspect: a folder for each model.")
+    ] = False,
 ) -> None:
-    """Make an atlas of a data set that `atlas export` wrote.
+    """Make an atlas of a data set that `atlas export` wrote, or of logs of a base model and its fine-tunes.
 
     A matrix in a file (.npy, .json, .pkl) has no texts and no base losses and becomes no atlas: `bench` and `analyze`
     read it as it is.
@@ -92,13 +102,24 @@ def import_(
     Example: forgetcast atlas import shared -o shared.atlas
     """
     from forgetcast.atlas.exchange import import_dataset
-    from forgetcast.errors import DataError
+    from forgetcast.atlas.logs import import_logs
 
-    if Path(source).is_file():
-        raise DataError(
-            f"{source} is a file; without texts and base losses it makes no atlas: give it to `bench` or `analyze`"
+    if logs:
+        base, *tuned = map(Path, sources)
+        if not tuned:
+            raise ConfigError("--logs needs the logs of the base model and those of at least one fine-tune")
+        atlas, notes = import_logs(base, tuned, output)
+        for note in notes:
+            err.print(f"warning: {note}", markup=False, soft_wrap=True)
+        _say(atlas)
+        return
+    if len(sources) > 1:
+        raise ConfigError("one data set is imported at a time; join atlases with `forgetcast atlas merge`")
+    if Path(sources[0]).is_file():
+        raise ConfigError(
+            f"{sources[0]} is a file; without texts and base losses it makes no atlas: give it to `bench` or `analyze`"
         )
-    _say(import_dataset(source, output))
+    _say(import_dataset(sources[0], output))
 
 
 def _say(atlas: Atlas) -> None:

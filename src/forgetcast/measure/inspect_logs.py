@@ -76,6 +76,12 @@ def read_inspect(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
         If there is no such file, runs cannot be told apart, or a file is not a log; the message names it.
     """
     path = Path(path)
+    table, metadata = read_table(path)
+    return table.scores(path, metadata)
+
+
+def read_table(path: Path) -> tuple[LogTable, dict[str, Any]]:
+    """Read samples with what was asked; `read_inspect` says how."""
     headers = {file: _header(file) for file in _find(path)}
     files, note = one_run(path, _files(headers))
     table = LogTable(notes=[note] if note else [])
@@ -86,7 +92,7 @@ def read_inspect(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
             raise
         except _FAULTS:
             raise DataError(f"{file.path}: not a log of Inspect") from None
-    return table.scores(path, {"origin": "Inspect", "model": files[0].model})
+    return table, {"origin": "Inspect", "model": files[0].model}
 
 
 def _find(path: Path) -> list[Path]:
@@ -234,7 +240,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
         if "scores" not in sample and "score" in sample:  # version 1
             sample["scores"] = {"score": sample["score"]}
         kept = ("scores", "error", "invalidation")
-        samples[at] = {name: sample.get(name) for name in kept} | {"digest": _digest(sample)}
+        samples[at] = {name: sample.get(name) for name in kept} | {"digest": _digest(sample), "asked": _asked(sample)}
     epochs = max([spec.get("config", {}).get("epochs") or 1, *(epoch for _, epoch in samples)])
     scorers = list(dict.fromkeys(name for sample in samples.values() for name in sample["scores"] or ()))
     scorers = scorers or [scorer["name"] for scorer in spec.get("scorers") or ()] or ["no scorer"]
@@ -258,6 +264,7 @@ def _add(table: LogTable, file: LogFile, header: Mapping[str, Any]) -> None:
                 "reason": NO_LOSS + (f"; {reason}" if reason else ""),
                 "exact_match": exact_match,
                 "digest": digest_of([found["digest"], scorer]) if found else None,
+                "asked": found["asked"] if found else None,
             }
     table.notes += [f"{file.task}: {n} score(s) not compared: {reason}" for reason, n in sorted(unlike.items())]
 
@@ -280,6 +287,15 @@ def _right(sample: Mapping[str, Any] | None, scorer: str) -> tuple[float, str | 
     except LookupError:
         number = float(value) if value.strip() in ("0", "1", "0.0", "1.0") else math.nan
     return (number, None) if number in (0, 1) else (math.nan, "the score is neither right nor wrong")
+
+
+def _asked(sample: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the prompt and the target as fields of an example; None without a target."""
+    asked, target = sample["input"], sample["target"]
+    if not isinstance(asked, str):
+        asked = "\n".join(str(message.get("content") or "") for message in asked)
+    target = target if isinstance(target, str) else ", ".join(map(str, target or ()))
+    return {"prompt": asked, "completion": target} if target.strip() else None
 
 
 def _digest(sample: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -55,6 +56,12 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
         If there is no such file, runs cannot be told apart, or a line is not a sample; the message names file and line.
     """
     path = Path(path)
+    table, metadata = read_table(path)
+    return table.scores(path, metadata)
+
+
+def read_table(path: Path) -> tuple[LogTable, dict[str, Any]]:
+    """Read samples with what was asked; `read_lm_eval` says how."""
     files, note = one_run(path, _find(path))
     table = LogTable(notes=[note] if note else [])
     units: defaultdict[str, set[str]] = defaultdict(set)
@@ -70,6 +77,7 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
                 unit, loss, reason = _loss(sample, numbers_are_positions)
                 metric, exact_match = _right(sample)
                 digest = _digest(sample, unit, metric)
+                asked = _asked(sample, numbers_are_positions)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
@@ -82,7 +90,8 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
             if metric is not None and math.isnan(exact_match):
                 between[f"{file.task} ({metric})"] += 1
             table.rows[key] = {
-                "task": file.task, "nll": loss, "reason": reason, "exact_match": exact_match, "digest": digest
+                "task": file.task, "nll": loss, "reason": reason, "exact_match": exact_match, "digest": digest,
+                "asked": asked,
             }  # fmt: skip
     table.notes += [f"{name}: {n} sample(s) are neither right nor wrong, not compared" for name, n in between.items()]
     for task in sorted({file.task for file in files} - set(units) - set(right)):
@@ -91,7 +100,7 @@ def read_lm_eval(path: str | Path) -> tuple[Scores, tuple[str, ...]]:
         table.notes.append(f"losses are in {', '.join(several)}: read them by task, not their mean over all")
     metadata = {"units": units, "right": right}
     named = {name: {task: " or ".join(sorted(found)) for task, found in of.items()} for name, of in metadata.items()}
-    return table.scores(path, {"origin": "lm-evaluation-harness", **named})
+    return table, {"origin": "lm-evaluation-harness", **named}
 
 
 def _find(path: Path) -> list[LogFile]:
@@ -312,6 +321,24 @@ def _arguments(sample: Sample) -> list[list[Any]]:
     requests = sample.get("arguments") or []
     requests = list(requests.values()) if isinstance(requests, dict) else requests
     return [list(request.values()) if isinstance(request, dict) else list(request) for request in requests]
+
+
+def _asked(sample: Sample, numbers_are_positions: bool) -> dict[str, str] | None:
+    """Return the text, or the prompt and the right continuation, as fields of an example; None without a target."""
+    arguments = _arguments(sample)
+    texts = [argument[0] for argument in arguments if argument and isinstance(argument[0], str)]
+    if any(name in sample for name in ROLLING):
+        return {"text": texts[0]} if texts and texts[0].strip() else None
+    target, continuations = sample.get("target"), [str(each[1]) for each in arguments if len(each) > 1]
+    pairs = _pairs(sample)
+    if pairs is not None and len(continuations) == len(pairs):
+        try:
+            right = 0 if len(pairs) == 1 else _right_choice(sample, [_nats(p[0]) for p in pairs], numbers_are_positions)
+            target = continuations[right]
+        except _UnknownLossError:
+            pass  # the target as the log has it then
+    prompt = texts[0] if texts else json.dumps(sample.get("doc"), ensure_ascii=False)
+    return {"prompt": prompt, "completion": str(target)} if target is not None and str(target).strip() else None
 
 
 def _digest(sample: Sample, unit: str | None, metric: str | None) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import DataError
 from forgetcast.measure.scores import Scores
 
@@ -65,7 +66,7 @@ def digest_of(value: Any) -> str:
 
 @dataclass
 class LogTable:
-    """Rows by id, which `scores` turns into scores with their tasks."""
+    """Rows by id, which `scores` turns into scores with their tasks, and `pool` into what was asked."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -92,3 +93,16 @@ class LogTable:
             metadata={**metadata, "notes": self.notes},
         )
         return scores, tuple(row["task"] for row in rows)
+
+    def pool(self, path: Path) -> Pool:
+        """Return what was asked in the rows that say it; their source is the task.
+
+        Raises
+        ------
+        DataError
+            If no row says it.
+        """
+        return Pool(
+            (Example(id_, source=row["task"], **row["asked"]) for id_, row in self.rows.items() if row["asked"]),
+            where=str(path),
+        )
