@@ -36,8 +36,8 @@ def zero(content: bytearray, rng: random.Random) -> None:
 def everything(location: Path) -> list[Any]:
     atlas = Atlas.open(location)
     provenance = [atlas.provenance(task) for task in atlas.tasks]
-    facts = (atlas.tasks, atlas.model, atlas.recipe, provenance, atlas.before.metadata, atlas.pool.fingerprint)
-    return [*facts, atlas.matrix().values.tobytes(), atlas.before.nll.tobytes()]
+    facts = (atlas.tasks, atlas.model, atlas.recipe, provenance, atlas.scored_with, list(atlas.examples))
+    return [*facts, atlas.matrix().values.tobytes(), atlas.nll_before.tobytes(), atlas.subset(["e3"])[0]]
 
 
 @pytest.mark.parametrize("checked_whole", [True, False])

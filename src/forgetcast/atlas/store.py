@@ -107,6 +107,7 @@ class Atlas:
     def __init__(self, storage: Storage, index: Index) -> None:
         self._storage, self._index = storage, index
         self.path = storage.location
+        self._checked: set[str] = set()
 
     @classmethod
     def create(
@@ -156,12 +157,14 @@ class Atlas:
                 with storage.write(name, exclusive=True) as file:
                     seals[name] = _sealed(save, file)
             except FileExistsError:
-                stored = storage.local(name)
+                stored = storage.local(name, version=now())  # not a copy of what another creation began here earlier
                 if name == BEFORE:
                     before = _same_base(Scores.load(stored), before, stored)
                 else:
                     check_fingerprint(f"{stored}, of an atlas that was begun,", Pool.load(stored).fingerprint, pool)
-                seals[name] = check_seal(stored) or ""
+                if (seal := check_seal(stored)) is None:
+                    raise DataError(f"{stored} is not of an atlas that was begun; move it elsewhere") from None
+                seals[name] = seal
         index = Index(
             model=model,
             model_hash=before.metadata.get("model_hash"),
@@ -211,6 +214,13 @@ class Atlas:
             raise MismatchError(f"{path} is not the file that the atlas was created with; put it back")
         return path
 
+    def _whole(self, name: str) -> Path:
+        """Return the path of a file that is written once, whose bytes were all checked; each file is read once."""
+        if name not in self._checked:
+            check_seal(self._file(name))
+            self._checked.add(name)
+        return self._file(name)
+
     @cached_property
     def pool(self) -> Pool:
         """The upstream examples, read on first access.
@@ -241,7 +251,7 @@ class Atlas:
 
     def _column(self, file: str, name: str) -> Any:
         """Read one column of a file that is written once; the others stay on disk. None if there is no such column."""
-        with opened_parquet(self._file(file)) as parquet:
+        with opened_parquet(self._whole(file)) as parquet:
             return parquet.read([name])[name] if name in parquet.schema_arrow.names else None
 
     @property
@@ -602,7 +612,7 @@ class Atlas:
         ids = list(ids)
         positions = np.unique(self.examples.positions(ids, where=where))
         tables, start = [], 0
-        with opened_parquet(self._file(POOL)) as file:
+        with opened_parquet(self._whole(POOL)) as file:
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
                 if len(inside := positions[(positions >= start) & (positions < end)]):

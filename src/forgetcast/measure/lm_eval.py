@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -332,11 +333,9 @@ def _asked(sample: Sample, numbers_are_positions: bool) -> dict[str, str] | None
     target, continuations = sample.get("target"), [str(each[1]) for each in arguments if len(each) > 1]
     pairs = _pairs(sample)
     if pairs is not None and len(continuations) == len(pairs):
-        try:
+        with suppress(_UnknownLossError):  # else the target as the log has it
             right = 0 if len(pairs) == 1 else _right_choice(sample, [_nats(p[0]) for p in pairs], numbers_are_positions)
             target = continuations[right]
-        except _UnknownLossError:
-            pass  # the target as the log has it then
     prompt = texts[0] if texts else json.dumps(sample.get("doc"), ensure_ascii=False)
     return {"prompt": prompt, "completion": str(target)} if target is not None and str(target).strip() else None
 
