@@ -33,7 +33,8 @@ def make(
 ) -> Atlas:
     """Atlas with this forgetting, NaN = not measured, all examples of which were answered right before."""
     losses = np.broadcast_to(np.asarray(base, dtype=float), len(pool)).copy()
-    before = make_scores(pool, losses, model_hash=model_hash, **metadata)
+    known = {} if model_hash is None else {"model_hash": model_hash}
+    before = make_scores(pool, losses, **known, **metadata)
     before = replace(before, exact_match=np.ones(len(pool)), digests=[f"d{id_}" for id_ in pool.ids])
     atlas = Atlas.create(path, pool, before, model="base", recipe={"steps": 3})
     for name, row in zip(tasks or [f"t{i}" for i in range(len(values))], values, strict=True):

@@ -22,10 +22,10 @@ from forgetcast.results import validated
 
 
 class _Metadata(BaseModel):
-    """Types of the metadata that are used; any may be absent, as in files of other tools."""
+    """Types of the metadata that are used; any may be absent, as in files of other tools, but not null."""
 
     model: str = ""
-    model_hash: str | None = None
+    model_hash: str = ""
     pool: str = Field(default="-", min_length=1)
     max_length: int = Field(default=2, ge=1, le=2**31 - 1)
     stride: int | None = Field(default=None, ge=1)
