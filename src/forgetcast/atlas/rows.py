@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.storage import Storage
@@ -39,6 +39,7 @@ from forgetcast.files import (
     with_digest,
     write_parquet,
 )
+from forgetcast.results import validated
 
 BLOCK = 65_536
 """Examples in a row group, so that a block of columns is read alone."""
@@ -112,10 +113,7 @@ class Part:
     @cached_property
     def info(self) -> PartInfo:
         """Metadata, after checking that the part belongs to the row in whose folder it is."""
-        try:
-            info = PartInfo.model_validate(read_metadata(self.path))
-        except ValidationError as error:
-            raise DataError(f"{self.path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+        info = validated(PartInfo, read_metadata(self.path), str(self.path))
         if folder_of(info.name) != self.folder:
             raise DataError(f"{self.path} is a part of the row {info.name!r}; move it back")
         if info.base != self._base:
@@ -294,9 +292,8 @@ def write_part(
     info: Mapping[str, Any],
     order: int,
     values: Mapping[str, np.ndarray],
-    positions: np.ndarray | None,
 ) -> None:
-    """Store a part.
+    """Store a part: with the positions of what is measured, where that takes less space than a column with gaps.
 
     Parameters
     ----------
@@ -305,16 +302,17 @@ def write_part(
         Fields of `PartInfo`, and more.
     order : int
         Where the row is among the others; those of one place are sorted by name.
-    values : mapping of str to array, shape (n,) of float32
-        By column.
-    positions : array of int, shape (n,), sorted, or None
-        Positions of the examples; None: all, in order.
+    values : mapping of str to array, shape (N,) of float32
+        By column; NaN where not measured.
     """
     import pyarrow as pa
 
-    columns = {name: pa.array(column, pa.float32()) for name, column in values.items()}
-    if positions is not None:
-        columns = {POSITION: pa.array(positions, pa.int32())} | columns
+    positions = np.flatnonzero(~np.logical_and.reduce([np.isnan(column) for column in values.values()]))
+    if 2 * len(positions) < info["examples"]:
+        columns = {POSITION: pa.array(positions, pa.int32())}
+        columns |= {name: pa.array(column[positions], pa.float32()) for name, column in values.items()}
+    else:
+        columns = {name: pa.array(column, pa.float32()) for name, column in values.items()}
     table = pa.table(columns, schema=pa.schema([pa.field(n, c.type, nullable=False) for n, c in columns.items()]))
     folder = folder_of(info["name"])
     groups = (table.slice(start, BLOCK) for start in range(0, max(len(table), 1), BLOCK))

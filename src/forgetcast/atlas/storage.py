@@ -74,6 +74,12 @@ def is_url(location: Path | str) -> bool:
     return "://" in str(location)
 
 
+def beside(location: Path | str, what: str) -> Path:
+    """Return the path of a folder next to a location, or in the current folder if it is a URL: NAME.WHAT."""
+    path = Path(str(location).rpartition("/")[2]) if is_url(location) else Path(location)
+    return path.with_name(f"{path.name}.{what}")
+
+
 @contextmanager
 def whole_folder(location: Path | str, last: str) -> Iterator[Path]:
     """Yield the path of a folder to make, which is moved or copied to `location` when the block ends without an error.

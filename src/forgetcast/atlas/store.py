@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from forgetcast.atlas import rows, zarr_format
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.atlas.rows import FLIPPED, FORGETTING, Row, StoredMatrix
-from forgetcast.atlas.storage import Storage, storage_of
+from forgetcast.atlas.storage import Storage, beside, storage_of
 from forgetcast.data.formats import read_example
 from forgetcast.data.ids import ExampleIndex, labels
 from forgetcast.data.pool import Pool
@@ -377,23 +377,37 @@ class Atlas:
 
     def beside(self, what: str) -> Path:
         """Return the path of a folder for runs: next to the atlas, or in the current folder if the atlas is a URL."""
-        path = self.path if isinstance(self.path, Path) else Path(self.path.rpartition("/")[2])
-        return path.with_name(f"{path.name}.{what}")
+        return beside(self.path, what)
 
     def __repr__(self) -> str:
         """Path and size."""
         return f"Atlas({self.path}, {len(self.tasks)} tasks x {len(self.examples)} examples)"
 
+    def __contains__(self, task: str) -> bool:
+        """Whether there is a row of this name now, whatever process added it."""
+        return self._find(task) is not None
+
+    def _find(self, task: str) -> Row | zarr_format.ZarrRow | None:
+        """Return a row as it is on disk now, None if there is none; of the others, nothing is listed."""
+        if self.format == zarr_format.FORMAT:
+            return zarr_format.list_rows(self._storage).get(task)
+        found = rows.list_rows(self._storage, self._base, rows.folder_of(task))
+        return next((row for row in found if row.exists), None)
+
     def _row(self, task: str) -> Row | zarr_format.ZarrRow:
-        if task not in self._by_task:
-            self.refresh()
-        try:
-            return self._by_task[task]
-        except KeyError:
-            raise MismatchError(f"the atlas {self.path} has no task {task!r}") from None
+        listed: dict[str, Row | zarr_format.ZarrRow] = self.__dict__.get("_by_task", {})
+        row = listed.get(task) or self._find(task)
+        if row is None:
+            raise MismatchError(f"the atlas {self.path} has no task {task!r}")
+        return row
 
     def _rows(self, tasks: Iterable[str] | None) -> list[Row | zarr_format.ZarrRow]:
-        return list(self._by_task.values()) if tasks is None else [self._row(task) for task in tasks]
+        if tasks is None:
+            return list(self._by_task.values())
+        names = list(tasks)
+        if len(names) > 1:
+            _ = self._by_task  # one listing serves them all
+        return [self._row(task) for task in names]
 
     def add(
         self,
@@ -449,19 +463,18 @@ class Atlas:
         if all(np.isnan(values).all() for values in measured.values()):
             raise DataError(f"the scores after {task!r} have no loss of an example that the base model could score")
         self._require_this_format()
-        folder = rows.folder_of(task)
-        existing = next((row for row in rows.list_rows(self._storage, self._base, folder) if row.exists), None)
-        if existing is not None:
-            for name, values in measured.items():
-                known = ~np.isnan(existing.read(name, 0, self._index.examples)[columns])
-                values[known] = np.nan
-        new = np.flatnonzero(~np.isnan(list(measured.values())).all(axis=0))
-        if not len(new):
+        existing, row = self._find(task), dict[str, np.ndarray]()
+        for name, values in measured.items():
+            row[name] = np.full(self._index.examples, np.nan, np.float32)
+            row[name][columns] = values
+            if existing is not None:
+                row[name][~np.isnan(existing.read(name, 0, self._index.examples))] = np.nan
+        if all(np.isnan(values).all() for values in row.values()):
             return 0
         if existing is not None:
             order = existing.order[0]
         else:
-            folders = self._storage.folders("rows")
+            folder, folders = rows.folder_of(task), self._storage.folders("rows")
             if alike := [other for other in folders if other != folder and other.casefold() == folder.casefold()]:
                 raise DataError(
                     f"{self.path} has a row {alike[0]!r}, whose name differs only in case; choose another name"
@@ -479,19 +492,9 @@ class Atlas:
         # Where they are not allowed, there are none.
         if allow_different_tokens and (different := check_tokens(self.baseline, after, allow_different=True)):
             info["different_tokens"] = different
-        positions: np.ndarray | None = columns[new]
-        if 2 * len(new) >= self._index.examples:  # a column with gaps is smaller than one with positions
-            everywhere = {name: np.full(self._index.examples, np.nan, np.float32) for name in measured}
-            for name, values in measured.items():
-                everywhere[name][columns[new]] = values[new]
-            measured, positions = everywhere, None
-        else:
-            by_position = new[np.argsort(columns[new])]
-            measured, positions = {name: v[by_position] for name, v in measured.items()}, columns[by_position]
-        added = int((~np.isnan(measured[FORGETTING])).sum())
-        rows.write_part(self._storage, info, order, measured, positions)
+        rows.write_part(self._storage, info, order, row)
         self.refresh()
-        return added
+        return int((~np.isnan(row[FORGETTING])).sum())
 
     def read_row(self, task: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return all that is known of a row, ready for `write_row` of an atlas with the same examples.
@@ -516,9 +519,7 @@ class Atlas:
 
     def write_row(self, info: Mapping[str, Any], values: Mapping[str, np.ndarray], order: int) -> None:
         """Store a row, or entries of one, as `read_row` of another atlas returned them; nothing is checked."""
-        rows.write_part(
-            self._storage, {**info, "base": self._base, "examples": self._index.examples}, order, values, None
-        )
+        rows.write_part(self._storage, {**info, "base": self._base, "examples": self._index.examples}, order, values)
         self.refresh()
 
     def drop(self, task: str, *, reason: str = "") -> None:
@@ -708,16 +709,11 @@ class Atlas:
         """Outcomes kept by `add_replays`, oldest first."""
         if self.format == zarr_format.FORMAT:
             return zarr_format.replays(self._storage)
-        kept = []
         for name, receipt in lost_replays(self._storage):
             raise DataError(f"{self.path} has lost {name}; put back a copy, or remove {receipt} to do without it")
-        for name in self._storage.names("replays"):
-            where = f"{self.path}/{name}"
-            content = check_digest(parse_json(self._storage.read(name), where), where)
-            if not isinstance(content.get("run"), dict):
-                raise DataError(f"{where} is not a fine-tune; remove it, and verify or pilot again")
-            kept.append((str(content.get("added")), name, content["run"]))
-        return [run for *_, run in sorted(kept, key=lambda each: each[:2])]
+        names = self._storage.names("replays")
+        kept = [(*read_replay(self._storage, name), name) for name in names]
+        return [run for _, run, _ in sorted(kept, key=lambda each: (each[0], each[2]))]
 
     def add_replays(self, runs: Iterable[Mapping[str, Any]]) -> None:
         """Keep the outcomes of fine-tunes with and without replay.
@@ -740,11 +736,11 @@ class Atlas:
         be scored.
         """
         self.refresh()
-        if task not in self.tasks:
+        if (row := self._find(task)) is None:
             return False
-        if isinstance(row := self._row(task), Row) and row.finished >= share:
+        if isinstance(row, Row) and row.finished >= share:
             return True
-        row, count = self._row(task), self._index.examples
+        count = self._index.examples
         if np.isnan(row.read(FORGETTING, 0, count)[~np.isnan(self.nll_before)]).any():
             return False
         return not self.has_answers or not np.isnan(row.read(FLIPPED, 0, count)[self.right_before]).any()
@@ -797,6 +793,15 @@ def lost_replays(storage: Storage) -> list[tuple[str, str]]:
     present = set(storage.names("replays"))
     named = [(f"replays/{receipt.rpartition('/')[2]}", receipt) for receipt in receipts]
     return [(name, receipt) for name, receipt in named if name not in present]
+
+
+def read_replay(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
+    """Return when the outcome of a fine-tune was added, and the outcome; raise DataError if the file is damaged."""
+    where = f"{storage}/{name}"
+    content = check_digest(parse_json(storage.read(name), where), where)
+    if not isinstance(content.get("run"), dict):
+        raise DataError(f"{where} is not a fine-tune; remove it, and verify or pilot again")
+    return str(content.get("added")), content["run"]
 
 
 def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 from forgetcast.atlas import rows, zarr_format
 from forgetcast.atlas.rows import BLOCK, FLIPPED, FORGETTING, POSITION, Part
 from forgetcast.atlas.storage import FolderStorage, storage_of
-from forgetcast.atlas.store import BEFORE, INDEX, POOL, lost_replays, parse_index
+from forgetcast.atlas.store import BEFORE, INDEX, POOL, lost_replays, parse_index, read_replay
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, ForgetcastError
-from forgetcast.files import SECONDS_UNTIL_ABANDONED, TEMPORARY, check_digest, check_seal, opened_parquet, read_json
+from forgetcast.files import SECONDS_UNTIL_ABANDONED, TEMPORARY, check_seal, opened_parquet
 from forgetcast.measure.scores import Scores
 
 Severity = Literal["error", "note"]
@@ -111,9 +111,7 @@ class _Check:
                 self.add(name, f"was stored and is lost; put back a copy, or remove {receipt} to do without it")
             for name in self.storage.names("replays"):
                 with self.checking(name):
-                    content = check_digest(read_json(folder / name), str(folder / name))
-                    if not isinstance(content.get("run"), dict):
-                        raise DataError(f"{folder / name} is not a fine-tune; remove it, and verify or pilot again")
+                    read_replay(self.storage, name)
         self.check_leftovers(old)
         return sorted(self.findings, key=lambda finding: finding.file)
 
@@ -234,7 +232,7 @@ class _Check:
         for parent, _, files in os.walk(folder):
             for file in files:
                 name = (Path(parent) / file).relative_to(folder).as_posix()
-                top = name.partition("/")[0]
+                top, leftover = name.partition("/")[0], zarr_format.is_leftover(name)
                 if file.startswith(TEMPORARY):
                     hours = SECONDS_UNTIL_ABANDONED // 3600
                     self.add(
@@ -243,11 +241,9 @@ class _Check:
                         f"or after {hours} hours if that process was on another machine",
                         "note",
                     )
-                elif not old and zarr_format.is_leftover(name):
+                elif leftover and not old:
                     self.add(
                         top, "is of the atlas before its conversion; `forgetcast atlas compact` removes it", "note"
                     )
-                elif top not in (INDEX, POOL, BEFORE, "rows", "receipts", "replays") and not zarr_format.is_leftover(
-                    name
-                ):
+                elif not leftover and top not in (INDEX, POOL, BEFORE, "rows", "receipts", "replays"):
                     self.add(name, "is no part of an atlas; nothing reads it", "note")

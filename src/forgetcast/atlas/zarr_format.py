@@ -183,7 +183,7 @@ def copy_rows(storage: Storage, base: str, examples: int) -> None:
         if np.isnan(values[FORGETTING]).all():
             continue
         info = {**row.provenance, "base": base, "examples": examples}
-        rows.write_part(storage, info, row.number, values, None)
+        rows.write_part(storage, info, row.number, values)
 
 
 def remove(storage: Storage) -> int:
