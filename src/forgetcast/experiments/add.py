@@ -18,11 +18,15 @@ from forgetcast.atlas.store import Atlas, check_free, check_writable
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, MismatchError
+from forgetcast.experiments.command import CHECKPOINT
 from forgetcast.experiments.runs import (
     Meter,
     OnProgress,
     check_text,
+    cost,
+    is_final,
     length_settings,
+    score_base,
     score_with_progress,
 )
 from forgetcast.files import read_json
@@ -31,8 +35,6 @@ from forgetcast.settings import check_settings
 
 if TYPE_CHECKING:
     from forgetcast.lm import LanguageModel, SharedBase
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -125,9 +127,7 @@ def create_atlas(
     check_free(path)
     check_writable(path)
     language_model = base()
-    meter = Meter(len(pool) * (1 + exact_match), on_progress)
-    answers = {"max_new_tokens": max_new_tokens} if exact_match else None
-    before = score_with_progress(language_model, pool, meter, "base model", answers)
+    before = score_base(language_model, pool, {"max_new_tokens": max_new_tokens} if exact_match else None, on_progress)
     return Atlas.create(path, pool, before, model=language_model.name)
 
 
@@ -373,16 +373,13 @@ def _add_model(
         "weights_file": weights_file(job.model),
         **_facts_beside(job.model),
         **({} if recipe is None else {"seed": recipe.seed}),
-        "cost": {
-            "training": {"seconds": None, "tokens": None},
-            "scoring": {"seconds": round(scored - loaded, 3), "tokens": int(after.tokens.sum())},
-        },
+        "cost": cost(None, None, scored - loaded, after),
     }
     if choice.probes is not None:
         provenance["probes"] = choice.how
         if choice.how == "at random":
             notes.append("the atlas had fewer than two rows, so that its probes are a random sample")
-    elif "out of memory" not in after.reasons:  # what there was no memory for may be scored the next time
+    elif is_final(after):
         provenance["finished"] = 1.0
     outcome = _add(atlas, job.name, job.model, after, provenance, recipe, allow_different_tokens)
     return replace(outcome, seconds=round(scored - started, 3), notes=(*notes, *outcome.notes))

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from forgetcast.atlas.matrix import check_fingerprint
-from forgetcast.atlas.storage import is_url
+from forgetcast.atlas.storage import beside, is_url
 from forgetcast.atlas.store import Atlas, check_free, check_name, check_writable, is_atlas
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
@@ -37,7 +37,7 @@ from forgetcast.experiments.runs import (
     Stages,
     check_base,
     check_recipe,
-    score_with_progress,
+    score_base,
     units,
 )
 from forgetcast.settings import read_settings
@@ -296,9 +296,7 @@ def prepare_atlas(
     """
     check_atlas_destination(path)
     if not is_atlas(path):
-        answers = _answers(max_new_tokens, metric) if exact_match else None
-        meter = Meter(len(pool) * (2 if exact_match else 1), on_progress)
-        before = score_with_progress(base, pool, meter, "base model", answers)
+        before = score_base(base, pool, _answers(max_new_tokens, metric) if exact_match else None, on_progress)
         try:
             return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
         except MismatchError:
@@ -376,15 +374,13 @@ def collect(
         check_base(atlas, tuner.base)
         facts = recipe.model_dump()
     check_recipe(f"the atlas {atlas.path}", atlas.recipe, facts)
-    rows = AtlasRows(atlas)
-    planned = {row.name: (row, _settings(row, facts, sweep)) for row in sweep.rows(tasks, recipe.seed)}
+    rows, planned = AtlasRows(atlas), sweep.rows(tasks, recipe.seed)
     answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
-    judged = {row.task: _sample(atlas, row.task, sweep.score_share) for row, _ in planned.values()}
-    todo = [name for name, (_, settings) in planned.items() if not rows.has(name, settings)]
+    judged = {task: _sample(atlas, task, sweep.score_share) for task in dict.fromkeys(row.task for row in planned)}
+    todo = unfinished(atlas, planned, facts, sweep)
     per_row = {
-        name: _training_units(tuner, recipe, tasks[planned[name][0].task])
-        + len(judged[planned[name][0].task]) * (1 + atlas.has_answers)
-        for name in todo
+        row.name: _training_units(tuner, recipe, tasks[row.task]) + len(judged[row.task]) * (1 + atlas.has_answers)
+        for row in todo
     }
     meter, failures = Meter(sum(per_row.values()), on_progress, on_figures), dict[str, str]()
 
@@ -400,9 +396,8 @@ def collect(
             on_figures(row.name, _figures(atlas, after))
         return after
 
-    for name in todo:
-        row, settings = planned[name]
-        started = meter.done
+    for row in todo:
+        name, settings, started = row.name, _settings(row, facts, sweep), meter.done
         make_it = partial(rows.ensure, name, settings, partial(make, row, settings, started))
         reason = _try(make_it, sweep.retries)
         if reason is not None and not rows.has(name, settings):
@@ -578,19 +573,16 @@ def prepare_sweep(
     return atlas, base
 
 
-def unfinished(config: CollectConfig, atlas: Atlas, rows: Iterable[PlannedRow]) -> list[PlannedRow]:
-    """Return the rows that are not complete; raises MismatchError where one has another recipe."""
-    stored, facts, sweep = AtlasRows(atlas), (config.trainer or config.recipe).model_dump(), config.sweep()
-    return [row for row in rows if not stored.has(row.name, _settings(row, facts, sweep))]
+def unfinished(atlas: Atlas, rows: Iterable[PlannedRow], recipe: Mapping[str, Any], sweep: Sweep) -> list[PlannedRow]:
+    """Return the rows of a sweep that are not complete; raises MismatchError where one has another recipe."""
+    stored = AtlasRows(atlas)
+    return [row for row in rows if not stored.has(row.name, _settings(row, recipe, sweep))]
 
 
 def _command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
     if config.trainer is None:
         return None
-    atlas = Path(config.atlas if not is_url(config.atlas) else str(config.atlas).rpartition("/")[2])
-    trainer = CommandTrainer(
-        config.trainer, config.model, atlas.with_name(f"{atlas.name}.runs"), load, config.rendering
-    )
+    trainer = CommandTrainer(config.trainer, config.model, beside(config.atlas, "runs"), load, config.rendering)
     trainer.check()
     return trainer
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 PLACEHOLDERS = ("task", "output", "model", "seed")
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""Names of the Trainer's checkpoints."""
+
 _RUN = "forgetcast-run.json"
 
 
@@ -175,7 +177,7 @@ def find_model(folder: Path) -> Path:
     DataError
         If there is none; names what is there.
     """
-    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
     for path in (folder, *(path for _, path in sorted(numbered, reverse=True))):
         has_weights = any(file.suffix in (".safetensors", ".bin") for file in path.iterdir())
         if has_weights and any((path / name).is_file() for name in ("adapter_config.json", "config.json")):

@@ -69,9 +69,11 @@ def run_on_ray(
         where["model"] = str(Path(config.model).absolute())
     config = config.model_copy(update=where)
     check_atlas_destination(config.atlas)
-    rows = config.sweep(only).rows(tasks, config.recipe.seed)
+    sweep = config.sweep(only)
+    rows = sweep.rows(tasks, config.recipe.seed)
     if is_atlas(config.atlas):
-        rows = unfinished(config, Atlas.open(config.atlas), rows)
+        recipe = (config.trainer or config.recipe).model_dump()
+        rows = unfinished(Atlas.open(config.atlas), rows, recipe, sweep)
     if not rows:
         return Atlas.open(config.atlas)
     ours = not ray.is_initialized()

@@ -140,10 +140,12 @@ class FineTune:
         return replace(after, metadata={**after.metadata, **facts})
 
 
-def cost(training: float, trained: int | None, scoring: float, after: Scores) -> dict[str, dict[str, float | None]]:
-    """Return what a run took: seconds, and tokens that were trained on (None: unknown) or predicted in scoring."""
+def cost(
+    training: float | None, trained: int | None, scoring: float, after: Scores
+) -> dict[str, dict[str, float | None]]:
+    """Return what a run took: seconds, and tokens that were trained on or predicted in scoring; None: unknown."""
     return {
-        "training": {"seconds": round(training, 3), "tokens": trained},
+        "training": {"seconds": None if training is None else round(training, 3), "tokens": trained},
         "scoring": {"seconds": round(scoring, 3), "tokens": int(after.tokens.sum())},
     }
 
@@ -221,7 +223,7 @@ class AtlasRows(RunStore):
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Say whether the row is complete, by this process or another one; see `RunStore.has`."""
         self.atlas.refresh()
-        if name not in self.atlas.tasks:
+        if name not in self.atlas:
             return False
         stored = self.atlas.provenance(name)
         check_recipe(f"the row {name!r} of {self.atlas.path}", stored["recipe"], settings["recipe"])
@@ -234,10 +236,14 @@ class AtlasRows(RunStore):
             **settings.get("provenance", {}),
             **{what: scores.metadata[what] for what in ("cost", "text", "versions") if what in scores.metadata},
         }
-        # What there was no memory for may be scored the next time; a loss that is not finite stays so.
-        if "out of memory" not in scores.reasons:
+        if is_final(scores):
             facts["finished"] = settings.get("share", 1.0)
         self.atlas.add(name, scores, recipe=settings["recipe"], order=settings.get("order"), provenance=facts)
+
+
+def is_final(scores: Scores) -> bool:
+    """Whether another try would score no more: a loss that is not finite stays so, memory may suffice the next time."""
+    return "out of memory" not in scores.reasons
 
 
 def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
@@ -303,6 +309,14 @@ def rendering_of(atlas: Atlas) -> Rendering:
     """Return how conversations were rendered for the base scores of an atlas."""
     stored = atlas.scored_with.get("text", {})
     return Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
+
+
+def score_base(
+    base: LanguageModel, pool: Pool, answers: Mapping[str, Any] | None, on_progress: OnProgress | None
+) -> Scores:
+    """Score the pool of a new atlas by its base model, as `score_with_progress`."""
+    meter = Meter(len(pool) * (1 if answers is None else 2), on_progress)
+    return score_with_progress(base, pool, meter, "base model", answers)
 
 
 def score_with_progress(
