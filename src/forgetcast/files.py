@@ -70,7 +70,7 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """
     make_folder(path.parent)
     remove_abandoned(path.parent)
-    temporary = path.parent / f"{TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    temporary = path.parent / f"{_temporary_name()}{path.suffix}"
     try:
         temporary.touch(exist_ok=False)
         yield temporary
@@ -121,9 +121,14 @@ def temporary_folder(parent: Path) -> Path:
     for folder in parent.iterdir():
         if _is_abandoned(folder):
             shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
-    made = parent / f"{TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    made = parent / _temporary_name()
     made.mkdir()
     return made
+
+
+def _temporary_name() -> str:
+    """Return a new name that says which process uses it."""
+    return f"{TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _is_abandoned(temporary: Path) -> bool:
@@ -150,9 +155,9 @@ def _machine() -> str:
     return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
 
 
-def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN is refused, because readers other than Python's cannot parse it."""
-    with atomic_path(path, exclusive=exclusive) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(json_bytes(value))
 
 

@@ -163,7 +163,7 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Losses (T,) of logits (T, V) and tokens (T,), on the CPU in double precision; overwrites the logits.
 
     Not PyTorch's cross entropy: on the CPU it adds the words one after the other, and what the rare ones of a large
-    vocabulary have in common gets lost. In place, it takes half the time, too.
+    vocabulary have in common gets lost.
     """
     logits = logits.float()
     chosen = logits.gather(1, targets.to(logits.device)[:, None])[:, 0].double()
