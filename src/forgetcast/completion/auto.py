@@ -83,20 +83,22 @@ class Auto(Completion):
             self.fallback_.fit(matrix)
         return self
 
-    def predict(self, probes: Any, observed: Any) -> Forecast:
+    def predict(self, probes: Any, observed: Any, *, audit: int = 0, population: Any = None) -> Forecast:
         """Complete new rows, each by the winner for its misfit; see `Completion.predict`."""
-        forecast = super().predict(probes, observed)
+        forecast = super().predict(probes, observed, audit=audit, population=population)
         unlike = np.asarray(forecast.misfit) < MISFIT_THRESHOLD
         if self.fallback_ is self.chosen_ or not unlike.any():
             return forecast
-        other = self.fallback_.predict(probes, observed)
+        other = self.fallback_.predict(probes, observed, audit=audit, population=population)
         if unlike.ndim == 0:
             return replace(other, misfit=forecast.misfit)
         mean, std, widths = (
             np.where(unlike[:, None], getattr(other, name), getattr(forecast, name))
             for name in ("mean", "std", "widths")
         )
-        return Forecast(mean, std, forecast.probes, forecast.misfit, widths)
+        pairs = zip(unlike.tolist(), other.wholes, forecast.wholes, strict=True)
+        wholes = tuple(second if odd else first for odd, second, first in pairs)
+        return Forecast(mean, std, forecast.probes, forecast.misfit, widths, audit, wholes)
 
 
 def _best(

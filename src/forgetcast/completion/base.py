@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
@@ -14,13 +14,24 @@ import scipy  # submodules load lazily, so that starting is fast
 from forgetcast.atlas import Atlas
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.rows import StoredMatrix
+from forgetcast.completion.whole import (
+    LEVELS,
+    Above,
+    Joint,
+    MeanOf,
+    Statistic,
+    Tail,
+    Whole,
+    Widths,
+    check_level,
+    check_share,
+    each_row,
+    standardised_errors,
+)
 from forgetcast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from forgetcast.completion.gaussian import LinearGaussian
-
-LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
-"""Interval levels whose widths are estimated on left-out tasks; others are interpolated."""
 
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
 """Of `leave_tasks_out`: groups of tasks, or single tasks where entries are missing; examples; probes of each task."""
@@ -49,6 +60,10 @@ class Forecast:
         Small (say below .05) means unlike the atlas, so trust the forecast less. 1.0 where there are no probes.
     widths : array, shape (len(LEVELS),) or (B, len(LEVELS))
         Half-width of the interval at each level of LEVELS, in standard deviations.
+    audit : int
+        Number of the last probes that were drawn at random.
+    wholes : tuple of Whole, length 1 or B
+        What the intervals of the rows as wholes are computed from, once they are asked for.
     """
 
     mean: np.ndarray
@@ -56,6 +71,8 @@ class Forecast:
     probes: np.ndarray
     misfit: np.ndarray | float
     widths: np.ndarray
+    audit: int = 0
+    wholes: tuple[Whole, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         *rows, examples = self.mean.shape
@@ -71,11 +88,76 @@ class Forecast:
         ConfigError
             If `level` is not in [0, .99].
         """
-        if not 0 <= level <= LEVELS[-1]:
-            raise ConfigError(f"an interval's level must be between 0 and {LEVELS[-1]}, not {level}")
+        check_level(level)
         widths = np.array([np.interp(level, LEVELS, row) for row in np.atleast_2d(self.widths)], self.std.dtype)
         half = (widths[:, None] if self.widths.ndim == 2 else widths[0]) * self.std
         return self.mean - half, self.mean + half
+
+    def mean_interval(
+        self, level: float = 0.9, guaranteed: bool = False, *, among: Any = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the mean forgetting of all examples and its interval: value, lower and upper end.
+
+        Parameters
+        ----------
+        level : float
+        guaranteed : bool
+            False: *model-based*, from the joint posterior, calibrated on left-out tasks; it holds for tasks like those
+            of the atlas. True: *guaranteed*, from the probes that were drawn at random, whatever the atlas.
+        among : array-like of int, optional
+            Columns to average over, such as those of a source; default: all, or the population given to `predict`.
+
+        Returns
+        -------
+        value, lower, upper : array, each of shape () or (B,)
+            Nats per token.
+
+        Raises
+        ------
+        ConfigError
+            If `level` is not in [0, .99].
+        DataError
+            If a guaranteed interval is asked for, and fewer than two probes were drawn at random.
+        """
+        return self._interval(MeanOf(), level, guaranteed, among)
+
+    def tail_interval(
+        self, share: float = 0.1, level: float = 0.9, guaranteed: bool = False, *, among: Any = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the mean of the most forgotten share of the examples, by the truth, and its interval.
+
+        It is above the mean of the highest forecasts, because the truth has noise that a forecast has not. The
+        guaranteed interval takes the threshold of the tail from the forecast; one that is far off makes it too high.
+        Otherwise as `mean_interval`.
+        """
+        check_share(share)
+        return self._interval(Tail(share), level, guaranteed, among)
+
+    def above_interval(
+        self, threshold: float = 0.1, level: float = 0.9, guaranteed: bool = False, *, among: Any = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the share of the examples above a threshold in nats per token, and its interval; as `mean_interval`.
+
+        Raises
+        ------
+        ConfigError
+            If the threshold is not a finite number.
+        """
+        if not np.isfinite(threshold):
+            raise ConfigError(f"the threshold of forgetting must be a finite number, not {threshold}")
+        return self._interval(Above(threshold), level, guaranteed, among)
+
+    def _interval(
+        self, statistic: Statistic, level: float, guaranteed: bool, among: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if not self.wholes:
+            raise DataError("this forecast has no joint posterior; make it with predict")
+        columns = None if among is None else among_columns(among, self.mean.shape[-1])
+        return each_row(
+            self.wholes,
+            self.mean.ndim == 1,
+            lambda whole: whole.interval(statistic, level, guaranteed=guaranteed, among=columns),
+        )
 
 
 class State(Protocol):
@@ -91,6 +173,10 @@ class State(Protocol):
         log_misfit : array, shape (B,)
             Log of how badly the probes fit, on any scale that left-out tasks can be compared on.
         """
+        ...
+
+    def joint(self, probes: np.ndarray, row: np.ndarray) -> Joint:
+        """Return the joint posterior of one row, given its measurements (k,) at the probes (k,)."""
         ...
 
     def extend(self, observed: np.ndarray) -> State:
@@ -113,12 +199,15 @@ class Completion(ABC):
         Interval half-widths in standard deviations, from left-out tasks.
     scale_ : float
         Factor of the model's standard deviations that gives standardised errors on left-out tasks variance one.
+    whole_widths_ : Widths
+        Half-widths of the intervals of whole rows in standard deviations, from left-out tasks.
     """
 
     state_: State
     examples_: Sequence[str]
     widths_: np.ndarray
     scale_: float
+    whole_widths_: Widths
     _log_misfits: np.ndarray
     _fitted_on: ForgettingMatrix | StoredMatrix
     _gaussian: LinearGaussian | None = None
@@ -182,7 +271,7 @@ class Completion(ABC):
         self._calibrate(values)
         return self
 
-    def predict(self, probes: Any, observed: Any) -> Forecast:
+    def predict(self, probes: Any, observed: Any, *, audit: int = 0, population: Any = None) -> Forecast:
         """Complete new rows from their probes.
 
         Parameters
@@ -191,11 +280,17 @@ class Completion(ABC):
             Columns that were measured; all different. k = 0 gives the forecast before anything is measured.
         observed : array-like, shape (k,) or (B, k)
             Forgetting there, nats per token.
+        audit : int
+            Number of the last probes that were drawn at random from the population without the other probes, as
+            `probes.choose` does; guaranteed intervals need them.
+        population : array-like of int, optional
+            Columns that the intervals of the whole are of, such as those that can be measured; default: all.
 
         Raises
         ------
         DataError
-            If a probe is out of range or repeats, or a measurement is not a finite number.
+            If a probe is out of range or repeats, a measurement is not a finite number, `audit` is not in [0, k], or a
+            random probe is not of the population.
         """
         self._check_fitted()
         probes = np.asarray(probes, dtype=np.intp).reshape(-1)
@@ -211,15 +306,22 @@ class Completion(ABC):
         if not np.isfinite(rows).all():
             bad = self.examples_[probes[np.argwhere(~np.isfinite(rows))[0, 1]]]
             raise DataError(f"the measurement of the probe {bad!r} is not a finite number")
+        if not 0 <= audit <= len(probes):
+            raise DataError(f"of {len(probes)} probes, {audit} cannot have been drawn at random")
+        columns = None if population is None else among_columns(population, len(self.examples_))
+        if columns is not None and not np.isin(probes[len(probes) - audit :], columns).all():
+            raise DataError("a random probe is not of the population that it was to be drawn from")
         mean, variance, log_misfit = self.state_.posterior(probes, rows)
         std = np.sqrt(variance, out=variance if variance.shape == mean.shape else np.empty_like(mean))
         std *= self.scale_
         std[:, probes] = 0.0
         mean[:, probes] = rows
         misfit = self._p_value(log_misfit) if len(probes) else np.ones(len(rows))
+        wholes = tuple(Whole(self.state_, mean.shape[1], probes, row, audit, columns, self.scale_, self.whole_widths_)
+            for row in rows)
         if single:
-            return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_)
-        return Forecast(mean, std, probes, misfit, self.widths_)
+            return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_, audit, wholes)
+        return Forecast(mean, std, probes, misfit, self.widths_, audit, wholes)
 
     @property
     def gaussian_(self) -> LinearGaussian:
@@ -250,10 +352,14 @@ class Completion(ABC):
         """Estimate scale and widths on left-out tasks, forecast from random probes."""
         self.scale_, self.widths_ = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
+        self.whole_widths_ = Widths.of({}, values.shape[0])
         ratios: list[np.ndarray] = []
         misfits: list[float] = []
+        left_out = []
         for rest, rows, probes in leave_tasks_out(values):
-            mean, variance, log_misfit = self.estimate(rest).posterior(probes, rows[:, probes])
+            state = self.estimate(rest)
+            mean, variance, log_misfit = state.posterior(probes, rows[:, probes])
+            left_out.append((state, rows, probes))
             ratios.append(np.delete((rows - mean) / np.sqrt(variance), probes, axis=1).ravel())
             misfits.extend(log_misfit)
         if not ratios:
@@ -263,6 +369,12 @@ class Completion(ABC):
         self.widths_ = np.quantile(pooled, LEVELS) / self.scale_
         self.widths_[0] = 0.0
         self._log_misfits = np.array(misfits)
+        errors = [
+            standardised_errors(state.joint(probes, row[probes]), row, probes, self.scale_)
+            for state, rows, probes in left_out
+            for row in rows
+        ]
+        self.whole_widths_ = Widths.of({name: [each[name] for each in errors] for name in errors[0]}, values.shape[0])
 
 
 def settings(method: Completion) -> dict[str, Any]:
@@ -273,6 +385,20 @@ def settings(method: Completion) -> dict[str, Any]:
 def clone(method: AnyCompletion) -> AnyCompletion:
     """Return an unfitted copy of a method with the same settings."""
     return type(method)(**settings(method))
+
+
+def among_columns(columns: Any, n: int) -> np.ndarray:
+    """Return these columns among n, sorted and unique.
+
+    Raises
+    ------
+    DataError
+        If there are none, or one is out of range.
+    """
+    found = np.unique(np.asarray(columns, dtype=np.intp).reshape(-1))
+    if not len(found) or not (found[0] >= 0 and found[-1] < n):
+        raise DataError(f"columns among the {n} examples of the atlas are needed, at least one")
+    return found
 
 
 def check_tasks(measured: int) -> None:

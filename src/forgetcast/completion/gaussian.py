@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from forgetcast.completion.base import BLOCK, Completion
+from forgetcast.completion.whole import Component, Joint
 from forgetcast.errors import DataError
 
 SCALE_DEGREES = 5.0
@@ -66,14 +67,8 @@ class Estimate(NamedTuple):
         DataError
             If the probes leave a coefficient undetermined: an infinite prior and no probe.
         """
-        at_probes = self.loadings[probes].astype(np.float64)
-        deviation = np.zeros(len(self.prior)) if self.out_of_family is None else self.out_of_family
-        components = np.array(OUT_OF_FAMILY if self.out_of_family is not None else OUT_OF_FAMILY[:1])
-        proportional, uniform = components[:, :1], components[:, 1:]
-        noise = self.noise[probes] + proportional * (at_probes**2 @ deviation) + uniform * self.out_of_family_mean
-        means, covariances, weights, scales, log_misfit = _condition(
-            at_probes, self.prior, noise, rows - self.mean[probes]
-        )
+        proportional, uniform, deviation = self._mixture()
+        means, covariances, weights, scales, log_misfit = self._conditioned(probes, rows)
         average = np.einsum("hb,hbr->br", weights, means)
         # Covariance of the coefficients, for each row (B, r, r): within each component, and between their means.
         scaled = weights * scales
@@ -83,6 +78,37 @@ class Estimate(NamedTuple):
         floor = (uniform * scaled).sum(axis=0) * self.out_of_family_mean
         mean, variance = self._project(average, spread, scaled.sum(axis=0), floor)
         return mean, variance, log_misfit
+
+    def joint(self, probes: np.ndarray, row: np.ndarray) -> Joint:
+        """Return the joint posterior of one row: a component for each class of tasks; see `State`."""
+        proportional, uniform, deviation = self._mixture()
+        means, covariances, weights, scales, _ = self._conditioned(probes, row[None])
+        explained = np.square(self.loadings) @ deviation if self.out_of_family is not None else np.zeros(1)
+        return tuple(
+            Component(
+                weight=float(weights[h, 0]),
+                mean=self.mean,
+                loadings=self.loadings,
+                centre=means[h, 0],
+                covariance=covariances[h] * scales[h, 0],
+                noise=scales[h, 0] * (self.noise + proportional[h] * explained + uniform[h] * self.out_of_family_mean),
+                degrees=SCALE_DEGREES + len(probes),
+            )
+            for h in range(len(weights))
+        )
+
+    def _mixture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the two numbers of OUT_OF_FAMILY, each (H, 1), and the variances (r,) that the first multiplies."""
+        deviation = np.zeros(len(self.prior)) if self.out_of_family is None else self.out_of_family
+        components = np.array(OUT_OF_FAMILY if self.out_of_family is not None else OUT_OF_FAMILY[:1])
+        return components[:, :1], components[:, 1:], deviation
+
+    def _conditioned(self, probes: np.ndarray, rows: np.ndarray) -> Conditioned:
+        """Condition the coefficients on rows (B, k) measured at the probes (k,)."""
+        proportional, uniform, deviation = self._mixture()
+        at_probes = self.loadings[probes].astype(np.float64)
+        noise = self.noise[probes] + proportional * (at_probes**2 @ deviation) + uniform * self.out_of_family_mean
+        return _condition(at_probes, self.prior, noise, rows - self.mean[probes])
 
     def _project(
         self, coefficients: np.ndarray, spread: np.ndarray, noise: np.ndarray, floor: np.ndarray

@@ -10,6 +10,7 @@ import scipy
 
 from forgetcast.completion.base import Completion
 from forgetcast.completion.low_rank import truncated_svd
+from forgetcast.completion.whole import Component, Joint
 from forgetcast.errors import ConfigError, DataError
 
 ROUNDS, HALVINGS = 100, 20
@@ -74,6 +75,18 @@ class Bernoulli:
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Complete rows (B, k) of 0 and 1 measured at the probes (k,); mean and variance are (B, N)."""
+        mean, _, _, likelihood = self._complete(probes, rows)
+        return mean, mean * (1 - mean), np.log(np.maximum(-likelihood, 1e-12))
+
+    def joint(self, probes: np.ndarray, row: np.ndarray) -> Joint:
+        """Return the joint posterior of one row, linear in the coefficients around their mode (the delta method)."""
+        mean, slopes, covariances, _ = self._complete(probes, row[None])
+        loadings = slopes[0][:, None] * self.loadings
+        centre = np.zeros(loadings.shape[1])
+        return (Component(1.0, mean[0], loadings, centre, covariances[0], mean[0] * (1 - mean[0]), binary=True),)
+
+    def _complete(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Complete rows (B, k): probabilities (B, N), their slopes (B, N) in the logit, covariances, likelihoods."""
         _check_binary(rows)
         design, signs = self.loadings[probes], 2 * rows - 1
         coefficients = np.zeros((len(rows), design.shape[1]))
@@ -89,7 +102,7 @@ class Bernoulli:
         spread = np.stack([((self.loadings @ c) * self.loadings).sum(axis=1) for c in covariance])
         mean = scipy.special.expit(logits / np.sqrt(1 + np.pi * spread / 8))
         likelihood = fit.entries.sum(axis=1) / max(len(probes), 1)
-        return mean, mean * (1 - mean), np.log(np.maximum(-likelihood, 1e-12))
+        return mean, mean * (1 - mean) / np.sqrt(1 + np.pi * spread / 8), covariance, likelihood
 
     def extend(self, observed: np.ndarray) -> Bernoulli:
         """Give unobserved examples the average logit and loadings."""

@@ -9,6 +9,7 @@ import numpy as np
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import Completion
 from forgetcast.completion.gaussian import column_variance
+from forgetcast.completion.whole import Component, Joint
 from forgetcast.errors import ConfigError
 
 
@@ -68,6 +69,19 @@ class Neighbours:
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Complete rows (B, k) measured at the probes (k,); the variance (N,) is that of the additive residuals."""
+        mean, log_misfit = self._complete(probes, rows)
+        return mean, self.noise, log_misfit
+
+    def joint(self, probes: np.ndarray, row: np.ndarray) -> Joint:
+        """Return the joint posterior of one row: a shift as uncertain as a mean of the probes, and the noise."""
+        mean, _ = self._complete(probes, row[None])
+        known = self.noise[probes] if len(probes) else self.noise
+        shift = float(known.mean()) / max(len(probes), 1)
+        ones = np.ones((len(self.columns), 1))
+        return (Component(1.0, mean[0], ones, np.zeros(1), np.full((1, 1), shift), self.noise),)
+
+    def _complete(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Complete rows (B, k) measured at the probes (k,): mean (B, N) and log_misfit (B,)."""
         residual = rows - self.columns[probes]
         shift = residual.mean(axis=1, keepdims=True) if len(probes) else np.zeros((len(rows), 1))
         centred = residual - shift
@@ -80,7 +94,7 @@ class Neighbours:
         weights /= weights.sum(axis=1, keepdims=True)
         mean = self.columns + shift + weights @ self.residuals
         log_misfit = np.log(np.maximum((centred**2 / self.noise[probes]).sum(axis=1) / count, 1e-12))
-        return mean, self.noise, log_misfit
+        return mean, log_misfit
 
     def extend(self, observed: np.ndarray) -> Neighbours:
         """Give unobserved examples the average effect, and a noise that covers the spread of all."""

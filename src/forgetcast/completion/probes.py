@@ -21,6 +21,7 @@ def choose(
     *,
     measured: Any = (),
     audit: int = 0,
+    seed: int = 0,
 ) -> np.ndarray:
     """Choose probes greedily: each minimises the summed posterior variance over all examples (A-optimal).
 
@@ -37,7 +38,11 @@ def choose(
     measured : array-like of int
         Columns that were measured already: they are not chosen, and the model is conditioned on them.
     audit : int
-        Number of the k probes that are drawn at random instead (they come last): their errors are an unbiased sample.
+        Number of the k probes that are drawn at random instead, without replacement from the candidates that were not
+        chosen. They come last. Their errors are an unbiased sample, which guaranteed intervals need: pass the same
+        number to `Completion.predict`. The first of them are a random sample, too.
+    seed : int
+        Of the random ones.
 
     Returns
     -------
@@ -98,7 +103,7 @@ def choose(
         scale, curvature = 1 / (noise[best] + spread[best]), projection @ total @ projection
         towards = np.array([projection, covariance @ (total @ projection)])
         covariance -= np.outer(projection, projection) * scale
-    drawn = np.random.default_rng(0).choice(np.flatnonzero(free), size=audit, replace=False)
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(free))[:audit]
     return pool[np.concatenate([np.array(chosen, dtype=np.intp), drawn])]
 
 

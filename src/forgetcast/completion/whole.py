@@ -1,0 +1,518 @@
+"""Intervals of the whole of a pool: its mean, its most forgotten share, the share above a threshold, and by source.
+
+Two kinds. A *model-based* interval follows from the joint posterior of a row, in which the coefficients are common to
+all examples, and from how far off such figures were for left-out tasks. A *guaranteed* one is survey sampling's: random
+probes are an unbiased sample of the pool, and the forecast only serves as control variate (the difference estimator;
+Saerndal, Swensson and Wretman 1992, sections 6.3 and 6.10). A control variate may not have seen the probe that it is
+compared at, so each tenth of the random probes is forecast from the rest (cross-fitting; Zrnic and Candes 2024).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import scipy  # submodules load lazily, so that starting is fast
+
+from forgetcast.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from forgetcast.completion.base import State
+
+LEVELS = np.array([0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99])
+"""Interval levels whose widths are estimated on left-out tasks; others are interpolated."""
+
+DRAWS, CALIBRATION_DRAWS = 200, 50
+"""Rows drawn from a joint posterior; for each left-out task, fewer."""
+
+PRIOR_TASKS = 8.0
+"""Weight, in left-out tasks, of Student's t in the widths of model-based intervals."""
+
+FEW_TASKS = 8
+"""With fewer left-out tasks than this, the widths of model-based intervals are mostly Student's t, not measured."""
+
+FOLDS = 10
+"""Parts of the random probes, each forecast from the others."""
+
+PRIOR_DEGREES = 10.0
+"""Weight, in degrees of freedom, of the model's variances beside the sample's in a guaranteed interval.
+
+A sample of heavy-tailed errors mostly lacks the largest, and its variance is then too small. The model knows from the
+atlas which examples are noisy; their variances, in the scale of the sample's errors, are averaged in. With more random
+probes their weight vanishes. `benchmarks/forecast.py` measures the coverage with and without."""
+
+LEAST_AUDIT = 5
+"""Random probes in a source from which on it gets a guaranteed interval."""
+
+
+class Component(NamedTuple):
+    """One component of the mixture that a row's joint posterior is: ``mean + loadings @ c + e``.
+
+    Attributes
+    ----------
+    weight : float
+        Probability of the component; those of a mixture add up to one.
+    mean : array, shape (N,)
+    loadings : array, shape (N, r)
+    centre, covariance : array, shapes (r,) and (r, r)
+        Of the Gaussian coefficients c.
+    noise : array, shape (N,)
+        Variances of the independent e.
+    degrees : float
+        Of Student's t that all variances share a scale of; infinite for a Gaussian.
+    binary : bool
+        Whether the row consists of 0 and 1, with the rest of the component as linearised probabilities; then `noise` is
+        the variance of a Bernoulli variable.
+    """
+
+    weight: float
+    mean: np.ndarray
+    loadings: np.ndarray
+    centre: np.ndarray
+    covariance: np.ndarray
+    noise: np.ndarray
+    degrees: float = np.inf
+    binary: bool = False
+
+
+Joint = tuple[Component, ...]
+"""Joint posterior of one row: a mixture. At the probes it is not conditioned; they are known."""
+
+
+def moments(joint: Joint, columns: np.ndarray) -> tuple[float, float]:
+    """Compute mean and variance of the sum over some columns, in closed form."""
+    centres, variances, weights = [], [], []
+    for part in joint:
+        loading = part.loadings[columns].sum(axis=0, dtype=np.float64)
+        centres.append(part.mean[columns].sum(dtype=np.float64) + loading @ part.centre)
+        variances.append(loading @ part.covariance @ loading + part.noise[columns].sum(dtype=np.float64))
+        weights.append(part.weight)
+    centre = float(np.dot(weights, centres))
+    return centre, float(np.dot(weights, np.array(variances) + (np.array(centres) - centre) ** 2))
+
+
+def draws(joint: Joint, columns: np.ndarray, count: int, *, scale: float = 1.0) -> Iterator[np.ndarray]:
+    """Draw rows, each of shape (len(columns),), from a joint posterior whose standard deviations are scaled.
+
+    The draws are the same every time.
+    """
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(count, [part.weight for part in joint])
+    for part, number in zip(joint, counts.tolist(), strict=True):
+        if not number:
+            continue
+        values, directions = np.linalg.eigh(part.covariance)
+        root = directions * np.sqrt(np.maximum(values, 0.0)) * scale
+        loadings = part.loadings[columns].astype(np.float32)
+        mean = (part.mean[columns] + part.loadings[columns] @ part.centre).astype(np.float32)
+        spread = (scale * np.sqrt(part.noise[columns])).astype(np.float32)
+        common = np.sqrt(part.degrees / rng.chisquare(part.degrees, number)) if np.isfinite(part.degrees) else None
+        for i, coefficients in enumerate(rng.standard_normal((number, len(values))) @ root.T):
+            factor = np.float32(1.0 if common is None else common[i])
+            expected = loadings @ (factor * coefficients.astype(np.float32))
+            expected += mean
+            if part.binary:
+                yield (rng.random(len(columns), np.float32) < expected).astype(np.float32)
+                continue
+            row = rng.standard_normal(len(columns), np.float32)
+            row *= factor * spread
+            row += expected
+            yield row
+
+
+class Statistic(ABC):
+    """A figure of a row, such as its mean.
+
+    A guaranteed interval needs it as ``base + slope * mean of g(z)``, with a g of single examples.
+    """
+
+    name: str
+
+    @abstractmethod
+    def of(self, row: np.ndarray) -> float:
+        """Compute the figure of a row, shape (n,)."""
+
+    @abstractmethod
+    def transform(self, values: np.ndarray) -> np.ndarray:
+        """Return g of each value."""
+
+    @abstractmethod
+    def expected(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance of g of Gaussian values with these means and standard deviations."""
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """Return base and slope."""
+        return 0.0, 1.0
+
+
+@dataclass(frozen=True)
+class MeanOf(Statistic):
+    """The mean of all examples, nats per token."""
+
+    name: str = "mean"
+
+    def of(self, row: np.ndarray) -> float:
+        """Return the mean."""
+        return float(row.mean(dtype=np.float64))
+
+    def transform(self, values: np.ndarray) -> np.ndarray:
+        """Return the values themselves."""
+        return values
+
+    def expected(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance."""
+        return mean, std**2
+
+
+@dataclass(frozen=True)
+class Tail(Statistic):
+    """The mean of the examples that are truly the most forgotten, nats per token; at least one example.
+
+    With a threshold q between the values inside and outside, it is q plus the mean of max(z - q, 0) divided by the
+    share; any other q gives more (Rockafellar and Uryasev 2000), and one that is nearly right, hardly more.
+
+    Attributes
+    ----------
+    share : float
+        Of the examples.
+    threshold : float
+        The q of a guaranteed interval.
+    exact : float
+        Share that the whole number of examples is.
+    """
+
+    share: float = 0.1
+    threshold: float = 0.0
+    exact: float = 0.1
+    name: str = "tail"
+
+    def count(self, size: int) -> int:
+        """Return how many of `size` examples the tail has."""
+        return min(max(1, round(self.share * size)), size)
+
+    def of(self, row: np.ndarray) -> float:
+        """Return the mean of the largest values."""
+        count = self.count(len(row))
+        return float(np.partition(row, len(row) - count)[-count:].mean(dtype=np.float64))
+
+    def transform(self, values: np.ndarray) -> np.ndarray:
+        """Return the excess over the threshold."""
+        return np.maximum(values - self.threshold, 0.0)
+
+    def expected(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance of the excess: partial moments of a Gaussian."""
+        above = mean - self.threshold
+        z = above / np.maximum(std, 1e-12)
+        density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
+        probability = scipy.special.ndtr(z)
+        first = above * probability + std * density
+        second = (above**2 + std**2) * probability + above * std * density
+        return first, np.maximum(second - first**2, 0.0)
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """Return the threshold, and one over the share."""
+        return self.threshold, 1.0 / self.exact
+
+
+@dataclass(frozen=True)
+class Above(Statistic):
+    """Share of the examples whose forgetting is above a threshold in nats per token."""
+
+    threshold: float = 0.1
+    name: str = "above"
+
+    def of(self, row: np.ndarray) -> float:
+        """Return the share."""
+        return float((row > self.threshold).mean())
+
+    def transform(self, values: np.ndarray) -> np.ndarray:
+        """Return 1 where a value is above, 0 elsewhere."""
+        return (values > self.threshold).astype(np.float64)
+
+    def expected(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probability of being above, and its Bernoulli variance."""
+        p = scipy.special.ndtr((mean - self.threshold) / np.maximum(std, 1e-12))
+        return p, p * (1 - p)
+
+
+Interval = tuple[float, float, float]
+"""Value, lower end and upper end."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Half-widths of model-based intervals in posterior standard deviations, from left-out tasks.
+
+    Attributes
+    ----------
+    tasks : int
+        Number of left-out tasks.
+    by_statistic : dict of str to array, shape (len(LEVELS),)
+    """
+
+    tasks: int
+    by_statistic: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, errors: dict[str, list[float]], known: int) -> Widths:
+        """Estimate them from standardised errors of left-out tasks; `known` is the number of all tasks.
+
+        The widths are quantiles of a mixture: the absolute errors, and with the weight of PRIOR_TASKS tasks Student's t
+        with one degree of freedom less than there are tasks, in the errors' root mean square.
+        """
+        grid = (np.arange(200) + 0.5) / 200
+        prior = np.abs(scipy.special.stdtrit(max(known - 1, 1), 0.5 + grid / 2))
+        widths, tasks = {}, 0
+        for name in ("mean", "tail", "above"):
+            found = np.abs(np.array(errors.get(name, ())))
+            tasks = len(found)
+            scale = np.sqrt((PRIOR_TASKS + (found**2).sum()) / (PRIOR_TASKS + tasks))
+            values = np.concatenate([found, scale * prior])
+            weights = np.concatenate([np.ones(tasks), np.full(len(grid), PRIOR_TASKS / len(grid))])
+            widths[name] = np.quantile(values, LEVELS, weights=weights, method="inverted_cdf")
+            widths[name][0] = 0.0
+        return cls(tasks, widths)
+
+    def at(self, level: float, statistic: Statistic) -> float:
+        """Return the half-width at a level, in standard deviations."""
+        check_level(level)
+        return float(np.interp(level, LEVELS, self.by_statistic[statistic.name]))
+
+
+def standardised_errors(joint: Joint, row: np.ndarray, probes: np.ndarray, scale: float) -> dict[str, float]:
+    """Compare the figures of a left-out row with its joint posterior: errors in posterior standard deviations.
+
+    The threshold of `Above` is the row's upper decile.
+    """
+    rest = np.delete(np.arange(len(row)), probes)
+    known = row[probes]
+    drawn = [np.concatenate([known, z]) for z in draws(joint, rest, CALIBRATION_DRAWS, scale=scale)]
+    centre, variance = moments(joint, rest)
+    errors = {"mean": (row[rest].sum() - centre) / np.sqrt(variance)}
+    for statistic in (Tail(), Above(float(np.quantile(row, 0.9)))):
+        values = np.array([statistic.of(z) for z in drawn])
+        errors[statistic.name] = (statistic.of(row) - values.mean()) / max(float(values.std(ddof=1)), 1e-12)
+    return errors
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is known of one row as a whole: its probes and its joint posterior.
+
+    Attributes
+    ----------
+    state : State
+    size : int
+        Number of examples.
+    probes, observed : array, shape (k,)
+    audit : int
+        Number of the last probes that are a random sample of `population` without the other probes.
+    population : array of int, or None
+        Sorted columns that the figures are of; None: all.
+    scale : float
+        Factor of the posterior standard deviations of single examples.
+    widths : Widths
+    """
+
+    state: State
+    size: int
+    probes: np.ndarray
+    observed: np.ndarray
+    audit: int
+    population: np.ndarray | None
+    scale: float
+    widths: Widths = field(repr=False)
+
+    def interval(
+        self, statistic: Statistic, level: float = 0.9, *, guaranteed: bool = False, among: np.ndarray | None = None
+    ) -> Interval:
+        """Return value and interval of a figure of the population, or of a part of it.
+
+        Parameters
+        ----------
+        statistic : Statistic
+        level : float
+        guaranteed : bool
+        among : array of int, optional
+            Columns of the part, among those of the population.
+        """
+        check_level(level)
+        if not guaranteed:
+            return self.model_based([statistic], level, among=among)[0]
+        return self.guaranteed([statistic], level, among=among)[0]
+
+    def _columns(self, among: np.ndarray | None) -> np.ndarray:
+        """Return the columns of the population, or of a part of it, sorted."""
+        if among is None and self.population is None:
+            return np.arange(self.size)
+        if among is None or self.population is None:
+            return np.unique(self.population if among is None else among)
+        return np.intersect1d(self.population, among)
+
+    def _unmeasured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the columns that are no probes, and the measurements of those that are."""
+        inside = np.isin(self.probes, columns, assume_unique=True)
+        return np.setdiff1d(columns, self.probes, assume_unique=True), self.observed[inside]
+
+    def model_based(
+        self, statistics: Sequence[Statistic], level: float, *, among: np.ndarray | None = None
+    ) -> list[Interval]:
+        """Return model-based intervals of several figures, all from the same draws."""
+        joint = self.state.joint(self.probes, self.observed)
+        columns = self._columns(among)
+        rest, known = self._unmeasured(columns)
+        drawn: list[list[float]] = [[] for _ in statistics]
+        centre, variance = moments(joint, rest)
+        if any(not isinstance(statistic, MeanOf) for statistic in statistics):
+            for row in draws(joint, rest, DRAWS, scale=self.scale):
+                whole = np.concatenate([known.astype(np.float32), row])
+                for values, statistic in zip(drawn, statistics, strict=True):
+                    values.append(statistic.of(whole))
+        found = []
+        for values, statistic in zip(drawn, statistics, strict=True):
+            if isinstance(statistic, MeanOf):
+                value = (known.sum() + centre) / len(columns)
+                deviation = float(np.sqrt(variance)) / len(columns)
+            else:
+                value, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(rest) else 0.0
+            half = self.widths.at(level, statistic) * deviation
+            lower, upper = value - half, value + half
+            if isinstance(statistic, Above):
+                lower, upper = max(lower, 0.0), min(upper, 1.0)
+            found.append((float(value), float(lower), float(upper)))
+        return found
+
+    def guaranteed(
+        self, statistics: Sequence[Statistic], level: float, *, among: np.ndarray | None = None
+    ) -> list[Interval]:
+        """Return guaranteed intervals of several figures.
+
+        The estimate is unbiased, whatever the atlas: each part of the random probes is, given the others, a random
+        sample of what is not measured. The interval is Student's t of the errors at the random probes, with the
+        correction for a finite population; its variance is the sample's, averaged with the model's (PRIOR_DEGREES).
+
+        Raises
+        ------
+        DataError
+            If there are fewer than two random probes.
+        """
+        columns = self._columns(among)
+        certain, audit = self._parts()
+        at = np.flatnonzero(np.isin(self.probes[audit], columns))
+        if len(at) < 2:
+            raise DataError(
+                f"a guaranteed interval needs at least two random probes, and there are {len(at)}: choose them with "
+                "probes.choose(model, k, audit=10), and pass the same audit to predict"
+            )
+        statistics = [self._located(statistic, columns) for statistic in statistics]
+        inside = np.zeros(self.size, dtype=bool)
+        inside[columns] = True
+        # The order of the probes may follow the pool's; a random one makes every part a random sample.
+        order = np.random.default_rng(0).permutation(len(audit))
+        audit = audit[np.argsort(self.probes[audit], kind="stable")][order]
+        sums = [_Sums() for _ in statistics]
+        for part in np.array_split(np.arange(len(audit)), min(len(audit), FOLDS)):
+            held = audit[part]
+            held = held[inside[self.probes[held]]]
+            if not len(held):
+                continue
+            kept = np.concatenate([certain, np.delete(audit, part)])
+            mean, variance, _ = self.state.posterior(self.probes[kept], self.observed[None, kept])
+            std = self.scale * np.sqrt(np.broadcast_to(variance, mean.shape)[0].astype(np.float64))
+            mean = mean[0].astype(np.float64)
+            rest = inside.copy()
+            rest[self.probes[kept]] = False
+            measured = self.observed[kept][inside[self.probes[kept]]]
+            for total, statistic in zip(sums, statistics, strict=True):
+                expected, spread = statistic.expected(mean, std)
+                errors = statistic.transform(self.observed[held]) - expected[self.probes[held]]
+                total.add(
+                    statistic.transform(measured).sum() + expected[rest].sum() + rest.sum() * errors.mean(),
+                    errors,
+                    spread[self.probes[held]],
+                    float(spread[rest].mean()),
+                )
+        free = len(columns) - int(inside[self.probes[certain]].sum())
+        return [
+            total.interval(statistic, len(columns), free, level)
+            for total, statistic in zip(sums, statistics, strict=True)
+        ]
+
+    def _parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of the chosen probes, and of the random ones."""
+        every = np.arange(len(self.probes))
+        return every[: len(every) - self.audit], every[len(every) - self.audit :]
+
+    def _located(self, statistic: Statistic, columns: np.ndarray) -> Statistic:
+        """Give a tail the threshold where the forecast puts it."""
+        if not isinstance(statistic, Tail):
+            return statistic
+        rest, known = self._unmeasured(columns)
+        count, thresholds = statistic.count(len(columns)), []
+        joint = self.state.joint(self.probes, self.observed)
+        for row in draws(joint, rest, CALIBRATION_DRAWS, scale=self.scale):
+            whole = np.concatenate([known, row])
+            thresholds.append(float(np.partition(whole, len(whole) - count)[-count]))
+        return Tail(statistic.share, float(np.mean(thresholds)), count / len(columns))
+
+
+class _Sums:
+    """Gathers the parts of a difference estimate."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.errors: list[np.ndarray] = []
+        self.variances: list[np.ndarray] = []
+        self.everywhere = 0.0
+
+    def add(self, total: float, errors: np.ndarray, variances: np.ndarray, everywhere: float) -> None:
+        """Add one part: its estimate of the total, errors and model variances at its probes, and mean variance."""
+        self.total += len(errors) * total
+        self.everywhere += len(errors) * everywhere
+        self.errors.append(errors)
+        self.variances.append(variances)
+
+    def interval(self, statistic: Statistic, size: int, free: int, level: float) -> Interval:
+        """Return the figure of `size` examples, `free` of which were not chosen."""
+        errors, variances = np.concatenate(self.errors), np.concatenate(self.variances)
+        n, everywhere = len(errors), self.everywhere / len(errors)
+        # In the scale of the sample's errors; examples whose variance is nearly zero do not dominate.
+        weights = 1.0 / (variances + everywhere + 1e-300)
+        modelled = everywhere * float((weights * errors**2).sum() / max((weights * variances).sum(), 1e-300))
+        pooled = ((n - 1) * errors.var(ddof=1) + PRIOR_DEGREES * modelled) / (n - 1 + PRIOR_DEGREES)
+        error = free / size * np.sqrt((1 - n / free) / n * pooled)
+        half = float(scipy.special.stdtrit(n - 1, 0.5 + level / 2)) * error
+        base, slope = statistic.affine
+        value = self.total / n / size
+        lower, upper = value - half, value + half
+        if isinstance(statistic, Tail | Above):
+            lower = max(lower, 0.0)  # neither an excess nor a share is negative
+        if isinstance(statistic, Above):
+            upper = min(upper, 1.0)
+        return tuple(float(base + slope * each) for each in (value, lower, upper))  # type: ignore[return-value]
+
+
+def check_level(level: float) -> None:
+    """Raise ConfigError if an interval's level is not in [0, .99]."""
+    if not 0 <= level <= LEVELS[-1]:
+        raise ConfigError(f"an interval's level must be between 0 and {LEVELS[-1]}, not {level}")
+
+
+def check_share(share: float) -> None:
+    """Raise ConfigError if a share of the examples is not in (0, 1]."""
+    if not 0 < share <= 1:
+        raise ConfigError(f"the share of a tail must be above 0 and at most 1, not {share}")
+
+
+def each_row(
+    rows: Sequence[Whole], single: bool, interval: Callable[[Whole], Interval]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute an interval of every row: value, lower and upper end, each of shape () or (B,)."""
+    values = np.array([interval(row) for row in rows], dtype=np.float64).reshape(-1, 3).T
+    value, lower, upper = (values[i, 0] if single else values[i] for i in range(3))
+    return np.asarray(value), np.asarray(lower), np.asarray(upper)
