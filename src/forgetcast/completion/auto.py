@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.additive import Additive
-from forgetcast.completion.base import MISFIT_THRESHOLD, Completion, Forecast, State, clone, leave_tasks_out
+from forgetcast.completion.base import (
+    MISFIT_THRESHOLD,
+    SIMILAR_SHARE,
+    Completion,
+    Forecast,
+    State,
+    clone,
+    leave_tasks_out,
+)
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.factorisation import MatrixFactorization
 from forgetcast.completion.logistic import LogisticMF, is_binary
 from forgetcast.completion.neighbours import KNN
 from forgetcast.errors import ConfigError
-
-SIMILAR_SHARE = 1 / 3
-"""Share of the other tasks, the most similar, to leave out too for the comparison on tasks unlike the atlas."""
 
 
 class Auto(Completion):

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
 """Of `leave_tasks_out`: groups of tasks, or single tasks where entries are missing; examples; probes of each task."""
 
+SIMILAR_SHARE = 1 / 3
+"""Share of the other tasks, the most similar, to leave out too for a comparison on tasks unlike the atlas."""
+
 MISFIT_THRESHOLD = 0.05
 """A task whose misfit is below this counts as unlike the atlas."""
 

@@ -6,36 +6,58 @@ import numpy as np
 import scipy
 
 from forgetcast.atlas.rows import StoredMatrix
-from forgetcast.completion.gaussian import Estimate, LinearGaussian
+from forgetcast.completion.gaussian import CLASSES, Estimate, LinearGaussian, Mixture
 from forgetcast.completion.low_rank import IncompleteError, LowRank, factor_complete, factor_incomplete
+from forgetcast.completion.stacking import left_out_errors, stack
 from forgetcast.errors import ConfigError
 
 TASKS_PER_FACTOR = 4
+
+PATTERNS = 3
+"""Coefficients in addition to the factors': shift, pattern of the means, pattern of the variability."""
+
+VARIABILITY = 0.5
+"""Variance of the coefficient of the variability's pattern, as a multiple of that of the shift between atlas tasks."""
+
+CENTRES_SHRUNK = 0.9
+"""Factor of the atlas tasks' coefficients as centres of a kernel density; they were fitted to their noise."""
 
 
 class Bayesian(LinearGaussian):
     """Low-rank Gaussian model of a new task's row.
 
     The row is the examples' means, plus a shift of the whole task, plus a multiple of the means' pattern (a harsher
-    task amplifies what is mostly forgotten), plus a few principal factors of the doubly centred atlas, plus noise that
-    differs by example. The shift has a wide prior, because a new task may be milder or harsher than all of the atlas;
-    the others have a narrow one, because the atlas tasks' coordinates were fitted to their noise. An out-of-family
-    task, which adds independent variance to every example, is mixed in by its posterior weight.
+    task amplifies what is mostly forgotten), plus a multiple of the pattern of how much the examples vary (a task
+    unlike all others moves most what is easily moved), plus a few principal factors of the doubly centred atlas, plus
+    noise that differs by example. The shift has a wide prior, because a new task may be milder or harsher than all of
+    the atlas; the others have a narrow one, because the atlas tasks' coordinates were fitted to their noise.
+
+    A new task may belong to several classes: tasks of the atlas's family at large; tasks near one of the atlas's, whose
+    coefficients have a kernel density for their prior; and out-of-family tasks, which add independent variance to every
+    example. Their prior weights are chosen so that the average of the classes' forecasts, by their posterior weights,
+    is best on left-out tasks, and on tasks left out with those that resemble them: stacking (Wolpert 1992; Yao,
+    Vehtari, Simpson and Gelman 2018).
 
     Parameters
     ----------
     factors : int
-        Principal factors in addition to shift and scale; at most a quarter of the number of tasks, because more leave
-        too few degrees of freedom to separate loadings from noise.
+        Principal factors in addition to shift and patterns; at most a quarter of the number of tasks, because more
+        leave too few degrees of freedom to separate loadings from noise.
     prior_scale : float
-        Prior standard deviation of a factor and of the scale, as a multiple of that of the atlas tasks.
+        Prior standard deviation of a factor and of a pattern, as a multiple of that of the atlas tasks.
     shift_scale : float
         The same for the shift.
+
+    Attributes
+    ----------
+    log_weights_, power_ : array, shape (CLASSES,), and float
+        Of the classes of tasks; see `Mixture`. Equal weights with fewer than four tasks.
 
     Notes
     -----
     Factors are determined up to their sign. Where entries of the atlas are missing, alternating ridge regressions on
-    the observed ones estimate them. The noise variances are shrunk towards a common value by empirical Bayes (Smyth
+    the observed ones estimate them, and all examples count alike; in a complete atlas, those that vary much count less
+    for the tasks' coordinates (`factor_complete`). The noise variances are shrunk towards a common value by empirical Bayes (Smyth
     2004).
 
     Examples
@@ -51,6 +73,8 @@ class Bayesian(LinearGaussian):
     """
 
     _reads_blocks = True
+    log_weights_: np.ndarray = np.zeros(CLASSES)
+    power_: float = 1.0
 
     def __init__(
         self,
@@ -63,16 +87,18 @@ class Bayesian(LinearGaussian):
         self.prior_scale = prior_scale
         self.shift_scale = shift_scale
 
-    def prepare(self, values: np.ndarray | StoredMatrix) -> None:  # noqa: ARG002
-        """Check the settings."""
+    def prepare(self, values: np.ndarray | StoredMatrix) -> None:
+        """Check the settings, and choose the weights of the classes of tasks on left-out tasks."""
         if self.factors < 0 or self.prior_scale <= 0 or self.shift_scale <= 0:
             raise ConfigError("Bayesian: factors >= 0 and positive scales are needed")
+        self.log_weights_, self.power_ = np.zeros(CLASSES), 1.0
+        self.log_weights_, self.power_ = stack(left_out_errors(self, values))
 
     def estimate(self, values: np.ndarray | StoredMatrix) -> Estimate:
         """Factor the atlas and shrink the noise variances."""
         tasks, examples = values.shape
         try:
-            low_rank, squares = factor_complete(values, self._rank(tasks))
+            low_rank, squares = factor_complete(values, self._rank(tasks), balanced=True)
         except IncompleteError:
             low_rank, squares, counts = factor_incomplete(values, self._rank(tasks))
         else:
@@ -92,24 +118,49 @@ class Bayesian(LinearGaussian):
         # A column loses degrees of freedom to its mean, its loadings, and its part of the tasks' coordinates.
         degrees = np.maximum(counts - (1.0 + rank + (rank + 1) * tasks / examples), 0.0)
         noise = shrink_variances(squares, degrees)
-        shift = max(float(low_rank.rows.var(ddof=1)), float(noise.mean()) / 10)
-        loadings = np.empty((2 + low_rank.loadings.shape[1], examples), low_rank.columns.dtype).T
+        spread = float(low_rank.rows.var(ddof=1))
+        shift = max(spread, float(noise.mean()) / 10)
+        factors = low_rank.loadings.shape[1]
+        loadings = np.empty((PATTERNS + factors, examples), low_rank.columns.dtype).T
         loadings[:, 0] = 1.0
-        pattern = low_rank.columns - low_rank.columns.mean()
-        loadings[:, 1] = pattern / (float(np.sqrt(np.mean(pattern**2))) or 1.0)
-        loadings[:, 2:] = low_rank.loadings
+        loadings[:, 1] = _standardised(low_rank.columns)
+        loadings[:, 2] = _standardised(np.log(noise + _variance_explained(low_rank)))
+        loadings[:, PATTERNS:] = low_rank.loadings
         squares_of_loadings = np.einsum("nr,nr->r", loadings, loadings, dtype=np.float64) / examples
         scales = low_rank.coordinates @ (low_rank.loadings.T @ loadings[:, 1]) / examples
-        prior = np.concatenate([[0.0, max(float(scales.var(ddof=1)), 1e-12)], np.ones(low_rank.loadings.shape[1])])
-        out_of_family = self.prior_scale**2 * prior
+        patterns = [0.0, max(float(scales.var(ddof=1)), 1e-12), max(VARIABILITY * spread, 1e-12)]
+        family = self.prior_scale**2 * np.concatenate([patterns, np.ones(factors)])
+        first = np.arange(len(family)) == 0
+        centres = np.zeros((tasks, len(family)))
+        centres[:, 0], centres[:, PATTERNS:] = low_rank.rows, low_rank.coordinates
         return Estimate(
             mean=low_rank.columns,
             loadings=loadings,
-            prior=out_of_family + self.shift_scale**2 * shift * (np.arange(len(out_of_family)) == 0),
+            prior=family + self.shift_scale**2 * shift * first,
             noise=noise.astype(low_rank.columns.dtype),
-            out_of_family=out_of_family,
-            out_of_family_mean=float(squares_of_loadings @ out_of_family),
+            mixture=Mixture(
+                family=family,
+                family_mean=float(squares_of_loadings @ family),
+                centres=CENTRES_SHRUNK * centres,
+                around=family + shift * first,
+                log_weights=self.log_weights_,
+                power=self.power_,
+            ),
         )
+
+
+def _variance_explained(low_rank: LowRank) -> np.ndarray:
+    """Compute the variance of each example over the tasks that their effects and the factors explain, shape (N,)."""
+    covariance = np.atleast_2d(np.cov(np.column_stack([low_rank.rows, low_rank.coordinates]), rowvar=False))
+    of_factors = np.einsum("nr,nr->n", low_rank.loadings @ covariance[1:, 1:], low_rank.loadings)
+    return np.asarray(covariance[0, 0] + 2 * low_rank.loadings @ covariance[0, 1:] + of_factors)
+
+
+def _standardised(pattern: np.ndarray) -> np.ndarray:
+    """Centre a pattern over the examples and divide it by its standard deviation; zeros if it has none."""
+    centred = pattern - pattern.mean()
+    deviation = float(np.sqrt(np.mean(np.square(centred, dtype=np.float64))))
+    return np.asarray(centred / (deviation if deviation > 1e-6 * (1 + abs(float(pattern.mean()))) else np.inf))
 
 
 def shrink_variances(squares: np.ndarray, degrees: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +20,47 @@ from forgetcast.completion.base import BLOCK, Completion
 from forgetcast.completion.whole import Component, Joint
 from forgetcast.errors import DataError
 
-SCALE_DEGREES = 5.0
+SCALE_DEGREES = 3.0
 """Prior degrees of freedom of a new task's scale of the variances; few, because tasks differ much."""
 
 OUT_OF_FAMILY = ((0.0, 0.0), (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 3.0))
-"""Components of a mixture over classes of tasks, with equal prior weights, because the atlas cannot estimate them.
+"""Classes of tasks whose coefficients follow the common prior.
 
 The first follows the atlas. The others, out-of-family tasks, add independent variance to every example: a multiple of
 the variance that the factors explain of this example (first number), or of the average one (second number)."""
+
+BANDWIDTHS = (0.3, 0.6, 1.0)
+"""Classes of tasks that resemble one of the atlas: a kernel density of the coefficients around the atlas's tasks, with
+these multiples of the prior's standard deviations as bandwidths."""
+
+CLASSES = len(OUT_OF_FAMILY) + len(BANDWIDTHS)
+
+
+class Mixture(NamedTuple):
+    """Classes of tasks that a new one may belong to: those of OUT_OF_FAMILY, then those of BANDWIDTHS.
+
+    Attributes
+    ----------
+    family : array, shape (r,)
+        Prior variances of the coefficients whose factors an out-of-family task may not follow.
+    family_mean : float
+        Mean over the examples of ``loadings**2 @ family``.
+    centres : array, shape (M, r)
+        Coefficients of the atlas's tasks.
+    around : array, shape (r,)
+        Prior variances around a centre at bandwidth one.
+    log_weights : array, shape (CLASSES,)
+        Logarithms of the prior weights, up to a constant.
+    power : float
+        The likelihood of the probes counts by this power of it: below one where it is too sure.
+    """
+
+    family: np.ndarray
+    family_mean: float
+    centres: np.ndarray
+    around: np.ndarray
+    log_weights: np.ndarray
+    power: float
 
 
 class Estimate(NamedTuple):
@@ -41,19 +75,15 @@ class Estimate(NamedTuple):
         Prior variances of the coefficients.
     noise : array, shape (N,)
         Variances.
-    out_of_family : array, shape (r,), optional
-        Prior variances of the coefficients whose factors an out-of-family task may not follow. If given, such tasks
-        are mixed in by their posterior weight; see OUT_OF_FAMILY.
-    out_of_family_mean : float
-        Mean over the examples of ``loadings**2 @ out_of_family``.
+    mixture : Mixture, optional
+        Classes of tasks that are mixed by their posterior weights; without it there is one, the first.
     """
 
     mean: np.ndarray
     loadings: np.ndarray
     prior: np.ndarray
     noise: np.ndarray
-    out_of_family: np.ndarray | None = None
-    out_of_family_mean: float = 0.0
+    mixture: Mixture | None = None
 
     def posterior(self, probes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Condition on rows (B, k) measured at the probes (k,): mean (B, N), variance (B, N), log_misfit (B,).
@@ -67,48 +97,59 @@ class Estimate(NamedTuple):
         DataError
             If the probes leave a coefficient undetermined: an infinite prior and no probe.
         """
-        proportional, uniform, deviation = self._mixture()
-        means, covariances, weights, scales, log_misfit = self._conditioned(probes, rows)
-        average = np.einsum("hb,hbr->br", weights, means)
-        # Covariance of the coefficients, for each row (B, r, r): within each component, and between their means.
-        scaled = weights * scales
-        apart = np.sqrt(weights)[:, :, None] * (means - average)
-        spread = np.tensordot(scaled, covariances, (0, 0)) + np.einsum("hbr,hbs->brs", apart, apart)
-        spread += np.einsum("hb,r->br", proportional * scaled, deviation)[:, :, None] * np.eye(len(deviation))
-        floor = (uniform * scaled).sum(axis=0) * self.out_of_family_mean
+        found = self.condition(probes, rows)
+        average = np.einsum("hb,hbr->br", found.weights, found.means)
+        # Covariance of the coefficients, for each row (B, r, r): within each class, and between their means.
+        scaled = found.weights * found.scales
+        apart = np.sqrt(found.weights)[:, :, None] * (found.means - average)
+        spread = np.einsum("hb,hbrs->brs", found.weights, found.covariances) + np.einsum("hbr,hbs->brs", apart, apart)
+        floor = np.zeros(len(rows))
+        if self.mixture is not None:
+            proportional, uniform = _ADDED[:, :1], _ADDED[:, 1:]
+            added = np.einsum("hb,r->br", proportional * scaled, self.mixture.family)
+            spread += added[:, :, None] * np.eye(len(self.prior))
+            floor = (uniform * scaled).sum(axis=0) * self.mixture.family_mean
         mean, variance = self._project(average, spread, scaled.sum(axis=0), floor)
-        return mean, variance, log_misfit
+        return mean, variance, found.log_misfit
 
     def joint(self, probes: np.ndarray, row: np.ndarray) -> Joint:
         """Return the joint posterior of one row: a component for each class of tasks; see `State`."""
-        proportional, uniform, deviation = self._mixture()
-        means, covariances, weights, scales, _ = self._conditioned(probes, row[None])
-        explained = np.square(self.loadings) @ deviation if self.out_of_family is not None else np.zeros(1)
+        found = self.condition(probes, row[None])
+        added = self._added(self.loadings)
         return tuple(
             Component(
-                weight=float(weights[h, 0]),
+                weight=float(found.weights[h, 0]),
                 mean=self.mean,
                 loadings=self.loadings,
-                centre=means[h, 0],
-                covariance=covariances[h] * scales[h, 0],
-                noise=scales[h, 0] * (self.noise + proportional[h] * explained + uniform[h] * self.out_of_family_mean),
+                centre=found.means[h, 0],
+                covariance=found.covariances[h, 0],
+                noise=found.scales[h, 0] * (self.noise + added[h]),
                 degrees=SCALE_DEGREES + len(probes),
             )
-            for h in range(len(weights))
+            for h in range(len(found.weights))
         )
 
-    def _mixture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the two numbers of OUT_OF_FAMILY, each (H, 1), and the variances (r,) that the first multiplies."""
-        deviation = np.zeros(len(self.prior)) if self.out_of_family is None else self.out_of_family
-        components = np.array(OUT_OF_FAMILY if self.out_of_family is not None else OUT_OF_FAMILY[:1])
-        return components[:, :1], components[:, 1:], deviation
-
-    def _conditioned(self, probes: np.ndarray, rows: np.ndarray) -> Conditioned:
-        """Condition the coefficients on rows (B, k) measured at the probes (k,)."""
-        proportional, uniform, deviation = self._mixture()
+    def condition(self, probes: np.ndarray, rows: np.ndarray) -> Conditioned:
+        """Condition the coefficients on rows (B, k) measured at the probes (k,), for each class of tasks."""
         at_probes = self.loadings[probes].astype(np.float64)
-        noise = self.noise[probes] + proportional * (at_probes**2 @ deviation) + uniform * self.out_of_family_mean
-        return _condition(at_probes, self.prior, noise, rows - self.mean[probes])
+        noise = self.noise[probes] + self._added(at_probes)
+        residual = (rows - self.mean[probes])[None]
+        if self.mixture is None:
+            return _collapse([_condition(at_probes, self.prior, noise, residual)], np.zeros(1), 1.0)
+        mixture, family = self.mixture, len(OUT_OF_FAMILY)
+        parts = [_condition(at_probes, self.prior, noise[:family], residual)]
+        apart = residual - (mixture.centres @ at_probes.T)[:, None, :]
+        for bandwidth in BANDWIDTHS:
+            near = _condition(at_probes, bandwidth**2 * mixture.around, noise[-1:], apart)
+            parts.append(near._replace(means=near.means + mixture.centres[:, None, :]))
+        return _collapse(parts, mixture.log_weights, mixture.power)
+
+    def _added(self, loadings: np.ndarray) -> np.ndarray:
+        """Return the variance that each class adds to the examples with these loadings (n, r), shape (H, n) or (H, 1)."""
+        if self.mixture is None:
+            return np.zeros((1, 1))
+        explained = np.square(loadings) @ self.mixture.family
+        return np.asarray(_ADDED[:, :1] * explained + _ADDED[:, 1:] * self.mixture.family_mean)
 
     def _project(
         self, coefficients: np.ndarray, spread: np.ndarray, noise: np.ndarray, floor: np.ndarray
@@ -148,33 +189,60 @@ class Estimate(NamedTuple):
         return self._replace(mean=mean, loadings=loadings, noise=noise)
 
 
+_ADDED = np.array([*OUT_OF_FAMILY, *((0.0, 0.0) for _ in BANDWIDTHS)])
+
+
 class Conditioned(NamedTuple):
-    """Coefficients given the probes, for H components of noise and B rows.
+    """Coefficients given the probes, for H classes of tasks and B rows.
 
     Attributes
     ----------
     means : array, shape (H, B, r)
-    covariances : array, shape (H, r, r)
-        Without the rows' scale of variances.
-    weights, scales : arrays, shape (H, B)
-        Posterior probability of each component, and the factor of its variances.
+    covariances : array, shape (H, B, r, r)
+    weights : array, shape (H, B)
+        Posterior probability of each class.
+    scales : array, shape (H, B)
+        Factor of the variances of the noise; the covariances include it.
+    evidence : array, shape (H, B)
+        Log-likelihood of the probes under each class, up to a constant that all share.
     log_misfit : array, shape (B,)
-        Log of the mean squared standardised residual under the first component.
+        Log of the mean squared standardised residual under the first class.
     """
 
     means: np.ndarray
     covariances: np.ndarray
     weights: np.ndarray
     scales: np.ndarray
+    evidence: np.ndarray
     log_misfit: np.ndarray
 
 
-def _condition(loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray, residual: np.ndarray) -> Conditioned:
-    """Condition the coefficients on probes with loadings (k, r), noise (H, k) and residuals (B, k)."""
+class _Part(NamedTuple):
+    """Coefficients given the probes for H components of noise, each around G centres, and B rows.
+
+    Attributes
+    ----------
+    means : array, shape (H, G, B, r)
+    covariances : array, shape (H, r, r)
+        Without the rows' scale of variances.
+    squared, evidence : arrays, shape (H, G, B)
+        Squared standardised residual of the probes, and their log-likelihood.
+    probes : int
+    """
+
+    means: np.ndarray
+    covariances: np.ndarray
+    squared: np.ndarray
+    evidence: np.ndarray
+    probes: int
+
+
+def _condition(loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray, residual: np.ndarray) -> _Part:
+    """Condition the coefficients on probes with loadings (k, r), noise (H, k) and residuals (G, B, k)."""
     k = len(loadings)
-    weighted = residual / noise[:, None, :]  # (H, B, k)
+    weighted = residual / noise[:, None, None, :]  # (H, G, B, k)
     information = (loadings.T / noise[:, None, :]) @ loadings  # (H, r, r)
-    projected = weighted @ loadings  # (H, B, r)
+    projected = weighted @ loadings  # (H, G, B, r)
     # In units of the prior's standard deviations, so that the inverse is of matrices near one; where the prior is flat,
     # in units of the information.
     flat, diagonal = np.isinf(prior), np.diagonal(information[0])
@@ -184,16 +252,45 @@ def _condition(loadings: np.ndarray, prior: np.ndarray, noise: np.ndarray, resid
     both = np.outer(units, units)
     precision = np.diag(1.0 - flat) + information * both
     covariances = np.linalg.inv(precision) * both
-    means = projected @ covariances  # (H, B, r)
+    means = projected @ covariances[:, None]  # (H, G, B, r)
     # Woodbury: s' (noise + L prior L')^-1 s = s' noise^-1 s - (s' noise^-1 L) covariance (L' noise^-1 s)
-    squared = np.maximum((residual * weighted).sum(axis=2) - (projected * means).sum(axis=2), 1e-12)  # (H, B)
-    # Log density of the probes under Student's t, up to a constant that the components share.
-    evidence = -0.5 * (np.linalg.slogdet(precision)[1] + np.log(noise).sum(axis=1))[:, None]
+    squared = np.maximum((residual * weighted).sum(axis=3) - (projected * means).sum(axis=3), 1e-12)
+    # Log density of the probes under Student's t, up to a constant that all classes share.
+    evidence = -0.5 * (np.linalg.slogdet(precision)[1] + np.log(noise).sum(axis=1))[:, None, None]
     evidence = evidence - 0.5 * (SCALE_DEGREES + k) * np.log(SCALE_DEGREES + squared)
-    weights = np.exp(evidence - evidence.max(axis=0))
+    return _Part(means, covariances, squared, evidence, k)
+
+
+def _collapse(parts: Sequence[_Part], log_weights: np.ndarray, power: float) -> Conditioned:
+    """Replace the centres of each class by one Gaussian with their moments, and weigh the classes."""
+    means, covariances, scales, evidence = [], [], [], []
+    for part in parts:
+        highest = part.evidence.max(axis=1, keepdims=True)
+        shares = np.exp(part.evidence - highest)  # of the centres, (H, G, B)
+        evidence.append(highest[:, 0] + np.log(shares.mean(axis=1)))
+        shares /= shares.sum(axis=1, keepdims=True)
+        scale = ((SCALE_DEGREES + part.squared) / (SCALE_DEGREES + part.probes) * shares).sum(axis=1)  # (H, B)
+        mean = np.einsum("hgb,hgbr->hbr", shares, part.means)
+        covariance = scale[:, :, None, None] * part.covariances[:, None]
+        if part.means.shape[1] > 1:
+            apart = np.sqrt(shares)[..., None] * (part.means - mean[:, None])
+            covariance += np.einsum("hgbr,hgbs->hbrs", apart, apart)
+        means.append(mean)
+        covariances.append(covariance)
+        scales.append(scale)
+    total = np.concatenate(evidence)
+    weights = power * total + log_weights[:, None]
+    weights = np.exp(weights - weights.max(axis=0))
     weights /= weights.sum(axis=0)
-    scales = (SCALE_DEGREES + squared) / (SCALE_DEGREES + k)
-    return Conditioned(means, covariances, weights, scales, np.log(squared[0] / max(k, 1)))
+    squared = parts[0].squared[0, 0]
+    return Conditioned(
+        np.concatenate(means),
+        np.concatenate(covariances),
+        weights,
+        np.concatenate(scales),
+        total,
+        np.log(squared / max(parts[0].probes, 1)),
+    )
 
 
 class LinearGaussian(Completion):

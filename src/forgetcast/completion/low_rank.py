@@ -49,7 +49,9 @@ class IncompleteError(ValueError):
     """An entry is missing where a complete matrix is needed."""
 
 
-def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRank, np.ndarray]:
+def factor_complete(
+    values: np.ndarray | StoredMatrix, rank: int, *, balanced: bool = False
+) -> tuple[LowRank, np.ndarray]:
     """Reconstruct a matrix without NaN optimally, around row and column effects, in two passes over its columns.
 
     Parameters
@@ -57,6 +59,9 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
     values : array, shape (M, N)
         Or a matrix on disk, read a few columns at a time.
     rank : int
+    balanced : bool
+        Divide each column by the root of its standard deviation before the tasks' coordinates are computed, so that
+        few columns that vary much do not decide them. The loadings are of the columns as they are.
 
     Returns
     -------
@@ -78,18 +83,28 @@ def factor_complete(values: np.ndarray | StoredMatrix, rank: int) -> tuple[LowRa
     dtype = np.float64 if values.size <= SMALL else values.dtype
     columns, squares = np.empty(examples, dtype), np.empty(examples, dtype)
     gram, sums = np.zeros((tasks, tasks)), np.zeros(tasks)
+    weighted, total = np.zeros(tasks), 0.0  # as `gram` and `sums`, with the columns' weights
     ones = np.full(tasks, 1 / tasks, dtype)
     for part, stored in _blocks(values):
         block = stored.astype(dtype, copy=False)
         columns[part] = ones @ block
         block = block - columns[part]
-        gram += block @ block.T
         sums += block.sum(axis=1)
         squares[part] = np.einsum("mn,mn->n", block, block)
+        weights = np.ones(block.shape[1], dtype)
+        if balanced:
+            weights = np.maximum(squares[part], np.finfo(dtype).tiny) ** -0.5
+            block *= np.sqrt(weights)
+            weighted += block @ np.sqrt(weights)
+        gram += block @ block.T
+        total += float(weights.sum())
         if np.isnan(sums).any():
             raise IncompleteError
     rows = sums / examples
-    U, S = _leading(gram - examples * np.outer(rows, rows), min(rank, tasks, examples))
+    if not balanced:
+        weighted = sums
+    across = np.outer(rows, weighted)
+    U, S = _leading(gram - across - across.T + total * np.outer(rows, rows), min(rank, tasks, examples))
     projector = np.column_stack([U, rows]).astype(dtype)
     shares = projector.sum(axis=0)
     loadings = np.empty((len(S), examples), dtype).T  # one factor's loadings are contiguous
