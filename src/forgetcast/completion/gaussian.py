@@ -144,6 +144,13 @@ class Estimate(NamedTuple):
             parts.append(near._replace(means=near.means + mixture.centres[:, None, :]))
         return _collapse(parts, mixture.log_weights, mixture.power)
 
+    def expected_noise(self) -> np.ndarray:
+        """Return the noise variance of each example that is expected of a new task, over its classes, shape (N,)."""
+        if self.mixture is None:
+            return self.noise
+        weights = np.exp(self.mixture.log_weights - self.mixture.log_weights.max())
+        return np.asarray(self.noise + weights / weights.sum() @ self._added(self.loadings), dtype=self.noise.dtype)
+
     def _added(self, loadings: np.ndarray) -> np.ndarray:
         """Return the variance that each class adds to the examples with these loadings (n, r), shape (H, n) or (H, 1)."""
         if self.mixture is None:

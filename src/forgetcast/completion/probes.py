@@ -52,7 +52,7 @@ def choose(
     Notes
     -----
     With the posterior covariance S of the coefficients, measuring column j lowers the summed variance by
-    ``l' S G S l / (noise_j + l' S l)`` with ``l = loadings_j`` and ``G = loadings' loadings``, and S becomes
+    ``l' S G S l / (noise_j + l' S l)`` with the expected noise, ``l = loadings_j`` and ``G = loadings' loadings``, and S becomes
     ``S - S l l' S / (noise_j + l' S l)``. Both forms are kept for every candidate and updated by two products with its
     loadings, so a probe costs 4 N r operations; memory is about 50 bytes per candidate in addition to the model.
 
@@ -71,11 +71,12 @@ def choose(
     if not 0 <= audit <= k:
         raise DataError(f"of {k} probes, {audit} cannot be drawn at random")
     total = model.loadings_.T @ model.loadings_
-    noise = model.noise_[pool]
+    expected = model.state_.expected_noise()
+    noise = expected[pool]
     # An infinite prior has no finite covariance; a very wide one leads to the same choice.
     widest = 1e6 * (noise.max() + np.abs(model.mean_).max() ** 2 + 1.0)
     covariance = np.diag(np.minimum(model.prior_, widest))
-    for loading, variance in zip(model.loadings_[observed], model.noise_[observed], strict=True):
+    for loading, variance in zip(model.loadings_[observed], expected[observed], strict=True):
         projection = covariance @ loading
         covariance -= np.outer(projection, projection) / (variance + loading @ projection)
     spread, gain = np.empty(len(pool)), np.empty(len(pool))  # l' S l and l' S G S l
