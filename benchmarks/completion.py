@@ -55,6 +55,18 @@ PAPER: dict[str, Callable[[], Any]] = {
 }
 OURS = {"additive": Additive, "KNN": KNN, "MF": MatrixFactorization, "Bayesian": Bayesian}
 
+FOUR = {
+    "olmo-7b/in-domain": (0.930, 0.906, 0.930),
+    "olmo-7b/flan-to-tulu": (0.968, 0.983, 1.014),
+    "olmo-7b-instruct/in-domain": (0.948, 0.926, 1.066),
+    "olmo-7b-instruct/mmlu-to-bbh-truthfulqa": (1.010, 0.962, 1.048),
+}
+"""Two matrices, each with new tasks like the known ones and unlike them, and the most that Bayesian's error may be
+there: with 30 random, 30 chosen and 10 chosen probes, relative to the best of the paper's three with 30 random."""
+
+KINDS = ("30 random", "30 chosen", "10 chosen")
+SPLITS = 5
+
 MUST = {
     ("in domain", "30 random"): 0.95,
     ("out of domain", "30 random"): 0.98,
@@ -155,6 +167,46 @@ def quality(
         }
         for (domain, name, kind), lists in found.items()
     ]
+
+
+def four_settings(folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Errors and coverage on the splits of the reference files, relative to the paper's best in the same file."""
+    rows = []
+    files = {"olmo-7b": "olmo-7b-dolma.json", "olmo-7b-instruct": "olmo-7b-instruct.json"}
+    references = {name: folder / f"{name}-reference.json" for name in files}
+    for setting in FOUR:
+        name = setting.partition("/")[0]
+        if not (references[name].is_file() and (folder / files[name]).is_file()):
+            console.print(f"{setting}: its files are not here; skipped", style="dim")
+            continue
+        content = json.loads(references[name].read_text())
+        reference = content.get("settings", content)[setting]
+        values = ForgettingMatrix.load(folder / files[name]).values.astype(np.float64)
+        known, new, splits = values[reference["train"]], values[reference["test"]], reference["seeds"][:SPLITS]
+        best = min(float(np.mean([split["rmse"][paper] for split in splits])) for paper in PAPER)
+        model = Bayesian().fit(known)
+        for kind in KINDS:
+            errors, covered = [], []
+            for split in splits:
+                candidates, judged = np.array(split["candidates"]), np.array(split["evaluate"])
+                count = int(kind.split()[0])
+                chosen = kind.endswith("chosen")
+                at = probes.choose(model, count, candidates) if chosen else np.array(split["probes30"])
+                forecast = model.predict(at, new[:, at])
+                lower, upper = forecast.interval(0.9)
+                errors.append(rmse((forecast.mean - new)[:, judged]))
+                covered.append(float(np.mean(((lower <= new) & (new <= upper))[:, judged])))
+            rows.append(
+                {
+                    "part": "settings",
+                    "setting": setting,
+                    "probes": kind,
+                    "rmse": float(np.mean(errors)),
+                    "ratio_to_papers_best": float(np.mean(errors)) / best,
+                    "coverage_90": float(np.mean(covered)),
+                }
+            )
+    return rows
 
 
 def rmse(error: np.ndarray) -> float:
@@ -307,6 +359,9 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         value = quality_of[domain, "Bayesian", "30 random"]["coverage_90"]
         holds = low <= value <= high
         found.append({"name": f"coverage of 90 % intervals, {domain}", "value": value, "bound": low, "holds": holds})
+    for r in (r for r in rows if r["part"] == "settings"):
+        bound = FOUR[r["setting"]][KINDS.index(r["probes"])]
+        found.append(target(f"error, {r['probes']} probes, {r['setting']}", r["ratio_to_papers_best"], bound))
     paper = quality_of["in domain", "paper: svd", "30 random"]["seconds_per_task"]
     speed = paper / quality_of["in domain", "Bayesian", "30 random"]["seconds_per_task"]
     found.append(target("times faster per new task than the paper's MF (svd)", speed, 10_000, least=True))
@@ -354,6 +409,7 @@ def main() -> None:
         if arguments.quick
         else [(46, 1_000), (85, 1_000), (85, 20_000), (85, 141_871), (85, 1_000_000)]
     )
+    rows += four_settings(folder, console)
     rows += scaling(sizes)
     rows += logistic(200 if arguments.quick else 5_000)
     if arguments.plot:
@@ -367,6 +423,12 @@ def main() -> None:
             covered = "" if np.isnan(r["coverage_90"]) else f"{r['coverage_90']:.1%}"
             figures = [f"{r['rmse']:.4f}", f"{r['ratio_to_papers_best']:.3f}", covered, f"{r['seconds_per_task']:.2g}"]
             table.add_row(r["domain"], r["method"], r["probes"], *figures)
+    console.print(table)
+    table = Table("setting", "probes", "RMSE", "to paper's best", "in 90 %", title="Bayesian in four settings")
+    for r in rows:
+        if r["part"] == "settings":
+            figures = [f"{r['rmse']:.4f}", f"{r['ratio_to_papers_best']:.3f}", f"{r['coverage_90']:.1%}"]
+            table.add_row(r["setting"], r["probes"], *figures)
     console.print(table)
     table = Table("size", "fit, s", "fit / Gram", "forecast, ms", "forecast / product", title="Scaling (Bayesian)")
     for r in rows:

@@ -55,10 +55,10 @@ class Bayesian(LinearGaussian):
 
     Notes
     -----
-    Factors are determined up to their sign. Where entries of the atlas are missing, alternating ridge regressions on
-    the observed ones estimate them, and all examples count alike; in a complete atlas, those that vary much count less
-    for the tasks' coordinates (`factor_complete`). The noise variances are shrunk towards a common value by empirical Bayes (Smyth
-    2004).
+    Factors are determined up to their sign. In a complete atlas, examples that vary much count less for the tasks'
+    coordinates (`factor_complete`). Where entries are missing, alternating ridge regressions on the observed ones
+    estimate the factors, and all examples count alike. The noise variances are shrunk towards a common value by
+    empirical Bayes (Smyth 2004).
 
     Examples
     --------

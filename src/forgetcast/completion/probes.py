@@ -52,9 +52,10 @@ def choose(
     Notes
     -----
     With the posterior covariance S of the coefficients, measuring column j lowers the summed variance by
-    ``l' S G S l / (noise_j + l' S l)`` with the expected noise, ``l = loadings_j`` and ``G = loadings' loadings``, and S becomes
-    ``S - S l l' S / (noise_j + l' S l)``. Both forms are kept for every candidate and updated by two products with its
-    loadings, so a probe costs 4 N r operations; memory is about 50 bytes per candidate in addition to the model.
+    ``l' S G S l / (noise_j + l' S l)`` with ``l = loadings_j``, ``G = loadings' loadings`` and the noise that is
+    expected over the classes of tasks; and S becomes ``S - S l l' S / (noise_j + l' S l)``. Both forms are kept for
+    every candidate and updated by two products with its loadings, so a probe costs 4 N r operations; memory is about
+    50 bytes per candidate in addition to the model.
 
     Raises
     ------

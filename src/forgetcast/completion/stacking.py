@@ -20,8 +20,8 @@ PROBES = (10, 30)
 """Numbers of random probes that left-out tasks are forecast from."""
 
 PENALTY = np.array([2.0, *(0.2 for _ in range(CLASSES))])
-"""Of the squared logarithms of the power and of the weights, as a share of the loss of one left-out task: few tasks leave
-the weights near equal, and the power near one."""
+"""Of the squared logarithms of the power and of the weights, as a share of the loss of one left-out task: few tasks
+leave the weights near equal, and the power near one."""
 
 
 MOST_SPLITS = 20
