@@ -152,7 +152,7 @@ class Estimate(NamedTuple):
         return np.asarray(self.noise + weights / weights.sum() @ self._added(self.loadings), dtype=self.noise.dtype)
 
     def _added(self, loadings: np.ndarray) -> np.ndarray:
-        """Return the variance that each class adds to examples with these loadings (n, r): (H, n), or (1, 1) for none."""
+        """Return what each class adds to the variance of examples with these loadings (n, r), shape (H, n)."""
         if self.mixture is None:
             return np.zeros((1, 1))
         explained = np.square(loadings) @ self.mixture.family
