@@ -317,8 +317,10 @@ class Completion(ABC):
         std[:, probes] = 0.0
         mean[:, probes] = rows
         misfit = self._p_value(log_misfit) if len(probes) else np.ones(len(rows))
-        wholes = tuple(Whole(self.state_, mean.shape[1], probes, row, audit, columns, self.scale_, self.whole_widths_)
-            for row in rows)
+        wholes = tuple(
+            Whole(self.state_, mean.shape[1], probes, row, audit, columns, self.scale_, self.whole_widths_)
+            for row in rows
+        )
         if single:
             return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_, audit, wholes)
         return Forecast(mean, std, probes, misfit, self.widths_, audit, wholes)

@@ -274,7 +274,9 @@ class Widths:
             scale = np.sqrt((PRIOR_TASKS + (found**2).sum()) / (PRIOR_TASKS + tasks))
             values = np.concatenate([found, scale * prior])
             weights = np.concatenate([np.ones(tasks), np.full(len(grid), PRIOR_TASKS / len(grid))])
-            widths[name] = np.quantile(values, LEVELS, weights=weights, method="inverted_cdf")
+            # A new task is one more, as in conformal intervals.
+            levels = np.minimum(LEVELS * (1 + 1 / weights.sum()), 1.0) if tasks else LEVELS
+            widths[name] = np.quantile(values, levels, weights=weights, method="inverted_cdf")
             widths[name][0] = 0.0
         return cls(tasks, widths)
 
@@ -348,11 +350,8 @@ class Whole:
 
     def _columns(self, among: np.ndarray | None) -> np.ndarray:
         """Return the columns of the population, or of a part of it, sorted."""
-        if among is None and self.population is None:
-            return np.arange(self.size)
-        if among is None or self.population is None:
-            return np.unique(self.population if among is None else among)
-        return np.intersect1d(self.population, among)
+        columns = np.arange(self.size) if self.population is None else self.population
+        return columns if among is None else np.intersect1d(columns, among)
 
     def _unmeasured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns that are no probes, and the measurements of those that are."""
@@ -484,17 +483,19 @@ class _Sums:
         # In the scale of the sample's errors; examples whose variance is nearly zero do not dominate.
         weights = 1.0 / (variances + everywhere + 1e-300)
         modelled = everywhere * float((weights * errors**2).sum() / max((weights * variances).sum(), 1e-300))
-        pooled = ((n - 1) * errors.var(ddof=1) + PRIOR_DEGREES * modelled) / (n - 1 + PRIOR_DEGREES)
+        sample = float(errors.var(ddof=1))
+        pooled = ((n - 1) * sample + PRIOR_DEGREES * modelled) / (n - 1 + PRIOR_DEGREES)
+        if isinstance(statistic, Tail):  # few random probes are in the tail, and often too few to show its variance
+            pooled = max(sample, modelled)
         error = free / size * np.sqrt((1 - n / free) / n * pooled)
         half = float(scipy.special.stdtrit(n - 1, 0.5 + level / 2)) * error
         base, slope = statistic.affine
         value = self.total / n / size
         lower, upper = value - half, value + half
-        if isinstance(statistic, Tail | Above):
-            lower = max(lower, 0.0)  # neither an excess nor a share is negative
-        if isinstance(statistic, Above):
-            upper = min(upper, 1.0)
-        return tuple(float(base + slope * each) for each in (value, lower, upper))  # type: ignore[return-value]
+        least = -np.inf if isinstance(statistic, MeanOf) else 0.0  # neither an excess nor a share is negative
+        most = 1.0 if isinstance(statistic, Above) else np.inf
+        value, lower, upper = (base + slope * float(np.clip(each, least, most)) for each in (value, lower, upper))
+        return value, lower, upper
 
 
 def check_level(level: float) -> None:
