@@ -38,7 +38,7 @@ LEVEL, PROBES = 0.9, 30
 SIMILAR = 1 / 3
 """Share of the other tasks, the most similar, that the unlike tasks are forecast without."""
 
-CHOSEN = (0, 5)
+CHOSEN = (0, 5, 10)
 """Numbers of the probes that are chosen; the others are random. The second is what `forgetcast forecast` does."""
 
 

@@ -133,7 +133,7 @@ def forecast(
     from forgetcast.atlas import Atlas
     from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, measured_probes
-    from forgetcast.completion.whole import check_level
+    from forgetcast.completion.whole import check_level, check_threshold
     from forgetcast.experiments.until import Stopped, Width, describe
     from forgetcast.measure import Scores, check_tokens
 
@@ -141,6 +141,7 @@ def forecast(
     if (scores is None) == (model is None):
         raise ConfigError("give either --scores, with the probes' scores, or --model, to score them here")
     check_level(level)
+    check_threshold(threshold)
     width = Width.parse(until_width) if until_width is not None else None
     if scores is not None and (width is not None or most is not None):
         raise ConfigError("--until-width and --most need --model, because they measure")

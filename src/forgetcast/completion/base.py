@@ -25,10 +25,11 @@ from forgetcast.completion.whole import (
     Widths,
     check_level,
     check_share,
+    check_threshold,
     each_row,
     standardised_errors,
 )
-from forgetcast.errors import ConfigError, DataError
+from forgetcast.errors import DataError
 
 if TYPE_CHECKING:
     from forgetcast.completion.gaussian import LinearGaussian
@@ -143,8 +144,7 @@ class Forecast:
         ConfigError
             If the threshold is not a finite number.
         """
-        if not np.isfinite(threshold):
-            raise ConfigError(f"the threshold of forgetting must be a finite number, not {threshold}")
+        check_threshold(threshold)
         return self._interval(Above(threshold), level, guaranteed, among)
 
     def _interval(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Forecast
-from forgetcast.completion.whole import LEAST_AUDIT, Above, MeanOf, Statistic, Tail
+from forgetcast.completion.whole import LEAST_AUDIT, Above, Interval, MeanOf, Statistic, Tail
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import read_table, write_table
@@ -29,7 +29,8 @@ THRESHOLD = 0.1
 MOST_SOURCES = 20
 """Sources, the largest, that get figures of their own."""
 
-MODEL_BASED, GUARANTEED = "model-based", "guaranteed"
+MODEL_BASED: Literal["model-based"] = "model-based"
+GUARANTEED: Literal["guaranteed"] = "guaranteed"
 """Kinds of intervals; see `completion.whole`."""
 
 
@@ -258,20 +259,15 @@ def _figures(forecast: Forecast, sources: Sequence[str], level: float, threshold
     for source, among in parts:
         least = 2 if source is None else LEAST_AUDIT
         random = int(np.isin(drawn, among).sum())
-        found = {MODEL_BASED: whole.model_based(statistics, level, among=among)}
-        if random >= min(least, len(among)) and random >= 2:
-            found[GUARANTEED] = whole.guaranteed(statistics, level, among=among)
-        for kind, intervals in found.items():
+        kinds: list[tuple[Literal["model-based", "guaranteed"], list[Interval]]] = [
+            (MODEL_BASED, whole.model_based(statistics, level, among=among))
+        ]
+        if random >= least:
+            kinds.append((GUARANTEED, whole.guaranteed(statistics, level, among=among)))
+        for kind, intervals in kinds:
             for figure, (value, lower, upper) in zip(names, intervals, strict=True):
-                yield WholeFigure(
-                    figure=figure,
-                    source=source,
-                    examples=len(among),
-                    kind="guaranteed" if kind == GUARANTEED else "model-based",
-                    value=value,
-                    lower=lower,
-                    upper=upper,
-                )
+                ends = {"value": value, "lower": lower, "upper": upper}
+                yield WholeFigure(figure=figure, source=source, examples=len(among), kind=kind, **ends)
 
 
 def measured_probes(

@@ -510,6 +510,12 @@ def check_share(share: float) -> None:
         raise ConfigError(f"the share of a tail must be above 0 and at most 1, not {share}")
 
 
+def check_threshold(threshold: float) -> None:
+    """Raise ConfigError if a threshold of forgetting is not a finite number."""
+    if not np.isfinite(threshold):
+        raise ConfigError(f"the threshold of forgetting must be a finite number, not {threshold}")
+
+
 def each_row(
     rows: Sequence[Whole], single: bool, interval: Callable[[Whole], Interval]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

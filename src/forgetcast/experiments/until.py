@@ -235,13 +235,16 @@ class ProbeScores:
     language_model : LanguageModel
     path : path
         Score file; `path.partial` holds unfinished work.
+    allow_different_tokens : bool
+        Whether the model may read examples as other tokens than the base did.
     on_progress : callable, optional
         Called with the number of examples finished since the last call.
 
     Raises
     ------
     MismatchError
-        If the file is of another model or other settings, or the model reads the examples as other tokens.
+        If the model is the base itself, the file is of another model or other settings, or the model reads the examples
+        as other tokens.
     """
 
     def __init__(
@@ -256,6 +259,10 @@ class ProbeScores:
         self._atlas, self._model, self._path = atlas, language_model, path
         self._allow, self._on_progress = allow_different_tokens, on_progress
         self._settings = length_settings(atlas, language_model)
+        if language_model.weights_hash == atlas.model_hash:
+            raise MismatchError(
+                f"{language_model.name} is the base model of {atlas.path} itself; give a fine-tuned one"
+            )
         self.scores = Scores.load(path) if path.is_file() else None
         if self.scores is None:
             return
