@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -303,6 +304,36 @@ def standardised_errors(joint: Joint, row: np.ndarray, probes: np.ndarray, scale
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Left-out tasks, from which the widths are estimated when they are first needed: draws take longer than a fit.
+
+    Attributes
+    ----------
+    tasks : sequence of (State, array of shape (B, n), array of shape (k,))
+        A state that has not seen the rows, the rows, and their probes.
+    scale : float
+        Factor of the posterior standard deviations of single examples.
+    known : int
+        Number of all tasks.
+    """
+
+    tasks: Sequence[tuple[State, np.ndarray, np.ndarray]]
+    scale: float
+    known: int
+
+    @cached_property
+    def widths(self) -> Widths:
+        """Estimate the widths."""
+        errors: dict[str, list[float]] = {}
+        for state, rows, probes in self.tasks:
+            for row in rows:
+                found = standardised_errors(state.joint(probes, row[probes]), row, probes, self.scale)
+                for name, error in found.items():
+                    errors.setdefault(name, []).append(error)
+        return Widths.of(errors, self.known)
+
+
+@dataclass(frozen=True)
 class Whole:
     """What is known of one row as a whole: its probes and its joint posterior.
 
@@ -318,7 +349,7 @@ class Whole:
         Sorted columns that the figures are of; None: all.
     scale : float
         Factor of the posterior standard deviations of single examples.
-    widths : Widths
+    left_out : LeftOut
     """
 
     state: State
@@ -328,7 +359,7 @@ class Whole:
     audit: int
     population: np.ndarray | None
     scale: float
-    widths: Widths = field(repr=False)
+    left_out: LeftOut = field(repr=False)
 
     def interval(
         self, statistic: Statistic, level: float = 0.9, *, guaranteed: bool = False, among: np.ndarray | None = None
@@ -379,7 +410,7 @@ class Whole:
                 deviation = float(np.sqrt(variance)) / len(columns)
             else:
                 value, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(rest) else 0.0
-            half = self.widths.at(level, statistic) * deviation
+            half = self.left_out.widths.at(level, statistic) * deviation
             lower, upper = value - half, value + half
             if isinstance(statistic, Above):
                 lower, upper = max(lower, 0.0), min(upper, 1.0)
