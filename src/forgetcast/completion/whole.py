@@ -43,7 +43,7 @@ PRIOR_DEGREES = 10.0
 
 A sample of heavy-tailed errors mostly lacks the largest, and its variance is then too small. The model knows from the
 atlas which examples are noisy; their variances, in the scale of the sample's errors, are averaged in. With more random
-probes their weight vanishes. `benchmarks/forecast.py` measures the coverage with and without."""
+probes their weight vanishes. `benchmarks/forecast.py` measures the coverage."""
 
 LEAST_AUDIT = 5
 """Random probes in a source from which on it gets a guaranteed interval."""
