@@ -38,7 +38,9 @@ def test_the_targets_exist() -> None:
 def test_the_python_example_of_the_front_page(capsys: pytest.CaptureFixture[str]) -> None:
     front_page = (ROOT / "docs" / "index.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", front_page, flags=re.DOTALL)
-    example = (ROOT / "examples" / "forecast.py").read_text()
-    assert [block for block in blocks if example.endswith(block)], "the front page does not show examples/forecast.py"
-    runpy.run_path(str(ROOT / "examples" / "forecast.py"))
+    example = (ROOT / "examples" / "complete_a_row.py").read_text()
+    assert [block for block in blocks if example.endswith(block)], (
+        "the front page does not show examples/complete_a_row.py"
+    )
+    runpy.run_path(str(ROOT / "examples" / "complete_a_row.py"))
     assert "rmse=" in capsys.readouterr().out

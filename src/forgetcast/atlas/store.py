@@ -649,7 +649,7 @@ class Atlas:
         columns = np.flatnonzero(self.right_before)
         if not len(columns):
             raise DataError(f"the atlas {self.path}: the base model answers nothing right, so it can forget no answer")
-        sources = self._sources()
+        sources = self.sources
         values = [row.read(FLIPPED, 0, self._index.examples)[columns] for row in chosen]
         return ForgettingMatrix(
             np.reshape(values, (len(chosen), len(columns))),
@@ -664,7 +664,7 @@ class Atlas:
         return StoredMatrix(
             self._rows(tasks),
             examples=self.examples,
-            sources=self._sources,
+            sources=lambda: self.sources,
             pool_fingerprint=self.pool_fingerprint,
         )
 
@@ -745,7 +745,8 @@ class Atlas:
             return False
         return not self.has_answers or not np.isnan(row.read(FLIPPED, 0, count)[self.right_before]).any()
 
-    def _sources(self) -> list[str]:
+    @property
+    def sources(self) -> list[str]:
         """Return the source of each example; '' where it has none."""
         return list(labels(self._column(POOL, "source")))
 

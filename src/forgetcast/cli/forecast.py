@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from forgetcast.cli.app import app, err, load_matrix, numbers, out, print_json, progress, show
+from forgetcast.cli.app import app, err, load_matrix, numbers, out, print_json, progress, require_single_process, show
 from forgetcast.cli.options import (
     FORECAST,
     AllowDifferentTokens,
     AsJson,
     AtlasPath,
     ByAnswers,
+    Loading,
     MatrixPath,
     Method,
     Output,
+    Seed,
+    loads_a_model,
 )
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
+    from forgetcast.atlas import Atlas
     from forgetcast.completion import Completion
+    from forgetcast.experiments.until import Stopped
+    from forgetcast.measure import Scores
 
 
 @app.command(rich_help_panel=FORECAST)
@@ -37,10 +43,10 @@ def probes(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of probes.")] = 10,
     at_random: Annotated[bool, typer.Option("--random", help="Sample them uniformly instead.")] = False,
     audit: Annotated[
-        int, typer.Option(min=0, help="Number of the k that are sampled at random, as an unbiased sample.")
+        int, typer.Option(min=0, help="Number of the k that are random, the last ones: for guaranteed intervals.")
     ] = 0,
     by_tokens: Annotated[bool, typer.Option(help="Use the number of tokens as the cost of an example.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sample with --random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random probes.")] = 0,
 ) -> None:
     """Choose the few examples to measure after a new fine-tune.
 
@@ -56,58 +62,135 @@ def probes(
     opened = Atlas.open(atlas)
     # An example without a base loss cannot be a probe.
     usable = np.flatnonzero(~np.isnan(opened.nll_before))
+    if audit > k:
+        raise ConfigError(f"--audit {audit}: of {k} probes (-k), not more than {k} can be random")
     if at_random:
         chosen = random(len(opened.examples), k, seed=seed, candidates=usable)
     else:
         cost = np.maximum(opened.before.tokens, 1) if by_tokens else None
-        chosen = choose(completion.Bayesian().fit(opened), k, usable, cost, audit=audit)
+        chosen = choose(completion.Bayesian().fit(opened), k, usable, cost, audit=audit, seed=seed)
     opened.subset(opened.examples[i] for i in chosen).save(output)
+    random_ones = k if at_random else audit
     out.print(
-        f"{k} probes written to {output}; next: forgetcast score TUNED_MODEL {output} -o probe_scores.parquet",
+        f"{k} probes written to {output}; next: forgetcast score TUNED_MODEL {output} -o probe_scores.parquet"
+        + (
+            f", then forgetcast forecast {atlas} --scores probe_scores.parquet --audit {random_ones}"
+            if random_ones
+            else ""
+        ),
         markup=False,
     )
 
 
 @app.command(rich_help_panel=FORECAST)
+@loads_a_model
 def forecast(
     atlas: AtlasPath,
-    scores: Annotated[Path, typer.Option(help="Score file of the probes, by the tuned model.")],
     output: Output,
+    scores: Annotated[Path | None, typer.Option(help="Score file of the probes, by the tuned model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The tuned model instead: its probes are chosen and scored here.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="With --model: number of probes.")] = 30,
+    audit: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of the probes that are random, the last ones. Default with --model: five of six; with "
+            "--scores: what the file says, else 0.",
+        ),
+    ] = None,
+    until_width: Annotated[
+        str | None,
+        typer.Option(
+            help="With --model: measure more random probes until the guaranteed interval is so wide (upper minus lower "
+            "end, nats per token): 0.02 for the mean, worst_tenth:0.1 for the worst tenth."
+        ),
+    ] = None,
+    most: Annotated[int | None, typer.Option(min=1, help="With --until-width: most examples to measure.")] = None,
     method: Annotated[Method, typer.Option(help="Completion method.")] = Method.BAYESIAN,
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.9,
+    threshold: Annotated[
+        float, typer.Option(help="Count the examples with more forgetting than this, nats per token.")
+    ] = 0.1,
     task: Annotated[str | None, typer.Option(help="Name of the new task, for the report.")] = None,
+    seed: Seed = 0,
     allow_different_tokens: AllowDifferentTokens = False,
     as_json: AsJson = False,
+    *,
+    loading: Loading,
 ) -> None:
-    """Forecast the forgetting of every example from the probes' scores.
+    """Forecast what a tuned model has forgotten, from a few probes: each example, the whole pool, and its worst tenth.
 
-    Example: forgetcast forecast runs.atlas --scores probe_scores.parquet -o forecast.parquet
+    With --model, the probes are chosen, scored and kept in OUTPUT.scores.parquet; an interrupted run continues with the
+    same command. Intervals of the whole are of two kinds. Model-based ones are narrow and hold for tasks like those of
+    the atlas; guaranteed ones follow from the random probes and hold for any task.
+
+    Example: forgetcast forecast runs.atlas --model ./tuned -k 30 -o forecast.parquet
     """
     import numpy as np
 
     from forgetcast.atlas import Atlas
     from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, measured_probes
+    from forgetcast.completion.whole import check_level, check_threshold
+    from forgetcast.experiments.until import Stopped, Width, describe
     from forgetcast.measure import Scores, check_tokens
 
     check_destination(output)
+    if (scores is None) == (model is None):
+        raise ConfigError("give either --scores, with the probes' scores, or --model, to score them here")
+    check_level(level)
+    check_threshold(threshold)
+    width = Width.parse(until_width) if until_width is not None else None
+    if scores is not None and (width is not None or most is not None):
+        raise ConfigError("--until-width and --most need --model, because they measure")
+    if most is not None and (width is None or most < k):
+        raise ConfigError("--most limits --until-width, and may not be less than the probes of -k")
     opened = Atlas.open(atlas)
-    measured = Scores.load(scores)
-    columns, forgetting = measured_probes(opened, measured, allow_different_tokens=allow_different_tokens)
+    usable = np.flatnonzero(~np.isnan(opened.nll_before))
+    fitted = _method(method).fit(opened.stored([name for name in opened.tasks if name != task]))
+    if model is not None:
+        chosen = None if audit is None else k - audit
+        if chosen is not None and chosen < 0:
+            raise ConfigError(f"--audit {audit}: of {k} probes (-k), not more than {k} can be random")
+        with progress() as report:
+            stopped, measured = _measure(
+                opened,
+                fitted,
+                model,
+                output.with_name(f"{output.name}.scores.parquet"),
+                loading,
+                report,
+                allow_different_tokens=allow_different_tokens,
+                k=k,
+                chosen=chosen,
+                width=width,
+                level=level,
+                most=most,
+                seed=seed,
+            )
+    else:
+        assert scores is not None
+        measured = Scores.load(scores)
+        columns, forgetting = measured_probes(opened, measured, allow_different_tokens=allow_different_tokens)
+        random = int(measured.metadata.get("audit", 0)) if audit is None else audit
+        if random > len(columns):
+            raise ConfigError(f"--audit {random}: {scores} has only {len(columns)} probes")
+        stopped = Stopped(fitted.predict(columns, forgetting, audit=random, population=usable), level=level)
     different = check_tokens(opened.baseline, measured, allow_different=True)
     if different is None:
         err.print("warning: it is unknown whether the probes were scored on the base model's tokens")
-    known = [name for name in opened.tasks if name != task]
-    model = _method(method).fit(opened.stored(known))
     completed = TaskForecast.from_forecast(
-        model.predict(columns, forgetting), opened, method=method.value, task=task, level=level
+        stopped.forecast, opened, method=method.value, task=task, level=level, threshold=threshold
     )
     completed = replace(completed, different_tokens=different)
     completed.save(output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
     facts = {
         "examples": len(completed.ids),
-        "probes": len(columns),
+        "probes": len(completed.probes),
+        "random_probes": completed.audit,
         "different_tokens": different,
         "mean_forgetting": float(completed.mean.mean()),
         "level": level,
@@ -119,10 +202,35 @@ def forecast(
         | {name: float(getattr(completed, name)[i]) for name in ("mean", "lower", "upper")}
         for i in worst
     ]
+    said = [] if width is None else list(describe(stopped, width, len(usable)))
     if as_json:
-        print_json(facts | {"most_at_risk": rows})
+        until = None
+        if width is not None:
+            until = {
+                "figure": width.figure,
+                "width": width.width,
+                "interval": stopped.interval,
+                "everything": stopped.everything,
+                "looks": [asdict(look) for look in stopped.looks],
+                "said": said,
+            }
+        whole = [each.model_dump() for each in completed.whole]
+        print_json(facts | {"threshold": threshold, "whole": whole, "until": until, "most_at_risk": rows})
         return
+    from forgetcast.cli.tables import whole_table
+
     show(facts, False, title="Forecast")
+    out.print(whole_table(completed))
+    for sentence in said:
+        out.print(sentence)
+    if stopped.interval is not None and width is not None:
+        value, lower, upper = stopped.interval
+        out.print(
+            f"{width.figure.replace('_', ' ')}: {value:.4f}, between {lower:.4f} and {upper:.4f} with {level:.0%} "
+            "confidence over all looks together"
+        )
+    if not completed.audit:
+        out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")
     table = Table("example", "forecast", f"{level:.0%} interval", title="Most at risk (nats per token)")
     for row in rows:
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
@@ -133,6 +241,42 @@ def forecast(
             "The probes say that this task is unlike those in the atlas: measure more before you rely on the forecast"
             + ("." if method is Method.AUTO else ", or use the method that forecasts unlike tasks best: --method auto.")
         )
+
+
+def _measure(
+    atlas: Atlas,
+    fitted: Completion,
+    model: str,
+    path: Path,
+    loading: Loading,
+    report: Callable[[str, int, int], None],
+    *,
+    allow_different_tokens: bool,
+    **settings: Any,
+) -> tuple[Stopped, Scores]:
+    """Load a tuned model and measure its probes."""
+    import numpy as np
+
+    from forgetcast.experiments.runs import rendering_of
+    from forgetcast.experiments.until import ProbeScores, measure_until
+    from forgetcast.lm import load
+
+    require_single_process("forecast")
+    arguments = loading.arguments()
+    if "quantization" not in atlas.scored_with:
+        arguments["dtype"] = arguments["dtype"] or atlas.scored_with.get("dtype")
+    language_model = replace(load(model, **arguments), rendering=rendering_of(atlas))
+    done = 0
+
+    def count(finished: int) -> None:
+        nonlocal done
+        done += finished
+        report("scoring probes", done, 0)
+
+    measure = ProbeScores(atlas, language_model, path, allow_different_tokens=allow_different_tokens, on_progress=count)
+    population = np.flatnonzero(~np.isnan(atlas.nll_before))
+    stopped = measure_until(fitted, measure, population, **settings)
+    return stopped, measure.keep(stopped.forecast.probes, stopped.forecast.audit)
 
 
 @app.command(rich_help_panel=FORECAST)

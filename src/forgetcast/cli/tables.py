@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast, WholeFigure
 from forgetcast.completion.structure import Structure
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
@@ -30,6 +31,29 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     for name, value in facts.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+    return table
+
+
+def whole_table(forecast: TaskForecast) -> Table:
+    """Return the figures of all examples and of the sources, with both kinds of interval."""
+    table = Table("examples", "figure", "value", MODEL_BASED, GUARANTEED)
+    table.title = f"The whole (nats per token, {forecast.level:.0%} intervals)"
+
+    def interval(figure: WholeFigure | None) -> str:
+        return "" if figure is None else f"{figure.lower:.3f} to {figure.upper:.3f}"
+
+    for each in forecast.whole:
+        if each.kind == MODEL_BASED:
+            name = "all" if each.source is None else escape(each.source or "no source")
+            label = f"share above {forecast.threshold:g}" if each.figure == "share_above" else each.figure
+            guaranteed = forecast.figure(each.figure, GUARANTEED, each.source)
+            table.add_row(
+                f"{name} ({each.examples})",
+                label.replace("_", " "),
+                f"{each.value:.3f}",
+                interval(each),
+                interval(guaranteed),
+            )
     return table
 
 

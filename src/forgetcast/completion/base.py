@@ -18,6 +18,7 @@ from forgetcast.completion.whole import (
     LEVELS,
     Above,
     Joint,
+    LeftOut,
     MeanOf,
     Statistic,
     Tail,
@@ -25,10 +26,10 @@ from forgetcast.completion.whole import (
     Widths,
     check_level,
     check_share,
+    check_threshold,
     each_row,
-    standardised_errors,
 )
-from forgetcast.errors import ConfigError, DataError
+from forgetcast.errors import DataError
 
 if TYPE_CHECKING:
     from forgetcast.completion.gaussian import LinearGaussian
@@ -146,8 +147,7 @@ class Forecast:
         ConfigError
             If the threshold is not a finite number.
         """
-        if not np.isfinite(threshold):
-            raise ConfigError(f"the threshold of forgetting must be a finite number, not {threshold}")
+        check_threshold(threshold)
         return self._interval(Above(threshold), level, guaranteed, among)
 
     def _interval(
@@ -202,15 +202,13 @@ class Completion(ABC):
         Interval half-widths in standard deviations, from left-out tasks.
     scale_ : float
         Factor of the model's standard deviations that gives standardised errors on left-out tasks variance one.
-    whole_widths_ : Widths
-        Half-widths of the intervals of whole rows in standard deviations, from left-out tasks.
     """
 
     state_: State
     examples_: Sequence[str]
     widths_: np.ndarray
     scale_: float
-    whole_widths_: Widths
+    _left_out: LeftOut
     _log_misfits: np.ndarray
     _fitted_on: ForgettingMatrix | StoredMatrix
     _gaussian: LinearGaussian | None = None
@@ -320,11 +318,18 @@ class Completion(ABC):
         std[:, probes] = 0.0
         mean[:, probes] = rows
         misfit = self._p_value(log_misfit) if len(probes) else np.ones(len(rows))
-        wholes = tuple(Whole(self.state_, mean.shape[1], probes, row, audit, columns, self.scale_, self.whole_widths_)
-            for row in rows)
+        wholes = tuple(
+            Whole(self.state_, mean.shape[1], probes, row, audit, columns, self.scale_, self._left_out) for row in rows
+        )
         if single:
             return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_, audit, wholes)
         return Forecast(mean, std, probes, misfit, self.widths_, audit, wholes)
+
+    @property
+    def whole_widths_(self) -> Widths:
+        """Half-widths of the intervals of whole rows in standard deviations, from left-out tasks."""
+        self._check_fitted()
+        return self._left_out.widths
 
     @property
     def gaussian_(self) -> LinearGaussian:
@@ -355,7 +360,7 @@ class Completion(ABC):
         """Estimate scale and widths on left-out tasks, forecast from random probes."""
         self.scale_, self.widths_ = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
-        self.whole_widths_ = Widths.of({}, values.shape[0])
+        self._left_out = LeftOut((), 1.0, values.shape[0])
         ratios: list[np.ndarray] = []
         misfits: list[float] = []
         left_out = []
@@ -372,12 +377,7 @@ class Completion(ABC):
         self.widths_ = np.quantile(pooled, LEVELS) / self.scale_
         self.widths_[0] = 0.0
         self._log_misfits = np.array(misfits)
-        errors = [
-            standardised_errors(state.joint(probes, row[probes]), row, probes, self.scale_)
-            for state, rows, probes in left_out
-            for row in rows
-        ]
-        self.whole_widths_ = Widths.of({name: [each[name] for each in errors] for name in errors[0]}, values.shape[0])
+        self._left_out = LeftOut(left_out, self.scale_, values.shape[0])
 
 
 def settings(method: Completion) -> dict[str, Any]:

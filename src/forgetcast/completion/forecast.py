@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Forecast
+from forgetcast.completion.whole import LEAST_AUDIT, Above, Interval, MeanOf, Statistic, Tail
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import read_table, write_table
@@ -20,6 +22,40 @@ from forgetcast.results import validated
 
 _NUMBERS = ("mean", "std", "lower", "upper")
 _COLUMNS = (*_NUMBERS, "probed")
+
+THRESHOLD = 0.1
+"""Forgetting in nats per token above which examples are counted, by default."""
+
+MOST_SOURCES = 20
+"""Sources, the largest, that get figures of their own."""
+
+MODEL_BASED: Literal["model-based"] = "model-based"
+GUARANTEED: Literal["guaranteed"] = "guaranteed"
+"""Kinds of intervals; see `completion.whole`."""
+
+
+class WholeFigure(BaseModel, frozen=True):
+    """A figure of all examples or of those of a source, with its interval.
+
+    Attributes
+    ----------
+    figure : 'mean', 'worst_tenth' or 'share_above'
+        The last is the share of the examples above the forecast's threshold; the others are nats per token.
+    source : str or None
+        None: all examples.
+    examples : int
+        That the figure is of.
+    kind : 'model-based' or 'guaranteed'
+    value, lower, upper : float
+    """
+
+    figure: Literal["mean", "worst_tenth", "share_above"]
+    source: str | None
+    examples: int = Field(ge=1)
+    kind: Literal["model-based", "guaranteed"]
+    value: FiniteFloat
+    lower: FiniteFloat
+    upper: FiniteFloat
 
 
 class _Metadata(BaseModel):
@@ -30,7 +66,11 @@ class _Metadata(BaseModel):
     method: str
     pool: str = Field(min_length=1)
     task: str | None
-    different_tokens: int | None = Field(default=None, ge=0)  # files of earlier versions have none
+    # Files of earlier versions have none of these.
+    different_tokens: int | None = Field(default=None, ge=0)
+    audit: int = Field(default=0, ge=0)
+    threshold: FiniteFloat = THRESHOLD
+    whole: tuple[WholeFigure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +93,13 @@ class TaskForecast:
     task : str or None
     different_tokens : int or None
         Number of probes that were measured on other tokens than the base model was; None if that is unknown.
+    audit : int
+        Number of probes that were drawn at random.
+    threshold : float
+        Of the figure 'share_above', nats per token.
+    whole : tuple of WholeFigure
+        All examples, then the largest sources; of each, the figures with a model-based interval, and with a guaranteed
+        one where at least five random probes are among the examples.
     """
 
     ids: Sequence[str]
@@ -67,10 +114,20 @@ class TaskForecast:
     pool_fingerprint: str
     task: str | None = None
     different_tokens: int | None = None
+    audit: int = 0
+    threshold: float = THRESHOLD
+    whole: tuple[WholeFigure, ...] = ()
 
     @classmethod
     def from_forecast(
-        cls, forecast: Forecast, pool: Pool | Atlas, *, method: str, task: str | None = None, level: float = 0.9
+        cls,
+        forecast: Forecast,
+        pool: Pool | Atlas,
+        *,
+        method: str,
+        task: str | None = None,
+        level: float = 0.9,
+        threshold: float = THRESHOLD,
     ) -> TaskForecast:
         """Make a task forecast from a completed row and the pool or atlas that it is of."""
         ids, fingerprint = (
@@ -80,7 +137,13 @@ class TaskForecast:
         probed = np.zeros(len(ids), dtype=bool)
         probed[forecast.probes] = True
         misfit = float(forecast.misfit)
-        made = cls(ids, forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task)
+        made = cls(
+            ids,
+            *(forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task),
+            audit=forecast.audit,
+            threshold=threshold,
+            whole=tuple(_figures(forecast, pool.sources, level, threshold)),
+        )
         made.check()
         return made
 
@@ -119,6 +182,11 @@ class TaskForecast:
             if wrong.any():
                 raise DataError(f"the forecast of {self.ids[int(np.argmax(wrong))]!r} has {what}")
 
+    def figure(self, figure: str, kind: str = MODEL_BASED, source: str | None = None) -> WholeFigure | None:
+        """Return a figure of all examples or of a source; None if there is none of this kind."""
+        wanted = (figure, kind, source)
+        return next((each for each in self.whole if (each.figure, each.kind, each.source) == wanted), None)
+
     def check_pool(self, pool: Pool) -> None:
         """Raise MismatchError if the forecast is of a pool with another fingerprint."""
         check_fingerprint("the forecast", self.pool_fingerprint, pool)
@@ -135,6 +203,9 @@ class TaskForecast:
             "pool": self.pool_fingerprint,
             "task": self.task,
             "different_tokens": self.different_tokens,
+            "audit": self.audit,
+            "threshold": self.threshold,
+            "whole": [each.model_dump() for each in self.whole],
         }
         write_table(table, Path(path), metadata)
 
@@ -160,11 +231,43 @@ class TaskForecast:
                 pool_fingerprint=metadata.pool,
                 task=metadata.task,
                 different_tokens=metadata.different_tokens,
+                audit=metadata.audit,
+                threshold=metadata.threshold,
+                whole=metadata.whole,
             )
             loaded.check()
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         return loaded
+
+
+def _figures(forecast: Forecast, sources: Sequence[str], level: float, threshold: float) -> Iterator[WholeFigure]:
+    """Compute the figures of a single completed row: of all examples, and of the largest sources if there are two."""
+    if not forecast.wholes:
+        return
+    whole = forecast.wholes[0]
+    names: list[Literal["mean", "worst_tenth", "share_above"]] = ["mean", "worst_tenth", "share_above"]
+    statistics: list[Statistic] = [MeanOf(), Tail(), Above(threshold)]
+    columns = np.arange(whole.size) if whole.population is None else whole.population
+    named, codes, counts = np.unique(
+        np.asarray(sources, dtype=object)[columns], return_inverse=True, return_counts=True
+    )
+    largest = np.argsort(-counts, kind="stable")[: MOST_SOURCES if len(named) > 1 else 0]
+    parts: list[tuple[str | None, np.ndarray]] = [(None, columns)]
+    parts += [(str(named[i]), columns[codes == i]) for i in largest]
+    drawn = whole.probes[len(whole.probes) - whole.audit :]
+    for source, among in parts:
+        least = 2 if source is None else LEAST_AUDIT
+        random = int(np.isin(drawn, among).sum())
+        kinds: list[tuple[Literal["model-based", "guaranteed"], list[Interval]]] = [
+            (MODEL_BASED, whole.model_based(statistics, level, among=among))
+        ]
+        if random >= least:
+            kinds.append((GUARANTEED, whole.guaranteed(statistics, level, among=among)))
+        for kind, intervals in kinds:
+            for figure, (value, lower, upper) in zip(names, intervals, strict=True):
+                ends = {"value": value, "lower": lower, "upper": upper}
+                yield WholeFigure(figure=figure, source=source, examples=len(among), kind=kind, **ends)
 
 
 def measured_probes(

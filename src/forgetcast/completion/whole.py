@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ PRIOR_DEGREES = 10.0
 
 A sample of heavy-tailed errors mostly lacks the largest, and its variance is then too small. The model knows from the
 atlas which examples are noisy; their variances, in the scale of the sample's errors, are averaged in. With more random
-probes their weight vanishes. `benchmarks/forecast.py` measures the coverage with and without."""
+probes their weight vanishes. `benchmarks/forecast.py` measures the coverage."""
 
 LEAST_AUDIT = 5
 """Random probes in a source from which on it gets a guaranteed interval."""
@@ -274,7 +275,9 @@ class Widths:
             scale = np.sqrt((PRIOR_TASKS + (found**2).sum()) / (PRIOR_TASKS + tasks))
             values = np.concatenate([found, scale * prior])
             weights = np.concatenate([np.ones(tasks), np.full(len(grid), PRIOR_TASKS / len(grid))])
-            widths[name] = np.quantile(values, LEVELS, weights=weights, method="inverted_cdf")
+            # A new task is one more, as in conformal intervals.
+            levels = np.minimum(LEVELS * (1 + 1 / weights.sum()), 1.0) if tasks else LEVELS
+            widths[name] = np.quantile(values, levels, weights=weights, method="inverted_cdf")
             widths[name][0] = 0.0
         return cls(tasks, widths)
 
@@ -301,6 +304,36 @@ def standardised_errors(joint: Joint, row: np.ndarray, probes: np.ndarray, scale
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Left-out tasks, from which the widths are estimated when they are first needed: draws take longer than a fit.
+
+    Attributes
+    ----------
+    tasks : sequence of (State, array of shape (B, n), array of shape (k,))
+        A state that has not seen the rows, the rows, and their probes.
+    scale : float
+        Factor of the posterior standard deviations of single examples.
+    known : int
+        Number of all tasks.
+    """
+
+    tasks: Sequence[tuple[State, np.ndarray, np.ndarray]]
+    scale: float
+    known: int
+
+    @cached_property
+    def widths(self) -> Widths:
+        """Estimate the widths."""
+        errors: dict[str, list[float]] = {}
+        for state, rows, probes in self.tasks:
+            for row in rows:
+                found = standardised_errors(state.joint(probes, row[probes]), row, probes, self.scale)
+                for name, error in found.items():
+                    errors.setdefault(name, []).append(error)
+        return Widths.of(errors, self.known)
+
+
+@dataclass(frozen=True)
 class Whole:
     """What is known of one row as a whole: its probes and its joint posterior.
 
@@ -316,7 +349,7 @@ class Whole:
         Sorted columns that the figures are of; None: all.
     scale : float
         Factor of the posterior standard deviations of single examples.
-    widths : Widths
+    left_out : LeftOut
     """
 
     state: State
@@ -326,7 +359,7 @@ class Whole:
     audit: int
     population: np.ndarray | None
     scale: float
-    widths: Widths = field(repr=False)
+    left_out: LeftOut = field(repr=False)
 
     def interval(
         self, statistic: Statistic, level: float = 0.9, *, guaranteed: bool = False, among: np.ndarray | None = None
@@ -348,11 +381,8 @@ class Whole:
 
     def _columns(self, among: np.ndarray | None) -> np.ndarray:
         """Return the columns of the population, or of a part of it, sorted."""
-        if among is None and self.population is None:
-            return np.arange(self.size)
-        if among is None or self.population is None:
-            return np.unique(self.population if among is None else among)
-        return np.intersect1d(self.population, among)
+        columns = np.arange(self.size) if self.population is None else self.population
+        return columns if among is None else np.intersect1d(columns, among)
 
     def _unmeasured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns that are no probes, and the measurements of those that are."""
@@ -380,7 +410,7 @@ class Whole:
                 deviation = float(np.sqrt(variance)) / len(columns)
             else:
                 value, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(rest) else 0.0
-            half = self.widths.at(level, statistic) * deviation
+            half = self.left_out.widths.at(level, statistic) * deviation
             lower, upper = value - half, value + half
             if isinstance(statistic, Above):
                 lower, upper = max(lower, 0.0), min(upper, 1.0)
@@ -484,17 +514,19 @@ class _Sums:
         # In the scale of the sample's errors; examples whose variance is nearly zero do not dominate.
         weights = 1.0 / (variances + everywhere + 1e-300)
         modelled = everywhere * float((weights * errors**2).sum() / max((weights * variances).sum(), 1e-300))
-        pooled = ((n - 1) * errors.var(ddof=1) + PRIOR_DEGREES * modelled) / (n - 1 + PRIOR_DEGREES)
+        sample = float(errors.var(ddof=1))
+        pooled = ((n - 1) * sample + PRIOR_DEGREES * modelled) / (n - 1 + PRIOR_DEGREES)
+        if isinstance(statistic, Tail):  # few random probes are in the tail, and often too few to show its variance
+            pooled = max(sample, modelled)
         error = free / size * np.sqrt((1 - n / free) / n * pooled)
         half = float(scipy.special.stdtrit(n - 1, 0.5 + level / 2)) * error
         base, slope = statistic.affine
         value = self.total / n / size
         lower, upper = value - half, value + half
-        if isinstance(statistic, Tail | Above):
-            lower = max(lower, 0.0)  # neither an excess nor a share is negative
-        if isinstance(statistic, Above):
-            upper = min(upper, 1.0)
-        return tuple(float(base + slope * each) for each in (value, lower, upper))  # type: ignore[return-value]
+        least = -np.inf if isinstance(statistic, MeanOf) else 0.0  # neither an excess nor a share is negative
+        most = 1.0 if isinstance(statistic, Above) else np.inf
+        value, lower, upper = (base + slope * float(np.clip(each, least, most)) for each in (value, lower, upper))
+        return value, lower, upper
 
 
 def check_level(level: float) -> None:
@@ -507,6 +539,12 @@ def check_share(share: float) -> None:
     """Raise ConfigError if a share of the examples is not in (0, 1]."""
     if not 0 < share <= 1:
         raise ConfigError(f"the share of a tail must be above 0 and at most 1, not {share}")
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ConfigError if a threshold of forgetting is not a finite number."""
+    if not np.isfinite(threshold):
+        raise ConfigError(f"the threshold of forgetting must be a finite number, not {threshold}")
 
 
 def each_row(

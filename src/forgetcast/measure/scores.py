@@ -38,6 +38,7 @@ class _Metadata(BaseModel):
     replayed: list[str] = []
     steps: int = 0
     seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
+    audit: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)

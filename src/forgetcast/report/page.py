@@ -16,7 +16,7 @@ import forgetcast
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion.base import MISFIT_THRESHOLD
-from forgetcast.completion.forecast import TaskForecast
+from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast
 from forgetcast.completion.structure import Structure, analyze
 from forgetcast.errors import DataError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
@@ -253,7 +253,7 @@ def _forecast(
     }
 
 
-def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, str]:
+def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, Any]:
     figure = figures.forecast_only(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
     if not forecast.probed.any():
         misfit = "No probe was measured for this task: this is the forecast for any new task."
@@ -267,7 +267,17 @@ def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, 
             f"The {int(forecast.probed.sum())} probes give no evidence that this task is unlike those in the atlas "
             f"(p = {forecast.misfit:.2f})."
         )
-    return {"name": forecast.task or "the new task", "figure": figure, "misfit": misfit}
+    return {
+        "name": forecast.task or "the new task",
+        "figure": figure,
+        "misfit": misfit,
+        "threshold": forecast.threshold,
+        "whole": [
+            {"estimate": each, "guaranteed": forecast.figure(each.figure, GUARANTEED, each.source)}
+            for each in forecast.whole
+            if each.kind == MODEL_BASED
+        ],
+    }
 
 
 def _risks(
