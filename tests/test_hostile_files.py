@@ -99,8 +99,6 @@ def test_metadata_that_are_no_object(files: dict[str, Path], kind: str, metadata
         ("score", "max_length", -5),
         ("score", "max_length", 10**400),
         ("score", "text", []),
-        ("score", "settings", "x"),
-        ("score", "losses", {"a": "b"}),
         ("score", "model_hash", None),
         *(("forecast", "level", value) for value in (..., None, "high", 0, 1, 1e308, float("nan"), -0.5)),
         *(("forecast", "misfit", value) for value in (..., None, [], 2, float("nan"))),

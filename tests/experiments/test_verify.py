@@ -104,6 +104,12 @@ class TestVerify:
         assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
         with pytest.raises(MismatchError, match="other settings"):
             verify_on(pool, before, tuner, [comparison], RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
+        forged = tmp_path / "naming.none.0.parquet"
+        scores = Scores.load(forged)
+        without = {name: value for name, value in scores.metadata.items() if name != "losses"}
+        replace(scores, metadata=without).save(forged)
+        with pytest.raises(DataError, match=f"{forged}.*lacks 'losses'.*remove it"):
+            verify_on(pool, before, tuner, [comparison], RECIPE, directory=tmp_path)
 
     def test_arms_must_be_judged_on_the_same_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()

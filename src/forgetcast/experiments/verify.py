@@ -240,7 +240,7 @@ def verify(
     if missing:
         tuner.restore()
     return Verification(
-        tuple(job.outcome(before, runs.load(job.name)) for job in jobs),
+        tuple(job.outcome(before, runs) for job in jobs),
         judged=min(len(job.judged) for job in jobs),
         ratio=max(plan.ratio for comparison in comparisons for plan in comparison.plans.values()),
         summaries={arm: _summary(comparison, arm) for comparison in comparisons for arm in comparison.plans},
@@ -318,9 +318,10 @@ class _Job:
         )
         return job.run(tuner, self.settings(tuner), meter)
 
-    def outcome(self, before: Scores, scores: Scores) -> Run:
+    def outcome(self, before: Scores, runs: ScoreFiles) -> Run:
         """Compute the figures of the finished run."""
-        facts, settings = scores.metadata, scores.metadata["settings"]
+        scores, facts = runs.load(self.name, tests=[self.comparison.name])
+        settings = facts.settings
         change = forgetting(before, scores)
         recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
         shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
@@ -331,10 +332,10 @@ class _Job:
             seed=self.recipe.seed,
             mean=float(np.nanmean(change)),
             worst_tenth=worst_tenth(change),
-            new_task_loss=facts["losses"][self.comparison.name],
-            replayed=len(facts["replayed"]),
-            steps=facts["steps"],
-            seconds=facts["seconds"],
+            new_task_loss=facts.losses[self.comparison.name],
+            replayed=len(facts.replayed),
+            steps=facts.steps,
+            seconds=facts.seconds,
             worst_hundredth=worst_part(change, 100),
             right_to_wrong=count_flips(before, scores),
             strategy=f"{self.plan.strategy} online" if revised else self.plan.strategy,

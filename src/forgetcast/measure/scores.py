@@ -33,11 +33,6 @@ class _Metadata(BaseModel):
     max_new_tokens: int = Field(default=1, ge=1)
     thinking_left_out: int = Field(default=0, ge=0)
     reference: str | None = None
-    settings: dict[str, Any] = {}
-    losses: dict[str, float] = {}
-    replayed: list[str] = []
-    steps: int = 0
-    seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
