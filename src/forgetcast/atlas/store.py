@@ -375,6 +375,10 @@ class Atlas:
             "rows": found,
         }
 
+    def unfinished(self, task: str) -> Path:
+        """Return the path of a file on this machine for what is measured of a row before it can be added."""
+        return self._storage.scratch(f"{rows.folder_of(task)}.partial")
+
     def beside(self, what: str) -> Path:
         """Return the path of a folder for runs: next to the atlas, or in the current folder if the atlas is a URL."""
         return beside(self.path, what)
@@ -837,18 +841,22 @@ def check_free(path: str | Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Store a file and remove it again, so that a place that cannot be written to is known before any work.
+    """Check that an atlas can be created or written to, before the work that leads to it; nothing is left there.
 
     Raises
     ------
     DataError
-        If it cannot be reached.
+        If something else is there, or it cannot be reached.
     OSError
         If it cannot be written to; names the file or folder.
     """
+    if not is_atlas(path):
+        check_free(path)
     storage = storage_of(path)
     if isinstance(storage.location, Path):
         check_destination(storage.location, folder=True)
+        if not storage.location.exists():
+            return
     probe = f".writable-{secrets.token_hex(8)}"
     with storage.write(probe) as file:
         file.touch()

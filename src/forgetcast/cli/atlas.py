@@ -60,8 +60,9 @@ def collect(
     Example: forgetcast collect config.yaml
     """
     from forgetcast.atlas import Atlas
+    from forgetcast.atlas.store import check_writable
     from forgetcast.cli.tables import runs_table
-    from forgetcast.experiments.collect import CollectConfig, check_atlas_destination, run_sweep
+    from forgetcast.experiments.collect import CollectConfig, run_sweep
     from forgetcast.experiments.on_ray import run_on_ray
     from forgetcast.lm import load
 
@@ -69,7 +70,7 @@ def collect(
     if engine is Engine.LOCAL and (address is not None or gpus or memory):
         raise ConfigError("--address, --gpus and --memory are for --engine ray")
     settings = CollectConfig.load(config)
-    check_atlas_destination(settings.atlas)
+    check_writable(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
     failures: dict[str, str] = {}

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.storage import beside, is_url
-from forgetcast.atlas.store import Atlas, check_free, check_name, check_writable, is_atlas
+from forgetcast.atlas.store import Atlas, check_name, check_writable, is_atlas
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
@@ -294,7 +294,7 @@ def prepare_atlas(
     DataError, OSError
         If it can be neither created nor written to, before anything is scored.
     """
-    check_atlas_destination(path)
+    check_writable(path)
     if not is_atlas(path):
         before = score_base(base, pool, _answers(max_new_tokens, metric) if exact_match else None, on_progress)
         try:
@@ -311,21 +311,6 @@ def prepare_atlas(
     check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
     _check_answers(atlas, max_new_tokens if exact_match else None)
     return atlas
-
-
-def check_atlas_destination(path: str | Path) -> None:
-    """Check that an atlas can be created or written to, before the work that leads to it.
-
-    Raises
-    ------
-    DataError
-        If something else is there, or a URL cannot be reached.
-    OSError
-        If it cannot be written to.
-    """
-    if not is_atlas(path):
-        check_free(path)
-    check_writable(path)
 
 
 def collect(

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forgetcast.atlas.store import Atlas, is_atlas
+from forgetcast.atlas.store import Atlas, check_writable, is_atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, ForgetcastError, IncompleteError, MissingExtraError
-from forgetcast.experiments.collect import CollectConfig, check_atlas_destination, prepare_sweep, run_sweep, unfinished
+from forgetcast.experiments.collect import CollectConfig, prepare_sweep, run_sweep, unfinished
 from forgetcast.experiments.runs import OnProgress
 
 WORKER_RETRIES = 3
@@ -68,7 +68,7 @@ def run_on_ray(
     if Path(config.model).is_dir():
         where["model"] = str(Path(config.model).absolute())
     config = config.model_copy(update=where)
-    check_atlas_destination(config.atlas)
+    check_writable(config.atlas)
     sweep = config.sweep(only)
     rows = sweep.rows(tasks, config.recipe.seed)
     if is_atlas(config.atlas):
