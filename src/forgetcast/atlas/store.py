@@ -336,11 +336,16 @@ class Atlas:
         """Return when a row was added, its recipe, the hash of the tuned model, and what else is known of it."""
         return self._row(task).provenance
 
+    @property
+    def priors(self) -> tuple[str, ...]:
+        """Names of the rows that are of another version of the base model: `merge` took them as priors."""
+        return tuple(task for task, row in self._by_task.items() if row.provenance.get("prior") is True)
+
     def info(self) -> dict[str, Any]:
         """Return what an atlas holds, ready for JSON: base model, pool, size, and of each row how much is measured.
 
         'measured' is the share of the examples with base scores, 'parts' the number of files of a row, 'dropped' that
-        of the files that `compact` would remove.
+        of the files that `compact` would remove, 'priors' that of the rows of another version of the base model.
         """
         scorable = ~np.isnan(self.nll_before)
         found = []
@@ -370,6 +375,7 @@ class Atlas:
             "recipe": self.recipe,
             "created": self.created,
             "tasks": len(found),
+            "priors": len(self.priors),
             "bytes": self._storage.size(),
             "dropped": sum(len(row.dropped) for row in all_rows),
             "rows": found,

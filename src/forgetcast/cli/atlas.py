@@ -112,11 +112,12 @@ def analyze(matrix: MatrixPath, exact_match: ByAnswers = False, as_json: AsJson 
     from forgetcast.cli.tables import structure_tables
     from forgetcast.completion.structure import analyze as analyze_matrix
 
-    replicates: dict[str, str] = {}
+    replicates, priors = dict[str, str](), tuple[str, ...]()
     if not Path(matrix).is_file():  # a matrix alone does not say which rows are of one task
         atlas = Atlas.open(matrix)
         replicates = {row: str(atlas.provenance(row).get("task", row)) for row in atlas.tasks}
-    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match), replicates=replicates)
+        priors = atlas.priors
+    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match), replicates=replicates, priors=priors)
     if as_json:
         print_json(structure.as_dict())
         return

@@ -86,6 +86,7 @@ def forecast(
     import numpy as np
 
     from forgetcast.atlas import Atlas
+    from forgetcast.cli.tables import priors_line
     from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, measured_probes
     from forgetcast.measure import Scores, check_tokens
@@ -102,13 +103,16 @@ def forecast(
     completed = TaskForecast.from_forecast(
         model.predict(columns, forgetting), opened, method=method.value, task=task, level=level
     )
-    completed = replace(completed, different_tokens=different)
+    priors = len(set(opened.priors).intersection(known))
+    completed = replace(completed, different_tokens=different, rows=len(known), prior_rows=priors)
     completed.save(output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
     facts = {
         "examples": len(completed.ids),
         "probes": len(columns),
         "different_tokens": different,
+        "rows": len(known),
+        "prior_rows": priors,
         "mean_forgetting": float(completed.mean.mean()),
         "level": level,
         "misfit": completed.misfit,
@@ -122,7 +126,9 @@ def forecast(
     if as_json:
         print_json(facts | {"most_at_risk": rows})
         return
-    show(facts, False, title="Forecast")
+    show(facts | {"rows": None, "prior_rows": None}, False, title="Forecast")
+    if priors:
+        out.print(priors_line(priors, len(known)))
     table = Table("example", "forecast", f"{level:.0%} interval", title="Most at risk (nats per token)")
     for row in rows:
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"

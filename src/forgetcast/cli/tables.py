@@ -35,14 +35,28 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
 
 def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Yield what `Atlas.info` says: the atlas, and a row per task."""
-    names = ("format", "model", "model_hash", "pool", "examples", "unscored", "tasks", "bytes", "dropped", "created")
+    names = (
+        "format",
+        "model",
+        "model_hash",
+        "pool",
+        "examples",
+        "unscored",
+        "tasks",
+        "priors",
+        "bytes",
+        "dropped",
+        "created",
+    )
     facts = {name: info[name] for name in names} | {"answers": "yes" if info["answers"] else "no"}
-    if not info["dropped"]:
-        del facts["dropped"]
+    for name in ("dropped", "priors"):
+        if not info[name]:
+            del facts[name]
     yield facts_table(info["atlas"], facts | {"bytes": f"{info['bytes']:,}"})
     if not info["rows"]:
         return
-    table = Table("task", "measured", "mean forgetting", "parts", "kind", "added", title="Rows")
+    columns = ["task", "measured", "mean forgetting", "parts", "kind", "added"]
+    table = Table(*columns, *(["prior, of the base"] if info["priors"] else []), title="Rows")
     for row in info["rows"]:
         mean, origin = row["mean_forgetting"], row["provenance"]
         table.add_row(
@@ -52,8 +66,21 @@ def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
             str(row["parts"]),
             escape(str(origin.get("kind", ""))),
             escape(str(origin["added"])[:10]),
+            *([escape(_prior_base(origin))] if info["priors"] else []),
         )
     yield table
+
+
+def _prior_base(provenance: Mapping[str, Any]) -> str:
+    """Return the base model of a row that is a prior; empty if it is none."""
+    base = provenance.get("prior_base")
+    known = base if isinstance(base, dict) else {}
+    return str(known.get("model", "unknown")) if provenance.get("prior") is True else ""
+
+
+def priors_line(priors: int, rows: int) -> str:
+    """Say that rows are of another version of the base model."""
+    return f"{priors} of {rows} rows are priors: measured on another version of the base model"
 
 
 def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
@@ -87,6 +114,8 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
         f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
     )
+    if structure.priors:
+        yield priors_line(structure.priors, structure.tasks)
     fits = Table("fit", "R^2", "held out", title="How much of the forgetting each fit explains")
     fits.add_row("task means", f"{structure.row_r2:.3f}")
     fits.add_row("example means", f"{structure.column_r2:.3f}")

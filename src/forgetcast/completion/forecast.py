@@ -31,6 +31,8 @@ class _Metadata(BaseModel):
     pool: str = Field(min_length=1)
     task: str | None
     different_tokens: int | None = Field(default=None, ge=0)  # files of earlier versions have none
+    rows: int | None = Field(default=None, ge=0)
+    prior_rows: int | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class TaskForecast:
     task : str or None
     different_tokens : int or None
         Number of probes that were measured on other tokens than the base model was; None if that is unknown.
+    rows, prior_rows : int or None
+        How many rows it was learned from, and how many of them were measured on another version of the base model; None
+        if that is unknown.
     """
 
     ids: Sequence[str]
@@ -67,6 +72,8 @@ class TaskForecast:
     pool_fingerprint: str
     task: str | None = None
     different_tokens: int | None = None
+    rows: int | None = None
+    prior_rows: int | None = None
 
     @classmethod
     def from_forecast(
@@ -135,6 +142,8 @@ class TaskForecast:
             "pool": self.pool_fingerprint,
             "task": self.task,
             "different_tokens": self.different_tokens,
+            "rows": self.rows,
+            "prior_rows": self.prior_rows,
         }
         write_table(table, Path(path), metadata)
 
@@ -160,6 +169,8 @@ class TaskForecast:
                 pool_fingerprint=metadata.pool,
                 task=metadata.task,
                 different_tokens=metadata.different_tokens,
+                rows=metadata.rows,
+                prior_rows=metadata.prior_rows,
             )
             loaded.check()
         except DataError as error:

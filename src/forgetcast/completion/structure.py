@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,6 +87,8 @@ class Structure(Result):
     components : tuple of Component
     noise : RunNoise or None
         None where no task has several rows.
+    priors : int
+        How many of the tasks were measured on another version of the base model.
     """
 
     kind: ClassVar[str] = "structure"
@@ -103,6 +105,7 @@ class Structure(Result):
     rank_f1: tuple[float, ...]
     components: tuple[Component, ...]
     noise: RunNoise | None = None
+    priors: int = 0
 
     def __repr__(self) -> str:
         return (
@@ -118,6 +121,7 @@ def analyze(
     max_rank: int = MAX_RANK,
     components: int = 3,
     replicates: Mapping[str, str] | None = None,
+    priors: Collection[str] = (),
 ) -> Structure:
     """Measure the structure of a forgetting matrix.
 
@@ -131,6 +135,8 @@ def analyze(
         Number of components to describe.
     replicates : mapping of str to str, optional
         Task of each row by the row's name, where rows are of the same task with another seed.
+    priors : collection of str, optional
+        Names of the rows that were measured on another version of the base model, to be counted: `Atlas.priors`.
 
     Raises
     ------
@@ -167,6 +173,7 @@ def analyze(
         rank_f1=_binary_f1(values, min(len(fits), F1_RANKS)),
         components=_components(described.fit, described.loadings, [matrix.sources[j] for j in columns]),
         noise=_run_noise(values, [(replicates or {}).get(task, task) for task in tasks], max_rank),
+        priors=len(set(priors).intersection(tasks)),
     )
 
 
