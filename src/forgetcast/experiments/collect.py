@@ -363,6 +363,9 @@ def collect(
     answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
     judged = {task: _sample(atlas, task, sweep.score_share) for task in dict.fromkeys(row.task for row in planned)}
     todo = unfinished(atlas, planned, facts, sweep)
+    if isinstance(tuner, CommandTrainer):
+        for row in set(planned) - set(todo):  # of a process that was stopped after it had stored the row
+            tuner.discard(row.name)
     per_row = {
         row.name: _training_units(tuner, recipe, tasks[row.task]) + len(judged[row.task]) * (1 + atlas.has_answers)
         for row in todo
@@ -387,6 +390,8 @@ def collect(
         reason = _try(make_it, sweep.retries)
         if reason is not None and not rows.has(name, settings):
             failures[name] = reason
+        elif isinstance(tuner, CommandTrainer) and rows.has(name, settings):
+            tuner.discard(name)
         if rest := started + per_row[name] - meter.done:
             meter.advance(f"{name}: {'failed' if name in failures else 'finished'}", rest)
     if not isinstance(tuner, CommandTrainer):
