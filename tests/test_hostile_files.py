@@ -255,7 +255,7 @@ def test_lines_of_a_pool(tmp_path: Path, line: str, said: str) -> None:
         ("weight_decay: .inf", "weight_decay"),
         ("seed: -1", "seed"),
         ("seed: 4294967296", "seed"),
-        ("- 1", "the content"),
+        ("- 1", "valid dictionary"),
         ("x" * 2_000_000, "no file of settings"),
     ],
     ids=lambda text: text[:30],

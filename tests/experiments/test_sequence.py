@@ -345,10 +345,10 @@ def test_a_result_as_a_file() -> None:
         (content | {"judged": "many"}, "judged: "),
         (without(0), "none replay, order 0: a stage is missing"),
         (content | {"stages": content["stages"] * 2}, "duplicated"),
-        (changed(mean="high"), "stages: 0: mean: "),
-        (changed(mean=float("nan")), "stages: 0: mean: "),
+        (changed(mean="high"), "stages.0.mean: "),
+        (changed(mean=float("nan")), "stages.0.mean: "),
         (changed(losses={}), "stage 1 needs the losses of exactly the tasks"),
-        (changed(losses={"b": None}), "stages: 0: losses: b: "),
+        (changed(losses={"b": None}), "stages.0.losses.b: "),
         (changed(colour="red"), "colour"),
     ):
         with pytest.raises(DataError, match=message):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from forgetcast.atlas import rows, zarr_format
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
@@ -46,6 +46,7 @@ from forgetcast.files import (
     with_digest,
 )
 from forgetcast.measure.scores import Baseline, Scores, check_tokens, flips, forgetting
+from forgetcast.results import validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -788,13 +789,8 @@ def parse_index(storage: Storage) -> Index:
         raise DataError(f"{where} is of format {version}, and this version reads up to {FORMAT}; upgrade forgetcast")
     if type(version) is not int or version not in (zarr_format.FORMAT, FORMAT):
         raise DataError(f"{where} is not that of an atlas: its format is {version!r}")
-    try:
-        return Index.model_validate(
-            check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    known = check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
+    return validated(Index, known, where)
 
 
 def lost_replays(storage: Storage) -> list[tuple[str, str]]:

@@ -81,8 +81,12 @@ def run_on_ray(
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             ray.init(address=address or "local", **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--address {address}: {str(error).split(chr(10))[0]}") from None
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            # What Ray says of a token is in the cause, and `ray start` asks for one unless it is told otherwise.
+            wants = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" * (
+                "Token" in repr(error.__cause__)
+            )
+            raise ConfigError(f"--address {address}: {str(error).split(chr(10))[0]}{wants}") from None
     failures: dict[str, str] = {}
     try:
         needs = {"num_gpus": gpus, "memory": int(memory * 2**30) or None, "max_retries": WORKER_RETRIES}
