@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from forgetcast import Atlas, DataError, Example, MismatchError, Pool
-from forgetcast.atlas.store import check_writable
+from forgetcast.atlas.index import check_writable
 from forgetcast.files import with_digest
 from support.data import make_atlas, make_scores
 from support.dying import add_row, add_row_slowly

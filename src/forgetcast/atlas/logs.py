@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from forgetcast.atlas.index import INDEX
 from forgetcast.atlas.storage import whole_folder
-from forgetcast.atlas.store import INDEX, Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.measure import inspect_logs, lm_eval
 from forgetcast.measure.logs import LogTable

@@ -60,7 +60,7 @@ def collect(
     Example: forgetcast collect config.yaml
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.atlas.store import check_writable
+    from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import runs_table
     from forgetcast.experiments.collect import CollectConfig, run_sweep
     from forgetcast.experiments.on_ray import run_on_ray

@@ -191,7 +191,7 @@ def verify(
     Example: forgetcast verify ./my-model task.jsonl --atlas runs.atlas --plan plan.parquet -o verification.json
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.atlas.store import check_writable
+    from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import verification_tables
     from forgetcast.data import split_task
     from forgetcast.data.reader import data_name
@@ -250,7 +250,7 @@ def pilot(
     Example: forgetcast pilot ./my-model task.jsonl --atlas runs.atlas --ratios 1/32,1/8 --steps 100
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.atlas.store import check_writable
+    from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import advice_tables
     from forgetcast.data import Recipe
     from forgetcast.data.reader import data_name

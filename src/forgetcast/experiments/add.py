@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from forgetcast.atlas.store import Atlas, check_free, check_writable
+from forgetcast.atlas.index import check_free, check_writable
+from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, MismatchError

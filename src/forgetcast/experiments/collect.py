@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from forgetcast.atlas.index import check_writable, is_atlas
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.storage import beside, is_url
-from forgetcast.atlas.store import Atlas, check_name, check_writable, is_atlas
+from forgetcast.atlas.store import Atlas, check_name
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe

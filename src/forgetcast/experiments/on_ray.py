@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forgetcast.atlas.store import Atlas, check_writable, is_atlas
+from forgetcast.atlas.index import check_writable, is_atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, ForgetcastError, IncompleteError, MissingExtraError
 from forgetcast.experiments.collect import CollectConfig, prepare_sweep, run_sweep, unfinished
