@@ -110,7 +110,6 @@ def test_unencodable_conversations_are_not_scored_with_a_reason(template: Any, m
         FineTuner(language_model).tune(Pool([bad, good]), Recipe(steps=1, batch_size=2))
 
 
-@pytest.mark.parametrize("bos", [True, False])
 def loops(depth: int) -> str:
     return "{% for i in range(99999) %}" * depth + "{% set x = i %}" + "{% endfor %}" * depth
 
@@ -160,6 +159,7 @@ def test_only_the_time_of_the_template_counts(monkeypatch: pytest.MonkeyPatch) -
     assert found == expected
 
 
+@pytest.mark.parametrize("bos", [True, False])
 def test_single_turn_scores_as_prompt_and_completion(bos: bool) -> None:
     language_model = chat_model("{{ bos_token }}" * bos + PLAIN, bos=bos)
     eos = language_model.tokenizer.eos_token
