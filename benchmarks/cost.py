@@ -1,13 +1,13 @@
 """What a history costs, and what it is worth: forecast error on new tasks against tasks, steps, share scored, method.
 
-    python benchmarks/cost.py --quick                                # 4 tasks of 10 steps: a minute
+    python benchmarks/cost.py --quick                                # 4 tasks of 10 steps: 90 seconds
     python benchmarks/cost.py --json benchmarks/results/cost.json    # 28 tasks, 4 ways to tune: half an hour
 
 The demo model is tuned on reasoning-gym tasks, with every weight or with LoRA, for 10 or 40 steps. Each history is the
-first tasks of one of these atlases, with the whole pool or a random quarter of it scored for each task. It forecasts the
-rows of four tasks that are in none of them, which were tuned for 40 steps by the same method, or by the other one. One
-half of the pool gives 30 chosen probes, the other is judged; mean of ten such halves. Errors are RMSE relative to no
-history: the mean of 30 random probes stands for all other examples.
+first tasks of one of these atlases, with the whole pool or a random quarter of it scored for each task. It forecasts
+the rows of four tasks that are in none of them, which were tuned for 40 steps by the same method, or by the other one.
+One half of the pool gives 30 chosen probes, the other is judged; mean of ten such halves. Errors are RMSE relative to
+no history: the mean of 30 random probes stands for all other examples.
 
 Rows are kept in the folder --work, and the same command goes on from there. Seconds are those of this machine while it
 ran, of training and scoring, without the base model's scores.
@@ -36,11 +36,14 @@ from forgetcast.completion import Bayesian
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.experiments.collect import collect, prepare_atlas
 from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task
+from forgetcast.experiments.start import Speed, StartSettings, choose_plan
 from forgetcast.lm import FineTuner, load
 from shared import conclude, output, target
 
 TASKS, SHARES, STEPS, METHODS = (2, 4, 8, 16, 28), (1.0, 0.25), (10, 40), ("lora", "full")
 JUDGED_STEPS, PROBES, SPLITS, DRAWS, SUBSETS = 40, 30, 10, 20, 5
+BUDGETS = (30, 60, 120, 240, 600)
+"""Seconds, for LoRA on the demo model."""
 Rows = list[dict[str, Any]]
 
 
@@ -139,6 +142,20 @@ def curve(work: Path, sizes: tuple[int, ...], steps: tuple[int, ...]) -> Rows:
     return found
 
 
+def recommend(work: Path, steps: int) -> Rows:
+    """Return what `forgetcast start` would do with budgets on the machine that the rows were made on."""
+    atlas = Atlas.open(path_of(work, "lora", steps))
+    costs = [atlas.provenance(name)["cost"] for name in NEW_TASKS]
+    seconds = {part: float(np.mean([cost[part]["seconds"] for cost in costs])) for part in ("training", "scoring")}
+    speed = Speed(0.0, seconds["training"] / steps, seconds["scoring"] / len(atlas.examples))
+    found: Rows = []
+    for budget in BUDGETS:
+        plan = choose_plan(speed, len(atlas.examples), StartSettings(budget=budget))
+        facts = {"tasks": len(plan.tasks), "steps": plan.recipe.steps, "share": plan.score_share}
+        found.append({"budget": budget, **facts, "seconds": plan.seconds, "error": plan.error})
+    return found
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,6 +178,12 @@ def main() -> None:
         cells = (*figures, random, f"{r['error_other_method']:.2f}")
         table.add_row(r["method"], f"{r['steps']}", f"{r['share']:.0%}", f"{r['tasks']}", f"{r['seconds']:.0f}", *cells)
     console.print(table)
+    advice = recommend(work, JUDGED_STEPS)
+    table = Table("budget, s", "tasks", "steps", "scored", "seconds", "error", title="What `forgetcast start` would do")
+    for r in advice:
+        cells = (f"{r['tasks']}", f"{r['steps']}", f"{r['share']:.0%}", f"{r['seconds']:.0f}", f"{r['error']:.2f}")
+        table.add_row(f"{r['budget']}", *cells)
+    console.print(table)
     found = {(r["method"], r["steps"], r["share"], r["tasks"]): r["error"] for r in rows}
     few, most = sizes[-2:]
     key = ("lora", max(steps), 1.0)
@@ -172,7 +195,7 @@ def main() -> None:
             1.0,
         ),
     ]
-    conclude(console, rows, targets, options.json, "torch", "transformers", "peft", "reasoning-gym")
+    conclude(console, [*rows, *advice], targets, options.json, "torch", "transformers", "peft", "reasoning-gym")
 
 
 if __name__ == "__main__":

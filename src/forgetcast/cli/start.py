@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -128,8 +127,8 @@ def _say_plan(plan: StartPlan, left: float) -> None:
 
     share = "the whole pool" if plan.score_share == 1 else f"{plan.score_share:.0%} of the pool"
     err.print(
-        f"{len(plan.tasks)} tasks of {plan.recipe.steps} steps ({plan.recipe.method}), {share} scored after each: about "
-        f"{duration(left)} on this machine",
+        f"{len(plan.tasks)} tasks of {plan.recipe.steps} steps ({plan.recipe.method}), {share} scored after each: "
+        f"about {duration(left)} on this machine",
         markup=False,
         soft_wrap=True,
     )
@@ -147,10 +146,9 @@ def _say_result(atlas: Any, plan: StartPlan, facts: dict[str, Any]) -> None:
 
     for line in (
         f"{atlas.path}: {len(atlas.tasks)} tasks x {len(atlas.examples)} examples, in {duration(facts['seconds'])}",
-        f"With {len(plan.tasks)} such tasks, the error of forecasts from 30 probes was {plan.error:.2f} times that of no "
-        "history (benchmarks/cost.py): on the demo model, for new procedural tasks. For your model and your tasks it is "
-        "not known. A history of your own fine-tunes is better: forgetcast add adds them to this atlas.",
-        f"Next: forgetcast bench {atlas.path}; after a fine-tune of your own: "
-        f"forgetcast forecast {atlas.path} --model TUNED -k 30 -o forecast.parquet",
+        f"With {len(plan.tasks)} such tasks, the error of forecasts from 30 probes was {plan.error:.2f} times that of "
+        "no history (benchmarks/cost.py), on the demo model and for new procedural tasks. For your model and tasks it "
+        "is not known. Fine-tunes of your own make a better history: `forgetcast add` adds them to this atlas.",
+        f"Next: forgetcast bench {atlas.path}; or forgetcast probes {atlas.path} -k 30 -o probes.jsonl",
     ):
         out.print(line, markup=False, soft_wrap=True)
