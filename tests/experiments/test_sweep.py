@@ -273,6 +273,21 @@ def test_seeds_and_a_share_of_the_pool(tmp_path: Path, run: RunCommand) -> None:
         collect(FineTuner(tiny()), atlas, RECIPE, TASKS, sweep=Sweep(score_share=0.001))
 
 
+def test_a_share_of_few_tasks_is_warned_of_before_any_work(
+    tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise DataError("the model was loaded")
+
+    monkeypatch.setattr("forgetcast.lm.load", load)
+    for share, fewest, warned in ((0.5, 16, 1), (1.0, 16, 0), (0.5, 3, 0)):
+        monkeypatch.setattr(sys.modules["forgetcast.experiments.collect"], "FEWEST_FOR_A_SHARE", fewest)
+        _, out, err = run("collect", configure(tmp_path, "a.atlas", score_share=share))
+        assert err.count("warning: score_share 0.5 with 3 tasks") == warned
+        assert "the model was loaded" in err.partition("warning: ")[2] or not warned
+        assert "warning" not in out
+
+
 def test_an_example_that_the_tuned_model_cannot_be_scored_on_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import warnings
 import typer
 
 # Each registers its commands, in the order in which they are listed.
-from forgetcast.cli import pool, measure, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
+from forgetcast.cli import pool, measure, start, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
 from forgetcast.cli.app import app, err, fail, out
 from forgetcast.errors import ForgetcastError
 
@@ -29,6 +29,7 @@ __all__ = [
     "plan",
     "pool",
     "report",
+    "start",
     "train",
 ]
 

@@ -170,6 +170,14 @@ def fractions(text: str, option: str) -> list[float]:
     return values
 
 
+def seconds(text: str, option: str) -> float:
+    """Parse "90s", "30m" or "2h" as a number of seconds."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh])", text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"{option}: {text!r} is no time such as 90s, 30m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 MOST_NUMBERS = 100_000
 """So many numbers an option may list, ranges counted."""
 

@@ -62,7 +62,7 @@ def collect(
     from forgetcast.atlas import Atlas
     from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import runs_table
-    from forgetcast.experiments.collect import CollectConfig, run_sweep
+    from forgetcast.experiments.collect import FEWEST_FOR_A_SHARE, CollectConfig, run_sweep
     from forgetcast.experiments.on_ray import run_on_ray
     from forgetcast.lm import load
 
@@ -73,6 +73,13 @@ def collect(
     check_writable(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
+    if settings.score_share < 1 and len(tasks) < FEWEST_FOR_A_SHARE:
+        err.print(
+            f"warning: score_share {settings.score_share:g} with {len(tasks)} tasks: with fewer than "
+            f"{FEWEST_FOR_A_SHARE}, forecasts may be worse than from no history (docs/how-to/cluster.md)",
+            markup=False,
+            soft_wrap=True,
+        )
     failures: dict[str, str] = {}
     figures: dict[str, dict[str, float]] = {}
     with progress(above=lambda: runs_table(figures)) as report:

@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from forgetcast.measure.scores import Scores
 
 
+FEWEST_FOR_A_SHARE = 16
+"""With fewer tasks of which a share is scored, forecasts were worse than from no history (`benchmarks/cost.py`)."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
