@@ -18,9 +18,12 @@ from forgetcast.cli.options import (
     Columns,
     DataFormat,
     ExportFormat,
+    Format,
     HoldOut,
     Loading,
     Output,
+    PoolColumns,
+    PoolFormat,
     PoolPath,
     Repeat,
     Seed,
@@ -93,6 +96,9 @@ def plan(
     ] = None,
     repeat: Repeat = False,
     seed: Seed = 0,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -113,6 +119,8 @@ def plan(
     if output is not None:
         check_destination(output)
     rule = replay.get_strategy(strategy, temperature=temperature)
+    if "gradients" not in rule.needs and (format is not None or column or strict):
+        raise ConfigError("--format, --column and --strict are about --task, read only where gradients are needed")
     if ratio is not None and target_retention is not None:
         raise ConfigError("give --ratio or --target-retention, not both")
     opened, advice = Atlas.open(atlas), None
@@ -134,7 +142,11 @@ def plan(
         needs=rule.needs,
         forecast=predicted,
         truth=_measured(opened, truth) if truth is not None else None,
-        gradients=_gradients(opened, model, task, loading) if model is not None and task is not None else None,
+        gradients=(
+            _gradients(opened, model, load_data(task, format, column, strict), loading)
+            if model is not None and task is not None
+            else None
+        ),
     )
     planned = replay.make_plan(
         opened.pool,
@@ -219,7 +231,7 @@ def _of_sources(pool: Pool, sources: Sequence[str]) -> list[str]:
     return [id_ for id_, source in zip(pool.ids, pool.sources, strict=True) if source in sources]
 
 
-def _gradients(atlas: Atlas, model: str, task: Path, loading: Loading) -> np.ndarray:
+def _gradients(atlas: Atlas, model: str, task: Pool, loading: Loading) -> np.ndarray:
     """Return the gradient product of every example with a base loss, shape (N,); NaN elsewhere."""
     import numpy as np
 
@@ -228,9 +240,7 @@ def _gradients(atlas: Atlas, model: str, task: Path, loading: Loading) -> np.nda
     base = load_base(model, loading, atlas).merged()
     scored = np.flatnonzero(~np.isnan(atlas.nll_before))
     products = np.full(len(atlas.examples), np.nan)
-    products[scored] = gradient_products(
-        base, load_data(task), atlas.subset(atlas.examples[i] for i in scored.tolist())
-    )
+    products[scored] = gradient_products(base, task, atlas.subset(atlas.examples[i] for i in scored.tolist()))
     return products
 
 
@@ -258,6 +268,8 @@ def export(
         DataFormat | None, typer.Option(help="Format of the task; default: each row's, by its fields.")
     ] = None,
     column: Columns = None,
+    pool_format: PoolFormat = None,
+    pool_column: PoolColumns = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -271,7 +283,7 @@ def export(
     from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted
 
     check_destination(output, folder=kind not in (ExportFormat.JSONL, ExportFormat.PARQUET))
-    replay, upstream = ReplayPlan.load(plan), load_data(pool)
+    replay, upstream = ReplayPlan.load(plan), load_data(pool, pool_format, pool_column, strict)
     examples = load_data(task, data_format, column, strict) if task is not None else None
     if count is None and steps is not None:
         count = round(steps * replay.ratio) * batch_size

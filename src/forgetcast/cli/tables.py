@@ -186,7 +186,9 @@ def _worst_rows(result: Difference) -> Iterator[tuple[str, ...]]:
 
 def difference_tables(result: Difference) -> Iterator[Table]:
     """Yield tables of the difference, its values by source, and the most forgotten examples."""
-    table = Table("statistic", "after minus before", title="Change of the loss (nats per token; positive is forgotten)")
+    table = Table(
+        "statistic", "after minus before", title=f"Change of the loss ({escape(result.unit)}; positive is forgotten)"
+    )
     for name, figure in _difference_rows(result):
         table.add_row(name, escape(figure))
     yield table
@@ -208,12 +210,13 @@ def difference_markdown(result: Difference, judgement: Judgement) -> str:
     def row(*cells: str) -> str:
         return f"| {' | '.join(markdown_text(cell) for cell in cells)} |"
 
+    unit = markdown_text(result.unit)
     lines = ["### Forgetting", ""]
     lines += [f"**Failed:** `{text}`  " for text in judgement.failed]
     for line in judgement_lines(judgement):
         name, _, said = line.partition(": ")
         lines.append(f"**{name.capitalize()}:** {said}  ")
-    lines += [""] * (len(lines) > 2) + ["| statistic | after minus before |", "|---|---|"]
+    lines += [""] * (len(lines) > 2) + [f"| statistic | after minus before, {unit} |", "|---|---|"]
     lines += [row(name, figure) for name, figure in _difference_rows(result)]
     if result.by_source:
         lines += ["", f"| {' | '.join(SOURCE_COLUMNS)} |", "|---" * len(SOURCE_COLUMNS) + "|"]

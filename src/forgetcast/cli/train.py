@@ -37,6 +37,8 @@ from forgetcast.cli.options import (
     NumberOfProbes,
     OnlineAt,
     Output,
+    PoolColumns,
+    PoolFormat,
     Ratio,
     RecipeName,
     Repeat,
@@ -73,6 +75,8 @@ def train(
     probes: NumberOfProbes = PROBES,
     format: Format = None,
     column: Columns = None,
+    pool_format: PoolFormat = None,
+    pool_column: PoolColumns = None,
     strict: Strict = False,
     date: Date = None,
     no_thinking: NoThinking = False,
@@ -93,10 +97,12 @@ def train(
     check_destination(partial, folder=True)
     if (plan is None) != (pool is None):
         raise ConfigError("--plan and --pool go together")
+    if pool is None and (pool_format is not None or pool_column):
+        raise ConfigError("--pool-format and --pool-column are about --pool; give it too")
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     examples = load_data(task, format, column, strict)
     replay = ReplayPlan.load(plan) if plan is not None else None
-    upstream = load_data(pool) if pool is not None else None
+    upstream = load_data(pool, pool_format, pool_column, strict) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded

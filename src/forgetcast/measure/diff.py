@@ -10,7 +10,7 @@ import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.errors import MismatchError
-from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
+from forgetcast.measure.scores import NATS_PER_TOKEN, Scores, check_tokens, flips, forgetting, unit_of
 from forgetcast.results import Result
 from forgetcast.stats import holm, mean_interval, wilcoxon_p, worst_part
 
@@ -20,7 +20,7 @@ WORST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A figure of some examples, in nats per target token.
+    """A figure of some examples, in the unit of their losses.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Divergence(Summary):
 
 @dataclass(frozen=True)
 class Noise:
-    """How far the same losses differ when they are measured again with other batches, in nats per token.
+    """How far the same losses differ when they are measured again with other batches.
 
     Attributes
     ----------
@@ -150,6 +150,9 @@ class Difference(Result):
         None where neither side was measured twice.
     different_tokens : int or None
         Number of examples scored on other tokens or targets on the two sides; None if that is unknown.
+    unit : str
+        Unit of the losses: "nats per token", or what the logs of another tool state. Several, where tasks differ;
+        "unit unknown" where a log states none. A KL divergence is in nats per token.
     """
 
     kind: ClassVar[str] = "difference"
@@ -165,13 +168,14 @@ class Difference(Result):
     kl: Divergence | None = None
     noise: Noise | None = None
     different_tokens: int | None = None
+    unit: str = NATS_PER_TOKEN
 
     def __repr__(self) -> str:
         """Size, mean forgetting with its interval, and flips."""
         parts = [f"{self.unscored} unscored"]
         if (loss := self.loss) is not None:
             interval = "" if loss.lower is None else f" ({loss.lower:+.3f} to {loss.upper:+.3f})"
-            parts.insert(0, f"mean {loss.mean:+.3f}{interval} nats per token")
+            parts.insert(0, f"mean {loss.mean:+.3f}{interval} {self.unit}")
             parts.insert(0, f"{loss.examples} examples")
         if self.flips is not None:
             parts.append(f"{self.flips.right_to_wrong} right to wrong, {self.flips.wrong_to_right} wrong to right")
@@ -219,7 +223,7 @@ def difference(
     Raises
     ------
     MismatchError
-        If the two are of different examples, or of different tokens, which are not allowed.
+        If the two are of different examples, in different units, or of different tokens, which are not allowed.
     """
     pools = {before.pool_fingerprint, after.pool_fingerprint} - {None}
     if len(pools) > 1:
@@ -227,7 +231,7 @@ def difference(
     if set(before.ids) != set(after.ids):
         odd = sorted(set(before.ids) ^ set(after.ids))
         raise MismatchError(f"{len(odd)} example(s) are in only one of the score files, e.g. {odd[0]!r}")
-    after = after.subset(before.ids)
+    after, unit = after.subset(before.ids), unit_of(before, after)
     different = check_tokens(before, after, allow_different=allow_different_tokens)
     change = forgetting(before, after)
     scored = np.flatnonzero(~np.isnan(change))
@@ -261,6 +265,7 @@ def difference(
         by_source_p=by_source_p,
         kl=_divergence(after, groups),
         noise=_noise(before, after, change[scored].mean(), scored) if len(scored) else None,
+        unit=unit,
     )
 
 
