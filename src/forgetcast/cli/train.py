@@ -21,6 +21,7 @@ from forgetcast.cli.app import (
     print_json,
     progress,
     require_single_process,
+    say_ratios,
     show,
 )
 from forgetcast.cli.options import (
@@ -106,6 +107,7 @@ def train(
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
+        say_ratios([replay.ratio], settings)
     opened, selector = Atlas.open(atlas) if atlas is not None else None, None
     if online is not None or (replay is not None and replay.phase == "in-training"):
         if replay is None or opened is None:
@@ -222,6 +224,9 @@ def verify(
             raise ConfigError("--online needs a plan of a strategy that uses a forecast")
         plans |= revised
         selectors |= {name: _selector(opened, p, online, probes) for name, p in revised.items()}
+    say_ratios((p.ratio for p in plans.values()), settings)
+    for replay in plans.values():
+        replay.count(settings.steps, settings.batch_size)  # too many is an error before the model is loaded
     comparison = ReplayComparison(data_name(task), training, test, plans, selectors)
     tuner = load_tuner(model, loading, opened)
     result = _compare(tuner, opened, settings, comparison, seeds, output.with_suffix(".runs"))
@@ -235,7 +240,10 @@ def pilot(
     model: ModelName,
     task: TaskPath,
     atlas: AtlasOption,
-    ratios: Annotated[str, typer.Option(help="Replayed examples per new one.")] = "1/32,1/8",
+    ratios: Annotated[
+        str | None,
+        typer.Option(help="Replayed examples per new one; default: about 1/32 and 1/8, as the recipe's steps allow."),
+    ] = None,
     strategy: Strategies = None,
     steps: Annotated[int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Default: those of the recipe.")] = None,
     recipe: RecipeName = None,
@@ -262,6 +270,7 @@ def pilot(
     from forgetcast.data.reader import data_name
     from forgetcast.experiments import pilot_comparison
     from forgetcast.replay import Random, advise, get_strategy
+    from forgetcast.replay.plan import achieved_ratio, default_ratios
     from forgetcast.settings import check_settings
 
     require_single_process("pilot")
@@ -272,15 +281,19 @@ def pilot(
     if steps is not None:
         settings = check_settings(settings.model_dump() | {"steps": steps}, Recipe, where="--steps")
     others = [get_strategy(name) for name in strategy or ()]
+    asked = default_ratios(settings.steps) if ratios is None else fractions(ratios, "--ratios")
+    say_ratios(asked, settings)
     comparison = pilot_comparison(
         opened,
         data_name(task),
         examples,
         strategies=others,
-        ratios=fractions(ratios, "--ratios"),
+        ratios=list(dict.fromkeys(achieved_ratio(settings.steps, ratio) for ratio in asked)),
         hold_out=hold_out,
         repeat=repeat,
     )
+    for replay in comparison.plans.values():
+        replay.count(settings.steps, settings.batch_size)  # too many is an error before the model is loaded
     tuner = load_tuner(model, loading, opened)
     result = _compare(tuner, opened, settings, comparison, seeds, opened.beside("pilots"))
     advice = advise(opened, others[0].name if others else Random.name, task=data_name(task))
@@ -340,6 +353,7 @@ def sequence(
     shared = load_recipe(recipe, opened)
     folder = tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks
     loaded = load_tasks(folder, lambda path: load_data(path, format, column, strict))
+    say_ratios([ratio], shared)
     task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
     tuner = load_tuner(model, loading, opened)

@@ -22,7 +22,7 @@ from forgetcast.errors import ConfigError, DataError
 from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
 from forgetcast.measure.scores import Scores, count_flips, forgetting
 from forgetcast.replay.outcome import METRICS, Run
-from forgetcast.replay.plan import ReplayPlan, make_plan
+from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
 from forgetcast.results import Result
@@ -339,5 +339,6 @@ class _Job:
             right_to_wrong=count_flips(before, scores),
             strategy=f"{self.plan.strategy} online" if revised else self.plan.strategy,
             ratio=self.plan.ratio,
+            achieved_ratio=achieved_ratio(self.recipe.steps, self.plan.ratio),
             setup=hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16],
         )

@@ -45,9 +45,11 @@ class Run:
         That of the replay plan, followed by "online" where the plan was revised during training; None in files of
         earlier versions, as the following.
     ratio : float or None
-        Replayed examples per new one.
+        Replayed examples per new one, as the plan asks for.
     setup : str or None
         Hash of what the runs of a comparison share: base model, data, judged examples, recipe without its seed.
+    achieved_ratio : float or None
+        Replayed examples per new one, as whole batches made it; None in files of earlier versions.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
@@ -66,3 +68,4 @@ class Run:
     strategy: str | None = None
     ratio: float | None = None
     setup: str | None = None
+    achieved_ratio: float | None = None
