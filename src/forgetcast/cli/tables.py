@@ -260,6 +260,7 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
             escape(arm), *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}"
         )
     yield table
+    yield escape(result.audit())
     yield from _comparison_tables(result.comparisons(), "pairs of runs (same task and seed)")
 
 

@@ -137,6 +137,7 @@ def train(
     facts = {
         "steps": tuned.steps,
         "replayed": len(tuned.replayed),
+        "held_out_replayed": None if replay is None else len(set(tuned.replayed).intersection(replay.held_out_ids)),
         "seconds": round(tuned.seconds, 1),
         "output": str(output),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
-from forgetcast.errors import MismatchError
+from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import check_destination
 from forgetcast.measure.scores import Scores, check_tokens
 from forgetcast.replay.plan import ReplayPlan
@@ -260,6 +260,14 @@ def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]
         raise MismatchError(
             f"{what} was collected with another recipe ({', '.join(changed)} differ); "
             "rows of one atlas must be comparable: use its recipe, or collect into a new atlas"
+        )
+
+
+def check_unseen(name: str, replayed: Iterable[str], held_out: Iterable[str]) -> None:
+    """Raise DataError if a run replayed an example that it is to be judged on."""
+    if seen := sorted(set(replayed).intersection(held_out)):
+        raise DataError(
+            f"the run {name} replayed {len(seen)} held-out example(s), e.g. {seen[0]!r}, so it cannot be judged on them"
         )
 
 
