@@ -135,3 +135,37 @@ class TestRatio:
             (0.0, 0.0, 0), (1 / 3, 1 / 3, 2), (2 / 3, 2 / 3, 4)
         ]  # fmt: skip
         assert Pool.load(tmp_path / "pool.jsonl").fingerprint == atlas.pool_fingerprint
+
+
+class TestSeveralTasks:
+    """`verify` compares over tasks in one call, each with its own plan or all with one."""
+
+    def test_each_has_its_plan(self, tmp_path: Path, run: RunCommand) -> None:
+        model_files(tmp_path)
+        atlas = measured_atlas(tmp_path, make_recipe(steps=2, batch_size=2))
+        for name in ("law", "code"):
+            (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "task.jsonl").read_bytes())
+            words = ("plan", atlas.path, "--ratio", 0.5, "--hold-out", {"law": 0.3, "code": 0.5}[name])
+            assert run(*words, "-o", tmp_path / f"{name}.parquet")[0] == 0
+        tasks = (tmp_path / "law.jsonl", tmp_path / "code.jsonl")
+        verify = ("verify", tmp_path / "model", *tasks, "--atlas", atlas.path, "-o", tmp_path / "v.json", "--json")
+        law, code = (("--plan", f"{name}={tmp_path / f'{name}.parquet'}") for name in ("law", "code"))
+        status, _, err = run(*verify, *law)
+        assert status == 2
+        assert "the task 'code' has no plan; give one as --plan code=FILE" in err
+        status, _, err = run(*verify, "--plan", f"poetry={tmp_path / 'law.parquet'}")
+        assert status == 2
+        assert "there is no task 'poetry'; there are law, code" in err
+        status, out, err = run(*verify, *law, *code, "--seeds", 1)
+        assert status == 0, err
+        found = json.loads(out)
+        assert [(run_["task"], run_["arm"]) for run_ in found["runs"]] == [
+            (task, arm) for task in ("law", "code") for arm in ("none", "random", "top")
+        ]
+        assert {name: len(ids) for name, ids in found["held_out"].items()} == {"law": 12, "code": 20}
+        for comparison in found["comparisons"]:
+            assert (comparison["tasks"], comparison["pairs"]) == (2, 2)
+            assert comparison["wilcoxon_p"] is None
+        assert found["judged"] == 12
+        assert set(found["arms"]["top"]) >= {"mean", "worst_tenth"}
+        assert "worst_hundredth" not in found["arms"]["top"]

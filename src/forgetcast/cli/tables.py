@@ -20,7 +20,7 @@ from forgetcast.measure.diff import Difference, Summary
 from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
 from forgetcast.replay.outcome import LAW_METRICS, METRICS
-from forgetcast.stats import Comparison
+from forgetcast.stats import FEWEST_RANKS, Comparison, supports_part
 from forgetcast.text import markdown_text
 
 
@@ -121,6 +121,11 @@ def _interval(part: Summary) -> str:
     return "no interval" if part.lower is None else f"{part.lower:+.4f} to {part.upper:+.4f}"
 
 
+def _part(value: float, examples: int, parts: int) -> str:
+    """Return the mean of the worst part, or how many examples it takes."""
+    return f"{value:+.4f}" if supports_part(examples, parts) else f"takes {parts} examples"
+
+
 def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
     """Yield name and value of each statistic, for the terminal and for Markdown."""
     if (loss := result.loss) is not None:
@@ -129,10 +134,13 @@ def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
             yield "clusters", f"{loss.clusters}"
         yield "mean (95 % interval)", _with_interval(loss)
         yield "median", f"{loss.median:+.4f}"
-        yield "worst tenth", f"{loss.worst_tenth:+.4f}"
-        yield "worst hundredth", f"{loss.worst_hundredth:+.4f}"
+        yield "worst tenth", _part(loss.worst_tenth, loss.examples, 10)
+        yield "worst hundredth", _part(loss.worst_hundredth, loss.examples, 100)
         yield "examples that got worse", f"{loss.share_worse:.1%}"
-        yield "Wilcoxon signed-rank test", f"p = {result.wilcoxon_p:.2g}"
+        if (units := loss.clusters or loss.examples) >= FEWEST_RANKS:
+            yield "Wilcoxon signed-rank test", f"p = {result.wilcoxon_p:.2g}"
+        else:
+            yield "Wilcoxon signed-rank test", f"takes {FEWEST_RANKS}, and there are {units}"
     if (noise := result.noise) is not None:
         sides = ((noise.before_rms, "before"), (noise.after_rms, "after"))
         yield (
@@ -165,8 +173,10 @@ SOURCE_COLUMNS = ("source", "examples", "mean", "95 % interval", "worst tenth", 
 def _source_rows(result: Difference) -> Iterator[tuple[str, ...]]:
     """Yield what `SOURCE_COLUMNS` names."""
     for name, part in result.by_source.items():
-        p = f"p = {result.by_source_p[name]:.2g}" if name in result.by_source_p else ""
-        yield name, f"{part.examples}", f"{part.mean:+.4f}", _interval(part), f"{part.worst_tenth:+.4f}", p
+        tested = name in result.by_source_p and (part.clusters or part.examples) >= FEWEST_RANKS
+        p = f"p = {result.by_source_p[name]:.2g}" if tested else ""
+        worst = _part(part.worst_tenth, part.examples, 10)
+        yield name, f"{part.examples}", f"{part.mean:+.4f}", _interval(part), worst, p
 
 
 def judgement_lines(judgement: Judgement) -> Iterator[str]:
@@ -261,25 +271,35 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
         )
     yield table
     yield escape(result.audit())
-    yield from _comparison_tables(result.comparisons(), "pairs of runs (same task and seed)")
+    yield from result.notes()
+    yield from _comparison_tables(result.comparisons(), ("seeds of the task", "tasks"))
 
 
-def _comparison_tables(comparisons: Sequence[Comparison], pairs: str) -> Iterator[RenderableType]:
-    """Yield the differences between arms, and a verdict for each but those in new-task loss."""
+def _comparison_tables(comparisons: Sequence[Comparison], units: tuple[str, str]) -> Iterator[RenderableType]:
+    """Yield the differences between arms, and a verdict for each but those in new-task loss.
+
+    `units` are what the differences are between: with one task, and with several.
+    """
     if not comparisons:
         return
-    gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "p, corrected")
-    gaps.title = f"Differences over {comparisons[0].difference.pairs} {pairs}; negative is better"
+    count = comparisons[0].difference.pairs
+    between = f"{count} {units[comparisons[0].tasks > 1]}"
+    gaps = Table("metric", "difference", "mean", "95 % interval", "p")
+    gaps.title = f"Differences over {between}; negative is better; corrected for the number of arms (Student's t)"
     for c in comparisons:
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
-        bootstrap = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
-        arms, corrected = f"{escape(c.arm)} - {escape(c.baseline)}", f"p = {c.corrected_wilcoxon_p:.2g}"
-        gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, bootstrap, corrected)
+        arms, corrected = f"{escape(c.arm)} - {escape(c.baseline)}", f"{c.corrected_p:.2g}"
+        gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, corrected)
     yield gaps
     for c in comparisons:
         if c.metric != "new_task_loss":
             yield f"On the {METRICS[c.metric]}, {escape(c.verdict())}."
+    if count < FEWEST_RANKS:
+        yield (
+            f"These rest on {between} and on Student's t alone: a test of ranks, which assumes less, takes "
+            f"{FEWEST_RANKS}."
+        )
 
 
 def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
@@ -300,7 +320,7 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
         both = ([result.average(arm, metric, position) for metric in ("mean", "worst_tenth")] for arm in result.arms)
         by_position.add_row(str(position), *(f"{mean:.3f} ({worst:.3f})" for mean, worst in both))
     yield by_position
-    yield from _comparison_tables(result.comparisons(), "orders of the tasks")
+    yield from _comparison_tables(result.comparisons(), ("orders of the tasks", "orders of the tasks"))
     if orders < 2:
         yield "With one order, arms cannot be compared: use at least two."
 

@@ -21,12 +21,12 @@ from forgetcast.defaults import TEST_SHARE
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, check_unseen, units
 from forgetcast.measure.scores import Scores, count_flips, forgetting
-from forgetcast.replay.outcome import METRICS, Run
+from forgetcast.replay.outcome import METRICS, PARTS, Run
 from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
 from forgetcast.results import Result
-from forgetcast.stats import Compared, worst_part, worst_tenth
+from forgetcast.stats import Compared, supports_part, worst_part, worst_tenth
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
@@ -105,8 +105,21 @@ class Verification(Result, Compared):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics that every run has."""
-        return tuple(name for name in METRICS if all(getattr(run, name, None) is not None for run in self.runs))
+        """Metrics that every run has, and that so many judged examples support."""
+        return tuple(
+            name
+            for name in METRICS
+            if all(getattr(run, name, None) is not None for run in self.runs)
+            and supports_part(self.judged, PARTS.get(name, 1))
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """Say in sentences which metrics are left out because the judged examples do not support them."""
+        return tuple(
+            f"The {METRICS[name]} is left out: it takes {parts} judged examples, and there are {self.judged}."
+            for name, parts in PARTS.items()
+            if not supports_part(self.judged, parts)
+        )
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Return the paired differences of each task, one per seed."""

@@ -18,6 +18,9 @@ METRICS: Mapping[str, str] = {
 }
 """Every metric that arms are compared on, with its label; lower is better for each."""
 
+PARTS: Mapping[str, int] = {"worst_tenth": 10, "worst_hundredth": 100}
+"""Metrics that are the mean of a part of the judged examples: it takes so many to be one example."""
+
 LAW_METRICS = ("mean", "worst_tenth")
 """Metrics that the law of ratios is fitted to."""
 
