@@ -87,14 +87,21 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
         f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
     )
-    fits = Table("fit", "R^2", "held out", title="How much of the forgetting each fit explains")
+    fits = Table("fit", "R^2", "held out", "rank correlation", title="How much of the forgetting each fit explains")
     fits.add_row("task means", f"{structure.row_r2:.3f}")
     fits.add_row("example means", f"{structure.column_r2:.3f}")
     fits.add_row("additive", f"{structure.additive_r2:.3f}")
     for rank, r2 in enumerate(structure.rank_r2, 1):
         held_out = structure.held_out_r2[rank - 1 : rank]
+        held_out += structure.rank_correlation[rank - 1 : rank]
         fits.add_row(f"rank {rank}", f"{r2:.3f}", *(f"{value:.3f}" for value in held_out))
     yield fits
+    if (without := structure.without) is not None:
+        best = f" of {max(structure.held_out_r2):.3f} held out" if structure.held_out_r2 else ""
+        yield (
+            f"Without the source with most of the variation, {escape(without.source) or '(none)'} "
+            f"({without.examples} examples, {without.share or 0:.0%}), the best R^2{best} is {without.value:.3f}."
+        )
     if (noise := structure.noise) is not None:
         share = f", {noise.residual_share:.0%} of what" if noise.residual_share is not None else "; unknown of what"
         yield (
@@ -257,6 +264,19 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
             f"{1000 * row.seconds:.2f}",
         ]
         table.add_row(*figures, *([f"{row.f1:.3f}"] if binary else []))
+    return table
+
+
+def robust_bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
+    """Return a table of figures that a few examples or one source cannot carry, for rows of `bench_table`."""
+    table = Table(Column("method", no_wrap=True), "probes", "median error", "ratio", "without source", "ratio then")
+    table.box, table.pad_edge = SIMPLE, False
+    table.title = f"The same without the source that changes the ratio to {baseline} most; median absolute error"
+    for row in sorted(rows, key=lambda row: (row.k, row.probes == "chosen")):
+        other = row.without
+        named = "" if other is None else f"{escape(other.source) or '(none)'} ({other.examples})"
+        ratio = "" if other is None else f"{other.value:.2f}"
+        table.add_row(row.method, f"{row.k} {row.probes}", f"{row.median_error:.4f}", f"{row.ratio:.2f}", named, ratio)
     return table
 
 
