@@ -56,6 +56,28 @@ class TestDifference:
             "id": f"e{worst}", "before": before.nll[worst], "after": after.nll[worst], "change": change[worst]
         }  # fmt: skip
 
+    def test_a_mean_per_token_and_examples_of_few_tokens(self, tmp_path: Path, run: RunCommand) -> None:
+        rng = np.random.default_rng(3)
+        tokens = np.array([1, 2, 3, 4, 90, 900])
+        before, after = (replace(scores(rng.gamma(4.0, 0.5, 6)), tokens=tokens) for _ in range(2))
+        change = after.nll - before.nll
+        found = difference(before, after).loss
+        assert found is not None
+        # The mean over all tokens of the pool.
+        assert found.per_token == pytest.approx(np.repeat(change, tokens).mean())
+        assert (found.few_tokens, found.few_tokens_mean) == (3, pytest.approx(change[:3].mean()))
+        files = tmp_path / "a.parquet", tmp_path / "b.parquet"
+        before.save(files[0])
+        after.save(files[1])
+        out = run("diff", *files)[1]
+        assert "mean, weighted by tokens" in out
+        assert f"3, mean {change[:3].mean():+.4f}" in out
+        assert run("diff", *files, "--fail-if", f"per_token>{found.per_token - 0.01}")[0] == 1
+        unknown = replace(before, tokens=tokens * 0)
+        found = difference(unknown, after).loss
+        assert found is not None
+        assert (found.per_token, found.few_tokens) == (None, 0)
+
     def test_short_representation(self) -> None:
         right = np.array([1.0, 1.0, 0.0])
         found = difference(scores(np.array([1.0, 1.0, np.nan]), right), scores(np.array([1.5, 1.5, 1.0]), 1 - right))

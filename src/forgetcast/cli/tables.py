@@ -16,7 +16,7 @@ from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
-from forgetcast.measure.diff import Difference, Summary
+from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
 from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
 from forgetcast.replay.outcome import LAW_METRICS, METRICS
@@ -141,6 +141,10 @@ def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
             yield "clusters", f"{loss.clusters}"
         yield "mean (95 % interval)", _with_interval(loss)
         yield "median", f"{loss.median:+.4f}"
+        if loss.per_token is not None:
+            yield "mean, weighted by tokens", f"{loss.per_token:+.4f}"
+        if loss.few_tokens_mean is not None:
+            yield f"fewer than {FEW_TOKENS} target tokens", f"{loss.few_tokens}, mean {loss.few_tokens_mean:+.4f}"
         yield "worst tenth", _part(loss.worst_tenth, loss.examples, 10)
         yield "worst hundredth", _part(loss.worst_hundredth, loss.examples, 100)
         yield "examples that got worse", f"{loss.share_worse:.1%}"

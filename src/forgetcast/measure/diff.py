@@ -14,6 +14,9 @@ from forgetcast.measure.scores import NATS_PER_TOKEN, Scores, check_tokens, flip
 from forgetcast.results import Result
 from forgetcast.stats import holm, mean_interval, wilcoxon_p, worst_part
 
+FEW_TOKENS = 4
+"""Examples with fewer target tokens are named as such."""
+
 WORST = 10
 """Number of examples listed as the most forgotten."""
 
@@ -57,9 +60,19 @@ class Change(Summary):
     ----------
     share_worse : float
         Fraction of the examples whose loss rose.
+    per_token : float or None
+        Mean with each example weighted by its target tokens; None where a number of tokens is not known.
+    few_tokens : int
+        Number of examples with fewer than `FEW_TOKENS` target tokens. Their mean loss is of so few tokens that it moves
+        far, and counts as much as that of a long text.
+    few_tokens_mean : float or None
+        Mean of these.
     """
 
     share_worse: float
+    per_token: float | None = None
+    few_tokens: int = 0
+    few_tokens_mean: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,12 +254,12 @@ def difference(
         within = None if groups is None or (groups == labels).all() else groups
         parts = {name: scored[labels[scored] == name] for name in sorted(set(labels[scored].tolist()))}
         for name, rows in parts.items():
-            by_source[name] = _change(change[rows], _of(within, rows))
+            by_source[name] = _change(change[rows], _of(within, rows), before.tokens[rows])
             by_source_p[name] = _wilcoxon(change[rows], _of(within, rows))
         by_source_p = dict(zip(by_source_p, holm(list(by_source_p.values())).tolist(), strict=True))
     worst = scored[np.argsort(-change[scored], kind="stable")[:WORST]]
     return Difference(
-        loss=_change(change[scored], _of(groups, scored)) if len(scored) else None,
+        loss=_change(change[scored], _of(groups, scored), before.tokens[scored]) if len(scored) else None,
         wilcoxon_p=_wilcoxon(change[scored], _of(groups, scored)) if len(scored) else None,
         flips=_flips(before, after, clustered=groups is not None),
         unscored=len(change) - len(scored),
@@ -294,8 +307,15 @@ def _summary(values: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
     }
 
 
-def _change(change: np.ndarray, groups: np.ndarray | None) -> Change:
-    return Change(**_summary(change, groups), share_worse=float((change > 0).mean()))
+def _change(change: np.ndarray, groups: np.ndarray | None, tokens: np.ndarray) -> Change:
+    few = (tokens > 0) & (tokens < FEW_TOKENS)
+    return Change(
+        **_summary(change, groups),
+        share_worse=float((change > 0).mean()),
+        per_token=float(np.average(change, weights=tokens)) if tokens.all() else None,
+        few_tokens=int(few.sum()),
+        few_tokens_mean=float(change[few].mean()) if few.any() else None,
+    )
 
 
 def _wilcoxon(change: np.ndarray, groups: np.ndarray | None) -> float:
