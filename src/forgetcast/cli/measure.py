@@ -265,8 +265,9 @@ def diff(
 
     A condition names a statistic: mean, median, lower or upper (ends of the mean's 95 % interval), standard_error,
     worst_tenth, worst_hundredth, share_worse, per_token (weighted by target tokens), few_tokens, few_tokens_mean,
-    wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right, mcnemar_p, unscored, unscored_share, noise, and with `score --reference` kl_mean, kl_lower, kl_upper, kl_median,
-    kl_standard_error, kl_worst_tenth, kl_worst_hundredth.
+    wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right, mcnemar_p, unscored, unscored_share,
+    noise, and with `score --reference` kl_mean, kl_lower, kl_upper, kl_median, kl_standard_error, kl_worst_tenth,
+    kl_worst_hundredth.
 
     Exit code 0: passes. 1: a condition holds, the mean is worse by more than the margin, or examples lost their score.
     2: the comparison was not possible. 3, only with `--strict`: the margin is inconclusive.
