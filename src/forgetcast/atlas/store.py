@@ -577,7 +577,7 @@ class Atlas:
         return Pool(read_example(row) for table in tables for row in table.to_pylist()).subset(ids)
 
     def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
-        """Choose ids as `Pool.hold_out` does, without those that the base model could not score."""
+        """Choose ids as `Pool.hold_out` does, none that the base model could not score; others take their place."""
         unscored = self.pool.ids.select(np.flatnonzero(np.isnan(self.nll_before)))
         return self.pool.hold_out(share, seed=seed, exclude=[*exclude, *unscored])
 

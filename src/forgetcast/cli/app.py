@@ -79,6 +79,20 @@ def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
     return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
 
 
+def recipe_of(atlas: Atlas) -> Recipe | None:
+    """Return the recipe of an atlas; None where its rows were tuned by a command, or imported without a recipe."""
+    return None if not atlas.recipe or "command" in atlas.recipe else load_recipe(None, atlas)
+
+
+def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
+    """Say on standard error what ratios become in whole batches; one that has none is an error."""
+    from forgetcast.replay.plan import ratio_note
+
+    for ratio in dict.fromkeys(ratios):
+        if (note := ratio_note(ratio, recipe.steps, recipe.batch_size)) is not None and is_first():
+            err.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
 def load_base(
     model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
 ) -> LanguageModel:

@@ -167,7 +167,7 @@ def bench(
     Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
     """
     from forgetcast.atlas.released import PICKLES, read_split
-    from forgetcast.cli.tables import bench_table
+    from forgetcast.cli.tables import bench_table, robust_bench_table
     from forgetcast.evaluation import bench as compare
     from forgetcast.evaluation import bench_left_out
 
@@ -192,6 +192,7 @@ def bench(
         print_json([row.as_dict() for row in rows])
     else:
         out.print(bench_table(rows, baseline))
+        out.print(robust_bench_table(rows, baseline))
 
 
 def _method(name: str) -> Completion:

@@ -71,9 +71,8 @@ def start(
     Example: forgetcast start ./my-model pool.jsonl -o first.atlas --budget 30m
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.atlas.store import is_atlas
+    from forgetcast.atlas.index import check_writable, is_atlas
     from forgetcast.data import Recipe
-    from forgetcast.experiments.collect import check_atlas_destination
     from forgetcast.experiments.start import StartSettings, plan_start, start_atlas
     from forgetcast.settings import check_settings
 
@@ -85,7 +84,7 @@ def start(
         "seed": seed,
     }
     settings = check_settings(asked, StartSettings, where="start")
-    check_atlas_destination(output)
+    check_writable(output)
     examples = load_data(pool, format, column, strict)
     tuner = load_tuner(model, loading)
     plan = plan_start(output, tuner, examples, settings)

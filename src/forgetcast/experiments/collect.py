@@ -438,7 +438,8 @@ def _sample(atlas: Atlas, task: str, share: float) -> Pool:
     """Return the examples that are scored for a task: a larger share's include those of a smaller one."""
     if share >= 1:
         return atlas.pool
-    ids = atlas.hold_out(share, seed=_sample_seed(task))
+    scorable = int(np.count_nonzero(~np.isnan(atlas.nll_before)))
+    ids = atlas.hold_out(min(share, scorable / len(atlas.pool)), seed=_sample_seed(task))
     if not ids:
         raise ConfigError(f"score_share {share:g} of {len(atlas.pool)} examples is not one; choose a larger share")
     return atlas.pool.subset(ids)

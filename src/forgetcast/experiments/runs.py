@@ -307,6 +307,14 @@ def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]
         )
 
 
+def check_unseen(name: str, replayed: Iterable[str], held_out: Iterable[str]) -> None:
+    """Raise DataError if a run replayed an example that it is to be judged on."""
+    if seen := sorted(set(replayed).intersection(held_out)):
+        raise DataError(
+            f"the run {name} replayed {len(seen)} held-out example(s), e.g. {seen[0]!r}, so it cannot be judged on them"
+        )
+
+
 def check_base(atlas: Atlas, base: LanguageModel) -> None:
     """Check that the atlas was measured on the weights and tokens of `base`.
 

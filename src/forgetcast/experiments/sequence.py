@@ -23,7 +23,7 @@ from forgetcast.completion import Bayesian, probes
 from forgetcast.data.pool import Pool
 from forgetcast.defaults import PROBES, RATIO
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
+from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, check_unseen, units
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.measure.scores import Scores, forgetting
 from forgetcast.replay.coverage import correlation_loadings
@@ -334,6 +334,7 @@ class _SequenceRunner:
     def outcome(self, chain: _Chain, stage: int) -> Stage:
         """Compute the figures of a finished stage."""
         scores, facts = self.runs.load(self.name(chain, stage), tests=chain.tasks[:stage])
+        check_unseen(self.name(chain, stage), scores.metadata["replayed"], self.judged.ids)
         change = forgetting(self.atlas.baseline, scores)
         return Stage(
             order=chain.order,

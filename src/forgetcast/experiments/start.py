@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from forgetcast.atlas.index import check_writable, is_atlas
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.storage import beside
-from forgetcast.atlas.store import Atlas, is_atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, MismatchError
-from forgetcast.experiments.collect import Sweep, check_atlas_destination, collect, collection_units, prepare_atlas
+from forgetcast.experiments.collect import Sweep, collect, collection_units, prepare_atlas
 from forgetcast.experiments.procedural import KNOWN_TASKS, procedural_task
 from forgetcast.experiments.runs import OnProgress, Stages, check_base
 from forgetcast.files import check_destination, read_json, write_json
@@ -297,7 +298,7 @@ def plan_start(path: str | Path, tuner: FineTuner, pool: Pool, settings: StartSe
     DataError, OSError
         If the atlas can be neither created nor written to.
     """
-    check_atlas_destination(path)
+    check_writable(path)
     check_destination(_kept_file(path))
     if is_atlas(path):
         atlas = Atlas.open(path)
