@@ -38,8 +38,8 @@ from rich.table import Table
 from forgetcast import Atlas, Pool, ReplayPlan, make_plan, probes
 from forgetcast.completion import Bayesian
 from forgetcast.demo.corpus import demo_pool
-from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.experiments.collect import collect, prepare_atlas
+from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task
 from forgetcast.experiments.verify import ReplayComparison, Verification, verify
 from forgetcast.lm import (
     FineTuner,
@@ -76,7 +76,7 @@ LEADING = ("top", "coverage-herding", "top truth")
 CEILING = "top truth"
 METRICS = ("mean", "worst_tenth")
 PILOT_RATIOS = (1 / 32, 1 / 8)
-questions = cache(demo_task)  # some tasks take long to make up, and are asked for again at every ratio and seed
+questions = cache(procedural_task)  # some tasks take long to make up, and are asked for again at every ratio and seed
 
 
 @dataclass(frozen=True)

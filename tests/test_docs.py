@@ -31,8 +31,8 @@ from forgetcast import Atlas, make_plan
 from forgetcast.cli import main
 from forgetcast.demo import run as demo
 from forgetcast.demo.corpus import demo_pool
-from forgetcast.demo.tasks import KNOWN_TASKS, demo_task
 from forgetcast.experiments.collect import CollectConfig
+from forgetcast.experiments.procedural import KNOWN_TASKS, procedural_task
 from forgetcast.lm import Recipe, load, score
 from support.data import make_scores, planted
 
@@ -144,8 +144,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pool.save(folder / "pool.jsonl")
     (folder / "tasks").mkdir()
     for name in KNOWN_TASKS[:2]:
-        demo_task(name, 32).save(folder / "tasks" / f"{name}.jsonl")
-    demo_task("family_relationships", 32).save(folder / "new-task.jsonl")
+        procedural_task(name, 32).save(folder / "tasks" / f"{name}.jsonl")
+    procedural_task("family_relationships", 32).save(folder / "new-task.jsonl")
     recipe = Recipe(steps=2, learning_rate=1e-3, batch_size=4, max_length=64)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
     base = load(str(MODEL))

@@ -19,7 +19,7 @@ from forgetcast.data import Recipe
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.experiments import SequenceResult, Verification
 from forgetcast.experiments.collect import CollectConfig
-from forgetcast.files import check_destination, decode_json, read_json
+from forgetcast.files import atomic_path, check_destination, decode_json, read_json
 from forgetcast.measure import read_inspect, read_lm_eval
 from forgetcast.replay import ReplayPlan
 from support.data import make_pool, make_scores, planted
@@ -99,8 +99,6 @@ def test_metadata_that_are_no_object(files: dict[str, Path], kind: str, metadata
         ("score", "max_length", -5),
         ("score", "max_length", 10**400),
         ("score", "text", []),
-        ("score", "settings", "x"),
-        ("score", "losses", {"a": "b"}),
         ("score", "model_hash", None),
         *(("forecast", "level", value) for value in (..., None, "high", 0, 1, 1e308, float("nan"), -0.5)),
         *(("forecast", "misfit", value) for value in (..., None, [], 2, float("nan"))),
@@ -257,7 +255,7 @@ def test_lines_of_a_pool(tmp_path: Path, line: str, said: str) -> None:
         ("weight_decay: .inf", "weight_decay"),
         ("seed: -1", "seed"),
         ("seed: 4294967296", "seed"),
-        ("- 1", "the content"),
+        ("- 1", "valid dictionary"),
         ("x" * 2_000_000, "no file of settings"),
     ],
     ids=lambda text: text[:30],
@@ -309,3 +307,14 @@ def test_a_destination_is_tried(tmp_path: Path, name: str, said: str) -> None:
     check_destination(tmp_path / "file")
     check_destination(tmp_path / "folder", folder=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"], "nothing is changed"
+
+
+def test_a_file_that_is_not_written_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for folder in ("a/b/c", "kept", "kept/d"):
+        with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / folder / "file") as path:
+            path.write_bytes(bytes([1 // 0]))
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+    with atomic_path(tmp_path / "a" / "b" / "file") as path:
+        path.write_bytes(b"x")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"x"

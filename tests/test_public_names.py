@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import forgetcast
+import forgetcast.errors
 
 
 def packages() -> list[ModuleType]:
@@ -48,6 +49,13 @@ def test_exported_names_exist(package: ModuleType) -> None:
 
 def test_public_names_are_exported(package: ModuleType) -> None:
     assert names_in_source(package) <= set(package.__all__)
+
+
+def test_every_exception_can_be_caught_by_its_public_name() -> None:
+    named = {name for name, value in vars(forgetcast.errors).items() if isinstance(value, type)}
+    assert named <= set(forgetcast.__all__)
+    for name in named:
+        assert getattr(forgetcast, name) is getattr(forgetcast.errors, name)
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -110,7 +110,7 @@ def test_a_comparison_clusters_by_task_and_corrects_for_the_arms() -> None:
         ]
         pairs = np.concatenate(groups)
         raw[arm] = (
-            stats.ttest_1samp(pairs, 0).pvalue,
+            stats.ttest_1samp([group.mean() for group in groups], 0).pvalue,
             stats.wilcoxon([group.mean() for group in groups]).pvalue,
             bootstrap_interval(groups),
             pairs.mean(),
@@ -146,7 +146,7 @@ def test_single_task_is_paired_by_seed() -> None:
     assert (found.bootstrap_lower, found.bootstrap_upper) == bootstrap_interval([np.array(differences)])
 
 
-def test_a_verdict_needs_both_intervals() -> None:
+def test_a_verdict_rests_on_the_tasks() -> None:
     """Two tasks that disagree: many seeds make the pairs look sure, drawing tasks again does not."""
     runs = [
         Run(task, arm, seed, base - (gain if arm == "forecast" else 0) + 1e-3 * seed, 1.0, 1.0, 8, 40, 1.0)
@@ -156,7 +156,8 @@ def test_a_verdict_needs_both_intervals() -> None:
     ]
     found = Verification(tuple(runs), 10, 0.1).compare("forecast", "random", "mean")
     assert found is not None
-    assert found.difference.upper < 0 < found.bootstrap_upper
+    assert found.difference.upper > 0
+    assert found.bootstrap_upper > 0
     assert "not shown to be better" in found.verdict()
 
 
@@ -180,8 +181,37 @@ def test_the_table_has_a_column_for_all_that_was_measured() -> None:
     assert all(name in text for name in (METRICS[metric] for metric in result.metrics))
     found = result.compare("forecast", "random", "mean")
     assert found is not None
-    assert f"{found.bootstrap_lower:+.3f} to {found.bootstrap_upper:+.3f}" in text
-    assert f"p = {found.corrected_wilcoxon_p:.2g}" in text
+    assert f"{found.difference.lower:+.3f} to {found.difference.upper:+.3f}" in text
+    assert f"{found.corrected_p:.2g}" in text
+
+
+@given(
+    st.lists(st.lists(st.floats(-1, 1), min_size=3, max_size=3), min_size=2, max_size=9),
+)
+def test_a_verdict_never_contradicts_what_is_printed(losses: list[list[float]]) -> None:
+    """The verdict, the interval and the corrected p-value are of one test."""
+    runs = [
+        Run("t", arm, seed, value, value, 1.0, 8, 40, 1.0)
+        for seed, values in enumerate(losses)
+        for arm, value in zip(("random", "top", "forecast"), values, strict=True)
+    ]
+    for c in Verification(tuple(runs), 40, 0.1).comparisons():
+        excludes = c.difference.upper < 0 or c.difference.lower > 0
+        if abs(c.corrected_p - 0.05) > 1e-6:
+            assert (c.better or c.worse) == excludes == (c.corrected_p < 0.05)
+        assert (c.wilcoxon_p is None) == (len(losses) < 6)
+        assert c.difference.p_value <= c.corrected_p
+
+
+def test_what_the_sample_does_not_support_is_left_out_and_said() -> None:
+    result = replace(verification(), judged=32)
+    assert result.metrics == ("mean", "worst_tenth", "new_task_loss")
+    assert result.notes() == ("The worst hundredth is left out: it takes 100 judged examples, and there are 32.",)
+    assert len(replace(result, judged=9).notes()) == 2
+    text = " ".join(str(part) for part in verification_tables(replace(verification(tasks=1, seeds=2), judged=32)))
+    assert "rest on 2 seeds of the task" in text
+    assert "takes 6" in text
+    assert result.notes()[0] in text
 
 
 def test_flips_are_counted_over_examples_answered_twice() -> None:

@@ -3,7 +3,7 @@ from .atlas import Atlas, ForgettingMatrix
 from .completion.forecast import TaskForecast, measured_probes
 from .completion.structure import Structure, analyze
 from .data import Example, Pool, Recipe, build_pool, load_task, split_task
-from .errors import ConfigError, DataError, ForgetcastError, MismatchError, MissingExtraError
+from .errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError, MissingExtraError
 from .experiments import (
     ReplayComparison,
     SequenceResult,
@@ -39,6 +39,7 @@ __all__ = [
     "Example",
     "ForgetcastError",
     "ForgettingMatrix",
+    "IncompleteError",
     "MismatchError",
     "MissingExtraError",
     "Pool",

@@ -20,7 +20,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and rename it to `path` if the block ends without an error.
 
     The data is synced before the rename and the folder after it, so a crash leaves the old file or the new one. What
-    killed processes left in the folder is removed.
+    killed processes left in the folder is removed. An error leaves no folder that was made for the file.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     FileExistsError
         If `exclusive` and `path` exists at the end; it is left as it is.
     """
-    make_folder(path.parent)
+    made = make_folder(path.parent)
     remove_abandoned(path.parent)
     temporary = path.parent / f"{_temporary_name()}{path.suffix}"
     try:
@@ -81,20 +81,26 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
         else:
             temporary.replace(path)
         sync_folder(path.parent)
+        made = []
     except OSError as error:
         if error.filename in (None, str(temporary)):  # a full disk names no file, and nobody knows the temporary one
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # another process has put something there
+            for folder in reversed(made):
+                folder.rmdir()
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, durably."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+def make_folder(folder: Path) -> list[Path]:
+    """Create a folder and its parents, durably; return those that did not exist, outermost first."""
+    if folder.is_dir():
+        return []
+    made = make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+    return [*made, folder]
 
 
 def sync_folder(folder: Path) -> None:

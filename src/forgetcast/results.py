@@ -79,15 +79,20 @@ def validated(schema: type[Model], content: object, where: str) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "missing":
-            raise DataError(f"{where} lacks {first['loc'][-1]!r}") from None
+            raise DataError(f"{where} lacks {_place(first['loc'])!r}") from None
         raise DataError(f"{where}: {first_fault(error)}") from None
 
 
 def first_fault(error: ValidationError) -> str:
-    """Return the place and the message of the first fault, on one line."""
+    """Return the place and the message of the first fault, on one line, as "tasks.0.name: Field required"."""
     first = error.errors()[0]
-    place = "".join(f"{part}: " for part in first["loc"])
-    return f"{place}{first['msg'].removeprefix('Value error, ')}"
+    place, message = _place(first["loc"]), first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    # A choice among types is a part of the location too, which nobody wrote.
+    return ".".join(part for part in map(str, location) if "[" not in part)
 
 
 def plain(value: Any) -> Any:

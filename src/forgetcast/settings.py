@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
+from forgetcast.results import first_fault
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -67,6 +68,4 @@ def check_settings(content: Any, schema: type[Settings], *, where: str, folder: 
     try:
         return schema.model_validate(content, context=folder)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(part for part in map(str, first["loc"]) if "[" not in part) or "the content"
-        raise ConfigError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(f"{where}: {first_fault(error)}") from None

@@ -166,19 +166,34 @@ def holm(p_values: Any) -> np.ndarray:
     return corrected
 
 
+LEVEL = 0.05
+"""A corrected p-value below it decides a verdict."""
+
+FEWEST_RANKS = 6
+"""With fewer differences, Wilcoxon's p-value cannot be below `LEVEL`: the smallest is 2 / 2^n."""
+
+
+def supports_part(examples: int, parts: int) -> bool:
+    """Say whether the worst 1/`parts` of so many examples is at least one example."""
+    return examples >= parts
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One arm against another on one metric, paired by task and seed; negative is better for every metric.
+
+    One test decides the verdict: Student's t, corrected for the number of arms; the interval is that of the same test.
 
     Attributes
     ----------
     arm, baseline, metric : str
     difference : PairedDifference
-        Over all pairs, as if they were independent.
+        Of the tasks' means; with one task, of the seeds. Its interval includes zero if and only if `corrected_p` is at
+        least `LEVEL`: it has a level of 95 % after the correction.
     bootstrap_lower, bootstrap_upper : float
         95 % interval of the mean, by resampling tasks, then seeds within each; with one task, only seeds.
-    wilcoxon_p : float
-        By Wilcoxon's signed ranks of the tasks' means; with one task, of the seeds.
+    wilcoxon_p : float or None
+        By Wilcoxon's signed ranks of the same values; None for fewer than `FEWEST_RANKS`.
     corrected_p, corrected_wilcoxon_p : float
         `difference.p_value` and `wilcoxon_p` after Holm's correction over all arms compared with this baseline on
         this metric.
@@ -191,9 +206,9 @@ class Comparison:
     difference: PairedDifference
     bootstrap_lower: float
     bootstrap_upper: float
-    wilcoxon_p: float
+    wilcoxon_p: float | None
     corrected_p: float
-    corrected_wilcoxon_p: float
+    corrected_wilcoxon_p: float | None
     tasks: int
 
     def __repr__(self) -> str:
@@ -205,16 +220,16 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether both intervals are below zero."""
-        return max(self.difference.upper, self.bootstrap_upper) < 0
+        """Whether the test shows that the mean difference is below zero."""
+        return self.corrected_p < LEVEL and self.difference.mean < 0
 
     @property
     def worse(self) -> bool:
-        """Whether both intervals are above zero."""
-        return min(self.difference.lower, self.bootstrap_lower) > 0
+        """Whether the test shows that the mean difference is above zero."""
+        return self.corrected_p < LEVEL and self.difference.mean > 0
 
     def verdict(self) -> str:
-        """State the conclusion that the intervals support."""
+        """State the conclusion that the test supports."""
         if self.better:
             return f"{self.arm} replay is better than {self.baseline}"
         if self.worse:
@@ -245,25 +260,31 @@ class Compared(ABC):
         """Return arm minus baseline of every pair, in groups of dependent pairs."""
 
     def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
-        """Compare two arms; None if fewer than two pairs were run."""
+        """Compare two arms; None if fewer than two tasks, or seeds of one task, were run with both."""
         groups = self._differences(arm, baseline, metric)
-        pairs = np.concatenate([*groups, np.empty(0)])
-        if len(pairs) < 2:
+        values = _independent(groups)
+        if len(values) < 2:
             return None
         family = dict.fromkeys([arm, *self._rivals(baseline)])
-        rivals = [self._differences(name, baseline, metric) for name in family]
-        tests = np.array([_p_values(each) for each in rivals if sum(map(len, each)) >= 2])
+        rivals = [_independent(self._differences(name, baseline, metric)) for name in family]
+        rivals = [each for each in rivals if len(each) >= 2]
+        raw = paired_difference(values, np.zeros(len(values))).p_value
+        corrected = float(holm([paired_difference(each, np.zeros(len(each))).p_value for each in rivals])[0])
+        ranked = len(values) >= FEWEST_RANKS
+        ranks = holm([wilcoxon_p(each) for each in rivals if len(each) >= FEWEST_RANKS]) if ranked else None
         lower, upper = bootstrap_interval(groups)
+        # At this level, the interval excludes zero just where the corrected p-value is below LEVEL.
+        level = 1 - LEVEL * (raw / corrected if corrected else 1.0)
         return Comparison(
             arm=arm,
             baseline=baseline,
             metric=metric,
-            difference=paired_difference(pairs, np.zeros(len(pairs))),
+            difference=paired_difference(values, np.zeros(len(values)), level=level),
             bootstrap_lower=lower,
             bootstrap_upper=upper,
-            wilcoxon_p=_p_values(groups)[1],
-            corrected_p=float(holm(tests[:, 0])[0]),
-            corrected_wilcoxon_p=float(holm(tests[:, 1])[0]),
+            wilcoxon_p=wilcoxon_p(values) if ranked else None,
+            corrected_p=corrected,
+            corrected_wilcoxon_p=None if ranks is None else float(ranks[0]),
             tasks=len(groups),
         )
 
@@ -278,11 +299,9 @@ class Compared(ABC):
         return tuple(comparison for comparison in results if comparison is not None)
 
 
-def _p_values(groups: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Compute the p-values of Student's t over all pairs, and of Wilcoxon's ranks over independent values."""
-    pairs = np.concatenate(groups)
-    independent = pairs if len(groups) == 1 else [group.mean() for group in groups]
-    return paired_difference(pairs, np.zeros(len(pairs))).p_value, wilcoxon_p(independent)
+def _independent(groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the differences of one group, or the means of several: values of one group depend on each other."""
+    return np.concatenate([*groups, np.empty(0)]) if len(groups) < 2 else np.array([group.mean() for group in groups])
 
 
 def worst_tenth(forgetting: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from forgetcast import Atlas, DataError, Example, MismatchError, Pool
 from forgetcast.atlas.merge import merge
 from forgetcast.atlas.validate import validate
+from forgetcast.completion.forecast import TaskForecast
 from support.cli import RunCommand
 from support.data import make_pool, make_scores
 
@@ -136,9 +138,37 @@ def test_another_base_is_refused_and_usable_as_a_prior(tmp_path: Path) -> None:
     facts = merged.provenance("t1@old")
     assert facts["prior"] is True
     assert facts["prior_base"] == {"model": "base", "model_hash": "h0"}
+    assert merged.priors == ("t0@old", "t1@old")
+    assert one.priors == ()
     assert validate(merged.path) == []
     with pytest.raises(MismatchError, match="without --as-prior"):
         merge(tmp_path / "n.atlas", [one.path], priors=[one.path])
+
+
+def test_priors_are_said_where_rows_are_used(tmp_path: Path, run: RunCommand) -> None:
+    one = make(tmp_path / "a.atlas", numbers())
+    old = make(tmp_path / "old.atlas", numbers(2, seed=1), model_hash="h0")
+    path = merge(tmp_path / "m.atlas", [one.path], priors=[old.path]).path
+    facts = json.loads(run("atlas", "info", path, "--json")[1])
+    assert facts["priors"] == 2
+    assert [row["provenance"].get("prior", False) for row in facts["rows"]] == [False] * 3 + [True] * 2
+    shown = run("atlas", "info", path)[1]
+    assert "prior, of" in shown
+    assert "prior, of" not in run("atlas", "info", one.path)[1]
+    said = "2 of 5 rows are priors"
+    assert said in run("analyze", path)[1]
+    assert json.loads(run("analyze", path, "--json")[1])["priors"] == 2
+    assert "priors" not in run("analyze", one.path)[1]
+
+    probes = one.before.subset(["e1", "e5", "e9"])
+    replace(probes, nll=probes.nll + 0.1).save(tmp_path / "probes.parquet")
+    words = ("forecast", path, "--scores", tmp_path / "probes.parquet", "-o", tmp_path / "f.parquet")
+    assert said in run(*words)[1]
+    found = json.loads(run(*words, "--json")[1])
+    assert (found["rows"], found["prior_rows"]) == (5, 2)
+    stored = TaskForecast.load(tmp_path / "f.parquet")
+    assert (stored.rows, stored.prior_rows) == (5, 2)
+    assert "1 of 4 rows are priors" in run(*words, "--task", "t1@old")[1]
 
 
 def test_of_a_prior_only_known_examples_are_taken(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from forgetcast import Atlas, DataError, Example, MismatchError, Pool
+from forgetcast.atlas.index import check_writable
 from forgetcast.files import with_digest
 from support.data import make_atlas, make_scores
 from support.dying import add_row, add_row_slowly
@@ -135,7 +137,7 @@ def test_open_reports_invalid_files(tmp_path: Path, pool: Pool) -> None:
         (index | {"format": 99}, r"atlas.json is of format 99, and this version reads up to 2; upgrade"),
         (index | {"format": True}, r"atlas.json is not that of an atlas: its format is True"),
         (index | {"model": "another"}, r"atlas.json was damaged or edited after it was written"),
-        (with_digest({n: v for n, v in index.items() if n not in ("digest", "pool")}), r"atlas.json: pool: Field req"),
+        (with_digest({n: v for n, v in index.items() if n not in ("digest", "pool")}), r"atlas.json lacks 'pool'"),
         ([], "not that of an atlas"),
     ):
         (atlas.path / "atlas.json").write_text(json.dumps(changed))
@@ -197,6 +199,19 @@ def test_a_crash_anywhere_leaves_a_readable_atlas(tmp_path: Path, pool: Pool, an
     assert Atlas.open(atlas.path).is_complete("crashed")
     if answers:
         np.testing.assert_array_equal(Atlas.open(atlas.path).matrix(["crashed"], measure="exact_match").values, 1)
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path, pool: Pool) -> None:
+    make_atlas(tmp_path / "there.atlas", pool, tasks=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    check_writable(tmp_path / "there.atlas")
+    check_writable(tmp_path / "new" / "a.atlas")
+    for place in ("other", "other/notes.txt", "other/notes.txt/a.atlas"):
+        with pytest.raises(DataError, match=re.escape(str(tmp_path / place))):
+            check_writable(tmp_path / place)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_importing_the_atlas_loads_no_heavy_library() -> None:

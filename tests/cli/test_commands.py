@@ -344,7 +344,7 @@ def test_an_interrupted_collect_resumes(work: Path, run: RunCommand, tmp_path: P
     command = [sys.executable, "-m", "forgetcast.cli", "collect", str(tmp_path / "config.yaml")]
     rows = tmp_path / "runs.atlas" / "rows"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"})
-    while not list(rows.glob("*/*.parquet")):
+    while not list(rows.glob("*/[0-9]*.parquet")):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -75,6 +75,14 @@ def test_foreign_errors_become_one_line(run: RunCommand, error: Exception, said:
         refused(run("strategies"), said)
 
 
+def test_the_end_of_a_file_is_no_answer_to_a_question(run: RunCommand) -> None:
+    """Typer takes an EOFError for an end of the input, and exits with the code of a gate that fails."""
+    with mock.patch("forgetcast.cli.plan.out") as out:
+        out.print.side_effect = EOFError("Ran out of input")
+        code, _, err = run("strategies")
+    assert (code, err.strip()) == (2, "error: what was read ends too early")
+
+
 def test_our_own_faults_keep_their_traceback(run: RunCommand) -> None:
     with mock.patch("forgetcast.cli.plan.out") as out:
         out.print.side_effect = KeyError("name")
@@ -113,6 +121,32 @@ def test_errors_and_paths_are_shown_as_they_are(tmp_path: Path, run: RunCommand)
         run("plan", tmp_path / "a.atlas", "--source", EVIL, "-o", tmp_path / "p.parquet"),
         "\\x1b]0;owned\\x07",
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (EVIL,),
+        ("atlas", EVIL),
+        ("score", f"--{EVIL}"),
+        ("collect", "c.yaml", "--engine", EVIL),
+        ("collect", "c.yaml", "--gpus", EVIL),
+        ("strategies", EVIL),
+        ("score", "--device", f"two\nlines {EVIL}"),
+    ],
+    ids=lambda words: words[0][:8].encode("unicode_escape").decode(),
+)
+def test_wrong_words_are_shown_and_not_obeyed(run: RunCommand, words: tuple[str, ...]) -> None:
+    code, out, err = run(*words)
+    refused((code, out, err), "; see ")
+    assert err == visible(err), "nothing is left to be written out"
+    assert err.strip().endswith("--help")
+
+
+def test_help_is_no_error(run: RunCommand) -> None:
+    assert run("score", "--help")[0] == 0
+    assert run()[0] == 2
+    assert run("atlas")[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,15 @@ def test_hold_out(share: float, seed: int) -> None:
     assert len(held) == round(share * 50)
     assert set(Pool(list(pool)[::-1]).hold_out(share, seed=seed)) == set(held)
     excluded = held[::2]
-    assert set(pool.hold_out(share, seed=seed, exclude=excluded)) == set(held) - set(excluded)
+    ranked = sorted(set(pool.ids) - set(excluded), key=lambda id_: hashlib.sha256(f"{seed}:{id_}".encode()).digest())
+    if len(held) > len(ranked):
+        with pytest.raises(DataError, match=f"is {len(held)} of 50 examples, and only {len(ranked)} can be held out"):
+            pool.hold_out(share, seed=seed, exclude=excluded)
+        return
+    # As many as without an exclusion, and those that stay were held out before.
+    made_up = pool.hold_out(share, seed=seed, exclude=excluded)
+    assert set(made_up) == set(ranked[: len(held)])
+    assert set(made_up) >= set(held) - set(excluded)
 
 
 def test_unknown_ids_are_an_error(pool: Pool) -> None:

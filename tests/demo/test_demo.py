@@ -16,8 +16,8 @@ from forgetcast.cli.tables import demo_tables
 from forgetcast.completion.forecast import TaskForecast
 from forgetcast.demo.corpus import SOURCES, demo_pool, documents
 from forgetcast.demo.run import FULL, STANDARD, DemoSettings, run_demo
-from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.evaluation import paired_difference, worst_tenth
+from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task
 
 SMALL = DemoSettings(
     known=4, new=2, examples=56, task_size=32, test_size=8, steps=4, batch_size=4, probes=5, ratio=0.5, seeds=2
@@ -142,12 +142,12 @@ def test_pool_is_deterministic_and_balanced_over_sources() -> None:
 
 def test_tasks_are_deterministic() -> None:
     for name in (KNOWN_TASKS[0], NEW_TASKS[2], "bf"):  # "bf" writes to the standard output as it is made
-        assert list(demo_task(name, 3)) == list(demo_task(name, 3))
-        assert list(demo_task(name, 3)) != list(demo_task(name, 3, seed=1))
+        assert list(procedural_task(name, 3)) == list(procedural_task(name, 3))
+        assert list(procedural_task(name, 3)) != list(procedural_task(name, 3, seed=1))
 
 
 def test_tasks_survive_their_files(tmp_path: Path) -> None:
-    task = demo_task(KNOWN_TASKS[0], 4)
+    task = procedural_task(KNOWN_TASKS[0], 4)
     task.save(tmp_path / "task.jsonl")
     assert list(load_task(tmp_path / "task.jsonl")) == list(task)
 
@@ -167,4 +167,4 @@ def test_invalid_settings_are_rejected(wrong: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_every_task_of_the_full_demo_can_be_made() -> None:
     for name in (*KNOWN_TASKS, *NEW_TASKS):
-        assert len(demo_task(name, 400)) == 400
+        assert len(procedural_task(name, 400)) == 400

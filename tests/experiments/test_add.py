@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ import pytest
 
 from forgetcast import Atlas, Pool, Scores
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.experiments import find_models
+from forgetcast.experiments import add_models, find_models
 from forgetcast.experiments.add import recipe_of, weights_file
-from forgetcast.lm import load, score
+from forgetcast.lm import SharedBase, load, score
 from support.adapters import adapted_model, lora, save_adapter
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import save, tiny
-from support.training import make_recipe
+from support.training import Interruption, make_recipe
 
 POOL = make_pool(16)
 
@@ -195,6 +196,8 @@ def test_scores_made_elsewhere(models: Path, atlas: Path, tmp_path: Path, run: R
         ((), "give models, or --scores FILE"),
         (("--scores", tmp_path / "law.parquet", "--probes", 3), "--probes is for models"),
         (("--scores", tmp_path / "none.parquet"), "none.parquet"),
+        (("--scores", models / "pool.jsonl"), "forgetcast score MODEL POOL -o SCORES.parquet"),
+        (("--scores", models / "adapters"), "forgetcast atlas import --logs BASE_LOGS LOGS... -o NEW.atlas"),
     ):
         code, _, err = run("add", atlas, *words)
         assert (code, err.count("\n")) == (2, 1)
@@ -315,6 +318,49 @@ def test_an_atlas_at_a_url(models: Path, memory: str, tmp_path: Path, run: RunCo
     assert len(Pool.load(tmp_path / "probes.jsonl")) == 3
     assert run("atlas", "drop", url, "law")[0] == 0
     assert Atlas.open(url).tasks == ("code", "medicine")
+
+
+def test_an_interrupted_model_is_resumed(models: Path, atlas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row is that of a model scored in one go, and no example is measured twice."""
+    module = importlib.import_module("forgetcast.lm.score")
+    monkeypatch.setattr(module, "BATCH_TOKENS", 64)
+    sums, measured = module._sums, list[int]()
+
+    def counted(measure: Any, pieces: Any, padding: int) -> Any:
+        measured.append(len(pieces))
+        return sums(measure, pieces, padding)
+
+    monkeypatch.setattr(module, "_sums", counted)
+    law, opened = models / "adapters" / "law", Atlas.open(atlas)
+    right, measured[:] = expected(atlas, law), []
+
+    def stop(_: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise Interruption
+
+    unfinished = opened.unfinished("law")
+    with pytest.raises(Interruption):
+        add_models(opened, {"law": str(law)}, SharedBase(), on_progress=stop)
+    assert len(POOL) / 2 < sum(measured) < len(POOL)
+    assert unfinished.is_file()
+    assert Atlas.open(atlas).info()["tasks"] == 0
+    (outcome,) = add_models(opened, {"law": str(law)}, SharedBase())
+    assert (outcome.status, outcome.measured) == ("added", len(POOL))
+    assert sum(measured) == len(POOL)
+    np.testing.assert_array_equal(Atlas.open(atlas).matrix().values[0], right)
+    assert not unfinished.exists()
+    assert not [path for path in atlas.iterdir() if path.name.startswith(".")]
+
+
+def test_a_failed_creation_leaves_nothing(models: Path, tmp_path: Path, run: RunCommand) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(models / "base", broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    before = sorted(tmp_path.rglob("*"))
+    for model, pool in (("base", "none.jsonl"), ("none", "pool.jsonl"), (broken, "pool.jsonl")):
+        code, _, err = run("atlas", "create", models / model, models / pool, "-o", tmp_path / "new" / "runs.atlas")
+        assert (code, err.splitlines()[-1].startswith("error: ")) == (2, True)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_place_is_tried_before_the_work(

@@ -143,7 +143,7 @@ def test_a_recipe_by_its_name_or_its_file(tmp_path: Path) -> None:
         ("model: m\npool: p\natlas: a\n", "tasks: Field required"),
         ("model: m\npool: p\ntasks: t\natlas: a\nsteps: 3\n", "steps: Extra inputs are not permitted"),
         ("model: [", "is not YAML"),
-        ("- a\n- b\n", "the content"),
+        ("- a\n- b\n", "valid dictionary"),
     ],
 )
 def test_invalid_configurations_are_rejected(tmp_path: Path, text: str, message: str) -> None:

@@ -345,10 +345,10 @@ def test_a_result_as_a_file() -> None:
         (content | {"judged": "many"}, "judged: "),
         (without(0), "none replay, order 0: a stage is missing"),
         (content | {"stages": content["stages"] * 2}, "duplicated"),
-        (changed(mean="high"), "stages: 0: mean: "),
-        (changed(mean=float("nan")), "stages: 0: mean: "),
+        (changed(mean="high"), "stages.0.mean: "),
+        (changed(mean=float("nan")), "stages.0.mean: "),
         (changed(losses={}), "stage 1 needs the losses of exactly the tasks"),
-        (changed(losses={"b": None}), "stages: 0: losses: b: "),
+        (changed(losses={"b": None}), "stages.0.losses.b: "),
         (changed(colour="red"), "colour"),
     ):
         with pytest.raises(DataError, match=message):
@@ -519,5 +519,5 @@ def test_unscored_examples_are_not_judged_or_probed(tmp_path: Path) -> None:
     small = {name: TASKS[name] for name in NAMES[:2]}
     settings = SequenceSettings(strategies=("top",), ratio=0.5, orders=1, probes=30)
     result = run_in(tmp_path / "runs", atlas, settings, tasks=small)
-    assert result.judged == 14
+    assert result.judged == 15
     assert all(np.isfinite(stage.mean) for stage in result.stages)

@@ -21,8 +21,9 @@ from forgetcast import Atlas, ConfigError, DataError, MismatchError, Scores
 from forgetcast.cli.tables import runs_table
 from forgetcast.errors import IncompleteError
 from forgetcast.experiments.collect import Sweep, collect, prepare_atlas
+from forgetcast.experiments.command import CommandTrainer
 from forgetcast.experiments.runs import FineTune
-from forgetcast.files import temporary_folder
+from forgetcast.files import temporary_folder, write_json
 from forgetcast.lm import FineTuner, score
 from support.cli import RunCommand
 from support.data import make_pool
@@ -272,6 +273,21 @@ def test_seeds_and_a_share_of_the_pool(tmp_path: Path, run: RunCommand) -> None:
         collect(FineTuner(tiny()), atlas, RECIPE, TASKS, sweep=Sweep(score_share=0.001))
 
 
+def test_a_share_of_few_tasks_is_warned_of_before_any_work(
+    tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise DataError("the model was loaded")
+
+    monkeypatch.setattr("forgetcast.lm.load", load)
+    for share, fewest, warned in ((0.5, 16, 1), (1.0, 16, 0), (0.5, 3, 0)):
+        monkeypatch.setattr(sys.modules["forgetcast.experiments.collect"], "FEWEST_FOR_A_SHARE", fewest)
+        _, out, err = run("collect", configure(tmp_path, "a.atlas", score_share=share))
+        assert err.count("warning: score_share 0.5 with 3 tasks") == warned
+        assert "the model was loaded" in err.partition("warning: ")[2] or not warned
+        assert "warning" not in out
+
+
 def test_an_example_that_the_tuned_model_cannot_be_scored_on_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,13 +343,13 @@ for name in ("checkpoint-2", "checkpoint-10") if given.leave == "checkpoints" el
 """
 
 
-def command(folder: Path, *words: str) -> dict[str, Any]:
+def command(folder: Path, *words: str, **more: Any) -> dict[str, Any]:
     """Return the setting for a trainer in a folder whose name has a space."""
     script = folder / "my trainer" / "train.py"
     script.parent.mkdir(exist_ok=True)
     script.write_text(TRAINER)
     line = shlex.join([sys.executable, str(script), "{task}", "{output}", "--model", "{model}", *words])
-    return {"trainer": json.dumps({"command": line})}
+    return {"trainer": json.dumps({"command": line, **more})}
 
 
 def perturbed(task: str, times: int, seed: int = 0) -> np.ndarray:
@@ -349,7 +365,7 @@ def perturbed(task: str, times: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("leave", ["model", "checkpoints"])
 def test_a_command_as_the_trainer(tmp_path: Path, run: RunCommand, leave: str) -> None:
-    given = command(tmp_path, "--leave", leave, "--seed", "{seed}")
+    given = command(tmp_path, "--leave", leave, "--seed", "{seed}", keep=True)
     config = configure(tmp_path, "a.atlas", **given, seeds="[0, 4]")
     code, _, err = run("collect", config, "--only", "naming")
     assert code == 0, err
@@ -376,6 +392,41 @@ def test_a_command_as_the_trainer(tmp_path: Path, run: RunCommand, leave: str) -
     assert (code, "another recipe (command differ)" in err) == (2, True)
 
 
+def test_a_model_is_removed_once_its_row_is_stored(
+    tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(tmp_path, "a.atlas", **command(tmp_path), retries=0)
+    names = ("adding", "naming")
+    only = [word for name in names for word in ("--only", name)]
+    runs = tmp_path / "a.atlas.runs"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("cannot be scored today")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("forgetcast.experiments.command.score_with_progress", refuse)
+        assert run("collect", config, *only)[0] == 1
+    assert all((runs / name / "model" / "model.safetensors").is_file() for name in names), "what is trained is kept"
+    code, _, err = run("collect", config, *only)
+    assert code == 0, err
+    assert sorted(path.name for path in runs.rglob("*")) == ["adding.log", "naming.log"]
+    assert [(runs / f"{name}.log").read_text().count("training on") for name in names] == [1, 1]
+    assert "keep" not in Atlas.open(tmp_path / "a.atlas").provenance("naming")["recipe"]
+
+    # A process that is killed just before it removes the model.
+    atlas = Atlas.open(tmp_path / "a.atlas")
+    atlas.drop("naming")
+    with monkeypatch.context() as killed:
+        killed.setattr(CommandTrainer, "discard", lambda *_: None)
+        assert run("collect", config, *only)[0] == 0
+    assert (runs / "naming" / "model").is_dir()
+    (runs / "adding" / "model").mkdir(parents=True)  # of an earlier version, which kept all
+    write_json(runs / "adding" / "model" / "forgetcast-run.json", {"command": "x"})
+    assert run("collect", config, *only)[0] == 0
+    assert not (runs / "naming").exists()
+    assert (runs / "adding" / "model").is_dir()
+
+
 def test_a_command_that_fails_is_named(tmp_path: Path, run: RunCommand) -> None:
     for leave, message in (("nothing", "there is notes.txt"), ("error", "exited with 1; its output is in")):
         config = configure(tmp_path, f"{leave}.atlas", **command(tmp_path, "--leave", leave))
@@ -393,6 +444,7 @@ def test_a_command_that_fails_is_named(tmp_path: Path, run: RunCommand) -> None:
         ({"trainer": "{command: 'train {task} {output} {odd}'}"}, "{odd} is unknown"),
         ({"trainer": "{command: 'train {task} {output} \"'}"}, "No closing quotation"),
         ({"trainer": "{command: 'no-such-program {task} {output}'}"}, "there is no program no-such-program"),
+        ({"trainer": "{command: 'train {task} {output}', keep: 3}"}, "trainer.keep"),
         ({"trainer": "{command: 'train {task} {output}'}", "recipe": "{}"}, "leave one of the two out"),
         ({"trainer": "{command: 'train {task} {output}'}", "seeds": "[0, 1]"}, "{seed} is missing"),
     ],

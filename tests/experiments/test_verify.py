@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, Scores
+from forgetcast.cli.tables import verification_tables
 from forgetcast.evaluation import paired_difference, worst_tenth
 from forgetcast.experiments.verify import ReplayComparison, Verification, arms
+from forgetcast.files import read_json
 from forgetcast.lm import FineTuner, Recipe, exact_match, score
 from forgetcast.replay import Run
 from support.data import make_pool, make_task
@@ -42,6 +44,42 @@ class TestVerify:
         assert run.worst_tenth == pytest.approx(worst_tenth(forgetting), abs=1e-5)
         assert run.new_task_loss == pytest.approx(score(by_hand, comparison.test).nll.mean(), rel=1e-5)
         assert Verification.from_dict(result.as_dict()) == result
+
+    def test_every_run_keeps_what_it_replayed_and_none_saw_a_held_out_example(self, tmp_path: Path) -> None:
+        pool, base = make_pool(), tiny()
+        comparison, before = self.comparison(pool), score(base, pool)
+        given = {"seeds": [0], "directory": tmp_path / "runs"}
+        result = verify_on(pool, before, FineTuner(base), [comparison], RECIPE, **given)
+        for arm, plan in comparison.plans.items():
+            kept = result.replayed[f"naming.{arm}.0"]
+            # By the same fine-tune, made by hand, and in its order.
+            tuned = FineTuner(tiny()).tune(TASKS["naming"], RECIPE, plan=plan if plan.ratio else None, pool=pool)
+            assert kept == tuned.replayed
+            assert not set(kept) & set(result.held_out["naming"])
+            tuned.save(tmp_path / arm)
+            beside = read_json(tmp_path / arm / "replayed.json")
+            assert beside["replayed"] == list(kept)
+            assert beside["plan"] == (plan.fingerprint if plan.ratio else None)
+        assert result.held_out == {"naming": tuple(pool.ids[:10])}
+        assert "all 8 replayed examples of 3 runs: none is among the 10 held-out ones" in result.audit()
+        assert result.audit() in " ".join(str(part) for part in verification_tables(result) if isinstance(part, str))
+        # A run that saw one cannot be judged: neither from its file nor when it is loaded.
+        content = result.as_dict()
+        content["replayed"]["naming.random.0"][2] = pool.ids[4]
+        with pytest.raises(DataError, match=r"naming\.random\.0 replayed 1 held-out example\(s\), e\.g\. 'e4'"):
+            Verification.from_dict(content)
+        content["replayed"]["naming.random.0"] = ["e20"]
+        with pytest.raises(DataError, match="does not say which 4 examples it replayed"):
+            Verification.from_dict(content)
+        file = tmp_path / "runs" / "naming.random.0.parquet"
+        stored = Scores.load(file)
+        odd = [pool.ids[4], *stored.metadata["replayed"][1:]]
+        replace(stored, metadata={**stored.metadata, "replayed": odd}).save(file)
+        with pytest.raises(DataError, match="replayed 1 held-out example"):
+            verify_on(pool, before, FineTuner(base), [comparison], RECIPE, **given)
+        # Files of earlier versions do not say, and are told as such.
+        old = {name: value for name, value in result.as_dict().items() if name not in ("replayed", "held_out")}
+        assert "was not checked" in Verification.from_dict(old).audit()
 
     def test_flips_are_counted_where_the_base_model_answered(self, tmp_path: Path) -> None:
         """Oracle: the answers of the same fine-tune, asked for by hand."""
@@ -104,6 +142,12 @@ class TestVerify:
         assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
         with pytest.raises(MismatchError, match="other settings"):
             verify_on(pool, before, tuner, [comparison], RECIPE.model_copy(update={"steps": 4}), directory=tmp_path)
+        forged = tmp_path / "naming.none.0.parquet"
+        scores = Scores.load(forged)
+        without = {name: value for name, value in scores.metadata.items() if name != "losses"}
+        replace(scores, metadata=without).save(forged)
+        with pytest.raises(DataError, match=f"{forged}.*lacks 'losses'.*remove it"):
+            verify_on(pool, before, tuner, [comparison], RECIPE, directory=tmp_path)
 
     def test_arms_must_be_judged_on_the_same_examples(self, tmp_path: Path) -> None:
         pool, base = make_pool(), tiny()

@@ -513,6 +513,63 @@ def test_pickled_objects_are_not_run(tmp_path: Path, run: RunCommand, monkeypatc
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.parametrize(
+    ("family", "field", "value", "said"),
+    [
+        ("llama", "num_hidden_layers", 10**6, "but the weights have 21 tensors"),
+        ("llama", "num_hidden_layers", 1e6, "but the weights have 21 tensors"),
+        ("llama", "num_hidden_layers", 0, "at least one layer"),
+        ("gpt2", "n_layer", 10**18, "but the weights have 28 tensors"),
+        ("llama", "vocab_size", 10**9, "numbers; put back its own config.json"),
+        ("llama", "num_key_value_heads", 10**8, "numbers; put back its own config.json"),
+        ("llama", "head_dim", 10**8, "numbers; put back its own config.json"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have(
+    tmp_path: Path, run: RunCommand, family: str, field: str, value: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before a layer is built: a million of them take minutes."""
+    folder = save(tiny(family), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
+    line = refused(run, folder, tmp_path)
+    assert f"{field} in config.json is {value}" in line
+    assert said in line
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("a model is built")
+
+
+def test_sizes_of_what_is_no_folder_of_safetensors(
+    tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny(), tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
+    base = tiny()
+    base.model.config.num_hidden_layers = 10**6
+    write_gguf(tmp_path / "deep.gguf", base)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
+    assert "num_hidden_layers in config.json is 1000000" in refused(run, folder, tmp_path)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", never)
+    assert "llama.block_count is 1000000, but the weights have 21 tensors" in refused(
+        run, tmp_path / "deep.gguf", tmp_path
+    )
+
+
+def test_the_rank_of_an_adapter_is_that_of_its_weights(tmp_path: Path, run: RunCommand) -> None:
+    base = tiny()
+    save(base, tmp_path / "base")
+    adapter = save_adapter(adapted_model(load(tmp_path / "base").model, lora()), base.tokenizer, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 10**6}))
+    assert "r in adapter_config.json is 1000000, and its weights are smaller" in refused(run, adapter, tmp_path)
+
+
 def test_tokens_beyond_the_embeddings(tmp_path: Path, run: RunCommand) -> None:
     base = tiny()
     folder = save(base, tmp_path / "model")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 
 from forgetcast import DataError, Example, Pool, Scores
 from forgetcast.lm import FineTuner, LanguageModel, Recipe, exact_match, score
+from forgetcast.lm.conversation import _limited_time
 from forgetcast.lm.tokens import IGNORED_INDEX, encode
 from support.cli import RunCommand
 from support.models import save, tiny
@@ -103,6 +108,55 @@ def test_unencodable_conversations_are_not_scored_with_a_reason(template: Any, m
         score(language_model, Pool([bad]))
     with pytest.raises(DataError, match=reason[:20]):
         FineTuner(language_model).tune(Pool([bad, good]), Recipe(steps=1, batch_size=2))
+
+
+def loops(depth: int) -> str:
+    return "{% for i in range(99999) %}" * depth + "{% set x = i %}" + "{% endfor %}" * depth
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (loops(3) + PLAIN, "does not come to an end with example 'c'"),
+        (PLAIN + "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}" + loops(2), "does not come to an end"),
+        ("{{ 10 ** 10 ** 10 }}" + PLAIN, "computes a power"),
+        ("{% set n = 9 %}{{ n ** (n ** n) }}" + PLAIN, "computes a power"),
+    ],
+)
+def test_a_template_that_does_not_end(
+    tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch, template: str, said: str
+) -> None:
+    monkeypatch.setattr("forgetcast.lm.conversation.MOST_SECONDS", 0.2)
+    handler = signal.getsignal(signal.SIGVTALRM)
+    save(chat_model(template), tmp_path / "model")
+    Pool([Example(id_, messages=CHAT) for id_ in "cd"]).save(tmp_path / "pool.jsonl")
+    code, _, err = run("score", tmp_path / "model", tmp_path / "pool.jsonl", "-o", tmp_path / "s.parquet")
+    assert (code, "Traceback" in err) == (2, False)
+    assert err.splitlines()[-1].startswith("error: the chat template ")
+    assert said in err.splitlines()[-1]
+    assert signal.getsignal(signal.SIGVTALRM) == handler
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_only_the_time_of_the_template_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither other threads that compute meanwhile, nor rendering in another thread, change anything."""
+    language_model = chat_model(PLAIN + "{{ dict(**{'a': '2 ** 3'}).b }}")
+    expected = encode(Example("c", messages=CHAT), language_model.tokenizer, None)
+    monkeypatch.setattr("forgetcast.lm.conversation.MOST_SECONDS", 0.1)
+
+    def compute() -> None:
+        started = time.thread_time()
+        while time.thread_time() - started < 0.3:
+            pass
+
+    with _limited_time():
+        for _ in range(2):
+            busy = threading.Thread(target=compute)
+            busy.start()
+            busy.join()
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(encode, Example("c", messages=CHAT), language_model.tokenizer, None).result()
+    assert found == expected
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from forgetcast import MismatchError, Scores
+from forgetcast import MismatchError, Pool, Scores
 from forgetcast.measure import Difference, difference
 from support.cli import RunCommand
 from support.data import make_pool, make_scores
@@ -55,6 +55,28 @@ class TestDifference:
         assert found.worst[0] == {
             "id": f"e{worst}", "before": before.nll[worst], "after": after.nll[worst], "change": change[worst]
         }  # fmt: skip
+
+    def test_a_mean_per_token_and_examples_of_few_tokens(self, tmp_path: Path, run: RunCommand) -> None:
+        rng = np.random.default_rng(3)
+        tokens = np.array([1, 2, 3, 4, 90, 900])
+        before, after = (replace(scores(rng.gamma(4.0, 0.5, 6)), tokens=tokens) for _ in range(2))
+        change = after.nll - before.nll
+        found = difference(before, after).loss
+        assert found is not None
+        # The mean over all tokens of the pool.
+        assert found.per_token == pytest.approx(np.repeat(change, tokens).mean())
+        assert (found.few_tokens, found.few_tokens_mean) == (3, pytest.approx(change[:3].mean()))
+        files = tmp_path / "a.parquet", tmp_path / "b.parquet"
+        before.save(files[0])
+        after.save(files[1])
+        out = run("diff", *files)[1]
+        assert "mean, weighted by tokens" in out
+        assert f"3, mean {change[:3].mean():+.4f}" in out
+        assert run("diff", *files, "--fail-if", f"per_token>{found.per_token - 0.01}")[0] == 1
+        unknown = replace(before, tokens=tokens * 0)
+        found = difference(unknown, after).loss
+        assert found is not None
+        assert (found.per_token, found.few_tokens) == (None, 0)
 
     def test_short_representation(self) -> None:
         right = np.array([1.0, 1.0, 0.0])
@@ -209,7 +231,90 @@ def test_results_survive_json(pair: tuple[Scores, Scores]) -> None:
     assert Difference.from_dict(old).lost == 0
 
 
+class TestUnits:
+    """Losses have the unit that the logs state, and those of different units are not compared."""
+
+    @staticmethod
+    def of(unit: str | None) -> Scores:
+        given = {} if unit is None else {"units": {"quiz": unit}}
+        one = scores(np.array([1.0, 2.0, 4.0]))
+        return replace(one, metadata={"origin": "lm-evaluation-harness", **given})
+
+    @pytest.mark.parametrize(
+        ("before", "after", "unit"),
+        [
+            ("nats per word", "nats per word", "nats per word"),
+            ("nats per word", None, "nats per word"),
+            (None, None, "unit unknown"),
+        ],
+    )
+    def test_is_that_of_the_logs(
+        self, before: str | None, after: str | None, unit: str, tmp_path: Path, run: RunCommand
+    ) -> None:
+        found = difference(self.of(before), self.of(after))
+        assert found.unit == unit
+        assert f"{unit}," in repr(found)
+        files = [tmp_path / name for name in ("before.parquet", "after.parquet")]
+        for unit_, file in zip((before, after), files, strict=True):
+            self.of(unit_).save(file)
+        code, out, _ = run("diff", *files, "--margin", 0.5)
+        assert code == 0
+        assert f"({unit};" in " ".join(out.split())
+        assert f"not worse by more than 0.5 {unit}" in " ".join(out.split())
+        assert "nats per token" not in out
+        assert f"after minus before, {unit} |" in run("diff", *files, "--markdown")[1]
+        assert json.loads(run("diff", *files, "--json")[1])["unit"] == unit
+
+    def test_of_our_own_scores(self, pair: tuple[Scores, Scores]) -> None:
+        assert difference(*pair).unit == "nats per token"
+
+    def test_different_ones_are_refused(self, tmp_path: Path, run: RunCommand) -> None:
+        with pytest.raises(MismatchError, match="quiz is measured in nats per byte, and in nats per word before"):
+            difference(self.of("nats per word"), self.of("nats per byte"), allow_different_tokens=True)
+        ours = scores(np.array([1.0, 2.0, 4.0]))
+        with pytest.raises(MismatchError, match="nats per token before, nats per word after"):
+            difference(ours, self.of("nats per word"))
+        self.of("nats per word").save(tmp_path / "a.parquet")
+        self.of("nats per byte").save(tmp_path / "b.parquet")
+        code, _, err = run("diff", tmp_path / "a.parquet", tmp_path / "b.parquet")
+        assert code == 2
+        assert err.count("\n") == 1
+
+    def test_a_margin_is_in_one_unit(self, tmp_path: Path, run: RunCommand) -> None:
+        units = {"units": {"quiz": "nats per word", "prose": "nats per byte"}}
+        one = replace(self.of(None), metadata={**self.of(None).metadata, **units})
+        assert difference(one, one).unit == "nats per byte, nats per word"
+        one.save(tmp_path / "a.parquet")
+        code, _, err = run("diff", tmp_path / "a.parquet", tmp_path / "a.parquet", "--margin", 0.5)
+        assert code == 2
+        assert "a margin needs losses of one unit, and these are in nats per byte, nats per word" in err
+
+
 class TestCommand:
+    def test_the_pool_is_read_as_by_the_other_commands(self, tmp_path: Path, run: RunCommand) -> None:
+        rows = [{"id": f"r{i}", "frage": f"What is {i}?", "antwort": f"It is {i}", "source": "s"} for i in range(6)]
+        file = tmp_path / "pool.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "x", "frage": "?", "antwort": ""}]))
+        columns = ("--column", "prompt=frage", "--column", "completion=antwort")
+        pool = Pool.load(file, columns={"prompt": "frage", "completion": "antwort"})
+        for name in ("a", "b"):
+            make_scores(pool, np.full(6, 2.0)).save(tmp_path / f"{name}.parquet")
+        words = ("diff", tmp_path / "a.parquet", tmp_path / "b.parquet")
+        code, out, err = run(*words, "--pool", file, *columns, "--json")
+        assert code == 0, err
+        assert "prompt and completion, 6 examples, 1 row skipped" in err
+        assert set(json.loads(out)["by_source"]) == {"s"}
+        for more, message in (
+            (("--pool", file, *columns, "--strict"), "line 7"),
+            (("--pool", file, "--format", "text"), "pool.jsonl"),
+            (("--pool", file), "the columns are id, frage, antwort, source"),
+            (columns, "--format and --column are about --pool"),
+            (("--strict",), "--strict is about --margin or --pool"),
+        ):
+            code, _, err = run(*words, *more)
+            assert code == 2
+            assert message in err
+
     def test_gates_decide_the_exit_code(self, tmp_path: Path, run: RunCommand) -> None:
         pool = make_pool(40)
         pool.save(tmp_path / "pool.jsonl")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 from datasets import load_dataset, load_from_disk
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, ReplayPlan
+from forgetcast.lm import Recipe, ReplayMixture
 from forgetcast.replay.export import (
     FORMATS,
     TRAINERS,
@@ -22,7 +25,9 @@ from forgetcast.replay.export import (
     export_mixture,
     export_weighted,
 )
+from forgetcast.replay.plan import achieved_ratio
 from support.cli import RunCommand
+from support.models import tiny
 from support.plans import plan_for
 
 # Names as the trainers document them: axolotl's pydantic schema (utils/schemas: config.py, training.py, model.py,
@@ -31,6 +36,9 @@ from support.plans import plan_for
 AXOLOTL = {
     *("base_model", "datasets", "shuffle_merged_datasets", "train_on_inputs", "val_set_size", "output_dir"),
     *("sequence_len", "micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "seed"),
+    *("excess_length_strategy", "sample_packing", "max_steps", "optimizer", "lr_scheduler", "warmup_steps"),
+    *("weight_decay", "gradient_checkpointing"),
+    *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear"),
 }
 AXOLOTL_DATASET = {"path", "ds_type", "type", "field", "data_files", "split", "name"}
 AXOLOTL_PROMPT = {
@@ -40,7 +48,9 @@ AXOLOTL_PROMPT = {
 LLAMA_FACTORY = {
     *("model_name_or_path", "stage", "do_train", "finetuning_type", "dataset", "dataset_dir", "mix_strategy"),
     *("interleave_probs", "template", "cutoff_len", "output_dir", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "num_train_epochs", "learning_rate", "seed"),
+    *("gradient_accumulation_steps", "num_train_epochs", "learning_rate", "seed", "packing", "max_steps", "optim"),
+    *("lr_scheduler_type", "warmup_steps", "weight_decay", "disable_gradient_checkpointing"),
+    *("lora_rank", "lora_alpha", "lora_target"),
 }
 LLAMA_FACTORY_COLUMNS = {"prompt", "query", "response", "history", "system"}
 
@@ -104,16 +114,42 @@ def test_mixture_is_evenly_spread(tmp_path: Path, pool: Pool, plan: ReplayPlan, 
     assert not set(old) & set(plan.held_out_ids)
 
 
-def test_axolotl(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
-    export_axolotl(plan, pool, task, tmp_path / "run", count=8, model="base")
-    settings = yaml.safe_load((tmp_path / "run" / "axolotl.yaml").read_text())
+RECIPES = {
+    "full": Recipe(steps=5, batch_size=4, micro_batch_size=2, max_length=99, schedule="constant", warmup_steps=3),
+    "lora": Recipe(method="lora", steps=9, batch_size=3, learning_rate=5e-4, lora_rank=4, lora_alpha=7, seed=6),
+}
+
+
+def trained_on(plan: ReplayPlan, pool: Pool, task: Pool, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the texts of all new and replayed examples of a fine-tune by our own trainer's mixture."""
+    tokenizer = tiny().tokenizer
+    batches = {"steps": recipe.steps, "batch_size": recipe.batch_size, "seed": recipe.seed, "max_length": 96}
+    mixture = ReplayMixture(task, tokenizer, **batches, plan=plan, pool=pool)
+    new = [id_ for replay, id_ in mixture._order if not replay]
+    return (
+        [task[task.ids.index(id_)].full_text for id_ in new],
+        [pool[pool.ids.index(id_)].full_text for id_ in mixture.replayed],
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_axolotl(
+    tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_axolotl(plan, pool, task, tmp_path / "run", recipe=recipe, model="base")
+    text = (tmp_path / "run" / "axolotl.yaml").read_text()
+    assert not re.search(r"(^|\s)[&*]\w", text), "no anchors"
+    assert str(tmp_path) not in text
+    settings = yaml.safe_load(text)
     assert set(settings) <= AXOLOTL
     assert settings["base_model"] == "base"
-    assert isinstance(settings["learning_rate"], float)
+    monkeypatch.chdir(tmp_path / "run")  # where the trainer is started
     seen: list[str] = []
+    replayed = 0
     for entry in settings["datasets"]:
         assert set(entry) <= AXOLOTL_DATASET
         rows = load_dataset(entry["ds_type"], data_files=entry["path"], split="train", cache_dir=str(tmp_path / "c"))
+        replayed += len(rows) * entry["path"].startswith("replay")
         if entry["type"] == "completion":
             seen += rows[entry["field"]]
             continue
@@ -122,27 +158,58 @@ def test_axolotl(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> No
         for row in rows:  # joined as axolotl joins them
             prompt = kind["no_input_format"].format(instruction=row[kind["field_instruction"]])
             seen.append(prompt + row[kind["field_output"]])
-    wanted = [e.full_text for e in task] + [pool[pool.ids.index(id_)].full_text for id_ in plan.order(8)]
-    assert sorted(seen) == sorted(wanted)
+    new, old = trained_on(plan, pool, task, recipe)
+    assert sorted(seen) == sorted(new + old)
+    # One epoch is what our trainer takes: the same steps, batches and ratio.
+    batch = settings["micro_batch_size"] * settings["gradient_accumulation_steps"]
+    assert batch == recipe.batch_size
+    assert settings["max_steps"] * batch == len(seen)
+    assert replayed / (len(seen) - replayed) == achieved_ratio(recipe.steps, plan.ratio)
+    assert (settings["learning_rate"], settings["sequence_len"]) == (recipe.learning_rate, recipe.max_length)
+    assert (settings["warmup_steps"], settings["seed"]) == (recipe.warmup_steps, recipe.seed)
+    assert settings["lr_scheduler"] == ("linear" if recipe.method == "lora" else "constant_with_warmup")
+    lora = (settings.get("adapter"), settings.get("lora_r"), settings.get("lora_alpha"))
+    assert lora == (("lora", 4, 7) if recipe.method == "lora" else (None, None, None))
 
 
-def test_llama_factory(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
-    export_llama_factory(plan, pool, task, tmp_path / "run", count=8, model="base")
-    settings = yaml.safe_load((tmp_path / "run" / "llama-factory.yaml").read_text())
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_llama_factory(
+    tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    export_llama_factory(plan, pool, task, tmp_path / "run", recipe=recipe, model="base")
+    text = (tmp_path / "run" / "llama-factory.yaml").read_text()
+    assert str(tmp_path) not in text
+    settings = yaml.safe_load(text)
     assert set(settings) <= LLAMA_FACTORY
     assert settings["mix_strategy"] in ("concat", "interleave_under", "interleave_over")
     assert "interleave_probs" not in settings  # which its arguments refuse beside concat
+    monkeypatch.chdir(tmp_path / "run")
+    assert Path(settings["model_name_or_path"]).samefile(tmp_path / "base")
     folder = Path(settings["dataset_dir"])
     info = json.loads((folder / "dataset_info.json").read_text())
-    seen: list[str] = []
+    seen: dict[str, list[str]] = {}
     for name in settings["dataset"].split(","):
         assert info[name]["formatting"] == "alpaca"
         columns = info[name]["columns"]
         assert set(columns) <= LLAMA_FACTORY_COLUMNS
         file = str(folder / info[name]["file_name"])
         rows = load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "c"))
-        seen += [row[columns["prompt"]] + row[columns["response"]] for row in rows]
-    assert seen == [e.full_text for e in task] + [pool[pool.ids.index(id_)].full_text for id_ in plan.order(8)]
+        seen[name] = [row[columns["prompt"]] + row[columns["response"]] for row in rows]
+    new, old = trained_on(plan, pool, task, recipe)
+    assert seen == {"task": new, "replay": old}
+    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    assert batch == recipe.batch_size
+    assert settings["max_steps"] * batch == len(new) + len(old)
+    assert len(old) / len(new) == achieved_ratio(recipe.steps, plan.ratio)
+    assert (settings["finetuning_type"], settings["learning_rate"]) == (recipe.method, recipe.learning_rate)
+    assert (settings["cutoff_len"], settings["lr_scheduler_type"]) == (
+        recipe.max_length,
+        "linear" if recipe.method == "lora" else "constant_with_warmup",
+    )
+    lora = (settings.get("lora_rank"), settings.get("lora_alpha"), settings.get("lora_target"))
+    assert lora == ((4, 7, "all") if recipe.method == "lora" else (None, None, None))
 
 
 def test_invalid_exports_are_rejected(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool) -> None:
@@ -156,7 +223,7 @@ def test_invalid_exports_are_rejected(tmp_path: Path, pool: Pool, plan: ReplayPl
     (tmp_path / "full" / "kept").write_text("x")
     for export in TRAINERS.values():
         with pytest.raises(DataError, match="not empty"):
-            export(plan, pool, task, tmp_path / "full", count=3, model="m")
+            export(plan, pool, task, tmp_path / "full", recipe=RECIPES["full"], model="m")
     with pytest.raises(ConfigError, match="no example would be replayed"):
         export_mixture(plan, pool, task, tmp_path / "new", 0)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -175,9 +242,22 @@ def test_the_command(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool, r
     if kind in TRAINERS:
         assert "needs --model" in run(*words, "--task", tmp_path / "task.jsonl")[2]
     assert not output.exists()
-    code, out, err = run(*words, "--task", tmp_path / "task.jsonl", "--model", "base")
+    words += ["--task", tmp_path / "task.jsonl", "--model", "base"]
+    if kind in TRAINERS:
+        assert "the plan has none: give --recipe" in run(*words)[2]
+        assert "--count is for jsonl" in run(*words, "--count", 3)[2]
+        (tmp_path / "recipe.yaml").write_text("{steps: 5, batch_size: 2, micro_batch_size: 2}")
+        words += ["--recipe", tmp_path / "recipe.yaml"]
+        assert "the ratio of the plan is 0.5; of the export it is 0.4" in run(*words)[2]
+        shutil.rmtree(output)
+        words += ["--steps", 5, "--batch-size", 1]
+        plan = replace(plan, ratio=1.0)
+        plan.save(tmp_path / "plan.parquet")
+    code, out, err = run(*words)
     assert code == 0, err
-    assert json.loads(out)["replayed"] == 5
+    told = json.loads(out)
+    assert (told["replayed"], told["ratio"]) == (5, 1.0 if kind in TRAINERS else 0.5)
+    assert "note:" not in err
     written = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
     assert written
     for text in [e.full_text for e in pool if e.id in plan.held_out_ids]:
@@ -188,11 +268,46 @@ def test_the_count_of_the_command(tmp_path: Path, pool: Pool, plan: ReplayPlan, 
     plan.save(tmp_path / "plan.parquet")
     pool.save(tmp_path / "pool.jsonl")
     words = ["export", tmp_path / "plan.parquet", tmp_path / "pool.jsonl", "-o", tmp_path / "out.jsonl"]
-    for more, count in ((), 17), (("--count", 3), 3), (("--steps", 6, "--batch-size", 2), 6):
+    (tmp_path / "recipe.yaml").write_text("{steps: 4, batch_size: 3}")
+    by_recipe = (("--recipe", tmp_path / "recipe.yaml"), 6)
+    for more, count in ((), 17), (("--count", 3), 3), (("--steps", 6, "--batch-size", 2), 6), by_recipe:
         assert run(*words, *more)[0] == 0
         assert len(lines(tmp_path / "out.jsonl")) == count
     assert "'csv' is not one of" in run(*words, "--format", "csv")[2]
     assert "should end in .parquet" in run(*words, "--format", "parquet")[2]
+
+
+def test_a_plan_carries_its_recipe_to_the_trainer(
+    tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool, run: RunCommand
+) -> None:
+    replace(plan, recipe=RECIPES["lora"]).save(tmp_path / "plan.parquet")
+    assert ReplayPlan.load(tmp_path / "plan.parquet").recipe == RECIPES["lora"]
+    pool.save(tmp_path / "pool.jsonl")
+    task.save(tmp_path / "task.jsonl")
+    words = ["export", tmp_path / "plan.parquet", tmp_path / "pool.jsonl", "--task", tmp_path / "task.jsonl"]
+    words += ["--model", "hub/name", "--format", "axolotl", "-o", tmp_path / "out", "--json"]
+    code, out, err = run(*words)
+    assert code == 0, err
+    # Half of nine steps is four batches of three.
+    assert {"replayed": 12, "new": 27, "steps": 13, "method": "lora"}.items() <= json.loads(out).items()
+    assert "the ratio of the plan is 0.5; of the export it is 0.4444" in err
+    assert yaml.safe_load((tmp_path / "out" / "axolotl.yaml").read_text())["base_model"] == "hub/name"
+
+
+def test_too_long_a_task_names_the_remedy(tmp_path: Path, pool: Pool, plan: ReplayPlan, run: RunCommand) -> None:
+    plan.save(tmp_path / "plan.parquet")
+    pool.save(tmp_path / "pool.jsonl")
+    Pool([Example(f"{i}", text=f"text {i}") for i in range(60)]).save(tmp_path / "task.jsonl")
+    words = ["export", tmp_path / "plan.parquet", tmp_path / "pool.jsonl", "--task", tmp_path / "task.jsonl"]
+    words += ["--format", "datasets", "-o", tmp_path / "out", "--json"]
+    code, _, err = run(*words)
+    assert code == 2
+    assert "is 30 replayed ones, and the plan has 17: say with --steps and --batch-size, --recipe or --count" in err
+    code, out, err = run(*words, "--steps", 8, "--batch-size", 4)
+    assert code == 0, err
+    assert {"replayed": 16, "new": 32, "ratio": 0.5}.items() <= json.loads(out).items()
+    mixed = load_from_disk(str(tmp_path / "out"))
+    assert (len(mixed), sum(mixed["replayed"])) == (48, 16)
 
 
 def test_conversations_are_exported_where_supported(tmp_path: Path) -> None:
@@ -211,4 +326,4 @@ def test_conversations_are_exported_where_supported(tmp_path: Path) -> None:
         export_mixture(plan_for(weighed, "random", 0.5), weighed, task, tmp_path / "other", 1)
     for name, export in TRAINERS.items():
         with pytest.raises(ConfigError, match="'c' is a conversation"):
-            export(plan, pool, task, tmp_path / name, count=2, model="m")
+            export(plan, pool, task, tmp_path / name, recipe=Recipe(steps=2, batch_size=1), model="m")

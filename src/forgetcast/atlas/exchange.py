@@ -18,9 +18,10 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
+from forgetcast.atlas.index import BEFORE, INDEX, POOL
 from forgetcast.atlas.rows import FLIPPED, FORGETTING, PartInfo
 from forgetcast.atlas.storage import FolderStorage, storage_of, whole_folder
-from forgetcast.atlas.store import BEFORE, INDEX, POOL, Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError
 from forgetcast.files import atomic_path, check_seal, opened_parquet, read_metadata, write_parquet

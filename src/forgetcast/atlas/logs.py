@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from forgetcast.atlas.index import INDEX
 from forgetcast.atlas.storage import whole_folder
-from forgetcast.atlas.store import INDEX, Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.measure import inspect_logs, lm_eval
 from forgetcast.measure.logs import LogTable
-from forgetcast.measure.scores import Scores
+from forgetcast.measure.scores import Scores, check_units
 
 
 def import_logs(base: Path, tuned: Sequence[Path], target: str | Path) -> tuple[Atlas, list[str]]:
@@ -57,7 +58,7 @@ def import_logs(base: Path, tuned: Sequence[Path], target: str | Path) -> tuple[
             known = after.index.select(np.flatnonzero(pool.ids.find(after.ids) >= 0))
             if not known:
                 raise MismatchError(f"{path} has no sample of {base}; run the same tasks on both models")
-            _check_units(before.metadata, after.metadata, path)
+            check_units(before.metadata, after.metadata, str(path))
             if others := len(after) - len(known):
                 more.append(f"{path}: {others} samples left out that {base} does not have")
             notes += more
@@ -71,10 +72,3 @@ def _read(path: Path) -> tuple[Scores, LogTable, list[str]]:
     table, metadata = reader.read_table(path)
     scores, _ = table.scores(path, metadata)
     return scores, table, [f"{path}: {note}" for note in table.notes]
-
-
-def _check_units(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]], path: Path) -> None:
-    for what in ("units", "right"):
-        for task, unit in before.get(what, {}).items():
-            if (other := after.get(what, {}).get(task, unit)) != unit:
-                raise MismatchError(f"{path}: {task} is measured in {other}, and in {unit} before; log both alike")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from forgetcast.atlas.index import INDEX
 from forgetcast.atlas.rows import FORGETTING
 from forgetcast.atlas.storage import whole_folder
-from forgetcast.atlas.store import INDEX, Atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.measure.scores import Scores, settings_that_differ

@@ -42,6 +42,10 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def scratch(self, name: str) -> Path:
+        """Return a path on this machine for unfinished work, which is no file of the storage."""
+
+    @abstractmethod
     def write(self, name: str, *, exclusive: bool = False) -> AbstractContextManager[Path]:
         """Yield a path on this machine to write to; the file is stored when the block ends without an error.
 
@@ -150,6 +154,10 @@ class FolderStorage(Storage):
             raise FileNotFoundError(2, "is missing", str(path))
         return path
 
+    def scratch(self, name: str) -> Path:
+        """Return the path of a hidden file in the folder, which is known to be writable."""
+        return self.location / f".{name}"
+
     def write(self, name: str, *, exclusive: bool = False) -> AbstractContextManager[Path]:
         """Write atomically and durably; see `Storage.write`."""
         return atomic_path(self.location / name, exclusive=exclusive)
@@ -233,12 +241,19 @@ class RemoteStorage(Storage):
 
     def local(self, name: str, *, version: str = "") -> Path:
         """Return the path of a copy, downloaded if it is not there yet."""
-        key = hashlib.sha256(f"{self.location} {version}".encode()).hexdigest()[:16]
-        copy = cache_folder() / "atlases" / key / name
+        copy = self._cached(version) / name
         if not copy.exists():
             with atomic_path(copy) as temporary, self._reaching():
                 self._files.get_file(self._path(name), str(temporary))
         return copy
+
+    def _cached(self, version: str) -> Path:
+        key = hashlib.sha256(f"{self.location} {version}".encode()).hexdigest()[:16]
+        return cache_folder() / "atlases" / key
+
+    def scratch(self, name: str) -> Path:
+        """Return the path of a file beside the copies of what never changes."""
+        return self._cached("") / f".{name}"
 
     @contextmanager
     def write(self, name: str, *, exclusive: bool = False) -> Iterator[Path]:

@@ -13,86 +13,31 @@ a folder, on a shared file system or in an object store.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from forgetcast.atlas import rows, zarr_format
+from forgetcast.atlas.index import BEFORE, FORMAT, INDEX, POOL, Index, check_free, now, parse_index
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
+from forgetcast.atlas.replays import read_replays, write_replay
 from forgetcast.atlas.rows import FLIPPED, FORGETTING, Row, StoredMatrix
 from forgetcast.atlas.storage import Storage, beside, storage_of
 from forgetcast.data.formats import read_example
 from forgetcast.data.ids import ExampleIndex, labels
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError, MissingExtraError
-from forgetcast.files import (
-    check_destination,
-    check_digest,
-    check_seal,
-    json_bytes,
-    opened_parquet,
-    parse_json,
-    read_metadata,
-    with_digest,
-)
+from forgetcast.files import check_seal, json_bytes, opened_parquet, read_metadata, with_digest
 from forgetcast.measure.scores import Baseline, Scores, check_tokens, flips, forgetting
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-FORMAT = 2
-
-INDEX, POOL, BEFORE = "atlas.json", "pool.parquet", "before.parquet"
-
 Measure = Literal["loss", "exact_match"]
-
-
-class Index(BaseModel):
-    """Contents of atlas.json.
-
-    Attributes
-    ----------
-    format : int
-    model : str
-        Name or path of the base model.
-    model_hash : str or None
-        Hash of its weights.
-    pool : str
-        Fingerprint of the pool.
-    examples : int
-        How many the pool has.
-    answers : bool
-        Whether the base model has exact match.
-    seals : mapping
-        Seal of each file that is written once.
-    recipe : mapping
-        The recipe shared by the tasks; empty if they have none in common.
-    created : str
-        Time, in ISO 8601.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    format: int = FORMAT
-    model: str
-    model_hash: str | None
-    pool: str
-    examples: int
-    answers: bool
-    seals: dict[str, str]
-    recipe: dict[str, Any]
-    created: str
 
 
 class Atlas:
@@ -336,11 +281,16 @@ class Atlas:
         """Return when a row was added, its recipe, the hash of the tuned model, and what else is known of it."""
         return self._row(task).provenance
 
+    @property
+    def priors(self) -> tuple[str, ...]:
+        """Names of the rows that are of another version of the base model: `merge` took them as priors."""
+        return tuple(task for task, row in self._by_task.items() if row.provenance.get("prior") is True)
+
     def info(self) -> dict[str, Any]:
         """Return what an atlas holds, ready for JSON: base model, pool, size, and of each row how much is measured.
 
         'measured' is the share of the examples with base scores, 'parts' the number of files of a row, 'dropped' that
-        of the files that `compact` would remove.
+        of the files that `compact` would remove, 'priors' that of the rows of another version of the base model.
         """
         scorable = ~np.isnan(self.nll_before)
         found = []
@@ -370,10 +320,15 @@ class Atlas:
             "recipe": self.recipe,
             "created": self.created,
             "tasks": len(found),
+            "priors": len(self.priors),
             "bytes": self._storage.size(),
             "dropped": sum(len(row.dropped) for row in all_rows),
             "rows": found,
         }
+
+    def unfinished(self, task: str) -> Path:
+        """Return the path of a file on this machine for what is measured of a row before it can be added."""
+        return self._storage.scratch(f"{rows.folder_of(task)}.partial")
 
     def beside(self, what: str) -> Path:
         """Return the path of a folder for runs: next to the atlas, or in the current folder if the atlas is a URL."""
@@ -622,7 +577,7 @@ class Atlas:
         return Pool(read_example(row) for table in tables for row in table.to_pylist()).subset(ids)
 
     def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
-        """Choose ids as `Pool.hold_out` does, without those that the base model could not score."""
+        """Choose ids as `Pool.hold_out` does, none that the base model could not score; others take their place."""
         unscored = self.pool.ids.select(np.flatnonzero(np.isnan(self.nll_before)))
         return self.pool.hold_out(share, seed=seed, exclude=[*exclude, *unscored])
 
@@ -709,11 +664,7 @@ class Atlas:
         """Outcomes kept by `add_replays`, oldest first."""
         if self.format == zarr_format.FORMAT:
             return zarr_format.replays(self._storage)
-        for name, receipt in lost_replays(self._storage):
-            raise DataError(f"{self.path} has lost {name}; put back a copy, or remove {receipt} to do without it")
-        names = self._storage.names("replays")
-        kept = [(*read_replay(self._storage, name), name) for name in names]
-        return [run for _, run, _ in sorted(kept, key=lambda each: (each[0], each[2]))]
+        return read_replays(self._storage)
 
     def add_replays(self, runs: Iterable[Mapping[str, Any]]) -> None:
         """Keep the outcomes of fine-tunes with and without replay.
@@ -759,105 +710,12 @@ def _joined_info(row: Row | zarr_format.ZarrRow) -> dict[str, Any]:
     return {**first, "finished": row.finished, "parts": [*first.get("parts", []), *others]} if others else first
 
 
-def parse_index(storage: Storage) -> Index:
-    """Read and check atlas.json of this version or of an earlier one.
-
-    Raises
-    ------
-    DataError
-        If there is none, it is damaged, or a newer version wrote it.
-    """
-    where = f"{storage}/{INDEX}"
-    try:
-        content = parse_json(storage.read(INDEX), where)
-    except FileNotFoundError:
-        raise DataError(f"{storage} is not an atlas: atlas.json is missing") from None
-    except OSError as error:
-        raise DataError(f"{where}: {error.strerror or error}") from None
-    version = content.get("format") if isinstance(content, dict) else None
-    if type(version) is int and version > FORMAT:
-        raise DataError(f"{where} is of format {version}, and this version reads up to {FORMAT}; upgrade forgetcast")
-    if type(version) is not int or version not in (zarr_format.FORMAT, FORMAT):
-        raise DataError(f"{where} is not that of an atlas: its format is {version!r}")
-    try:
-        return Index.model_validate(
-            check_digest(content, where) if version == FORMAT else zarr_format.index(storage, content)
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def lost_replays(storage: Storage) -> list[tuple[str, str]]:
-    """Return the outcomes of fine-tunes that were stored and are not there, each with its receipt."""
-    receipts = storage.names(f"receipts/{rows.OTHERS}")
-    present = set(storage.names("replays"))
-    named = [(f"replays/{receipt.rpartition('/')[2]}", receipt) for receipt in receipts]
-    return [(name, receipt) for name, receipt in named if name not in present]
-
-
-def read_replay(storage: Storage, name: str) -> tuple[str, dict[str, Any]]:
-    """Return when the outcome of a fine-tune was added, and the outcome; raise DataError if the file is damaged."""
-    where = f"{storage}/{name}"
-    content = check_digest(parse_json(storage.read(name), where), where)
-    if not isinstance(content.get("run"), dict):
-        raise DataError(f"{where} is not a fine-tune; remove it, and verify or pilot again")
-    return str(content.get("added")), content["run"]
-
-
-def write_replay(storage: Storage, run: Mapping[str, Any]) -> None:
-    """Store the outcome of a fine-tune in a file of its own, in the place of one of the same settings."""
-    key = json.dumps([run.get(name) for name in ("task", "setup", "seed", "strategy", "ratio")])
-    name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    with storage.write(f"replays/{name}") as file:
-        file.write_bytes(json_bytes(with_digest({"added": now(), "run": dict(run)})))
-    storage.mark(f"receipts/{rows.OTHERS}/{name}")
-
-
 def _sealed(save: Callable[[Path], None], path: Path) -> str:
     """Save to a path, and return the seal of the file."""
     save(path)
     seal = check_seal(path, pages=False)
     assert seal is not None, "pools and scores are saved as sealed Parquet files"
     return seal
-
-
-def is_atlas(path: str | Path) -> bool:
-    """Say whether there is an atlas, even if it cannot be read."""
-    try:
-        storage_of(path).read(INDEX)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def check_free(path: str | Path) -> None:
-    """Raise DataError unless an atlas can be created: nothing is there, or what a process left that was stopped."""
-    if not {name for name in storage_of(path).names() if not name.startswith(".")} <= {POOL, BEFORE}:
-        raise DataError(f"{path} exists already; choose another name, or add to it")
-
-
-def check_writable(path: str | Path) -> None:
-    """Store a file and remove it again, so that a place that cannot be written to is known before any work.
-
-    Raises
-    ------
-    DataError
-        If it cannot be reached.
-    OSError
-        If it cannot be written to; names the file or folder.
-    """
-    storage = storage_of(path)
-    if isinstance(storage.location, Path):
-        check_destination(storage.location, folder=True)
-    probe = f".writable-{secrets.token_hex(8)}"
-    with storage.write(probe) as file:
-        file.touch()
-    storage.remove(probe)
-    for folder in ("rows", "receipts", "replays"):  # of a shared folder, another user may own them
-        place = storage.location
-        if isinstance(place, Path) and (place / folder).exists() and not os.access(place / folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place / folder))
 
 
 def _same_base(stored: Scores, before: Scores, path: Path) -> Scores:
@@ -892,8 +750,3 @@ def _as_float32(what: str, values: np.ndarray, ids: Sequence[str]) -> np.ndarray
         at = int(np.argmax(np.isinf(stored)))
         raise DataError(f"{what} of example {ids[at]!r} is {values[at]:g}: too large to be stored as a 32-bit number")
     return stored
-
-
-def now() -> str:
-    """Return the time, in ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from forgetcast.atlas import rows, zarr_format
+from forgetcast.atlas.index import BEFORE, INDEX, POOL, parse_index
+from forgetcast.atlas.replays import lost_replays, read_replay
 from forgetcast.atlas.rows import BLOCK, FLIPPED, FORGETTING, POSITION, Part
 from forgetcast.atlas.storage import FolderStorage, storage_of
-from forgetcast.atlas.store import BEFORE, INDEX, POOL, lost_replays, parse_index, read_replay
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, ForgetcastError
 from forgetcast.files import SECONDS_UNTIL_ABANDONED, TEMPORARY, check_seal, opened_parquet

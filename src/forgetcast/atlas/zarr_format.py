@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from forgetcast.atlas import rows
 from forgetcast.atlas.rows import FLIPPED, FORGETTING
 from forgetcast.atlas.storage import FolderStorage, Storage
 from forgetcast.errors import DataError, MissingExtraError
 from forgetcast.files import opened_parquet, read_json
+from forgetcast.results import validated
 
 if TYPE_CHECKING:
     import zarr
@@ -145,11 +146,7 @@ def _folder(storage: Storage) -> Path:
 
 
 def _parse(path: Path, content: Any) -> _Index:
-    try:
-        parsed = _Index.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{path / 'atlas.json'}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    parsed = validated(_Index, content, str(path / "atlas.json"))
     names = [task.name for task in parsed.tasks]
     if len(set(names)) < len(names) or not all(names):
         raise DataError(f"{path / 'atlas.json'}: tasks: a name is empty or occurs twice")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import warnings
 
+import typer
+
 # Each registers its commands, in the order in which they are listed.
-from forgetcast.cli import pool, measure, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
+from forgetcast.cli import pool, measure, start, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
 from forgetcast.cli.app import app, err, fail, out
 from forgetcast.errors import ForgetcastError
 
@@ -27,6 +29,7 @@ __all__ = [
     "plan",
     "pool",
     "report",
+    "start",
     "train",
 ]
 
@@ -37,16 +40,34 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False, soft_wrap=True)
     try:
-        app()
+        # Typer would print the user's words as they are. What a command returns here is the code of its `typer.Exit`.
+        raise SystemExit(app(standalone_mode=False) or 0)
     except ForgetcastError as error:
         fail(str(error))
     except OSError as error:
         name, reason = error.filename2 or error.filename, error.strerror or str(error)
         fail(reason if name is None else f"{os.fsdecode(name)}: {reason}")
+    except typer.Abort:  # into which Typer turns an EOFError
+        fail("what was read ends too early")
     except Exception as error:
-        if (said := _foreign(error)) is None:
+        if (said := _usage(error) or _foreign(error)) is None:
             raise  # a fault of this package, which a traceback helps to find
         fail(said)
+
+
+def _usage(error: Exception) -> str | None:
+    """Say in one line what is wrong with the words of a command; None if something else is wrong.
+
+    The base class of Typer's exceptions is Click's in some of its versions and a copy of it in others, so they are told
+    by what they can do.
+    """
+    message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+    if message is None:
+        return None
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help text is printed already
+        raise SystemExit(2)
+    reason = " ".join(message().split()).removesuffix(".").replace(": Value error, ", ": ", 1)
+    return reason if context is None else f"{reason}; see {context.command_path} --help"
 
 
 _FOREIGN = (

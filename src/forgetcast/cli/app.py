@@ -79,6 +79,20 @@ def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
     return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
 
 
+def recipe_of(atlas: Atlas) -> Recipe | None:
+    """Return the recipe of an atlas; None where its rows were tuned by a command, or imported without a recipe."""
+    return None if not atlas.recipe or "command" in atlas.recipe else load_recipe(None, atlas)
+
+
+def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
+    """Say on standard error what ratios become in whole batches; one that has none is an error."""
+    from forgetcast.replay.plan import ratio_note
+
+    for ratio in dict.fromkeys(ratios):
+        if (note := ratio_note(ratio, recipe.steps, recipe.batch_size)) is not None and is_first():
+            err.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
 def load_base(
     model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
 ) -> LanguageModel:
@@ -168,6 +182,14 @@ def fractions(text: str, option: str) -> list[float]:
     if not all(map(math.isfinite, values)):
         raise fault
     return values
+
+
+def seconds(text: str, option: str) -> float:
+    """Parse "90s", "30m" or "2h" as a number of seconds."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh])", text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"{option}: {text!r} is no time such as 90s, 30m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 MOST_NUMBERS = 100_000

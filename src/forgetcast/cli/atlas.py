@@ -60,8 +60,9 @@ def collect(
     Example: forgetcast collect config.yaml
     """
     from forgetcast.atlas import Atlas
+    from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import runs_table
-    from forgetcast.experiments.collect import CollectConfig, check_atlas_destination, run_sweep
+    from forgetcast.experiments.collect import FEWEST_FOR_A_SHARE, CollectConfig, run_sweep
     from forgetcast.experiments.on_ray import run_on_ray
     from forgetcast.lm import load
 
@@ -69,9 +70,16 @@ def collect(
     if engine is Engine.LOCAL and (address is not None or gpus or memory):
         raise ConfigError("--address, --gpus and --memory are for --engine ray")
     settings = CollectConfig.load(config)
-    check_atlas_destination(settings.atlas)
+    check_writable(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
+    if settings.score_share < 1 and len(tasks) < FEWEST_FOR_A_SHARE:
+        err.print(
+            f"warning: score_share {settings.score_share:g} with {len(tasks)} tasks: with fewer than "
+            f"{FEWEST_FOR_A_SHARE}, forecasts may be worse than from no history (docs/how-to/cluster.md)",
+            markup=False,
+            soft_wrap=True,
+        )
     failures: dict[str, str] = {}
     figures: dict[str, dict[str, float]] = {}
     with progress(above=lambda: runs_table(figures)) as report:
@@ -111,11 +119,12 @@ def analyze(matrix: MatrixPath, exact_match: ByAnswers = False, as_json: AsJson 
     from forgetcast.cli.tables import structure_tables
     from forgetcast.completion.structure import analyze as analyze_matrix
 
-    replicates: dict[str, str] = {}
+    replicates, priors = dict[str, str](), tuple[str, ...]()
     if not Path(matrix).is_file():  # a matrix alone does not say which rows are of one task
         atlas = Atlas.open(matrix)
         replicates = {row: str(atlas.provenance(row).get("task", row)) for row in atlas.tasks}
-    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match), replicates=replicates)
+        priors = atlas.priors
+    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match), replicates=replicates, priors=priors)
     if as_json:
         print_json(structure.as_dict())
         return

@@ -98,7 +98,8 @@ def add(
         ),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option(help="Score file of a fine-tuned model, made elsewhere, instead of a model.")
+        Path | None,
+        typer.Option(help="Score file that `forgetcast score` wrote for a fine-tuned model, instead of a model."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the row; default: that of the folder or file.")] = None,
     probes: Annotated[
@@ -160,6 +161,11 @@ def _add_scores(atlas: Atlas, scores: Path, name: str | None, allow_different_to
     from forgetcast.experiments import add_scores
     from forgetcast.measure import Scores
 
+    if scores.is_dir() or (scores.is_file() and scores.suffix in (".json", ".jsonl", ".eval")):
+        raise ConfigError(
+            f"{scores} is no score file, which is what `forgetcast score MODEL POOL -o SCORES.parquet` writes; logs of "
+            "evaluation tools become an atlas with `forgetcast atlas import --logs BASE_LOGS LOGS... -o NEW.atlas`"
+        )
     return add_scores(
         atlas,
         name or scores.stem,

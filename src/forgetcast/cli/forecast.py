@@ -131,6 +131,7 @@ def forecast(
     import numpy as np
 
     from forgetcast.atlas import Atlas
+    from forgetcast.cli.tables import priors_line
     from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, measured_probes
     from forgetcast.completion.whole import check_level, check_threshold
@@ -149,7 +150,8 @@ def forecast(
         raise ConfigError("--most limits --until-width, and may not be less than the probes of -k")
     opened = Atlas.open(atlas)
     usable = np.flatnonzero(~np.isnan(opened.nll_before))
-    fitted = _method(method).fit(opened.stored([name for name in opened.tasks if name != task]))
+    known = [name for name in opened.tasks if name != task]
+    fitted = _method(method).fit(opened.stored(known))
     if model is not None:
         chosen = None if audit is None else k - audit
         if chosen is not None and chosen < 0:
@@ -184,7 +186,8 @@ def forecast(
     completed = TaskForecast.from_forecast(
         stopped.forecast, opened, method=method.value, task=task, level=level, threshold=threshold
     )
-    completed = replace(completed, different_tokens=different)
+    priors = len(set(opened.priors).intersection(known))
+    completed = replace(completed, different_tokens=different, rows=len(known), prior_rows=priors)
     completed.save(output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
     facts = {
@@ -192,6 +195,8 @@ def forecast(
         "probes": len(completed.probes),
         "random_probes": completed.audit,
         "different_tokens": different,
+        "rows": len(known),
+        "prior_rows": priors,
         "mean_forgetting": float(completed.mean.mean()),
         "level": level,
         "misfit": completed.misfit,
@@ -219,7 +224,9 @@ def forecast(
         return
     from forgetcast.cli.tables import whole_table
 
-    show(facts, False, title="Forecast")
+    show(facts | {"rows": None, "prior_rows": None}, False, title="Forecast")
+    if priors:
+        out.print(priors_line(priors, len(known)))
     out.print(whole_table(completed))
     for sentence in said:
         out.print(sentence)
@@ -305,7 +312,7 @@ def bench(
     Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
     """
     from forgetcast.atlas.released import PICKLES, read_split
-    from forgetcast.cli.tables import bench_table
+    from forgetcast.cli.tables import bench_table, robust_bench_table
     from forgetcast.evaluation import bench as compare
     from forgetcast.evaluation import bench_left_out
 
@@ -330,6 +337,7 @@ def bench(
         print_json([row.as_dict() for row in rows])
     else:
         out.print(bench_table(rows, baseline))
+        out.print(robust_bench_table(rows, baseline))
 
 
 def _method(name: str) -> Completion:

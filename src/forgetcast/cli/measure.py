@@ -236,10 +236,15 @@ def diff(
     margin: Annotated[
         float | None,
         typer.Option(
-            help="Largest mean forgetting that is accepted, nats per token: worse, not worse, or inconclusive."
+            help="Largest mean forgetting to accept, in the unit of the losses: worse, not worse, or inconclusive."
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 3 if --margin is inconclusive.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Exit with code 3 if --margin is inconclusive; fail on a row of --pool that is not usable."
+        ),
+    ] = False,
     cluster: Annotated[
         Cluster | None,
         typer.Option(
@@ -250,6 +255,8 @@ def diff(
         bool, typer.Option("--allow-unscored", help="Pass although examples are without a score in AFTER only.")
     ] = False,
     pool: Annotated[Path | None, typer.Option(help="The scored pool, for results by source.")] = None,
+    format: Format = None,
+    column: Columns = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
     allow_different_tokens: AllowDifferentTokens = False,
     as_json: AsJson = False,
@@ -257,9 +264,10 @@ def diff(
     """Compare two models' scores of the same examples: how much was forgotten, with what confidence, and where.
 
     A condition names a statistic: mean, median, lower or upper (ends of the mean's 95 % interval), standard_error,
-    worst_tenth, worst_hundredth, share_worse, wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right,
-    mcnemar_p, unscored, unscored_share, noise, and with `score --reference` kl_mean, kl_lower, kl_upper, kl_median,
-    kl_standard_error, kl_worst_tenth, kl_worst_hundredth.
+    worst_tenth, worst_hundredth, share_worse, per_token (weighted by target tokens), few_tokens, few_tokens_mean,
+    wilcoxon_p, right_before, right_after, right_to_wrong, wrong_to_right, mcnemar_p, unscored, unscored_share,
+    noise, and with `score --reference` kl_mean, kl_lower, kl_upper, kl_median, kl_standard_error, kl_worst_tenth,
+    kl_worst_hundredth.
 
     Exit code 0: passes. 1: a condition holds, the mean is worse by more than the margin, or examples lost their score.
     2: the comparison was not possible. 3, only with `--strict`: the margin is inconclusive.
@@ -271,11 +279,13 @@ def diff(
     from forgetcast.measure.gates import INCONCLUSIVE
 
     gates = [Gate.parse(text) for text in fail_if or ()]
-    if strict and margin is None:
-        raise ConfigError("--strict is about --margin; give both")
+    if strict and margin is None and pool is None:
+        raise ConfigError("--strict is about --margin or --pool; give one of them")
+    if pool is None and (format is not None or column):
+        raise ConfigError("--format and --column are about --pool; give it too")
     (scores_before, sources), (scores_after, _) = _scores(before), _scores(after)
     if pool is not None:
-        sources = _sources(pool, scores_before.ids)
+        sources = _sources(load_data(pool, format, column, strict), pool, scores_before.ids)
     clusters = _clusters(cluster, scores_before.ids, sources)
     result = difference(
         scores_before,
@@ -304,9 +314,8 @@ def diff(
         raise typer.Exit(3)
 
 
-def _sources(path: Path, ids: Sequence[str]) -> tuple[str, ...]:
-    """Read the source of each example from the pool."""
-    examples = load_data(path)
+def _sources(examples: Pool, path: Path, ids: Sequence[str]) -> tuple[str, ...]:
+    """Return the source of each example in the pool, which was read from a path."""
     source_of = dict(zip(examples.ids, examples.sources, strict=True))
     if unknown := [id_ for id_ in ids if id_ not in source_of]:
         raise MismatchError(f"{path} lacks {len(unknown)} of the scored examples, e.g. {unknown[0]!r}; give their pool")

@@ -100,6 +100,11 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--column", help="What the data call a field, such as prompt=frage; repeatable. Empty: not read."),
 ]
+PoolFormat = Annotated[DataFormat | None, typer.Option(help="Format of the pool; default: each row's, by its fields.")]
+PoolColumns = Annotated[
+    list[str] | None,
+    typer.Option("--pool-column", help="What the pool calls a field, such as prompt=frage; repeatable."),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail on a row that cannot be used, instead of skipping it.")]
 AtlasPath = Annotated[str, typer.Argument(help="Directory of the atlas, or its URL, such as s3://bucket/runs.atlas.")]
 MatrixPath = Annotated[str, typer.Argument(help="An atlas, its URL, or a matrix as .npy, .json or .pkl.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from forgetcast.cli.app import app, load_base, load_data, out, print_all, print_json, show
+from forgetcast.cli.app import (
+    app,
+    err,
+    load_base,
+    load_data,
+    load_recipe,
+    out,
+    print_all,
+    print_json,
+    recipe_of,
+    say_ratios,
+    show,
+)
 from forgetcast.cli.options import (
     REPLAY,
     AsJson,
@@ -18,10 +31,14 @@ from forgetcast.cli.options import (
     Columns,
     DataFormat,
     ExportFormat,
+    Format,
     HoldOut,
     Loading,
     Output,
+    PoolColumns,
+    PoolFormat,
     PoolPath,
+    RecipeName,
     Repeat,
     Seed,
     Strict,
@@ -35,9 +52,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from forgetcast.atlas import Atlas
-    from forgetcast.data import Pool
+    from forgetcast.data import Pool, Recipe
     from forgetcast.measure import Scores
-    from forgetcast.replay import Advice, Strategy
+    from forgetcast.replay import Advice, ReplayPlan, Strategy
 
 
 @app.command(rich_help_panel=REPLAY)
@@ -93,6 +110,10 @@ def plan(
     ] = None,
     repeat: Repeat = False,
     seed: Seed = 0,
+    recipe: RecipeName = None,
+    format: Format = None,
+    column: Columns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -113,6 +134,8 @@ def plan(
     if output is not None:
         check_destination(output)
     rule = replay.get_strategy(strategy, temperature=temperature)
+    if "gradients" not in rule.needs and (format is not None or column or strict):
+        raise ConfigError("--format, --column and --strict are about --task, read only where gradients are needed")
     if ratio is not None and target_retention is not None:
         raise ConfigError("give --ratio or --target-retention, not both")
     opened, advice = Atlas.open(atlas), None
@@ -134,7 +157,11 @@ def plan(
         needs=rule.needs,
         forecast=predicted,
         truth=_measured(opened, truth) if truth is not None else None,
-        gradients=_gradients(opened, model, task, loading) if model is not None and task is not None else None,
+        gradients=(
+            _gradients(opened, model, load_data(task, format, column, strict), loading)
+            if model is not None and task is not None
+            else None
+        ),
     )
     planned = replay.make_plan(
         opened.pool,
@@ -146,6 +173,8 @@ def plan(
         repeat=repeat,
         seed=seed,
     )
+    shared = load_recipe(recipe, opened) if recipe is not None else recipe_of(opened)
+    planned = dataclasses.replace(planned, recipe=shared)
     planned.save(output)
     uses_forecast, sampled = "forecast" in rule.needs, planned.rank is None or planned.ranked_share < 1
     facts = {
@@ -155,11 +184,32 @@ def plan(
         "usable": planned.usable,
         "effective_size": round(planned.effective_size, 1) if sampled else None,
         "held_out": len(planned.held_out_ids),
+        **_under_recipe(planned, shared),
         "output": str(output),
     }
     if advice is not None and not as_json:
         print_all(advice_tables(advice))
     show(facts | ({"advice": advice.as_dict()} if advice is not None and as_json else {}), as_json, title="Replay plan")
+
+
+def _under_recipe(planned: ReplayPlan, recipe: Recipe | None) -> dict[str, Any]:
+    """Return what a plan replays in a fine-tune by the recipe; say on standard error what does not fit."""
+    if not planned.ratio:
+        return {}
+    if recipe is None:
+        err.print("note: the atlas has no recipe of ours, so it is not known how many examples are replayed: --recipe")
+        return {}
+    from forgetcast.replay.plan import achieved_ratio
+
+    facts: dict[str, Any] = {"recipe_steps": recipe.steps, "recipe_batch_size": recipe.batch_size}
+    try:
+        say_ratios([planned.ratio], recipe)
+        facts["replayed"] = planned.count(recipe.steps, recipe.batch_size)
+        facts["new"] = recipe.steps * recipe.batch_size
+        facts["achieved_ratio"] = achieved_ratio(recipe.steps, planned.ratio)
+    except ConfigError as error:
+        err.print(f"warning: a fine-tune by this recipe is refused: {error}", markup=False, soft_wrap=True)
+    return facts
 
 
 def _check_inputs(rule: Strategy, *, truth: Path | None, model: str | None, task: Path | None, advised: bool) -> None:
@@ -219,7 +269,7 @@ def _of_sources(pool: Pool, sources: Sequence[str]) -> list[str]:
     return [id_ for id_, source in zip(pool.ids, pool.sources, strict=True) if source in sources]
 
 
-def _gradients(atlas: Atlas, model: str, task: Path, loading: Loading) -> np.ndarray:
+def _gradients(atlas: Atlas, model: str, task: Pool, loading: Loading) -> np.ndarray:
     """Return the gradient product of every example with a base loss, shape (N,); NaN elsewhere."""
     import numpy as np
 
@@ -228,9 +278,7 @@ def _gradients(atlas: Atlas, model: str, task: Path, loading: Loading) -> np.nda
     base = load_base(model, loading, atlas).merged()
     scored = np.flatnonzero(~np.isnan(atlas.nll_before))
     products = np.full(len(atlas.examples), np.nan)
-    products[scored] = gradient_products(
-        base, load_data(task), atlas.subset(atlas.examples[i] for i in scored.tolist())
-    )
+    products[scored] = gradient_products(base, task, atlas.subset(atlas.examples[i] for i in scored.tolist()))
     return products
 
 
@@ -242,6 +290,7 @@ def export(
     kind: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.JSONL,
     task: Annotated[Path | None, typer.Option(help="Fine-tuning data; not for jsonl and parquet.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model to name in a trainer's configuration.")] = None,
+    recipe: RecipeName = None,
     count: Annotated[
         int | None,
         typer.Option(
@@ -251,43 +300,90 @@ def export(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Steps on new examples, to compute the count from.")
+        int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Steps on new examples; default: the recipe's.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST_EXAMPLES, help="Examples per step, with --steps.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Examples per step; default: the recipe's, else 8.")
+    ] = None,
     data_format: Annotated[
         DataFormat | None, typer.Option(help="Format of the task; default: each row's, by its fields.")
     ] = None,
     column: Columns = None,
+    pool_format: PoolFormat = None,
+    pool_column: PoolColumns = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a plan for another trainer: weighted examples, a mixture with the task, or a configuration.
 
-    Without a task, a count or steps, jsonl and parquet hold every usable example with its weight.
+    A configuration carries the recipe that the plan was made for, or --recipe. The other formats take the task once,
+    unless --recipe or --steps says how long the fine-tune is. Without a task, a count, a recipe or steps, jsonl and
+    parquet hold every usable example with its weight.
 
     Example: forgetcast export plan.parquet pool.jsonl --format axolotl --task task.jsonl --model ./my-model -o run
     """
+    from forgetcast.data import Recipe
     from forgetcast.replay import ReplayPlan
-    from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted
+    from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted, new_examples
 
     check_destination(output, folder=kind not in (ExportFormat.JSONL, ExportFormat.PARQUET))
-    replay, upstream = ReplayPlan.load(plan), load_data(pool)
+    replay, upstream = ReplayPlan.load(plan), load_data(pool, pool_format, pool_column, strict)
     examples = load_data(task, data_format, column, strict) if task is not None else None
-    if count is None and steps is not None:
-        count = round(steps * replay.ratio) * batch_size
-    elif count is None and examples is not None:
-        count = round(len(examples) * replay.ratio)
+    trainer = TRAINERS.get(kind.value)
+    if batch_size is not None and steps is None and recipe is None and trainer is None:
+        raise ConfigError("--batch-size needs --steps or --recipe, which say how many batches there are")
+    if count is not None and (steps is not None or recipe is not None or trainer is not None):
+        raise ConfigError("--count is for jsonl, parquet and datasets, without --steps and --recipe, which set it")
+    given = Recipe.load(recipe) if recipe is not None else replay.recipe if trainer is not None else None
+    settings = _fine_tune(given, steps, batch_size)
+    new = None if examples is None else len(examples)
+    if settings is not None and count is None:
+        new, count = settings.steps * settings.batch_size, replay.count(settings.steps, settings.batch_size)
+    elif count is None and new is not None:
+        count = round(new * replay.ratio)
+        if count > replay.usable > 0 and not replay.repeat:
+            raise ConfigError(
+                f"the ratio {replay.ratio:.4g} of {new} task examples is {count} replayed ones, and the plan has "
+                f"{replay.usable}: say with --steps and --batch-size, --recipe or --count how long the fine-tune is"
+            )
     facts: dict[str, Any] = {"format": kind.value, "replayed": count}
     if kind in (ExportFormat.JSONL, ExportFormat.PARQUET):
         if (output.suffix == ".parquet") != (kind is ExportFormat.PARQUET):
             raise ConfigError(f"{output}: a file of the format {kind.value} should end in .{kind.value}")
         facts["replayed"] = export_weighted(replay, upstream, output, count)
-    elif examples is None or count is None:
+    elif examples is None:
         raise ConfigError(f"the format {kind.value} needs --task: it mixes the replayed examples with those of a task")
-    elif kind is ExportFormat.DATASETS:
-        export_mixture(replay, upstream, examples, output, count)
+    elif trainer is None:
+        assert count is not None, "a task gives a count"
+        mixed = examples if settings is None else new_examples(examples, count=new or 0, seed=settings.seed)
+        export_mixture(replay, upstream, mixed, output, count)
     elif model is None:
         raise ConfigError(f"the format {kind.value} needs --model: its configuration names the base model")
+    elif given is None or settings is None:
+        raise ConfigError(
+            f"the format {kind.value} needs the recipe of the fine-tune, and the plan has none: give --recipe, or make "
+            "the plan again from an atlas with a recipe"
+        )
     else:
-        TRAINERS[kind.value](replay, upstream, examples, output, count=count, model=model)
+        trainer(replay, upstream, examples, output, recipe=settings, model=model)
+        facts |= {"steps": settings.steps + (count or 0) // settings.batch_size, "method": settings.method}
+    if new and count:
+        facts |= {"new": new, "ratio": count / new}
+        if abs(count / new - replay.ratio) > 1e-9:
+            err.print(f"note: the ratio of the plan is {replay.ratio:.4g}; of the export it is {count / new:.4g}")
     show(facts | {"output": str(output)}, as_json, title="Export")
+
+
+def _fine_tune(recipe: Recipe | None, steps: int | None, batch_size: int | None) -> Recipe | None:
+    """Return the recipe with these numbers; None if there is neither a recipe nor steps."""
+    from forgetcast.data import Recipe
+    from forgetcast.settings import check_settings
+
+    if recipe is None and steps is None:
+        return None
+    changed = {"steps": steps, "batch_size": batch_size}
+    fields = {name: value for name, value in changed.items() if value is not None}
+    shared = {} if recipe is None else recipe.model_dump()
+    if "batch_size" in fields and (shared.get("micro_batch_size") or 1) > fields["batch_size"]:
+        shared["micro_batch_size"] = None
+    return check_settings(shared | fields, Recipe, where="--steps and --batch-size")

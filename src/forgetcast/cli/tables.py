@@ -17,11 +17,11 @@ from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
-from forgetcast.measure.diff import Difference, Summary
+from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
 from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
 from forgetcast.replay.outcome import LAW_METRICS, METRICS
-from forgetcast.stats import Comparison
+from forgetcast.stats import FEWEST_RANKS, Comparison, supports_part
 from forgetcast.text import markdown_text
 
 
@@ -59,14 +59,28 @@ def whole_table(forecast: TaskForecast) -> Table:
 
 def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Yield what `Atlas.info` says: the atlas, and a row per task."""
-    names = ("format", "model", "model_hash", "pool", "examples", "unscored", "tasks", "bytes", "dropped", "created")
+    names = (
+        "format",
+        "model",
+        "model_hash",
+        "pool",
+        "examples",
+        "unscored",
+        "tasks",
+        "priors",
+        "bytes",
+        "dropped",
+        "created",
+    )
     facts = {name: info[name] for name in names} | {"answers": "yes" if info["answers"] else "no"}
-    if not info["dropped"]:
-        del facts["dropped"]
+    for name in ("dropped", "priors"):
+        if not info[name]:
+            del facts[name]
     yield facts_table(info["atlas"], facts | {"bytes": f"{info['bytes']:,}"})
     if not info["rows"]:
         return
-    table = Table("task", "measured", "mean forgetting", "parts", "kind", "added", title="Rows")
+    columns = ["task", "measured", "mean forgetting", "parts", "kind", "added"]
+    table = Table(*columns, *(["prior, of the base"] if info["priors"] else []), title="Rows")
     for row in info["rows"]:
         mean, origin = row["mean_forgetting"], row["provenance"]
         table.add_row(
@@ -76,8 +90,21 @@ def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
             str(row["parts"]),
             escape(str(origin.get("kind", ""))),
             escape(str(origin["added"])[:10]),
+            *([escape(_prior_base(origin))] if info["priors"] else []),
         )
     yield table
+
+
+def _prior_base(provenance: Mapping[str, Any]) -> str:
+    """Return the base model of a row that is a prior; empty if it is none."""
+    base = provenance.get("prior_base")
+    known = base if isinstance(base, dict) else {}
+    return str(known.get("model", "unknown")) if provenance.get("prior") is True else ""
+
+
+def priors_line(priors: int, rows: int) -> str:
+    """Say that rows are of another version of the base model."""
+    return f"{priors} of {rows} rows are priors: measured on another version of the base model"
 
 
 def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
@@ -111,14 +138,23 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
         f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
     )
-    fits = Table("fit", "R^2", "held out", title="How much of the forgetting each fit explains")
+    if structure.priors:
+        yield priors_line(structure.priors, structure.tasks)
+    fits = Table("fit", "R^2", "held out", "rank correlation", title="How much of the forgetting each fit explains")
     fits.add_row("task means", f"{structure.row_r2:.3f}")
     fits.add_row("example means", f"{structure.column_r2:.3f}")
     fits.add_row("additive", f"{structure.additive_r2:.3f}")
     for rank, r2 in enumerate(structure.rank_r2, 1):
         held_out = structure.held_out_r2[rank - 1 : rank]
+        held_out += structure.rank_correlation[rank - 1 : rank]
         fits.add_row(f"rank {rank}", f"{r2:.3f}", *(f"{value:.3f}" for value in held_out))
     yield fits
+    if (without := structure.without) is not None:
+        best = f" of {max(structure.held_out_r2):.3f} held out" if structure.held_out_r2 else ""
+        yield (
+            f"Without the source with most of the variation, {escape(without.source) or '(none)'} "
+            f"({without.examples} examples, {without.share or 0:.0%}), the best R^2{best} is {without.value:.3f}."
+        )
     if (noise := structure.noise) is not None:
         share = f", {noise.residual_share:.0%} of what" if noise.residual_share is not None else "; unknown of what"
         yield (
@@ -145,6 +181,11 @@ def _interval(part: Summary) -> str:
     return "no interval" if part.lower is None else f"{part.lower:+.4f} to {part.upper:+.4f}"
 
 
+def _part(value: float, examples: int, parts: int) -> str:
+    """Return the mean of the worst part, or how many examples it takes."""
+    return f"{value:+.4f}" if supports_part(examples, parts) else f"takes {parts} examples"
+
+
 def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
     """Yield name and value of each statistic, for the terminal and for Markdown."""
     if (loss := result.loss) is not None:
@@ -153,10 +194,17 @@ def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
             yield "clusters", f"{loss.clusters}"
         yield "mean (95 % interval)", _with_interval(loss)
         yield "median", f"{loss.median:+.4f}"
-        yield "worst tenth", f"{loss.worst_tenth:+.4f}"
-        yield "worst hundredth", f"{loss.worst_hundredth:+.4f}"
+        if loss.per_token is not None:
+            yield "mean, weighted by tokens", f"{loss.per_token:+.4f}"
+        if loss.few_tokens_mean is not None:
+            yield f"fewer than {FEW_TOKENS} target tokens", f"{loss.few_tokens}, mean {loss.few_tokens_mean:+.4f}"
+        yield "worst tenth", _part(loss.worst_tenth, loss.examples, 10)
+        yield "worst hundredth", _part(loss.worst_hundredth, loss.examples, 100)
         yield "examples that got worse", f"{loss.share_worse:.1%}"
-        yield "Wilcoxon signed-rank test", f"p = {result.wilcoxon_p:.2g}"
+        if (units := loss.clusters or loss.examples) >= FEWEST_RANKS:
+            yield "Wilcoxon signed-rank test", f"p = {result.wilcoxon_p:.2g}"
+        else:
+            yield "Wilcoxon signed-rank test", f"takes {FEWEST_RANKS}, and there are {units}"
     if (noise := result.noise) is not None:
         sides = ((noise.before_rms, "before"), (noise.after_rms, "after"))
         yield (
@@ -189,8 +237,10 @@ SOURCE_COLUMNS = ("source", "examples", "mean", "95 % interval", "worst tenth", 
 def _source_rows(result: Difference) -> Iterator[tuple[str, ...]]:
     """Yield what `SOURCE_COLUMNS` names."""
     for name, part in result.by_source.items():
-        p = f"p = {result.by_source_p[name]:.2g}" if name in result.by_source_p else ""
-        yield name, f"{part.examples}", f"{part.mean:+.4f}", _interval(part), f"{part.worst_tenth:+.4f}", p
+        tested = name in result.by_source_p and (part.clusters or part.examples) >= FEWEST_RANKS
+        p = f"p = {result.by_source_p[name]:.2g}" if tested else ""
+        worst = _part(part.worst_tenth, part.examples, 10)
+        yield name, f"{part.examples}", f"{part.mean:+.4f}", _interval(part), worst, p
 
 
 def judgement_lines(judgement: Judgement) -> Iterator[str]:
@@ -210,7 +260,9 @@ def _worst_rows(result: Difference) -> Iterator[tuple[str, ...]]:
 
 def difference_tables(result: Difference) -> Iterator[Table]:
     """Yield tables of the difference, its values by source, and the most forgotten examples."""
-    table = Table("statistic", "after minus before", title="Change of the loss (nats per token; positive is forgotten)")
+    table = Table(
+        "statistic", "after minus before", title=f"Change of the loss ({escape(result.unit)}; positive is forgotten)"
+    )
     for name, figure in _difference_rows(result):
         table.add_row(name, escape(figure))
     yield table
@@ -232,12 +284,13 @@ def difference_markdown(result: Difference, judgement: Judgement) -> str:
     def row(*cells: str) -> str:
         return f"| {' | '.join(markdown_text(cell) for cell in cells)} |"
 
+    unit = markdown_text(result.unit)
     lines = ["### Forgetting", ""]
     lines += [f"**Failed:** `{text}`  " for text in judgement.failed]
     for line in judgement_lines(judgement):
         name, _, said = line.partition(": ")
         lines.append(f"**{name.capitalize()}:** {said}  ")
-    lines += [""] * (len(lines) > 2) + ["| statistic | after minus before |", "|---|---|"]
+    lines += [""] * (len(lines) > 2) + [f"| statistic | after minus before, {unit} |", "|---|---|"]
     lines += [row(name, figure) for name, figure in _difference_rows(result)]
     if result.by_source:
         lines += ["", f"| {' | '.join(SOURCE_COLUMNS)} |", "|---" * len(SOURCE_COLUMNS) + "|"]
@@ -271,6 +324,19 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
     return table
 
 
+def robust_bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
+    """Return a table of figures that a few examples or one source cannot carry, for rows of `bench_table`."""
+    table = Table(Column("method", no_wrap=True), "probes", "median error", "ratio", "without source", "ratio then")
+    table.box, table.pad_edge = SIMPLE, False
+    table.title = f"The same without the source that changes the ratio to {baseline} most; median absolute error"
+    for row in sorted(rows, key=lambda row: (row.k, row.probes == "chosen")):
+        other = row.without
+        named = "" if other is None else f"{escape(other.source) or '(none)'} ({other.examples})"
+        ratio = "" if other is None else f"{other.value:.2f}"
+        table.add_row(row.method, f"{row.k} {row.probes}", f"{row.median_error:.4f}", f"{row.ratio:.2f}", named, ratio)
+    return table
+
+
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
     """Yield a table of the arms, and their differences with verdicts."""
     table = Table("replay", *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
@@ -281,25 +347,36 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
             escape(arm), *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}"
         )
     yield table
-    yield from _comparison_tables(result.comparisons(), "pairs of runs (same task and seed)")
+    yield escape(result.audit())
+    yield from result.notes()
+    yield from _comparison_tables(result.comparisons(), ("seeds of the task", "tasks"))
 
 
-def _comparison_tables(comparisons: Sequence[Comparison], pairs: str) -> Iterator[RenderableType]:
-    """Yield the differences between arms, and a verdict for each but those in new-task loss."""
+def _comparison_tables(comparisons: Sequence[Comparison], units: tuple[str, str]) -> Iterator[RenderableType]:
+    """Yield the differences between arms, and a verdict for each but those in new-task loss.
+
+    `units` are what the differences are between: with one task, and with several.
+    """
     if not comparisons:
         return
-    gaps = Table("metric", "difference", "mean", "95 % interval", "bootstrap", "p, corrected")
-    gaps.title = f"Differences over {comparisons[0].difference.pairs} {pairs}; negative is better"
+    count = comparisons[0].difference.pairs
+    between = f"{count} {units[comparisons[0].tasks > 1]}"
+    gaps = Table("metric", "difference", "mean", "95 % interval", "p")
+    gaps.title = f"Differences over {between}; negative is better; corrected for the number of arms (Student's t)"
     for c in comparisons:
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
-        bootstrap = f"{c.bootstrap_lower:+.3f} to {c.bootstrap_upper:+.3f}"
-        arms, corrected = f"{escape(c.arm)} - {escape(c.baseline)}", f"p = {c.corrected_wilcoxon_p:.2g}"
-        gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, bootstrap, corrected)
+        arms, corrected = f"{escape(c.arm)} - {escape(c.baseline)}", f"{c.corrected_p:.2g}"
+        gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, corrected)
     yield gaps
     for c in comparisons:
         if c.metric != "new_task_loss":
             yield f"On the {METRICS[c.metric]}, {escape(c.verdict())}."
+    if count < FEWEST_RANKS:
+        yield (
+            f"These rest on {between} and on Student's t alone: a test of ranks, which assumes less, takes "
+            f"{FEWEST_RANKS}."
+        )
 
 
 def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
@@ -320,7 +397,7 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
         both = ([result.average(arm, metric, position) for metric in ("mean", "worst_tenth")] for arm in result.arms)
         by_position.add_row(str(position), *(f"{mean:.3f} ({worst:.3f})" for mean, worst in both))
     yield by_position
-    yield from _comparison_tables(result.comparisons(), "orders of the tasks")
+    yield from _comparison_tables(result.comparisons(), ("orders of the tasks", "orders of the tasks"))
     if orders < 2:
         yield "With one order, arms cannot be compared: use at least two."
 

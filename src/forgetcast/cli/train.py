@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ from forgetcast.cli.app import (
     print_json,
     progress,
     require_single_process,
+    say_ratios,
     show,
 )
 from forgetcast.cli.options import (
@@ -37,6 +39,8 @@ from forgetcast.cli.options import (
     NumberOfProbes,
     OnlineAt,
     Output,
+    PoolColumns,
+    PoolFormat,
     Ratio,
     RecipeName,
     Repeat,
@@ -53,7 +57,7 @@ from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
-    from forgetcast.data import Recipe
+    from forgetcast.data import Pool, Recipe
     from forgetcast.experiments import ReplayComparison, Verification
     from forgetcast.lm import FineTuner, ReplaySelector
     from forgetcast.replay import ReplayPlan
@@ -73,6 +77,8 @@ def train(
     probes: NumberOfProbes = PROBES,
     format: Format = None,
     column: Columns = None,
+    pool_format: PoolFormat = None,
+    pool_column: PoolColumns = None,
     strict: Strict = False,
     date: Date = None,
     no_thinking: NoThinking = False,
@@ -93,13 +99,16 @@ def train(
     check_destination(partial, folder=True)
     if (plan is None) != (pool is None):
         raise ConfigError("--plan and --pool go together")
+    if pool is None and (pool_format is not None or pool_column):
+        raise ConfigError("--pool-format and --pool-column are about --pool; give it too")
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     examples = load_data(task, format, column, strict)
     replay = ReplayPlan.load(plan) if plan is not None else None
-    upstream = load_data(pool) if pool is not None else None
+    upstream = load_data(pool, pool_format, pool_column, strict) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
+        say_ratios([replay.ratio], settings)
     opened, selector = Atlas.open(atlas) if atlas is not None else None, None
     if online is not None or (replay is not None and replay.phase == "in-training"):
         if replay is None or opened is None:
@@ -129,6 +138,7 @@ def train(
     facts = {
         "steps": tuned.steps,
         "replayed": len(tuned.replayed),
+        "held_out_replayed": None if replay is None else len(set(tuned.replayed).intersection(replay.held_out_ids)),
         "seconds": round(tuned.seconds, 1),
         "output": str(output),
     }
@@ -145,9 +155,9 @@ def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Rep
 
 
 def _compare(
-    tuner: FineTuner, atlas: Atlas, recipe: Recipe, comparison: ReplayComparison, seeds: int, directory: Path
+    tuner: FineTuner, atlas: Atlas, recipe: Recipe, comparisons: Sequence[ReplayComparison], seeds: int, directory: Path
 ) -> Verification:
-    """Make the runs of a comparison, and store their outcomes in the atlas."""
+    """Make the runs of comparisons, and store their outcomes in the atlas."""
     from forgetcast.experiments import verify
 
     with progress() as report:
@@ -155,7 +165,7 @@ def _compare(
             tuner,
             atlas,
             recipe,
-            [comparison],
+            comparisons,
             seeds=range(seeds),
             directory=directory,
             on_progress=report,
@@ -168,9 +178,12 @@ def _compare(
 @loads_a_model
 def verify(
     model: ModelName,
-    task: TaskPath,
+    tasks: Annotated[list[Path], typer.Argument(help="Fine-tuning data: a file for each task.")],
     atlas: AtlasOption,
-    plan: Annotated[list[Path], typer.Option(help="Replay plan to verify; may be repeated.")],
+    plan: Annotated[
+        list[str],
+        typer.Option(help="Replay plan to verify; may be repeated. TASK=FILE: for the task of this name only."),
+    ],
     output: Output,
     recipe: RecipeName = None,
     seeds: Seeds = 2,
@@ -186,41 +199,88 @@ def verify(
 ) -> None:
     """Fine-tune without replay, with random replay and with each plan; judge on examples that are never replayed.
 
-    The recipe defaults to the atlas's. Finished runs are kept next to the output and not repeated.
+    With several tasks, a verdict is over the tasks, not the seeds of one. The recipe defaults to the atlas's. Finished
+    runs are kept next to the output and not repeated.
 
     Example: forgetcast verify ./my-model task.jsonl --atlas runs.atlas --plan plan.parquet -o verification.json
+
+    Example: forgetcast verify ./my-model law.jsonl code.jsonl --atlas runs.atlas --plan law=law-plan.parquet --plan
+    code=code-plan.parquet -o verification.json
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.atlas.store import check_writable
+    from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import verification_tables
-    from forgetcast.data import split_task
-    from forgetcast.data.reader import data_name
-    from forgetcast.experiments import ReplayComparison, arms
-    from forgetcast.replay import ReplayPlan, get_strategy
+    from forgetcast.experiments.collect import load_tasks
 
     require_single_process("verify")
     check_destination(output)
     check_destination(output.with_suffix(".runs"), folder=True)
-    opened, replays = Atlas.open(atlas), [ReplayPlan.load(path) for path in plan]
+    opened = Atlas.open(atlas)
     check_writable(opened.path)
-    examples = load_data(task, format, column, strict)
-    for replay in replays:
-        replay.check_pool(opened.pool)
+    loaded = load_tasks(tasks, lambda path: load_data(path, format, column, strict))
+    replays = _plans_of(plan, list(loaded))
     settings = load_recipe(recipe, opened)
+    comparisons = [
+        _comparison(opened, name, examples, replays[name], test_share=test_share, online=online, probes=probes)
+        for name, examples in loaded.items()
+    ]
+    every = [replay for comparison in comparisons for replay in comparison.plans.values()]
+    say_ratios((replay.ratio for replay in every), settings)
+    for replay in every:
+        replay.count(settings.steps, settings.batch_size)  # too many is an error before the model is loaded
+    tuner = load_tuner(model, loading, opened)
+    result = _compare(tuner, opened, settings, comparisons, seeds, output.with_suffix(".runs"))
+    result.save(output)
+    print_json(result.as_dict()) if as_json else print_all(verification_tables(result))
+
+
+def _plans_of(given: Sequence[str], tasks: Sequence[str]) -> dict[str, list[ReplayPlan]]:
+    """Read the plans of each task: FILE is for all tasks, TASK=FILE for one."""
+    from forgetcast.replay import ReplayPlan
+
+    plans: dict[str, list[ReplayPlan]] = {name: [] for name in tasks}
+    for text in given:
+        name, sign, path = text.partition("=")
+        if not sign or (name not in plans and Path(text).exists()):
+            loaded = ReplayPlan.load(text)
+            for of_task in plans.values():
+                of_task.append(loaded)
+        elif name in plans:
+            plans[name].append(ReplayPlan.load(path))
+        else:
+            raise ConfigError(f"--plan {text}: there is no task {name!r}; there are {', '.join(tasks)}")
+    if without := [name for name, of_task in plans.items() if not of_task]:
+        raise ConfigError(f"the task {without[0]!r} has no plan; give one as --plan {without[0]}=FILE, or one for all")
+    return plans
+
+
+def _comparison(
+    atlas: Atlas,
+    name: str,
+    examples: Pool,
+    replays: Sequence[ReplayPlan],
+    *,
+    test_share: float,
+    online: str | None,
+    probes: int,
+) -> ReplayComparison:
+    """Set up a task's arms: the baselines, its plans, and those that are revised during training."""
+    from forgetcast.data import split_task
+    from forgetcast.experiments import ReplayComparison, arms
+    from forgetcast.replay import get_strategy
+
+    for replay in replays:
+        replay.check_pool(atlas.pool)
     training, test = split_task(examples, test_share)
-    plans = arms(replays, opened.pool)
-    selectors = {name: _selector(opened, p, None, probes) for name, p in plans.items() if p.phase == "in-training"}
+    plans = arms(replays, atlas.pool)
+    selectors = {arm: _selector(atlas, p, None, probes) for arm, p in plans.items() if p.phase == "in-training"}
     if online is not None:
         revised = {f"{p.strategy} online": p for p in replays if "forecast" in get_strategy(p.strategy).needs}
         if not revised:
             raise ConfigError("--online needs a plan of a strategy that uses a forecast")
         plans |= revised
-        selectors |= {name: _selector(opened, p, online, probes) for name, p in revised.items()}
-    comparison = ReplayComparison(data_name(task), training, test, plans, selectors)
-    tuner = load_tuner(model, loading, opened)
-    result = _compare(tuner, opened, settings, comparison, seeds, output.with_suffix(".runs"))
-    result.save(output)
-    print_json(result.as_dict()) if as_json else print_all(verification_tables(result))
+        selectors |= {arm: _selector(atlas, p, online, probes) for arm, p in revised.items()}
+    return ReplayComparison(name, training, test, plans, selectors)
 
 
 @app.command(rich_help_panel=REPLAY)
@@ -229,7 +289,10 @@ def pilot(
     model: ModelName,
     task: TaskPath,
     atlas: AtlasOption,
-    ratios: Annotated[str, typer.Option(help="Replayed examples per new one.")] = "1/32,1/8",
+    ratios: Annotated[
+        str | None,
+        typer.Option(help="Replayed examples per new one; default: about 1/32 and 1/8, as the recipe's steps allow."),
+    ] = None,
     strategy: Strategies = None,
     steps: Annotated[int | None, typer.Option(min=1, max=MOST_EXAMPLES, help="Default: those of the recipe.")] = None,
     recipe: RecipeName = None,
@@ -250,12 +313,13 @@ def pilot(
     Example: forgetcast pilot ./my-model task.jsonl --atlas runs.atlas --ratios 1/32,1/8 --steps 100
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.atlas.store import check_writable
+    from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import advice_tables
     from forgetcast.data import Recipe
     from forgetcast.data.reader import data_name
     from forgetcast.experiments import pilot_comparison
     from forgetcast.replay import Random, advise, get_strategy
+    from forgetcast.replay.plan import achieved_ratio, default_ratios
     from forgetcast.settings import check_settings
 
     require_single_process("pilot")
@@ -266,17 +330,21 @@ def pilot(
     if steps is not None:
         settings = check_settings(settings.model_dump() | {"steps": steps}, Recipe, where="--steps")
     others = [get_strategy(name) for name in strategy or ()]
+    asked = default_ratios(settings.steps) if ratios is None else fractions(ratios, "--ratios")
+    say_ratios(asked, settings)
     comparison = pilot_comparison(
         opened,
         data_name(task),
         examples,
         strategies=others,
-        ratios=fractions(ratios, "--ratios"),
+        ratios=list(dict.fromkeys(achieved_ratio(settings.steps, ratio) for ratio in asked)),
         hold_out=hold_out,
         repeat=repeat,
     )
+    for replay in comparison.plans.values():
+        replay.count(settings.steps, settings.batch_size)  # too many is an error before the model is loaded
     tuner = load_tuner(model, loading, opened)
-    result = _compare(tuner, opened, settings, comparison, seeds, opened.beside("pilots"))
+    result = _compare(tuner, opened, settings, [comparison], seeds, opened.beside("pilots"))
     advice = advise(opened, others[0].name if others else Random.name, task=data_name(task))
     if as_json:
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
@@ -335,6 +403,7 @@ def sequence(
     folder = tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks
     loaded = load_tasks(folder, lambda path: load_data(path, format, column, strict))
     task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
+    say_ratios([ratio], shared)
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
     tuner = load_tuner(model, loading, opened)
     with progress() as report:

@@ -13,6 +13,7 @@ from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.completion.base import Completion, Forecast, clone, correlation, exclude_similar
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.errors import ForecastErrors, average, judge
+from forgetcast.completion.influence import WithoutSource, most_influential
 from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.completion.probes import choose
 from forgetcast.errors import DataError
@@ -37,6 +38,10 @@ class BenchRow(Result):
         bootstrap over the test tasks.
     seconds : float
         Time to complete one task's row, without the fit.
+    median_error : float
+        Median absolute error over all judged entries, mean over the seeds: a few examples cannot carry it.
+    without : WithoutSource or None
+        `ratio` without the source that changes it most; None where the examples have one source.
     """
 
     method: str
@@ -48,6 +53,8 @@ class BenchRow(Result):
     ratio_lower: float
     ratio_upper: float
     seconds: float
+    median_error: float = float("nan")
+    without: WithoutSource | None = None
 
     def __repr__(self) -> str:
         interval = f"[{self.ratio_lower:.3f}, {self.ratio_upper:.3f}]"
@@ -176,9 +183,29 @@ def _bench(
                 ratio_lower=float(lower),
                 ratio_upper=float(upper),
                 seconds=float(np.median([f.seconds for f in of_method])),
+                median_error=float(np.mean([np.nanmedian(np.sqrt(f.entries)) for f in of_method])),
+                without=_without(splits[0][1].sources, rmse / baseline_rmse, of_method, of_baseline),
             )
         )
     return rows
+
+
+def _without(
+    sources: Sequence[str], ratio: float, of_method: Sequence[_Figures], of_baseline: Sequence[_Figures]
+) -> WithoutSource | None:
+    """Return the ratio of RMSE without the source that changes it most."""
+
+    def rmse(figures: Sequence[_Figures], kept: np.ndarray) -> float:
+        with np.errstate(invalid="ignore", divide="ignore"):  # a task may have no other source: NaN
+            return float(np.mean([np.sqrt(np.mean(_row_means(f.entries[:, kept]))) for f in figures]))
+
+    return most_influential(sources, ratio, lambda kept: rmse(of_method, kept) / rmse(of_baseline, kept))
+
+
+def _row_means(entries: np.ndarray) -> np.ndarray:
+    """Average each row's entries that are not NaN; NaN where there are none."""
+    known = ~np.isnan(entries)
+    return np.where(known, entries, 0.0).sum(axis=1) / known.sum(axis=1)
 
 
 def _figures_of(
@@ -222,6 +249,8 @@ class _Figures(NamedTuple):
     ----------
     squared : array, shape (T,)
         Mean squared error of each test task.
+    entries : array, shape (T, N)
+        Squared error of each entry; NaN where it is not judged.
     errors : list of ForecastErrors
     hits, forgotten, predicted : int
         Numbers of judged entries that were forgotten and predicted to be, that were, and that were predicted to be.
@@ -232,6 +261,7 @@ class _Figures(NamedTuple):
     """
 
     squared: np.ndarray
+    entries: np.ndarray
     errors: list[ForecastErrors]
     hits: int
     forgotten: int
@@ -248,6 +278,7 @@ class _Figures(NamedTuple):
 def _together(parts: Sequence[_Figures]) -> _Figures:
     return _Figures(
         squared=np.concatenate([part.squared for part in parts]),
+        entries=np.concatenate([part.entries for part in parts]),
         errors=[errors for part in parts for errors in part.errors],
         hits=sum(part.hits for part in parts),
         forgotten=sum(part.forgotten for part in parts),
@@ -260,9 +291,12 @@ def _together(parts: Sequence[_Figures]) -> _Figures:
 def _figures(forecast: Forecast, truth: np.ndarray, judged: np.ndarray, seconds: float) -> _Figures:
     lower, upper = forecast.interval(0.9)
     errors = [judge(*(part[row, judged] for part in (forecast.mean, lower, upper, truth))) for row in range(len(truth))]
+    entries = np.full(truth.shape, np.nan, dtype=np.float32)
+    entries[:, judged] = (forecast.mean[:, judged] - truth[:, judged]) ** 2
     forgotten, predicted = truth[:, judged] == 1, forecast.mean[:, judged] >= 0.5
     return _Figures(
         squared=np.array([each.rmse**2 for each in errors]),
+        entries=entries,
         errors=errors,
         hits=int((forgotten & predicted).sum()),
         forgotten=int(forgotten.sum()),

@@ -71,6 +71,8 @@ class _Metadata(BaseModel):
     audit: int = Field(default=0, ge=0)
     threshold: FiniteFloat = THRESHOLD
     whole: tuple[WholeFigure, ...] = ()
+    rows: int | None = Field(default=None, ge=0)
+    prior_rows: int | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ class TaskForecast:
     whole : tuple of WholeFigure
         All examples, then the largest sources; of each, the figures with a model-based interval, and with a guaranteed
         one where at least five random probes are among the examples.
+    rows, prior_rows : int or None
+        How many rows it was learned from, and how many of them were measured on another version of the base model; None
+        if that is unknown.
     """
 
     ids: Sequence[str]
@@ -117,6 +122,8 @@ class TaskForecast:
     audit: int = 0
     threshold: float = THRESHOLD
     whole: tuple[WholeFigure, ...] = ()
+    rows: int | None = None
+    prior_rows: int | None = None
 
     @classmethod
     def from_forecast(
@@ -206,6 +213,8 @@ class TaskForecast:
             "audit": self.audit,
             "threshold": self.threshold,
             "whole": [each.model_dump() for each in self.whole],
+            "rows": self.rows,
+            "prior_rows": self.prior_rows,
         }
         write_table(table, Path(path), metadata)
 
@@ -234,6 +243,8 @@ class TaskForecast:
                 audit=metadata.audit,
                 threshold=metadata.threshold,
                 whole=metadata.whole,
+                rows=metadata.rows,
+                prior_rows=metadata.prior_rows,
             )
             loaded.check()
         except DataError as error:

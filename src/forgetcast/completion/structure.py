@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.factorisation import held_out_entries
+from forgetcast.completion.influence import WithoutSource, largest_share
 from forgetcast.completion.logistic import f1, factor_logistic, is_binary
 from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import DataError
@@ -87,6 +89,13 @@ class Structure(Result):
     components : tuple of Component
     noise : RunNoise or None
         None where no task has several rows.
+    priors : int
+        How many of the tasks were measured on another version of the base model.
+    without : WithoutSource or None
+        The best `held_out_r2`, or if there is none that of rank 1, fitted without the source that has most of the
+        variation; None where the examples have one source.
+    rank_correlation : tuple of float
+        Of the held-out entries with their fit by rank 1, 2, ... (Spearman): a few large entries cannot carry it.
     """
 
     kind: ClassVar[str] = "structure"
@@ -103,6 +112,9 @@ class Structure(Result):
     rank_f1: tuple[float, ...]
     components: tuple[Component, ...]
     noise: RunNoise | None = None
+    priors: int = 0
+    without: WithoutSource | None = None
+    rank_correlation: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -118,6 +130,7 @@ def analyze(
     max_rank: int = MAX_RANK,
     components: int = 3,
     replicates: Mapping[str, str] | None = None,
+    priors: Collection[str] = (),
 ) -> Structure:
     """Measure the structure of a forgetting matrix.
 
@@ -131,6 +144,8 @@ def analyze(
         Number of components to describe.
     replicates : mapping of str to str, optional
         Task of each row by the row's name, where rows are of the same task with another seed.
+    priors : collection of str, optional
+        Names of the rows that were measured on another version of the base model, to be counted: `Atlas.priors`.
 
     Raises
     ------
@@ -153,21 +168,44 @@ def analyze(
     ranks = range(1, min(max_rank, *values.shape) + 1)
     fits = [fit_low_rank(values, rank, centred=False) for rank in ranks]
     described = fits[min(components, len(fits)) - 1]
-    tasks = [matrix.tasks[i] for i in rows]
+    tasks, sources = [matrix.tasks[i] for i in rows], [matrix.sources[j] for j in columns]
+    held_out, correlations = _held_out(values, len(fits))
+    best = int(np.argmax(held_out)) + 1 if held_out else 1
     return Structure(
         tasks=len(values),
         examples=values.shape[1],
         measured=float(np.mean(~np.isnan(values))),
         mean_by_task=dict(zip(tasks, np.nanmean(values, axis=1).tolist(), strict=True)),
         rank_r2=tuple(r2(low_rank.fit) for low_rank in fits),
-        held_out_r2=_held_out_r2(values, len(fits)),
+        held_out_r2=held_out,
         row_r2=r2(np.nanmean(values, axis=1, keepdims=True)),
         column_r2=r2(np.nanmean(values, axis=0, keepdims=True)),
         additive_r2=r2(sum_of(task_effects, example_effects)),
         rank_f1=_binary_f1(values, min(len(fits), F1_RANKS)),
-        components=_components(described.fit, described.loadings, [matrix.sources[j] for j in columns]),
+        components=_components(described.fit, described.loadings, sources),
         noise=_run_noise(values, [(replicates or {}).get(task, task) for task in tasks], max_rank),
+        priors=len(set(priors).intersection(tasks)),
+        without=_without(values, sources, best),
+        rank_correlation=correlations,
     )
+
+
+def _without(values: np.ndarray, sources: Sequence[str], rank: int) -> WithoutSource | None:
+    """Return the held-out R^2 of a rank without the source that has most of the variation; None where there is none.
+
+    Where nothing can be held out, it is the R^2 of the fit.
+    """
+    deviations = np.nansum((values - np.nanmean(values)) ** 2, axis=0)
+    if (largest := largest_share(sources, deviations)) is None:
+        return None
+    rest = values[:, np.array(sources) != largest.source]
+    rest = rest[(~np.isnan(rest)).any(axis=1)]
+    if rank > min(rest.shape) or np.nanvar(rest) == 0:
+        return None
+    if held_out := _held_out(rest, rank, lowest=rank)[0]:
+        return replace(largest, value=held_out[-1])
+    fit = fit_low_rank(rest, rank, centred=False).fit
+    return replace(largest, value=1 - float(np.nanmean((rest - fit) ** 2) / np.nanvar(rest)))
 
 
 def _binary_f1(values: np.ndarray, ranks: int) -> tuple[float, ...]:
@@ -181,19 +219,30 @@ def _binary_f1(values: np.ndarray, ranks: int) -> tuple[float, ...]:
     return tuple(scores)
 
 
-def _held_out_r2(values: np.ndarray, ranks: int) -> tuple[float, ...]:
-    errors, total = _held_out_errors(values, ranks)
-    return tuple(1 - error / (total or 1.0) for error in errors)
+def _held_out(values: np.ndarray, ranks: int, lowest: int = 1) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return R^2 and rank correlation of held-out entries with their fit by each rank; none if none can be held out."""
+    truth, fits = _held_out_fits(values, ranks, lowest)
+    total = float(truth.var()) if len(fits) else 0.0
+    r2 = tuple(1 - float(((fit - truth) ** 2).mean()) / (total or 1.0) for fit in fits)
+    if not total:
+        return r2, ()
+    ranked = (float(scipy.stats.spearmanr(fit, truth).statistic) if np.ptp(fit) else 0.0 for fit in fits)
+    return r2, tuple(ranked)
 
 
-def _held_out_errors(values: np.ndarray, ranks: int) -> tuple[list[float], float]:
-    """Return the held-out mean squared error of each rank, none if nothing can be held out, and the variance."""
+def _held_out_errors(values: np.ndarray, ranks: int) -> list[float]:
+    """Return the held-out mean squared error of each rank, none if nothing can be held out."""
+    truth, fits = _held_out_fits(values, ranks)
+    return [float(((fit - truth) ** 2).mean()) for fit in fits]
+
+
+def _held_out_fits(values: np.ndarray, ranks: int, lowest: int = 1) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return held-out entries, and their fit by each rank; no fits if nothing can be held out."""
     split = held_out_entries(values)
     if split is None:
-        return [], 0.0
-    truth = split.values[split.held_out]
-    fits = (fit_low_rank(split.kept, rank, centred=False, rounds=100).fit for rank in range(1, ranks + 1))
-    return [float(((fit[split.held_out] - truth) ** 2).mean()) for fit in fits], float(truth.var())
+        return np.empty(0), []
+    fits = (fit_low_rank(split.kept, rank, centred=False, rounds=100).fit for rank in range(lowest, ranks + 1))
+    return split.values[split.held_out], [fit[split.held_out] for fit in fits]
 
 
 def _run_noise(values: np.ndarray, tasks: Sequence[str], max_rank: int) -> RunNoise | None:
@@ -210,7 +259,7 @@ def _run_noise(values: np.ndarray, tasks: Sequence[str], max_rank: int) -> RunNo
     # A second row of a task would tell of the first one's entries what a forecast cannot know.
     first = values[[tasks.index(task) for task in dict.fromkeys(tasks)]]
     first = first[:, (~np.isnan(first)).any(axis=0)]
-    errors, _ = _held_out_errors(first, min(max_rank, *first.shape))
+    errors = _held_out_errors(first, min(max_rank, *first.shape))
     variance = squares / freedom
     return RunNoise(
         tasks=len(groups),

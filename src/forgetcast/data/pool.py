@@ -174,18 +174,30 @@ class Pool(Sequence[Example]):
             Fraction of the pool, in [0, 1).
         seed : int
         exclude : iterable of str
-            Ids that are never held out, such as the probes, whose forgetting is already measured.
+            Ids that are never held out, such as the probes, whose forgetting is already measured. The next ones in the
+            order of the hashes take their place.
+
+        Raises
+        ------
+        DataError
+            If the share is out of range, or too many are excluded to hold out so many.
         """
         if not 0 <= share < 1:
             raise DataError(f"the held-out share must be in [0, 1), not {share}")
         ranks = np.empty(len(self), dtype="S32")
         for i, id_ in enumerate(self.ids):
             ranks[i] = hashlib.sha256(f"{seed}:{id_}".encode()).digest()
-        held = np.zeros(len(self), dtype=bool)
-        held[np.argsort(ranks)[: round(share * len(self))]] = True
+        eligible = np.ones(len(self), dtype=bool)
         excluded = self.ids.find(exclude)
-        held[excluded[excluded >= 0]] = False
-        return tuple(self.ids.select(np.flatnonzero(held)))
+        eligible[excluded[excluded >= 0]] = False
+        order, wanted = np.argsort(ranks), round(share * len(self))
+        held = order[eligible[order]][:wanted]
+        if len(held) < wanted:
+            raise DataError(
+                f"a held-out share of {share:g} is {wanted} of {len(self)} examples, and only {len(held)} can be held "
+                "out: the others are probed, or could not be scored; ask for a smaller share"
+            )
+        return tuple(self.ids.select(np.sort(held)))
 
     @classmethod
     def load(

@@ -18,10 +18,10 @@ from forgetcast.completion.structure import analyze
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.recipe import Recipe
 from forgetcast.demo.corpus import demo_pool
-from forgetcast.demo.tasks import KNOWN_TASKS, NEW_TASKS, demo_task
 from forgetcast.errors import MismatchError
 from forgetcast.evaluation import ForecastErrors, accuracy, average
 from forgetcast.experiments.collect import collect, collection_units, prepare_atlas
+from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task
 from forgetcast.experiments.runs import OnProgress, Stages, units
 from forgetcast.experiments.verify import ReplayComparison, arms, verify
 from forgetcast.files import read_json, write_json
@@ -192,7 +192,7 @@ def _data(directory: Path, settings: DemoSettings) -> tuple[Pool, dict[str, Pool
         ):
             file = directory / folder / f"{name}.jsonl"
             if not file.exists():
-                demo_task(name, size, seed=seed).save(file)
+                procedural_task(name, size, seed=seed).save(file)
             loaded[name] = load_task(file)
     return Pool.load(directory / "pool.jsonl"), tasks, tests
 

@@ -14,6 +14,7 @@ from forgetcast.experiments.command import CommandTrainer, TrainerSettings
 from forgetcast.experiments.on_ray import run_on_ray
 from forgetcast.experiments.sequence import SequenceSettings, run_sequence
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
+from forgetcast.experiments.start import StartPlan, StartSettings, plan_start, start_atlas
 from forgetcast.experiments.verify import ReplayComparison, Verification, arms, pilot_comparison, verify
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "SequenceResult",
     "SequenceSettings",
     "Stage",
+    "StartPlan",
+    "StartSettings",
     "Sweep",
     "TrainerSettings",
     "Verification",
@@ -37,9 +40,11 @@ __all__ = [
     "find_models",
     "load_tasks",
     "pilot_comparison",
+    "plan_start",
     "prepare_atlas",
     "run_on_ray",
     "run_sequence",
     "run_sweep",
+    "start_atlas",
     "verify",
 ]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from forgetcast.atlas.store import Atlas, check_free, check_writable
+from forgetcast.atlas.index import check_free, check_writable
+from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, MismatchError
@@ -210,8 +211,8 @@ def add_models(
 ) -> list[Outcome]:
     """Score models on the pool of an atlas, and add a row each.
 
-    Rows that are complete are skipped, and of others only what is missing is measured. A model that cannot be added
-    does not stop the rest.
+    Rows that are complete are skipped, and of others only what is missing is measured. An interrupted model is resumed
+    within its losses, unless there are few of them, as of probes. A model that cannot be added does not stop the rest.
 
     Parameters
     ----------
@@ -359,6 +360,8 @@ def _add_model(
                 check_text(atlas, language_model, pool)
             answers = {"max_new_tokens": atlas.scored_with.get("max_new_tokens", 32)} if atlas.has_answers else None
             settings, loaded = length_settings(atlas, language_model), time.monotonic()
+            if choice.probes is None:  # the next time, other probes may be chosen
+                settings["partial"] = atlas.unfinished(job.name)
             after = score_with_progress(language_model, pool, meter, job.name, answers, **settings)
     except ForgetcastError:
         raise

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from forgetcast.atlas.index import check_writable, is_atlas
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.storage import beside, is_url
-from forgetcast.atlas.store import Atlas, check_free, check_name, check_writable, is_atlas
+from forgetcast.atlas.store import Atlas, check_name
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from forgetcast.lm.generate import Metric
     from forgetcast.measure.scores import Scores
 
+
+FEWEST_FOR_A_SHARE = 16
+"""With fewer tasks of which a share is scored, forecasts were worse than from no history (`benchmarks/cost.py`)."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -294,7 +298,7 @@ def prepare_atlas(
     DataError, OSError
         If it can be neither created nor written to, before anything is scored.
     """
-    check_atlas_destination(path)
+    check_writable(path)
     if not is_atlas(path):
         before = score_base(base, pool, _answers(max_new_tokens, metric) if exact_match else None, on_progress)
         try:
@@ -311,21 +315,6 @@ def prepare_atlas(
     check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
     _check_answers(atlas, max_new_tokens if exact_match else None)
     return atlas
-
-
-def check_atlas_destination(path: str | Path) -> None:
-    """Check that an atlas can be created or written to, before the work that leads to it.
-
-    Raises
-    ------
-    DataError
-        If something else is there, or a URL cannot be reached.
-    OSError
-        If it cannot be written to.
-    """
-    if not is_atlas(path):
-        check_free(path)
-    check_writable(path)
 
 
 def collect(
@@ -378,6 +367,9 @@ def collect(
     answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
     judged = {task: _sample(atlas, task, sweep.score_share) for task in dict.fromkeys(row.task for row in planned)}
     todo = unfinished(atlas, planned, facts, sweep)
+    if isinstance(tuner, CommandTrainer):
+        for row in set(planned) - set(todo):  # of a process that was stopped after it had stored the row
+            tuner.discard(row.name)
     per_row = {
         row.name: _training_units(tuner, recipe, tasks[row.task]) + len(judged[row.task]) * (1 + atlas.has_answers)
         for row in todo
@@ -402,6 +394,8 @@ def collect(
         reason = _try(make_it, sweep.retries)
         if reason is not None and not rows.has(name, settings):
             failures[name] = reason
+        elif isinstance(tuner, CommandTrainer) and rows.has(name, settings):
+            tuner.discard(name)
         if rest := started + per_row[name] - meter.done:
             meter.advance(f"{name}: {'failed' if name in failures else 'finished'}", rest)
     if not isinstance(tuner, CommandTrainer):
@@ -444,7 +438,8 @@ def _sample(atlas: Atlas, task: str, share: float) -> Pool:
     """Return the examples that are scored for a task: a larger share's include those of a smaller one."""
     if share >= 1:
         return atlas.pool
-    ids = atlas.hold_out(share, seed=_sample_seed(task))
+    scorable = int(np.count_nonzero(~np.isnan(atlas.nll_before)))
+    ids = atlas.hold_out(min(share, scorable / len(atlas.pool)), seed=_sample_seed(task))
     if not ids:
         raise ConfigError(f"score_share {share:g} of {len(atlas.pool)} examples is not one; choose a larger share")
     return atlas.pool.subset(ids)

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from forgetcast.data.pool import Pool
 from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
@@ -41,11 +42,14 @@ class TrainerSettings(BaseModel):
     command : str
         Program and arguments, run without a shell. `{task}` becomes the file of examples, `{output}` the folder for the
         model, `{model}` the base model, `{seed}` the row's seed.
+    keep : bool
+        Whether the model stays when its row is stored. It does not change the row, so it is no part of its recipe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     command: str
+    keep: bool = Field(default=False, exclude=True)
 
     @field_validator("command")
     @classmethod
@@ -74,7 +78,7 @@ class CommandTrainer:
     model : str
         Directory or hub id of the base model.
     folder : Path
-        Gets NAME/task.jsonl, NAME/model and NAME.log.
+        Gets NAME/task.jsonl and NAME/model until the row is stored, and NAME.log.
     load : callable
         Loads a model from a folder, as the base model was loaded.
     rendering : Rendering
@@ -129,9 +133,7 @@ class CommandTrainer:
 
     def _train(self, name: str, task: Pool, seed: int) -> Path:
         """Return the folder of the tuned model; one that an interrupted collection left is used again."""
-        from forgetcast.atlas.rows import folder_of
-
-        folder = self.folder / folder_of(name)
+        folder = self._folder(name)
         log, model = folder.with_suffix(folder.suffix + ".log"), folder / "model"
         run = {"command": self.settings.command, "model": self.model, "task": task.fingerprint, "seed": seed}
         if not model.exists():
@@ -141,7 +143,7 @@ class CommandTrainer:
             try:
                 self._call(log, {"task": str(folder / "task.jsonl"), "output": str(output), "seed": str(seed)})
                 find_model(output)
-                write_json(output / _RUN, run)
+                write_json(output / _RUN, {**run, "keep": self.settings.keep})
                 try:
                     output.rename(model)
                 except OSError:  # another process has finished the same run
@@ -149,11 +151,27 @@ class CommandTrainer:
                         raise
             finally:
                 shutil.rmtree(output, ignore_errors=True)
-        kept = read_json(model / _RUN)
-        if kept != run:
-            changed = ", ".join(what for what in run if not isinstance(kept, dict) or kept.get(what) != run[what])
+        kept = _kept(model)
+        if changed := ", ".join(what for what in run if kept.get(what) != run[what]):
             raise MismatchError(f"{model} is of a run with another {changed}; remove it, or use another atlas")
         return find_model(model)
+
+    def discard(self, name: str) -> None:
+        """Remove the model of a row that is stored, unless it was to be kept when it was made; its log stays."""
+        folder = self._folder(name)
+        model = folder / "model"
+        if not (model / _RUN).is_file() or _kept(model).get("keep") is not False:
+            return
+        shutil.rmtree(model)
+        (folder / "task.jsonl").unlink(missing_ok=True)
+        with suppress(OSError):  # another process is at work there
+            (folder / "unfinished").rmdir()
+            folder.rmdir()
+
+    def _folder(self, name: str) -> Path:
+        from forgetcast.atlas.rows import folder_of
+
+        return self.folder / folder_of(name)
 
     def _call(self, log: Path, values: Mapping[str, str]) -> None:
         known = {**values, "model": self.model}
@@ -167,6 +185,12 @@ class CommandTrainer:
             raise ChildProcessError(f"the command was killed by signal {-code}; its output is in {log}")
         if code:
             raise DataError(f"the command exited with {code}; its output is in {log}")
+
+
+def _kept(model: Path) -> dict[str, Any]:
+    """Return what is known of how a model was made; nothing if that is no JSON object."""
+    kept = read_json(model / _RUN)
+    return kept if isinstance(kept, dict) else {}
 
 
 def find_model(folder: Path) -> Path:

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forgetcast.atlas.store import Atlas, is_atlas
+from forgetcast.atlas.index import check_writable, is_atlas
+from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, ForgetcastError, IncompleteError, MissingExtraError
-from forgetcast.experiments.collect import CollectConfig, check_atlas_destination, prepare_sweep, run_sweep, unfinished
+from forgetcast.experiments.collect import CollectConfig, prepare_sweep, run_sweep, unfinished
 from forgetcast.experiments.runs import OnProgress
 
 WORKER_RETRIES = 3
@@ -68,7 +69,7 @@ def run_on_ray(
     if Path(config.model).is_dir():
         where["model"] = str(Path(config.model).absolute())
     config = config.model_copy(update=where)
-    check_atlas_destination(config.atlas)
+    check_writable(config.atlas)
     sweep = config.sweep(only)
     rows = sweep.rows(tasks, config.recipe.seed)
     if is_atlas(config.atlas):
@@ -81,8 +82,12 @@ def run_on_ray(
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             ray.init(address=address or "local", **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--address {address}: {str(error).split(chr(10))[0]}") from None
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            # What Ray says of a token is in the cause, and `ray start` asks for one unless it is told otherwise.
+            wants = "; it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" * (
+                "Token" in repr(error.__cause__)
+            )
+            raise ConfigError(f"--address {address}: {str(error).split(chr(10))[0]}{wants}") from None
     failures: dict[str, str] = {}
     try:
         needs = {"num_gpus": gpus, "memory": int(memory * 2**30) or None, "max_retries": WORKER_RETRIES}

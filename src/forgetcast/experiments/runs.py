@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
-from forgetcast.errors import MismatchError
+from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import check_destination
 from forgetcast.measure.scores import Scores, check_tokens
 from forgetcast.replay.plan import ReplayPlan
+from forgetcast.results import validated
 
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector
@@ -109,8 +111,7 @@ class FineTune:
         Returns
         -------
         Scores
-            Metadata: 'settings'; 'losses', the mean loss of each test set; 'replayed', the ids in order; 'steps';
-            'seconds'; 'cost', see `cost`.
+            Metadata: the fields of `RunFacts`, and 'cost', see `cost`.
         """
         show = meter.on_figures
         tuned = tuner.tune(
@@ -155,6 +156,29 @@ def units(recipe: Recipe, scored: int, replayed: int = 0) -> int:
     return (recipe.steps * recipe.batch_size + replayed) * TRAINING_UNITS + scored
 
 
+class RunFacts(BaseModel):
+    """What a finished run says of itself, in the metadata of its scores.
+
+    Attributes
+    ----------
+    settings : dict
+        What its outcome depends on.
+    losses : dict of str to float
+        Mean loss of each test set, nats per target token.
+    replayed : list of str
+        Ids of the replayed examples, in order.
+    steps : int
+    seconds : float
+        Of the training.
+    """
+
+    settings: dict[str, Any]
+    losses: dict[str, float]
+    replayed: list[str]
+    steps: int = Field(ge=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
 class RunStore(ABC):
     """A store of finished runs, each with a name and the settings that its outcome depends on."""
 
@@ -195,7 +219,7 @@ class ScoreFiles(RunStore):
         check_destination(self.path(name))  # before the run, not when it is to be saved
         if not self.path(name).exists():
             return False
-        if self.load(name).metadata.get("settings") != settings:
+        if self.load(name)[1].settings != settings:
             raise MismatchError(
                 f"{self.path(name)} is of a run with other settings; remove it, or use another directory"
             )
@@ -205,9 +229,29 @@ class ScoreFiles(RunStore):
         """Write the score file."""
         scores.save(self.path(name))
 
-    def load(self, name: str) -> Scores:
-        """Read a finished run."""
-        return Scores.load(self.path(name))
+    def load(self, name: str, tests: Iterable[str] = ()) -> tuple[Scores, RunFacts]:
+        """Read a finished run.
+
+        Parameters
+        ----------
+        name : str
+        tests : iterable of str
+            Test sets whose losses it must have.
+
+        Raises
+        ------
+        DataError
+            If the file is damaged, or is none of a finished run.
+        """
+        path = self.path(name)
+        scores = Scores.load(path)
+        try:
+            facts = validated(RunFacts, scores.metadata, f"{path}: its metadata")
+            if lacking := [test for test in tests if test not in facts.losses]:
+                raise DataError(f"{path}: its metadata: losses lacks {lacking[0]!r}")
+        except DataError as error:
+            raise DataError(f"{error}; this is no finished run: remove it, and the run is made again") from None
+        return scores, facts
 
 
 class AtlasRows(RunStore):
@@ -260,6 +304,14 @@ def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]
         raise MismatchError(
             f"{what} was collected with another recipe ({', '.join(changed)} differ); "
             "rows of one atlas must be comparable: use its recipe, or collect into a new atlas"
+        )
+
+
+def check_unseen(name: str, replayed: Iterable[str], held_out: Iterable[str]) -> None:
+    """Raise DataError if a run replayed an example that it is to be judged on."""
+    if seen := sorted(set(replayed).intersection(held_out)):
+        raise DataError(
+            f"the run {name} replayed {len(seen)} held-out example(s), e.g. {seen[0]!r}, so it cannot be judged on them"
         )
 
 

@@ -23,7 +23,7 @@ from forgetcast.completion import Bayesian, probes
 from forgetcast.data.pool import Pool
 from forgetcast.defaults import PROBES, RATIO
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
+from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, check_unseen, units
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.measure.scores import Scores, forgetting
 from forgetcast.replay.coverage import correlation_loadings
@@ -263,7 +263,7 @@ class _SequenceRunner:
 
         last = len(chain.tasks)
         weights = load_weights(self.weights_file(chain, done)) if 0 < done < last else None
-        replayed = [id_ for i in range(1, done + 1) for id_ in self.runs.load(self.name(chain, i)).metadata["replayed"]]
+        replayed = [id_ for i in range(1, done + 1) for id_ in self.runs.load(self.name(chain, i))[1].replayed]
         for stage in range(done + 1, last + 1):
             scores = self._learn(chain, stage, weights, replayed, meter)
             if stage < last:
@@ -333,7 +333,8 @@ class _SequenceRunner:
 
     def outcome(self, chain: _Chain, stage: int) -> Stage:
         """Compute the figures of a finished stage."""
-        scores = self.runs.load(self.name(chain, stage))
+        scores, facts = self.runs.load(self.name(chain, stage), tests=chain.tasks[:stage])
+        check_unseen(self.name(chain, stage), scores.metadata["replayed"], self.judged.ids)
         change = forgetting(self.atlas.baseline, scores)
         return Stage(
             order=chain.order,
@@ -342,10 +343,10 @@ class _SequenceRunner:
             task=chain.tasks[stage - 1],
             mean=float(np.nanmean(change)),
             worst_tenth=worst_tenth(change),
-            losses=scores.metadata["losses"],
-            replayed=len(scores.metadata["replayed"]),
-            steps=scores.metadata["steps"],
-            seconds=scores.metadata["seconds"],
+            losses=facts.losses,
+            replayed=len(facts.replayed),
+            steps=facts.steps,
+            seconds=facts.seconds,
         )
 
     def _remove_weights(self, chain: _Chain, keep: int | None = None) -> None:

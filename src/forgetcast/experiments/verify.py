@@ -19,14 +19,14 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, split_task
 from forgetcast.defaults import TEST_SHARE
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, units
+from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, check_unseen, units
 from forgetcast.measure.scores import Scores, count_flips, forgetting
-from forgetcast.replay.outcome import METRICS, Run
-from forgetcast.replay.plan import ReplayPlan, make_plan
+from forgetcast.replay.outcome import METRICS, PARTS, Run
+from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
 from forgetcast.results import Result
-from forgetcast.stats import Compared, worst_part, worst_tenth
+from forgetcast.stats import Compared, supports_part, worst_part, worst_tenth
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
@@ -46,11 +46,15 @@ class Verification(Result, Compared):
         Replayed examples per new one.
     summaries : mapping of str to str
         What each arm replays; empty in files of earlier versions.
+    replayed : mapping of str to sequence of str
+        Ids that each run replayed, in order, by its name TASK.ARM.SEED; empty in files of earlier versions.
+    held_out : mapping of str to sequence of str
+        Ids that the plans of each task hold out, on which its runs are judged; empty in files of earlier versions.
 
     Raises
     ------
     DataError
-        If there are no runs.
+        If there are no runs, the ids of a run are not as many as it replayed, or a held-out one is among them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
@@ -60,11 +64,31 @@ class Verification(Result, Compared):
     judged: int
     ratio: float
     summaries: Mapping[str, str] = field(default_factory=dict)
+    replayed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    held_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that there are runs."""
+        """Check that there are runs, and that none replayed what it was judged on."""
         if not self.runs:
             raise DataError("a verification has at least one run")
+        if not self.replayed:
+            return
+        for run in self.runs:
+            ids = self.replayed.get(name := run_name(run.task, run.arm, run.seed))
+            if ids is None or len(ids) != run.replayed or run.task not in self.held_out:
+                raise DataError(f"the run {name} does not say which {run.replayed} examples it replayed")
+            check_unseen(name, ids, self.held_out[run.task])
+
+    def audit(self) -> str:
+        """State in a sentence that no run replayed an example that it was judged on, or that this is not known."""
+        if not self.replayed:
+            return "What each run replayed is not in this file, so it was not checked against the held-out examples."
+        held_out = len(set().union(*self.held_out.values()))
+        replayed = sum(map(len, self.replayed.values()))
+        return (
+            f"Checked by the ids of all {replayed:,} replayed examples of {len(self.runs)} runs: none is among the "
+            f"{held_out:,} held-out ones."
+        )
 
     def __repr__(self) -> str:
         """Return the arms and the number of runs."""
@@ -81,8 +105,21 @@ class Verification(Result, Compared):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics that every run has."""
-        return tuple(name for name in METRICS if all(getattr(run, name, None) is not None for run in self.runs))
+        """Metrics that every run has, and that so many judged examples support."""
+        return tuple(
+            name
+            for name in METRICS
+            if all(getattr(run, name, None) is not None for run in self.runs)
+            and supports_part(self.judged, PARTS.get(name, 1))
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """Say in sentences which metrics are left out because the judged examples do not support them."""
+        return tuple(
+            f"The {METRICS[name]} is left out: it takes {parts} judged examples, and there are {self.judged}."
+            for name, parts in PARTS.items()
+            if not supports_part(self.judged, parts)
+        )
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Return the paired differences of each task, one per seed."""
@@ -103,6 +140,11 @@ class Verification(Result, Compared):
             "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
         }
         return super().as_dict() | derived
+
+
+def run_name(task: str, arm: str, seed: int) -> str:
+    """Return the name of a run and of its score file."""
+    return f"{task}.{arm}.{seed}"
 
 
 @dataclass(frozen=True)
@@ -240,10 +282,12 @@ def verify(
     if missing:
         tuner.restore()
     return Verification(
-        tuple(job.outcome(before, runs.load(job.name)) for job in jobs),
+        tuple(job.outcome(before, runs) for job in jobs),
         judged=min(len(job.judged) for job in jobs),
         ratio=max(plan.ratio for comparison in comparisons for plan in comparison.plans.values()),
         summaries={arm: _summary(comparison, arm) for comparison in comparisons for arm in comparison.plans},
+        replayed={job.name: tuple(runs.load(job.name)[1].replayed) for job in jobs},
+        held_out={job.comparison.name: tuple(job.judged.ids) for job in jobs},
     )
 
 
@@ -275,7 +319,7 @@ class _Job:
     @property
     def name(self) -> str:
         """Name of the run's file."""
-        return f"{self.comparison.name}.{self.arm}.{self.recipe.seed}"
+        return run_name(self.comparison.name, self.arm, self.recipe.seed)
 
     @property
     def plan(self) -> ReplayPlan:
@@ -318,9 +362,10 @@ class _Job:
         )
         return job.run(tuner, self.settings(tuner), meter)
 
-    def outcome(self, before: Scores, scores: Scores) -> Run:
+    def outcome(self, before: Scores, runs: ScoreFiles) -> Run:
         """Compute the figures of the finished run."""
-        facts, settings = scores.metadata, scores.metadata["settings"]
+        scores, facts = runs.load(self.name, tests=[self.comparison.name])
+        settings = facts.settings
         change = forgetting(before, scores)
         recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
         shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
@@ -331,13 +376,14 @@ class _Job:
             seed=self.recipe.seed,
             mean=float(np.nanmean(change)),
             worst_tenth=worst_tenth(change),
-            new_task_loss=facts["losses"][self.comparison.name],
-            replayed=len(facts["replayed"]),
-            steps=facts["steps"],
-            seconds=facts["seconds"],
+            new_task_loss=facts.losses[self.comparison.name],
+            replayed=len(facts.replayed),
+            steps=facts.steps,
+            seconds=facts.seconds,
             worst_hundredth=worst_part(change, 100),
             right_to_wrong=count_flips(before, scores),
             strategy=f"{self.plan.strategy} online" if revised else self.plan.strategy,
             ratio=self.plan.ratio,
+            achieved_ratio=achieved_ratio(self.recipe.steps, self.plan.ratio),
             setup=hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16],
         )

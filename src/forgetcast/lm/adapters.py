@@ -81,6 +81,9 @@ def attach(model: PreTrainedModel, adapter: Adapter, tokenizer: PreTrainedTokeni
     config = PeftConfig.from_pretrained(adapter.source, **hub)
     renamed = None if config.is_prompt_learning else getattr(model, "_checkpoint_conversion_mapping", None)
     weights = load_peft_weights(adapter.source, "cpu", key_mapping=renamed, **hub)
+    rank, longest = getattr(config, "r", 0), max((max(each.shape, default=0) for each in weights.values()), default=0)
+    if isinstance(rank, int) and rank > longest:
+        raise DataError(f"{adapter.source}: r in adapter_config.json is {rank}, and its weights are smaller")
     known = _rows(model)
     rows = _trained_rows(model, weights) or max(known, len(tokenizer))
     if rows != known:

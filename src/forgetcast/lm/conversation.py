@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from forgetcast.data.pool import Example
 from forgetcast.data.rendering import Rendering
-from forgetcast.errors import DataError
+from forgetcast.errors import ConfigError, DataError
 
 Span = tuple[int, int]
 """Positions of characters in a text, half-open."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that contain thinking, by the names that Transformers knows."""
+
+MOST_SECONDS = 20.0
+"""Processor time that a template may take for a conversation; one of a model takes milliseconds."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdDeFHIjmMpSTuUwWxXyYzZ" for flag in ("-", "")]
@@ -55,6 +65,8 @@ def render_conversation(example: Example, tokenizer: PreTrainedTokenizerBase, re
     ------
     DataError
         If there is no chat template, it rejects the conversation, or it does not show a counted message as it is.
+    ConfigError
+        If the template does not come to an end.
     """
     template = _Template(example, tokenizer, rendering)
     counted = [i for i, target in enumerate(example.counted) if target]
@@ -80,7 +92,7 @@ def opening(example: Example, tokenizer: PreTrainedTokenizerBase, rendering: Ren
 
     Raises
     ------
-    DataError
+    DataError, ConfigError
         As `render_conversation`.
     """
     template = _Template(example, tokenizer, rendering)
@@ -100,6 +112,7 @@ class _Template:
         self.messages = [{k: v for k, v in m.items() if k != "weight"} for m in example.messages or ()]
         self._tools = [dict(tool) for tool in example.tools] if example.tools is not None else None
         source = str(tokenizer.get_chat_template(None, self._tools))
+        _check_powers(source)
         self.marks = _GENERATION.search(source) is not None
         self._source = _fixed_date(rendering.date) + source if "strftime_now" in source else source
 
@@ -114,13 +127,19 @@ class _Template:
         variables |= {"add_generation_prompt": generation_prompt}
         render: Any = render_jinja_template  # its annotation is wrong
         try:
-            texts, spans = render(
-                conversations=[[dict(message) for message in messages]],
-                tools=self._tools,
-                chat_template=self._source,
-                return_assistant_tokens_mask=marks,
-                **variables,
-            )
+            with _limited_time():
+                texts, spans = render(
+                    conversations=[[dict(message) for message in messages]],
+                    tools=self._tools,
+                    chat_template=self._source,
+                    return_assistant_tokens_mask=marks,
+                    **variables,
+                )
+        except _OutOfTimeError:  # the next example would take as long
+            raise ConfigError(
+                f"the chat template does not come to an end with example {self._example.id!r}: it ran for more than "
+                f"{MOST_SECONDS:g} seconds; use another template"
+            ) from None
         except Exception as error:  # a template is a program, which may fail in every way, out of memory too
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise DataError(f"the chat template rejects example {self._example.id!r}: {reason}") from None
@@ -202,6 +221,47 @@ class _Template:
         # Some templates write more in a new line after the last turn.
         ending = re.match(r"\s*\S+", alone.rpartition(placeholder)[2])
         return stop + ending.end() if ending and text.startswith(ending[0], stop) else stop
+
+
+class _OutOfTimeError(Exception):
+    """A template takes too long."""
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Raise _OutOfTimeError in the block once this thread has computed for too long in it.
+
+    Only the main thread can be interrupted; elsewhere there is no limit. The time of other threads and programs does
+    not count, so that a machine that is busy changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    started = time.thread_time()
+
+    def look(*_: object) -> None:
+        if time.thread_time() - started > MOST_SECONDS:
+            raise _OutOfTimeError
+
+    before = signal.signal(signal.SIGVTALRM, look)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS / 10, MOST_SECONDS / 10)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL if before is None else before)
+
+
+@cache
+def _check_powers(source: str) -> None:
+    """Raise ConfigError if a template computes a power: 10 ** 10 ** 10 is one operation, which nothing interrupts."""
+    try:
+        tokens = [value for _, kind, value in Environment().lex(source) if kind != "whitespace"]
+    except TemplateSyntaxError:  # which rendering reports
+        return
+    # After a bracket or a comma, the sign stands for arguments by name.
+    if any(this == "**" and before not in ("(", ",") for before, this in pairwise(tokens)):
+        raise ConfigError("the chat template computes a power (**), which might not end; use another template")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from forgetcast.data.pool import Example
 from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
 from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.lm import adapters
+from forgetcast.lm.sizes import check_count, check_sizes
 from forgetcast.lm.tokens import Encoded, encode, template_hash, tokenizer_hash
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -265,7 +266,9 @@ def load(
     with _one_line(name), without_bars():
         adapter = adapters.find(source, hub) if file is None else None
         base = adapter.base if adapter is not None else source
-        method = _method(base, file, hub)
+        config = PreTrainedConfig.get_config_dict(base, **hub)[0] if file is None else {}
+        check_sizes(base, config)
+        method = _method(base, file, hub, config)
         tokenizer = _tokenizer(source, base, {**hub, "trust_remote_code": trust_remote_code}, file)
         if load_in is not None:
             extra["quantization_config"] = _bits_and_bytes(name, load_in, wanted, method)
@@ -471,7 +474,7 @@ def _tokenizer(source: str, base: str, options: Mapping[str, Any], file: str | N
     return AutoTokenizer.from_pretrained(base, trust_remote_code=options["trust_remote_code"])
 
 
-def _method(base: str, file: str | None, hub: Mapping[str, Any]) -> str | None:
+def _method(base: str, file: str | None, hub: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """Return how a model's files are quantised, None if they are not.
 
     Raises
@@ -481,7 +484,6 @@ def _method(base: str, file: str | None, hub: Mapping[str, Any]) -> str | None:
     """
     if file is not None:
         return "gguf" if _is_quantized_gguf(base, file, hub) else None
-    config, _ = PreTrainedConfig.get_config_dict(base, **hub)
     found = config.get("quantization_config") or config.get("compression_config")
     if not found:
         return None
@@ -500,7 +502,11 @@ def _is_quantized_gguf(source: str, file: str, hub: Mapping[str, Any]) -> bool:
 
     plain = {GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
     path: Any = cached_file(source, file, **hub)
-    return any(tensor.tensor_type not in plain for tensor in GGUFReader(path).tensors)
+    reader = GGUFReader(path)
+    for name, found in reader.fields.items():
+        if name.endswith(".block_count"):
+            check_count(f"{path}: {name}", int(found.parts[found.data[0]][0]), len(reader.tensors))
+    return any(tensor.tensor_type not in plain for tensor in reader.tensors)
 
 
 def _bits_and_bytes(name: str, load_in: str, dtype: torch.dtype, method: str | None) -> BitsAndBytesConfig:

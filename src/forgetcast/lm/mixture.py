@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 from uuid import uuid4
 
 import datasets
-import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -21,6 +20,7 @@ from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.selectors import ReplaySelector
 from forgetcast.lm.tokens import Encoded, encode, pad, pad_id
 from forgetcast.replay.plan import ReplayPlan
+from forgetcast.replay.sampling import passes
 
 
 class ReplayMixture(Dataset[Encoded]):
@@ -92,7 +92,7 @@ class ReplayMixture(Dataset[Encoded]):
         self._max_length, self._task, self._pool = max_length, task, pool
         self._padding = pad_id(tokenizer)
         # Every arm of a comparison sees the same new batches, so those that pad are drawn separately.
-        new, more, old = _passes(len(task), [seed]), _passes(len(task), [seed, 1]), iter(replayed)
+        new, more, old = passes(len(task), [seed]), passes(len(task), [seed, 1]), iter(replayed)
         self._order = [
             (False, task.ids[next(more if extra else new)]) if padding or not extra else (True, next(old))
             for extra in spread(steps, count)
@@ -304,9 +304,3 @@ def spread(new: int, old: int) -> Iterator[bool]:
     total = new + old
     for i in range(total):
         yield ((2 * i + 2) * old + total) // (2 * total) > (2 * i * old + total) // (2 * total)
-
-
-def _passes(n: int, seed: list[int]) -> Iterator[int]:
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.permutation(n).tolist()

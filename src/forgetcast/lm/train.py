@@ -61,6 +61,8 @@ class Tuned:
         Wall time of the training.
     tokens : int
         Tokens that were trained on, without padding; those of an example count each time.
+    plan : ReplayPlan or None
+        What the examples were replayed by.
     """
 
     language_model: LanguageModel
@@ -68,6 +70,7 @@ class Tuned:
     replayed: tuple[str, ...]
     seconds: float
     tokens: int = 0
+    plan: ReplayPlan | None = None
 
     def __repr__(self) -> str:
         return f"Tuned(steps={self.steps}, replayed={len(self.replayed)}, seconds={self.seconds:.1f})"
@@ -76,7 +79,8 @@ class Tuned:
         """Write the model (LoRA: the adapter) and the tokenizer in Hugging Face format.
 
         An adapter is written merged into its base model if that has no directory or hub id of its own, as a model that
-        was itself merged or came from a GGUF file.
+        was itself merged or came from a GGUF file. Beside it, `replayed.json` has the ids of the replayed examples in
+        their order, and the fingerprints of their plan and pool.
         """
         model: Any = self.language_model.model
         if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
@@ -84,6 +88,14 @@ class Tuned:
         with without_bars():
             model.save_pretrained(directory)
         self.language_model.tokenizer.save_pretrained(directory)
+        plan = self.plan
+        facts = {
+            "steps": self.steps,
+            "plan": None if plan is None else plan.fingerprint,
+            "pool": None if plan is None else plan.pool_fingerprint,
+            "replayed": list(self.replayed),
+        }
+        write_json(Path(directory) / "replayed.json", facts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -289,7 +301,7 @@ class FineTuner:
             )
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
         tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
-        return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started, tokens)
+        return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started, tokens, plan)
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,12 @@ import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
 from forgetcast.errors import MismatchError
-from forgetcast.measure.scores import Scores, check_tokens, flips, forgetting
+from forgetcast.measure.scores import NATS_PER_TOKEN, Scores, check_tokens, flips, forgetting, unit_of
 from forgetcast.results import Result
 from forgetcast.stats import holm, mean_interval, wilcoxon_p, worst_part
+
+FEW_TOKENS = 4
+"""Examples with fewer target tokens are named as such."""
 
 WORST = 10
 """Number of examples listed as the most forgotten."""
@@ -20,7 +23,7 @@ WORST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A figure of some examples, in nats per target token.
+    """A figure of some examples, in the unit of their losses.
 
     Attributes
     ----------
@@ -57,9 +60,19 @@ class Change(Summary):
     ----------
     share_worse : float
         Fraction of the examples whose loss rose.
+    per_token : float or None
+        Mean with each example weighted by its target tokens; None where a number of tokens is not known.
+    few_tokens : int
+        Number of examples with fewer than `FEW_TOKENS` target tokens. Their mean loss is of so few tokens that it moves
+        far, and counts as much as that of a long text.
+    few_tokens_mean : float or None
+        Mean of these.
     """
 
     share_worse: float
+    per_token: float | None = None
+    few_tokens: int = 0
+    few_tokens_mean: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +90,7 @@ class Divergence(Summary):
 
 @dataclass(frozen=True)
 class Noise:
-    """How far the same losses differ when they are measured again with other batches, in nats per token.
+    """How far the same losses differ when they are measured again with other batches.
 
     Attributes
     ----------
@@ -150,6 +163,9 @@ class Difference(Result):
         None where neither side was measured twice.
     different_tokens : int or None
         Number of examples scored on other tokens or targets on the two sides; None if that is unknown.
+    unit : str
+        Unit of the losses: "nats per token", or what the logs of another tool state. Several, where tasks differ;
+        "unit unknown" where a log states none. A KL divergence is in nats per token.
     """
 
     kind: ClassVar[str] = "difference"
@@ -165,13 +181,14 @@ class Difference(Result):
     kl: Divergence | None = None
     noise: Noise | None = None
     different_tokens: int | None = None
+    unit: str = NATS_PER_TOKEN
 
     def __repr__(self) -> str:
         """Size, mean forgetting with its interval, and flips."""
         parts = [f"{self.unscored} unscored"]
         if (loss := self.loss) is not None:
             interval = "" if loss.lower is None else f" ({loss.lower:+.3f} to {loss.upper:+.3f})"
-            parts.insert(0, f"mean {loss.mean:+.3f}{interval} nats per token")
+            parts.insert(0, f"mean {loss.mean:+.3f}{interval} {self.unit}")
             parts.insert(0, f"{loss.examples} examples")
         if self.flips is not None:
             parts.append(f"{self.flips.right_to_wrong} right to wrong, {self.flips.wrong_to_right} wrong to right")
@@ -219,7 +236,7 @@ def difference(
     Raises
     ------
     MismatchError
-        If the two are of different examples, or of different tokens, which are not allowed.
+        If the two are of different examples, in different units, or of different tokens, which are not allowed.
     """
     pools = {before.pool_fingerprint, after.pool_fingerprint} - {None}
     if len(pools) > 1:
@@ -227,7 +244,7 @@ def difference(
     if set(before.ids) != set(after.ids):
         odd = sorted(set(before.ids) ^ set(after.ids))
         raise MismatchError(f"{len(odd)} example(s) are in only one of the score files, e.g. {odd[0]!r}")
-    after = after.subset(before.ids)
+    after, unit = after.subset(before.ids), unit_of(before, after)
     different = check_tokens(before, after, allow_different=allow_different_tokens)
     change = forgetting(before, after)
     scored = np.flatnonzero(~np.isnan(change))
@@ -237,12 +254,12 @@ def difference(
         within = None if groups is None or (groups == labels).all() else groups
         parts = {name: scored[labels[scored] == name] for name in sorted(set(labels[scored].tolist()))}
         for name, rows in parts.items():
-            by_source[name] = _change(change[rows], _of(within, rows))
+            by_source[name] = _change(change[rows], _of(within, rows), before.tokens[rows])
             by_source_p[name] = _wilcoxon(change[rows], _of(within, rows))
         by_source_p = dict(zip(by_source_p, holm(list(by_source_p.values())).tolist(), strict=True))
     worst = scored[np.argsort(-change[scored], kind="stable")[:WORST]]
     return Difference(
-        loss=_change(change[scored], _of(groups, scored)) if len(scored) else None,
+        loss=_change(change[scored], _of(groups, scored), before.tokens[scored]) if len(scored) else None,
         wilcoxon_p=_wilcoxon(change[scored], _of(groups, scored)) if len(scored) else None,
         flips=_flips(before, after, clustered=groups is not None),
         unscored=len(change) - len(scored),
@@ -261,6 +278,7 @@ def difference(
         by_source_p=by_source_p,
         kl=_divergence(after, groups),
         noise=_noise(before, after, change[scored].mean(), scored) if len(scored) else None,
+        unit=unit,
     )
 
 
@@ -289,8 +307,15 @@ def _summary(values: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
     }
 
 
-def _change(change: np.ndarray, groups: np.ndarray | None) -> Change:
-    return Change(**_summary(change, groups), share_worse=float((change > 0).mean()))
+def _change(change: np.ndarray, groups: np.ndarray | None, tokens: np.ndarray) -> Change:
+    few = (tokens > 0) & (tokens < FEW_TOKENS)
+    return Change(
+        **_summary(change, groups),
+        share_worse=float((change > 0).mean()),
+        per_token=float(np.average(change, weights=tokens)) if tokens.all() else None,
+        few_tokens=int(few.sum()),
+        few_tokens_mean=float(change[few].mean()) if few.any() else None,
+    )
 
 
 def _wilcoxon(change: np.ndarray, groups: np.ndarray | None) -> float:

@@ -6,13 +6,14 @@ import math
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import scipy
 
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.measure.diff import Change, Difference
+from forgetcast.measure.scores import NATS_PER_TOKEN
 from forgetcast.results import Result
 from forgetcast.stats import holm
 
@@ -90,13 +91,15 @@ class Judgement(Result):
     corrected_p : dict
         p-values that conditions set an upper bound for, by figure, after Holm's correction for their number.
     margin : float or None
-        Largest mean forgetting that is accepted, nats per token.
+        Largest mean forgetting that is accepted, in `unit`.
     verdict : str or None
         'not worse' if the whole 95 % interval of the mean is at or below the margin, 'worse' if it is above,
         'inconclusive' if it includes it. None without a margin.
     more_examples, more_clusters : int or None
         If inconclusive: about how many more would decide, if mean and spread stayed as they are. None where that cannot
         be estimated: the mean equals the margin, or there is one example or cluster; and for clusters, without any.
+    unit : str
+        Unit of the losses and the margin.
     """
 
     kind: ClassVar[str] = "judgement"
@@ -107,18 +110,19 @@ class Judgement(Result):
     verdict: str | None = None
     more_examples: int | None = None
     more_clusters: int | None = None
+    unit: str = NATS_PER_TOKEN
 
     def sentence(self) -> str | None:
         """State the verdict; None without a margin."""
         if self.verdict is None:
             return None
         if self.verdict != INCONCLUSIVE:
-            return f"{self.verdict} by more than {self.margin:g} nats per token"
+            return f"{self.verdict} by more than {self.margin:g} {self.unit}"
         if self.more_examples is None:
-            return f"inconclusive at {self.margin:g} nats per token; how many more examples would decide is not known"
+            return f"inconclusive at {self.margin:g} {self.unit}; how many more examples would decide is not known"
         clusters = "" if self.more_clusters is None else f", in {self.more_clusters:,} more clusters,"
         return (
-            f"inconclusive at {self.margin:g} nats per token: about {self.more_examples:,} more examples{clusters} "
+            f"inconclusive at {self.margin:g} {self.unit}: about {self.more_examples:,} more examples{clusters} "
             "would decide"
         )
 
@@ -137,7 +141,7 @@ def judge(
     gates : sequence of Gate
         Conditions that must not hold.
     margin : float, optional
-        Largest mean forgetting that is accepted, nats per token, at least 0.
+        Largest mean forgetting that is accepted, in the unit of the losses, at least 0.
     allow_unscored : bool
         Whether a difference may pass although examples are without a score in the second file only. Otherwise these
         fail it: they may be the ones that became worst.
@@ -148,7 +152,7 @@ def judge(
         If the margin is negative or not finite.
     DataError
         If a figure is unknown, or these score files do not give it, or with a margin, no example has a loss on both
-        sides.
+        sides or the losses have several units.
     """
     if margin is not None and not 0 <= margin < math.inf:
         raise ConfigError(f"a margin of {margin} is not a number of at least 0")
@@ -156,7 +160,7 @@ def judge(
     if measured.lost and not allow_unscored and (gates or margin is not None):
         failed.append(f"{measured.lost} example(s) have no score in the candidate but in the base")
         if measured.loss is None:  # nothing is left to be judged
-            return Judgement(tuple(failed), {}, margin)
+            return Judgement(tuple(failed), {}, margin, unit=measured.unit)
     family = [name for name in P_VALUES if any(_is_test(gate) and gate.figure == name for gate in gates)]
     figures = measured.figures()
     known = [name for name in family if name in figures]
@@ -166,9 +170,11 @@ def judge(
         if gate.holds(corrected[gate.figure] if _is_test(gate) else value):
             failed.append(gate.text)
     if margin is None:
-        return Judgement(tuple(failed), corrected)
+        return Judgement(tuple(failed), corrected, unit=measured.unit)
     if measured.loss is None:
         raise DataError("a margin needs losses, and no example has one on both sides")
+    if "," in measured.unit:
+        raise DataError(f"a margin needs losses of one unit, and these are in {measured.unit}; compare task by task")
     verdict, more = _verdict(measured.loss, margin)
     loss = measured.loss
     judgement = Judgement(
@@ -178,10 +184,11 @@ def judge(
         verdict=verdict,
         more_examples=None if more is None else math.ceil(more * loss.examples / (loss.clusters or loss.examples)),
         more_clusters=None if more is None or loss.clusters is None else more,
+        unit=measured.unit,
     )
     if verdict != WORSE:
         return judgement
-    return Judgement((*failed, str(judgement.sentence())), corrected, margin, verdict)
+    return replace(judgement, failed=(*failed, str(judgement.sentence())))
 
 
 def _is_test(gate: Gate) -> bool:

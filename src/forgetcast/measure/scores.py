@@ -25,6 +25,9 @@ class _Metadata(BaseModel):
     """Types of the metadata that are used; any may be absent, as in files of other tools, but not null."""
 
     model: str = ""
+    origin: str | None = None
+    units: dict[str, str] = {}
+    right: dict[str, str] = {}
     model_hash: str = ""
     pool: str = Field(default="-", min_length=1)
     max_length: int = Field(default=2, ge=1, le=2**31 - 1)
@@ -33,11 +36,6 @@ class _Metadata(BaseModel):
     max_new_tokens: int = Field(default=1, ge=1)
     thinking_left_out: int = Field(default=0, ge=0)
     reference: str | None = None
-    settings: dict[str, Any] = {}
-    losses: dict[str, float] = {}
-    replayed: list[str] = []
-    steps: int = 0
-    seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
     audit: int = Field(default=0, ge=0)
 
 
@@ -266,6 +264,48 @@ class Baseline:
     nll: np.ndarray
     exact_match: np.ndarray | None
     digests: Sequence[str | None] | None = None
+
+
+NATS_PER_TOKEN = "nats per token"
+"""Unit of the losses that we measure; logs of other tools have others."""
+
+UNKNOWN_UNIT = "unit unknown"
+
+
+def unit_of(before: Scores, after: Scores) -> str:
+    """Return the unit of both losses: that of every score without an `origin`, else what the logs state.
+
+    Where tasks have different units, all are named. `UNKNOWN_UNIT` where a log states none.
+
+    Raises
+    ------
+    MismatchError
+        If a task has other units on the two sides.
+    """
+    sides = [
+        {"": NATS_PER_TOKEN} if scores.metadata.get("origin") is None else dict(scores.metadata.get("units", {}))
+        for scores in (before, after)
+    ]
+    check_units(before.metadata, after.metadata)
+    known = [set(units.values()) for units in sides]
+    if all(known) and (known[0] == {NATS_PER_TOKEN}) != (known[1] == {NATS_PER_TOKEN}):
+        one, other = (", ".join(sorted(units)) for units in known)
+        raise MismatchError(f"the losses of the two sides are in different units: {one} before, {other} after")
+    return ", ".join(sorted(set.union(*known))) or UNKNOWN_UNIT
+
+
+def check_units(before: Mapping[str, Any], after: Mapping[str, Any], where: str = "the second log") -> None:
+    """Check that tasks of two logs, given by their metadata, have the same unit of the loss and kind of exact match.
+
+    Raises
+    ------
+    MismatchError
+        If one has not.
+    """
+    for what in ("units", "right"):
+        for task, unit in before.get(what, {}).items():
+            if (other := after.get(what, {}).get(task, unit)) != unit:
+                raise MismatchError(f"{where}: {task} is measured in {other}, and in {unit} before; log both alike")
 
 
 def check_tokens(before: Scores | Baseline, after: Scores, *, allow_different: bool = False) -> int | None:

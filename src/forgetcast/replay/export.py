@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from forgetcast.data.pool import FIELDS, STRUCTURED, Example, Pool
+from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
 from forgetcast.files import atomic_path, write_json
 from forgetcast.replay.plan import ReplayPlan
-from forgetcast.replay.sampling import stratified_order
+from forgetcast.replay.sampling import passes, stratified_order
 
 
 def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
@@ -36,6 +39,11 @@ def replayed(plan: ReplayPlan, pool: Pool, count: int) -> list[Example]:
         raise ConfigError(f"with the ratio {plan.ratio:g}, no example would be replayed; ask for at least one")
     plan.check_count(count)
     return [pool[i] for i in pool.positions(plan.order(count)).tolist()]
+
+
+def new_examples(task: Pool, count: int, *, seed: int = 0) -> list[Example]:
+    """Return the examples of a fine-tune that takes `count` new ones, in our trainer's order: pass after pass."""
+    return [task[i] for i in islice(passes(len(task), [seed]), count)]
 
 
 def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int | None = None) -> int:
@@ -78,11 +86,12 @@ def export_weighted(plan: ReplayPlan, pool: Pool, path: str | Path, count: int |
     return len(rows)
 
 
-def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, count: int) -> int:
+def export_mixture(plan: ReplayPlan, pool: Pool, task: Sequence[Example], directory: str | Path, count: int) -> int:
     """Save the new and the replayed examples, evenly interleaved, as a Hugging Face data set.
 
     Its columns are id, text, prompt, completion, messages (role and content), source, and `replayed`, without those
-    that are empty, because trainers choose by the columns that exist. Read it with `datasets.load_from_disk`.
+    that are empty, because trainers choose by the columns that exist. Read it with `datasets.load_from_disk`. The new
+    ones are those of `task`, each once: give `new_examples` for a fine-tune of another length.
 
     Returns
     -------
@@ -114,39 +123,60 @@ def export_mixture(plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Pa
 
 
 def export_axolotl(
-    plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, *, count: int, model: str
+    plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, *, recipe: Recipe, model: str
 ) -> dict[str, Any]:
-    """Write data files and `axolotl.yaml`; return the configuration.
+    """Write data files and `axolotl.yaml` for a fine-tune by the recipe; return the configuration.
 
-    Texts are of the type `completion`. Prompts and completions are joined without a template, and only the completion
-    counts. Axolotl shuffles the merged data, so that the ratio holds on average.
+    The files hold every example as often as it is trained on, so that one pass over them, in any order, has exactly
+    the ratio of replayed to new examples that our trainer makes of the plan: whole batches of both. Texts are of the
+    type `completion`. Prompts and completions are joined without a template, and only the completion counts. Paths are
+    relative to the folder. Batch sizes are of one device.
+
+    Raises
+    ------
+    MismatchError
+        If the plan is of another pool.
+    ConfigError
+        If the recipe cannot replay the plan (`ReplayPlan.count`), the plan selects during training, or an example is a
+        conversation.
     """
-    old = replayed(plan, pool, count)
-    _without_conversations([*task, *old])
-    folder = _new_directory(directory).resolve()
+    examples = _of_recipe(plan, pool, task, recipe)
+    folder = _new_directory(directory)
     datasets = []
-    for name, examples in (("task", task), ("replay", old)):
-        texts = [{"text": e.text} for e in examples if e.text is not None]
-        pairs = [{"prompt": e.prompt, "completion": e.completion} for e in examples if e.text is None]
+    for name, of_kind in examples.items():
+        texts = [{"text": e.text} for e in of_kind if e.text is not None]
+        pairs = [{"prompt": e.prompt, "completion": e.completion} for e in of_kind if e.text is None]
         for form, rows in (("texts", texts), ("prompts", pairs)):
             if rows:
-                file = folder / f"{name}-{form}.jsonl"
-                _write(file, _json_lines(rows))
-                datasets.append({"path": str(file), "ds_type": "json", **_AXOLOTL_TYPES[form]})
+                file = f"{name}-{form}.jsonl"
+                _write(folder / file, _json_lines(rows))
+                datasets.append({"path": file, "ds_type": "json", **_AXOLOTL_TYPES[form]})
+    micro = _micro_batch_size(recipe)
     settings = {
-        "base_model": model,
+        "base_model": _from_folder(model, folder),
         "datasets": datasets,
         "shuffle_merged_datasets": True,
         "train_on_inputs": False,
         "val_set_size": 0.0,
-        "output_dir": str(folder / "tuned"),
-        "sequence_len": 1024,
-        "micro_batch_size": 8,
-        "gradient_accumulation_steps": 1,
+        "output_dir": "tuned",
+        "sequence_len": recipe.max_length,
+        "excess_length_strategy": "truncate",
+        "sample_packing": False,
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": recipe.batch_size // micro,
+        "max_steps": sum(map(len, examples.values())) // recipe.batch_size,
         "num_epochs": 1,
-        "learning_rate": 1e-5,
-        "seed": plan.seed,
+        "optimizer": "adamw_torch",
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler": _scheduler(recipe),
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "seed": recipe.seed,
     }
+    if recipe.method == "lora":
+        settings |= {"adapter": "lora", "lora_r": recipe.lora_rank, "lora_alpha": recipe.lora_alpha}
+        settings |= {"lora_dropout": 0.0, "lora_target_linear": True}
     _write_yaml(folder / "axolotl.yaml", settings)
     return settings
 
@@ -166,41 +196,50 @@ _AXOLOTL_TYPES: Mapping[str, dict[str, Any]] = {
 
 
 def export_llama_factory(
-    plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, *, count: int, model: str
+    plan: ReplayPlan, pool: Pool, task: Pool, directory: str | Path, *, recipe: Recipe, model: str
 ) -> dict[str, Any]:
     """Write data files, `dataset_info.json` and `llama-factory.yaml`; return the configuration.
 
-    A text is the response to an empty prompt; the template adds nothing, not even an end of text. The number of
-    replayed examples is exact, so the two data sets are concatenated (and shuffled in training): interleaving by
-    probabilities would drop or repeat some of them.
+    A text is the response to an empty prompt; the template adds nothing, not even an end of text. The files hold every
+    example as often as it is trained on, and are concatenated (and shuffled in training): interleaving by probabilities
+    would drop or repeat some of them. Otherwise as `export_axolotl`, whose errors it raises.
     """
-    old = replayed(plan, pool, count)
-    _without_conversations([*task, *old])
-    folder = _new_directory(directory).resolve()
+    examples = _of_recipe(plan, pool, task, recipe)
+    folder = _new_directory(directory)
     info = {}
-    for name, examples in (("task", task), ("replay", old)):
-        rows = [{"prompt": e.prompt or "", "completion": e.completion if e.text is None else e.text} for e in examples]
+    for name, of_kind in examples.items():
+        rows = [{"prompt": e.prompt or "", "completion": e.completion if e.text is None else e.text} for e in of_kind]
         _write(folder / f"{name}.jsonl", _json_lines(rows))
         columns = {"prompt": "prompt", "response": "completion"}
         info[name] = {"file_name": f"{name}.jsonl", "formatting": "alpaca", "columns": columns}
     write_json(folder / "dataset_info.json", info)
+    micro = _micro_batch_size(recipe)
     settings = {
-        "model_name_or_path": model,
+        "model_name_or_path": _from_folder(model, folder),
         "stage": "sft",
         "do_train": True,
-        "finetuning_type": "full",
-        "dataset": "task,replay",
-        "dataset_dir": str(folder),
+        "finetuning_type": recipe.method,
+        "dataset": ",".join(examples),
+        "dataset_dir": ".",
         "mix_strategy": "concat",
         "template": "empty",
-        "cutoff_len": 1024,
-        "output_dir": str(folder / "tuned"),
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
+        "cutoff_len": recipe.max_length,
+        "packing": False,
+        "output_dir": "tuned",
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": recipe.batch_size // micro,
+        "max_steps": sum(map(len, examples.values())) // recipe.batch_size,
         "num_train_epochs": 1.0,
-        "learning_rate": 1e-5,
-        "seed": plan.seed,
+        "optim": "adamw_torch",
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": _scheduler(recipe),
+        "warmup_steps": recipe.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "disable_gradient_checkpointing": not recipe.gradient_checkpointing,
+        "seed": recipe.seed,
     }
+    if recipe.method == "lora":
+        settings |= {"lora_rank": recipe.lora_rank, "lora_alpha": recipe.lora_alpha, "lora_target": "all"}
     _write_yaml(folder / "llama-factory.yaml", settings)
     return settings
 
@@ -211,6 +250,34 @@ TRAINERS: Mapping[str, Callable[..., dict[str, Any]]] = {
 }
 FORMATS = ("jsonl", "parquet", "datasets", *TRAINERS)
 """Formats of an export."""
+
+
+def _of_recipe(plan: ReplayPlan, pool: Pool, task: Pool, recipe: Recipe) -> dict[str, list[Example]]:
+    """Return the new and the replayed examples of a fine-tune by the recipe, each as often as it is trained on."""
+    plan.check_pool(pool)
+    _micro_batch_size(recipe)
+    new = new_examples(task, recipe.steps * recipe.batch_size, seed=recipe.seed)
+    old = replayed(plan, pool, plan.count(recipe.steps, recipe.batch_size))
+    _without_conversations([*task, *old])
+    return {"task": new, "replay": old}
+
+
+def _micro_batch_size(recipe: Recipe) -> int:
+    """Return the examples of a device at once; ConfigError if they do not divide the batch."""
+    micro = recipe.micro_batch_size or recipe.batch_size
+    if recipe.batch_size % micro:
+        raise ConfigError(f"micro_batch_size {micro} does not divide batch_size {recipe.batch_size}")
+    return micro
+
+
+def _scheduler(recipe: Recipe) -> str:
+    """Return the Trainer's name of the schedule, which both trainers take."""
+    return "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule
+
+
+def _from_folder(model: str, folder: Path) -> str:
+    """Return a local model's path from the folder that the trainer is started in; a hub id as it is."""
+    return Path(os.path.relpath(model, folder)).as_posix() if Path(model).exists() else model
 
 
 def _without_conversations(examples: Iterable[Example]) -> None:
@@ -241,4 +308,9 @@ def _write(path: Path, text: str) -> None:
 def _write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
     import yaml
 
-    _write(path, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+            """Write what occurs twice twice: not every reader knows anchors."""
+            return True
+
+    _write(path, yaml.dump(dict(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True))

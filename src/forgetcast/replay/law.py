@@ -355,7 +355,7 @@ def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: st
         target=target,
         runs=mean.runs,
         tasks=len(mean.tasks),
-        largest=max((run.ratio or 0.0 for run in runs), default=0.0),
+        largest=max((run.achieved_ratio or run.ratio or 0.0 for run in runs), default=0.0),
         remaining={
             (name, ratio): {metric: law.remaining(name, ratio, task=task) for metric, law in laws.items()}
             for name in strategies
@@ -389,7 +389,7 @@ class _Data:
     def from_runs(cls, runs: Sequence[Run], metric: str) -> _Data:
         without = {(run.task, run.setup, run.seed): getattr(run, metric) for run in runs if run.ratio == 0}
         rows = [
-            (getattr(run, metric) / before, run.ratio, run.strategy, run.task)
+            (getattr(run, metric) / before, run.achieved_ratio or run.ratio, run.strategy, run.task)
             for run in runs
             if run.ratio and run.strategy and (before := without.get((run.task, run.setup, run.seed), 0.0)) > 0
         ]

@@ -18,6 +18,9 @@ METRICS: Mapping[str, str] = {
 }
 """Every metric that arms are compared on, with its label; lower is better for each."""
 
+PARTS: Mapping[str, int] = {"worst_tenth": 10, "worst_hundredth": 100}
+"""Metrics that are the mean of a part of the judged examples: it takes so many to be one example."""
+
 LAW_METRICS = ("mean", "worst_tenth")
 """Metrics that the law of ratios is fitted to."""
 
@@ -45,9 +48,11 @@ class Run:
         That of the replay plan, followed by "online" where the plan was revised during training; None in files of
         earlier versions, as the following.
     ratio : float or None
-        Replayed examples per new one.
+        Replayed examples per new one, as the plan asks for.
     setup : str or None
         Hash of what the runs of a comparison share: base model, data, judged examples, recipe without its seed.
+    achieved_ratio : float or None
+        Replayed examples per new one, as whole batches made it; None in files of earlier versions.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
@@ -66,3 +71,4 @@ class Run:
     strategy: str | None = None
     ratio: float | None = None
     setup: str | None = None
+    achieved_ratio: float | None = None

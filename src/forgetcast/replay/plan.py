@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.data.pool import Pool
+from forgetcast.data.recipe import Recipe
 from forgetcast.defaults import MAX_SEED, MOST_EXAMPLES
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import read_table, write_table
@@ -36,6 +37,7 @@ class _Metadata(BaseModel):
     summary: str = ""
     ranked_share: float = 1.0
     repeat: bool = False
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class ReplayPlan:
         When the strategy acts.
     summary : str
         What the strategy does, in one line.
+    recipe : Recipe, optional
+        The fine-tune that the plan is made for, which an export carries over; None where it is not known.
 
     Raises
     ------
@@ -94,6 +98,7 @@ class ReplayPlan:
     repeat: bool = False
     phase: Phase = "planned"
     summary: str = ""
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         """Bring the arrays to their types and check them."""
@@ -241,6 +246,8 @@ class ReplayPlan:
             metadata["ranked_share"] = self.ranked_share
         if self.repeat:
             metadata["repeat"] = True
+        if self.recipe is not None:
+            metadata["recipe"] = self.recipe.model_dump()
         if self.strata is not None:
             columns["stratum"] = pa.array(self.strata, pa.string())
         write_table(pa.table(columns), Path(path), metadata)
@@ -275,6 +282,7 @@ class ReplayPlan:
                 repeat=metadata.repeat,
                 phase=metadata.phase or (made_by.phase if made_by is not None else "planned"),
                 summary=metadata.summary if made_by is None else made_by.summary,
+                recipe=metadata.recipe,
             )
         except (DataError, ConfigError) as error:
             raise type(error)(f"{path}: {error}") from None
@@ -374,6 +382,35 @@ def replay_steps(steps: int, ratio: float) -> int:
     if not (count := round(steps * ratio)):
         raise ConfigError(f"a ratio of {ratio:g} over {steps} steps replays no batch; use at least {1 / steps:.3g}")
     return count
+
+
+def achieved_ratio(steps: int, ratio: float) -> float:
+    """Return the ratio that `steps` batches of new examples have with whole batches of replayed ones.
+
+    Raises
+    ------
+    ConfigError
+        As `replay_steps`.
+    """
+    return replay_steps(steps, ratio) / steps if ratio else 0.0
+
+
+def default_ratios(steps: int) -> tuple[float, float]:
+    """Return two different ratios, about 1/32 and 1/8, that `steps` batches of new examples have in whole batches."""
+    few = max(1, round(steps / 32))
+    return few / steps, max(few + 1, round(steps / 8)) / steps
+
+
+def ratio_note(ratio: float, steps: int, batch_size: int) -> str | None:
+    """Say what a ratio becomes in whole batches; None where they hit it. Raises as `replay_steps`."""
+    achieved = achieved_ratio(steps, ratio)
+    if np.isclose(achieved, ratio, rtol=1e-9, atol=0):
+        return None
+    batches = replay_steps(steps, ratio)
+    return (
+        f"whole batches turn the ratio {ratio:.4g} into {achieved:.4g}: {batches} of {batch_size} replayed examples in "
+        f"{steps} steps on new ones"
+    )
 
 
 def _check_ratio(ratio: float, strategy: str, phase: Phase) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy
@@ -91,3 +91,10 @@ def stratified_order(order: np.ndarray, strata: Sequence[str]) -> np.ndarray:
     place = np.empty(len(order))
     place[grouped] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     return order[np.argsort((place + 0.5) / counts[codes], kind="stable")]
+
+
+def passes(n: int, seed: Sequence[int]) -> Iterator[int]:
+    """Yield positions of `n` examples without end, each once in every pass, in an order drawn for the pass."""
+    rng = np.random.default_rng(list(seed))
+    while True:
+        yield from rng.permutation(n).tolist()

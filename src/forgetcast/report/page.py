@@ -173,7 +173,17 @@ def _structure_finding(structure: Structure) -> str:
     return (
         f"Which examples are forgotten after which task is {regular}: matrices of rank "
         f"{' / '.join(str(i + 1) for i in range(len(r2)))} explain {' / '.join(f'{value:.2f}' for value in r2)} of the "
-        f"variation (R²; task mean plus example mean: {structure.additive_r2:.2f})."
+        f"variation (R²; task mean plus example mean: {structure.additive_r2:.2f}).{_without_finding(structure)}"
+    )
+
+
+def _without_finding(structure: Structure) -> str:
+    without = structure.without
+    if without is None or not structure.held_out_r2:
+        return ""
+    return (
+        f" On entries that were held out, R² is at best {max(structure.held_out_r2):.2f}, and {without.value:.2f} "
+        f"without the source with most of the variation, {without.source or '(none)'} ({without.examples} examples)."
     )
 
 

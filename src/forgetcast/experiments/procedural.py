@@ -1,4 +1,4 @@
-"""The demo's fine-tuning tasks: procedurally generated questions and answers from reasoning-gym."""
+"""Built-in fine-tuning tasks: procedurally generated questions and answers from reasoning-gym, of many kinds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import MissingExtraError
 
 NEW_TASKS = ("basic_arithmetic", "word_sequence_reversal", "family_relationships", "rotate_matrix")
-"""New tasks, which are forecast: arithmetic, words, language, and tables of digits."""
+"""Kept out of first atlases, to judge forecasts on: arithmetic, words, language, and tables of digits."""
 
 KNOWN_TASKS = (
     "chain_sum",
@@ -50,11 +50,18 @@ KNOWN_TASKS = (
     "complex_arithmetic",
     "number_sequence",
 )
-"""Tasks of the atlas, in an order of which every prefix is diverse."""
+"""Tasks of a first atlas, in an order of which every prefix is diverse."""
 
 
-def demo_task(name: str, size: int, *, seed: int = 0) -> Pool:
+def procedural_task(name: str, size: int, *, seed: int = 0) -> Pool:
     """Generate `size` questions with answers, reproducibly by seed.
+
+    Parameters
+    ----------
+    name : str
+        Of a data set of reasoning-gym, such as those in `KNOWN_TASKS`.
+    size : int
+    seed : int
 
     Raises
     ------
