@@ -77,7 +77,7 @@ def commands() -> str:
         "Exit codes: 0 done; 1 a condition of `diff --fail-if` holds, or `add` could not add some of the models, which "
         "it names; 2 bad input: one line on standard error says "
         "what and where, and no stored file has changed; 130 interrupted: the same command resumes.",
-        "`score`, `train`, `collect`, `verify` and `sequence` resume after an interruption.",
+        "`score`, `train`, `start`, `collect`, `verify` and `sequence` resume after an interruption.",
     ]
     for name, command in _all_commands(group):
         arguments = [p for p in command.params if p.param_type_name == "argument"]

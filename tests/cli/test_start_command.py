@@ -38,7 +38,7 @@ def test_a_first_atlas(tmp_path: Path, given: list[object], run: RunCommand) -> 
     atlas = Atlas.open(tmp_path / "first.atlas")
     assert atlas.tasks == KNOWN_TASKS[:2]
     assert (atlas.recipe["method"], atlas.recipe["seed"]) == ("lora", 3)
-    assert "times that of no history" in out
+    assert "times that of no history (benchmarks/cost.py), on the demo model with 10 steps (lora)" in out
     assert f"forgetcast probes {tmp_path / 'first.atlas'} -k 30" in out
 
     code, out, err = run(*given, "--tasks", 2, "--seed", 3, "--json")

@@ -35,6 +35,7 @@ from forgetcast.cli.options import (
 from forgetcast.errors import IncompleteError
 
 if TYPE_CHECKING:
+    from forgetcast.atlas import Atlas
     from forgetcast.experiments import StartPlan
 
 
@@ -45,7 +46,7 @@ def start(
     pool: PoolPath,
     output: NewAtlas,
     budget: Annotated[
-        str | None, typer.Option(help="Time for everything after loading, such as 90s, 30m or 2h; default: no limit.")
+        str | None, typer.Option(help="Time for base scores and rows, such as 90s, 30m or 2h; default: no limit.")
     ] = None,
     tasks: Annotated[
         int | None, typer.Option(help="Number of tasks; default: what pays within the budget, or 16 without one.")
@@ -73,7 +74,7 @@ def start(
     from forgetcast.atlas import Atlas
     from forgetcast.atlas.index import check_writable, is_atlas
     from forgetcast.data import Recipe
-    from forgetcast.experiments.start import StartSettings, plan_start, start_atlas
+    from forgetcast.experiments.start import StartSettings, measured_steps, plan_start, start_atlas
     from forgetcast.settings import check_settings
 
     require_single_process("start")
@@ -98,6 +99,11 @@ def start(
         "score_share": plan.score_share,
         "estimated_seconds": round(left, 1),
         "error_to_no_history": round(plan.error, 2),
+        "error_measured_with": {
+            "model": "the demo model",
+            "method": plan.recipe.method,
+            "steps": measured_steps(plan.recipe.method, plan.recipe.steps),
+        },
     }
     if dry_run:
         if as_json:
@@ -139,15 +145,17 @@ def _say_plan(plan: StartPlan, left: float) -> None:
         )
 
 
-def _say_result(atlas: Any, plan: StartPlan, facts: dict[str, Any]) -> None:
+def _say_result(atlas: Atlas, plan: StartPlan, facts: dict[str, Any]) -> None:
     """Say what was made, what it is worth as far as that was measured, and what comes next."""
     from forgetcast.experiments.start import duration
 
+    measured = facts["error_measured_with"]
     for line in (
         f"{atlas.path}: {len(atlas.tasks)} tasks x {len(atlas.examples)} examples, in {duration(facts['seconds'])}",
         f"With {len(plan.tasks)} such tasks, the error of forecasts from 30 probes was {plan.error:.2f} times that of "
-        "no history (benchmarks/cost.py), on the demo model and for new procedural tasks. For your model and tasks it "
-        "is not known. Fine-tunes of your own make a better history: `forgetcast add` adds them to this atlas.",
+        f"no history (benchmarks/cost.py), on the demo model with {measured['steps']} steps ({measured['method']}), "
+        "for new procedural tasks. For your model, recipe and tasks it is not known. Fine-tunes of your own make a "
+        "better history: `forgetcast add` adds them to this atlas.",
         f"Next: forgetcast bench {atlas.path}; or forgetcast probes {atlas.path} -k 30 -o probes.jsonl",
     ):
         out.print(line, markup=False, soft_wrap=True)

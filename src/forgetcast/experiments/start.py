@@ -224,10 +224,13 @@ def measured_error(method: str, steps: int, tasks: int, share: float = 1.0) -> f
 
     Between numbers of tasks it is read off a line in their logarithm; beyond, and for other steps, the nearest counts.
     """
-    measured = {n for m, n, _ in MEASURED if m == method}
-    nearest = min(sorted(measured), key=lambda n: abs(math.log(n / steps)))
-    errors = MEASURED[method, nearest, share]
+    errors = MEASURED[method, measured_steps(method, steps), share]
     return float(np.interp(math.log(tasks), np.log(MEASURED_TASKS), errors))
+
+
+def measured_steps(method: str, steps: int) -> int:
+    """Return the number of steps that was measured and is nearest, as a ratio."""
+    return min(sorted({n for m, n, _ in MEASURED if m == method}), key=lambda n: abs(math.log(n / steps)))
 
 
 def measure_speed(tuner: FineTuner, pool: Pool, recipe: Recipe) -> Speed:
