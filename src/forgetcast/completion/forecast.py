@@ -71,6 +71,7 @@ class _Metadata(BaseModel):
     audit: int = Field(default=0, ge=0)
     threshold: FiniteFloat = THRESHOLD
     whole: tuple[WholeFigure, ...] = ()
+    calibration_tasks: int | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class TaskForecast:
     whole : tuple of WholeFigure
         All examples, then the largest sources; of each, the figures with a model-based interval, and with a guaranteed
         one where at least five random probes are among the examples.
+    calibration_tasks : int or None
+        Left-out tasks that the model-based intervals of the whole are calibrated on; None if that is unknown.
     """
 
     ids: Sequence[str]
@@ -117,6 +120,7 @@ class TaskForecast:
     audit: int = 0
     threshold: float = THRESHOLD
     whole: tuple[WholeFigure, ...] = ()
+    calibration_tasks: int | None = None
 
     @classmethod
     def from_forecast(
@@ -143,6 +147,7 @@ class TaskForecast:
             audit=forecast.audit,
             threshold=threshold,
             whole=tuple(_figures(forecast, pool.sources, level, threshold)),
+            calibration_tasks=forecast.wholes[0].left_out.widths.tasks if forecast.wholes else None,
         )
         made.check()
         return made
@@ -206,6 +211,7 @@ class TaskForecast:
             "audit": self.audit,
             "threshold": self.threshold,
             "whole": [each.model_dump() for each in self.whole],
+            "calibration_tasks": self.calibration_tasks,
         }
         write_table(table, Path(path), metadata)
 
@@ -234,6 +240,7 @@ class TaskForecast:
                 audit=metadata.audit,
                 threshold=metadata.threshold,
                 whole=metadata.whole,
+                calibration_tasks=metadata.calibration_tasks,
             )
             loaded.check()
         except DataError as error:
