@@ -70,6 +70,8 @@ def test_one_command_chooses_scores_and_forecasts(folder: Path, truth: np.ndarra
     with mock.patch("forgetcast.lm.score", side_effect=AssertionError("scored again")):
         code, out, err = run(*words, "--model", folder / "new")
     assert code == 0, err
+    assert "Only 4 tasks could be left out" in " ".join(out.split())
+    assert saved.calibration_tasks == facts["calibration_tasks"] == 4
     assert "model-based" in out
     assert "guaranteed" in out
     code, _, err = run("report", folder / "runs.atlas", "--forecast", output, "-o", folder / "report.html")

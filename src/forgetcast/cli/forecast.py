@@ -134,7 +134,7 @@ def forecast(
     from forgetcast.cli.tables import priors_line
     from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, measured_probes
-    from forgetcast.completion.whole import check_level, check_threshold
+    from forgetcast.completion.whole import FEW_TASKS, check_level, check_threshold
     from forgetcast.experiments.until import Stopped, Width, describe
     from forgetcast.measure import Scores, check_tokens
 
@@ -200,6 +200,7 @@ def forecast(
         "mean_forgetting": float(completed.mean.mean()),
         "level": level,
         "misfit": completed.misfit,
+        "calibration_tasks": completed.calibration_tasks,
         "output": str(output),
     }
     rows = [
@@ -235,6 +236,11 @@ def forecast(
         out.print(
             f"{width.figure.replace('_', ' ')}: {value:.4f}, between {lower:.4f} and {upper:.4f} with {level:.0%} "
             "confidence over all looks together"
+        )
+    if (calibrated := completed.calibration_tasks or 0) < FEW_TASKS:
+        out.print(
+            f"Only {calibrated} tasks could be left out to calibrate the model-based intervals: their widths are "
+            "mostly Student's t. Rely on the guaranteed ones."
         )
     if not completed.audit:
         out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")

@@ -73,6 +73,7 @@ class _Metadata(BaseModel):
     whole: tuple[WholeFigure, ...] = ()
     rows: int | None = Field(default=None, ge=0)
     prior_rows: int | None = Field(default=None, ge=0)
+    calibration_tasks: int | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class TaskForecast:
     rows, prior_rows : int or None
         How many rows it was learned from, and how many of them were measured on another version of the base model; None
         if that is unknown.
+    calibration_tasks : int or None
+        Left-out tasks that the model-based intervals of the whole are calibrated on; None if that is unknown.
     """
 
     ids: Sequence[str]
@@ -124,6 +127,7 @@ class TaskForecast:
     whole: tuple[WholeFigure, ...] = ()
     rows: int | None = None
     prior_rows: int | None = None
+    calibration_tasks: int | None = None
 
     @classmethod
     def from_forecast(
@@ -150,6 +154,7 @@ class TaskForecast:
             audit=forecast.audit,
             threshold=threshold,
             whole=tuple(_figures(forecast, pool.sources, level, threshold)),
+            calibration_tasks=forecast.wholes[0].left_out.widths.tasks if forecast.wholes else None,
         )
         made.check()
         return made
@@ -215,6 +220,7 @@ class TaskForecast:
             "whole": [each.model_dump() for each in self.whole],
             "rows": self.rows,
             "prior_rows": self.prior_rows,
+            "calibration_tasks": self.calibration_tasks,
         }
         write_table(table, Path(path), metadata)
 
@@ -245,6 +251,7 @@ class TaskForecast:
                 whole=metadata.whole,
                 rows=metadata.rows,
                 prior_rows=metadata.prior_rows,
+                calibration_tasks=metadata.calibration_tasks,
             )
             loaded.check()
         except DataError as error:
