@@ -1,0 +1,127 @@
+"""What one forward pass of the base model says of an example: mean hidden states, loss and length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from forgetcast.data.pool import Pool
+from forgetcast.errors import ConfigError
+from forgetcast.lm.head import Head
+from forgetcast.lm.load import LanguageModel
+from forgetcast.lm.score import Inputs, measure_batches, prepare
+
+
+def default_layers(language_model: LanguageModel) -> tuple[int, int]:
+    """Return the middle layer and the last: a summary of the content, and what the next token is predicted from."""
+    last = _last_layer(language_model)
+    return max(last // 2, 1), last
+
+
+def _last_layer(language_model: LanguageModel) -> int:
+    return int(language_model.model.config.get_text_config().num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass gives of N examples.
+
+    Attributes
+    ----------
+    nll : array, shape (N,)
+        Nats per target token; NaN where it is not finite or could not be measured.
+    states : array of float32, shape (N, K, D)
+        Hidden states at the K layers, mean over the target tokens; NaN where `nll` is.
+    inputs : Inputs
+    """
+
+    nll: np.ndarray
+    states: np.ndarray
+    inputs: Inputs
+
+
+@torch.inference_mode()
+def forward(
+    language_model: LanguageModel,
+    pool: Pool,
+    layers: Sequence[int],
+    *,
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Pass:
+    """Run the model once over a pool; parameters as for `score` and `hidden_states`.
+
+    Raises
+    ------
+    ConfigError
+        If a setting does not fit the model, or it has no such layer.
+    """
+    at = checked_layers(language_model, layers)
+    inputs = prepare(language_model, pool, max_length, stride)
+
+    def measure(heads: list[Head], *batch: torch.Tensor) -> torch.Tensor:
+        nll, states = heads[0].nll_and_states(*batch, layers=at)  # type: ignore[misc]
+        return torch.cat([nll.sum(dim=1, keepdim=True), states.flatten(1)], dim=1)
+
+    width = int(language_model.model.config.get_text_config().hidden_size)
+    sums = np.zeros((len(pool), 1 + len(at) * width))
+    for batch, rows in measure_batches([language_model], [piece for _, piece in inputs.pieces], batch_tokens, measure):
+        for i, row in zip(batch, rows, strict=True):
+            sums[inputs.pieces[i][0]] += np.nan if row is None else row.numpy()
+        if on_progress is not None:
+            on_progress(len(batch))
+    targets = np.array([example.targets for example in inputs.encoded])
+    means = sums / np.maximum(targets, 1)[:, None]
+    means[(targets == 0) | ~np.isfinite(means).all(axis=1)] = np.nan
+    return Pass(means[:, 0], means[:, 1:].reshape(len(pool), len(at), width).astype(np.float32), inputs)
+
+
+def checked_layers(language_model: LanguageModel, layers: Sequence[int]) -> tuple[int, ...]:
+    """Return layers counted from the front; ConfigError if there is none, one twice, or one that the model lacks."""
+    last = _last_layer(language_model)
+    at = tuple(layer + last + 1 if layer < 0 else layer for layer in layers)
+    if not at or len(set(at)) < len(at) or not all(0 <= layer <= last for layer in at):
+        raise ConfigError(f"the layers must be different numbers from 0, the embeddings, to {last}, not {list(layers)}")
+    return at
+
+
+def hidden_states(
+    language_model: LanguageModel,
+    pool: Pool,
+    *,
+    layers: Sequence[int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Return the hidden states of every example, the mean over its target tokens.
+
+    One forward pass in the batches of `score`; long texts are truncated.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    pool : Pool
+        N examples.
+    layers : sequence of int, optional
+        0: the embeddings; l: the output of block l; negative: from the last. Default: the middle block and the last.
+        Of the last, the states are those after the final normalisation.
+    on_progress : callable, optional
+        Called with the number of examples finished since the last call.
+
+    Returns
+    -------
+    array of float32, shape (N, len(layers) * D)
+        One layer after another, each of the model's width D. NaN where an example has no target token, or a state or
+        the loss is not finite.
+
+    Raises
+    ------
+    ConfigError
+        If the model has no such layer.
+    """
+    chosen = default_layers(language_model) if layers is None else layers
+    return forward(language_model, pool, chosen, on_progress=on_progress).states.reshape(len(pool), -1)
