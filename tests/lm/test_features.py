@@ -43,11 +43,13 @@ def test_the_loss_of_the_same_pass_is_the_score_in_windows_too() -> None:
         assert passed.inputs.digests == list(scores.digests or ())
 
 
-def test_what_cannot_be_measured_is_nan_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_nan_and_the_rest_is_not() -> None:
     language_model, finished = tiny(bos=False), []
     found = hidden_states(language_model, Pool([*POOL, Example("one", "a")]), on_progress=finished.append)
-    assert found.shape == (13, 2 * 32) and found.dtype == np.float32
-    assert np.isnan(found[-1]).all() and np.isfinite(found[:-1]).all()
+    assert found.shape == (13, 2 * 32)
+    assert found.dtype == np.float32
+    assert np.isnan(found[-1]).all()
+    assert np.isfinite(found[:-1]).all()
     assert sum(finished) == len(POOL)
     with torch.no_grad():
         language_model.model.get_input_embeddings().weight[:] = float("inf")

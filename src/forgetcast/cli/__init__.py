@@ -10,7 +10,7 @@ import os
 import warnings
 
 # Each registers its commands, in the order in which they are listed.
-from forgetcast.cli import pool, measure, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
+from forgetcast.cli import pool, measure, features, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
 from forgetcast.cli.app import app, err, fail, out
 from forgetcast.errors import ForgetcastError
 
@@ -20,6 +20,7 @@ __all__ = [
     "atlas_exchange",
     "atlas_files",
     "err",
+    "features",
     "forecast",
     "main",
     "measure",

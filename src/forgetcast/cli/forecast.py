@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -23,11 +23,15 @@ from forgetcast.cli.options import (
     Output,
 )
 from forgetcast.defaults import MAX_SEED
-from forgetcast.errors import ConfigError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from forgetcast.atlas import Atlas
     from forgetcast.completion import Completion
+    from forgetcast.completion.forecast import TaskForecast
 
 
 @app.command(rich_help_panel=FORECAST)
@@ -76,6 +80,10 @@ def forecast(
     method: Annotated[Method, typer.Option(help="Completion method.")] = Method.BAYESIAN,
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.9,
     task: Annotated[str | None, typer.Option(help="Name of the new task, for the report.")] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Features of a corpus (see `forgetcast features`) to forecast too, into a second file."),
+    ] = None,
     allow_different_tokens: AllowDifferentTokens = False,
     as_json: AsJson = False,
 ) -> None:
@@ -104,6 +112,7 @@ def forecast(
     )
     completed = replace(completed, different_tokens=different)
     completed.save(output)
+    beyond = {} if corpus is None else _of_corpus(opened, corpus, model, (columns, forgetting), completed, output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
     facts = {
         "examples": len(completed.ids),
@@ -113,6 +122,7 @@ def forecast(
         "level": level,
         "misfit": completed.misfit,
         "output": str(output),
+        **beyond,
     }
     rows = [
         {"id": completed.ids[i], "probed": bool(completed.probed[i])}
@@ -133,6 +143,56 @@ def forecast(
             "The probes say that this task is unlike those in the atlas: measure more before you rely on the forecast"
             + ("." if method is Method.AUTO else ", or use the method that forecasts unlike tasks best: --method auto.")
         )
+
+
+def _of_corpus(
+    atlas: Atlas,
+    path: Path,
+    model: Completion,
+    measured: tuple[np.ndarray, np.ndarray],
+    completed: TaskForecast,
+    output: Path,
+) -> dict[str, Any]:
+    """Forecast a corpus into a file beside that of the pool, and return what there is to say."""
+    import numpy as np
+
+    from forgetcast.completion.forecast import TaskForecast
+    from forgetcast.completion.unmeasured import Unmeasured
+    from forgetcast.measure.features import FeatureFolder, fingerprint
+
+    folder = FeatureFolder(path)
+    folder.check_model(atlas.model_hash)
+    folder.require("corpus")
+    extended = Unmeasured(model).fit(folder.all("pool"))
+    row = extended.predict(*measured, folder.read("corpus"))
+    known = np.flatnonzero(np.isfinite(row.mean))
+    if not len(known):
+        raise DataError(f"{path}: no example of the corpus has features")
+    parts = [(part.ids, part.contents.to_pylist()) for part in folder.read("corpus")]
+    ids = [id_ for part, _ in parts for id_ in part]
+    contents = [content for _, part in parts for content in part]
+    lower, upper = row.interval(completed.level)
+    target = output.with_suffix(".corpus.parquet")
+    TaskForecast(
+        [ids[i] for i in known.tolist()],
+        row.mean[known],
+        row.std[known],
+        lower[known],
+        upper[known],
+        np.zeros(len(known), dtype=bool),
+        completed.level,
+        completed.misfit,
+        completed.method,
+        fingerprint(contents[i] for i in known.tolist()),
+        completed.task,
+    ).save(target)
+    return {
+        "corpus_examples": len(known),
+        "corpus_without_features": len(ids) - len(known),
+        "corpus_mean_forgetting": float(row.mean[known].mean()),
+        "corpus_explained": float(extended.transfer_.explained(completed.mean[:, None])[0]),
+        "corpus_output": str(target),
+    }
 
 
 @app.command(rich_help_panel=FORECAST)

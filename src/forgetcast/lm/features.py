@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from forgetcast.data.pool import Pool
-from forgetcast.errors import ConfigError
+from forgetcast.data.ids import ExampleIndex
+from forgetcast.data.pool import Example, Pool
+from forgetcast.errors import ConfigError, MismatchError
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import Inputs, measure_batches, prepare
+from forgetcast.measure.features import DIMENSIONS, FeatureFolder, Features, FeatureSettings, Group, parts_of
 
 
 def default_layers(language_model: LanguageModel) -> tuple[int, int]:
@@ -64,8 +66,8 @@ def forward(
     at = checked_layers(language_model, layers)
     inputs = prepare(language_model, pool, max_length, stride)
 
-    def measure(heads: list[Head], *batch: torch.Tensor) -> torch.Tensor:
-        nll, states = heads[0].nll_and_states(*batch, layers=at)  # type: ignore[misc]
+    def measure(heads: list[Head], ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nll, states = heads[0].nll_and_states(ids, mask, labels, at)
         return torch.cat([nll.sum(dim=1, keepdim=True), states.flatten(1)], dim=1)
 
     width = int(language_model.model.config.get_text_config().hidden_size)
@@ -125,3 +127,115 @@ def hidden_states(
     """
     chosen = default_layers(language_model) if layers is None else layers
     return forward(language_model, pool, chosen, on_progress=on_progress).states.reshape(len(pool), -1)
+
+
+def feature_settings(
+    language_model: LanguageModel,
+    *,
+    layers: Sequence[int] | None = None,
+    max_length: int | None = None,
+    stride: int | None = None,
+) -> FeatureSettings:
+    """Return the settings of a folder of features; parameters as for `hidden_states` and `score`."""
+    at = checked_layers(language_model, default_layers(language_model) if layers is None else layers)
+    width = int(language_model.model.config.get_text_config().hidden_size)
+    return FeatureSettings(
+        model=language_model.name,
+        model_hash=language_model.weights_hash,
+        layers=at,
+        width=width,
+        dimensions=min(len(at) * width, DIMENSIONS),
+        max_length=language_model.context if max_length is None else max_length,
+        stride=stride,
+        text=language_model.text_settings,
+    )
+
+
+def write_features(
+    language_model: LanguageModel,
+    examples: Iterable[Example],
+    folder: FeatureFolder,
+    group: Group,
+    *,
+    batch_tokens: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[int, int]:
+    """Measure a stream of examples part by part; what an earlier run has finished is not measured again.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    examples : iterable of Example
+        With different ids, in the same order in each run. Only one part of them is in memory.
+    folder : FeatureFolder
+        Made by `FeatureFolder.begin` with this model's `feature_settings`. The caller finishes it.
+    group : 'pool' or 'corpus'
+    batch_tokens : int, optional
+        As for `score`.
+    on_progress : callable, optional
+        Called with the number of examples finished since the last call.
+
+    Returns
+    -------
+    examples, without : int
+        All examples, and those without features, with the reason in the folder.
+
+    Raises
+    ------
+    MismatchError
+        If the folder holds features of other examples.
+    """
+    done, total, without = folder.parts(group), 0, 0
+    for number, part in enumerate(parts_of(examples)):
+        contents = [example.digest() for example in part]
+        if number < len(done):
+            if folder.contents(done[number]) != contents:
+                raise MismatchError(f"{done[number]} holds features of other examples; name another folder")
+            without += folder.missing(done[number])
+        else:
+            features = _measured(language_model, part, contents, folder, batch_tokens)
+            folder.write(group, number, features)
+            without += int((~features.usable).sum())
+        total += len(part)
+        if on_progress is not None:
+            on_progress(len(part))
+    return total, without
+
+
+def _measured(
+    language_model: LanguageModel,
+    part: Sequence[Example],
+    contents: Sequence[bytes],
+    folder: FeatureFolder,
+    batch_tokens: int | None,
+) -> Features:
+    import pyarrow as pa
+
+    settings = folder.settings
+    passed = forward(
+        language_model,
+        Pool(part),
+        settings.layers,
+        max_length=settings.max_length,
+        stride=settings.stride,
+        batch_tokens=batch_tokens,
+    )
+    flat = passed.states.reshape(len(part), -1)
+    states = (folder.basis or folder.set_basis(flat)).apply(flat)
+    reasons: list[str | None] = [reason or None for reason in passed.inputs.reasons]
+    for i in np.flatnonzero(np.isnan(passed.nll)).tolist():
+        reasons[i] = reasons[i] or "its loss or a hidden state is not finite, or it needs too much memory"
+    for i in np.flatnonzero(np.isinf(states).any(axis=1)).tolist():
+        reasons[i] = "a hidden state is too large for 16 bits"
+    missing = np.array([reason is not None for reason in reasons])
+    digests = [None if text is None else bytes.fromhex(text) for text in passed.inputs.digests]
+    return Features(
+        ExampleIndex([example.id for example in part]),
+        tuple(example.source or "" for example in part),
+        np.where(missing, np.nan, passed.nll),
+        np.array([encoded.targets for encoded in passed.inputs.encoded]),
+        np.where(missing[:, None], np.float16(np.nan), states),
+        pa.array(digests, pa.binary(16)),
+        pa.array(contents, pa.binary(32)),
+        tuple(reasons),
+    )

@@ -19,6 +19,7 @@ from forgetcast.data.pool import Pool
 from forgetcast.defaults import MAX_SEED, MOST_EXAMPLES
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import read_table, write_table
+from forgetcast.replay.corpus import Candidates
 from forgetcast.replay.sampling import interleave, stratified_order
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import Phase, Strategy, get_strategy
@@ -281,7 +282,7 @@ class ReplayPlan:
 
 
 def make_plan(
-    pool: Pool,
+    pool: Pool | Candidates,
     strategy: str | Strategy,
     signals: Signals | None = None,
     *,
@@ -295,7 +296,7 @@ def make_plan(
 
     Parameters
     ----------
-    pool : Pool
+    pool : Pool or Candidates
     strategy : str or Strategy
         A name, or an object where it has settings.
     signals : Signals, optional
