@@ -183,6 +183,12 @@ class Features:
         """Whether each example has features, shape (n,)."""
         return ~np.isnan(self.nll)
 
+    def take(self, rows: np.ndarray) -> Features:
+        """Return the features of some examples."""
+        import pyarrow as pa
+
+        return Features.from_table(self.table().take(pa.array(rows)))
+
     def table(self) -> pa.Table:
         """Return the columns of a part."""
         import pyarrow as pa
