@@ -206,3 +206,36 @@ def test_wide_states_are_projected_and_an_example_takes_less_than_a_kilobyte(tmp
     )
     folder.write("corpus", 0, table)
     assert folder.parts("corpus")[0].stat().st_size < 1000 * 2000
+
+
+def test_preflight_forecasts_before_anything_is_run(model: Path, atlas: Path, tmp_path: Path) -> None:
+    texts, names = list(make_pool(40)), [f"task{i}" for i in range(8)]
+    for i, name in enumerate([*names, "new"]):
+        Pool(texts[i * 4 : i * 4 + 4]).save(tmp_path / "tasks" / f"{name}.jsonl")
+    code, out, err = run_command(
+        *("preflight", model, tmp_path / "tasks" / "new.jsonl", "--atlas", atlas, "--tasks", tmp_path / "tasks"),
+        *("--level", "0.8", "-o", tmp_path / "f.parquet", "--json"),
+    )
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["with_text"], facts["tasks_of_the_atlas"]) == (8, 8)
+    assert facts["mean_lower"] < facts["mean_forgetting"] < facts["mean_upper"]
+    assert TaskForecast.load(tmp_path / "f.parquet").task == "new"
+    code, out, err = run_command("preflight", model, tmp_path / "tasks" / "new.jsonl", "--atlas", atlas)
+    assert code == 0
+    assert "too few" in err
+    assert "atlas's mean" in err
+
+
+def test_preflight_refuses_a_task_without_examples(model: Path, atlas: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    code, _, err = run_command("preflight", model, tmp_path / "empty.jsonl", "--atlas", atlas)
+    assert code == 2
+    assert "no examples" in err
+    (tmp_path / "no").mkdir()
+    Pool([EXAMPLES[0]]).save(tmp_path / "task.jsonl")
+    code, _, err = run_command(
+        "preflight", model, tmp_path / "task.jsonl", "--atlas", atlas, "--tasks", tmp_path / "no"
+    )
+    assert code == 2
+    assert "no file of a task" in err

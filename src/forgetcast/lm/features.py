@@ -10,7 +10,7 @@ import torch
 
 from forgetcast.data.ids import ExampleIndex
 from forgetcast.data.pool import Example, Pool
-from forgetcast.errors import ConfigError, MismatchError
+from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm.head import Head
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import Inputs, measure_batches, prepare
@@ -127,6 +127,49 @@ def hidden_states(
     """
     chosen = default_layers(language_model) if layers is None else layers
     return forward(language_model, pool, chosen, on_progress=on_progress).states.reshape(len(pool), -1)
+
+
+TASK_SAMPLE = 64
+"""Examples of a task that its features are the mean of."""
+
+
+def task_features(language_model: LanguageModel, task: Pool, *, sample: int = TASK_SAMPLE) -> np.ndarray:
+    """Return what the base model makes of a fine-tuning data set, before any training.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    task : Pool
+    sample : int
+        Number of examples, drawn at random but always the same ones.
+
+    Returns
+    -------
+    array, shape (2 D + 4,)
+        Means over the examples: hidden states of the middle layer and the last; loss (nats per token); logarithm of the
+        number of target tokens, and of all tokens; share of examples that have a prompt.
+
+    Raises
+    ------
+    DataError
+        If no example can be scored.
+    """
+    drawn = np.random.default_rng(0).permutation(len(task))[:sample]
+    part = Pool(task[int(i)] for i in np.sort(drawn))
+    passed = forward(language_model, part, default_layers(language_model))
+    usable = np.flatnonzero(np.isfinite(passed.nll))
+    if not len(usable):
+        raise DataError(
+            f"of the task, none of {len(part)} examples has a finite loss and target tokens: nothing to use"
+        )
+    encoded = [passed.inputs.encoded[i] for i in usable.tolist()]
+    others = [
+        passed.nll[usable].mean(),
+        np.mean(np.log([each.targets for each in encoded])),
+        np.mean(np.log([len(each.ids) for each in encoded])),
+        np.mean([part[i].text is None for i in usable.tolist()]),
+    ]
+    return np.concatenate([passed.states[usable].mean(axis=0).ravel(), others])
 
 
 def feature_settings(
