@@ -2,7 +2,7 @@
 
 Columns of the atlas are held out in folds, and tasks too. The forecast of a held-out task at a held-out column from ten
 probes is made with the loadings that were measured there, and with what features predict; each is compared with the
-truth.
+truth. Then each task is left out and forecast from its text alone, from probes, and from both.
 
     python benchmarks/unmeasured.py DEMO [--quick] [--json results/unmeasured.json]
 
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from forgetcast import Atlas, Pool
 from forgetcast.completion import Bayesian
+from forgetcast.completion.preflight import Preflight
 from forgetcast.completion.unmeasured import Unmeasured
 from forgetcast.measure.features import FeatureFolder, Features
 from shared import conclude, output, target
@@ -90,6 +91,37 @@ def measure(atlas: Atlas, features: Features, folds: int) -> list[dict[str, Any]
     return rows
 
 
+def before_any_run(atlas: Atlas, folder: Path) -> list[dict[str, Any]]:
+    """Leave out each task in turn: its row from its text alone, from probes, and from both."""
+    from forgetcast.lm import load
+    from forgetcast.lm.features import task_features
+
+    matrix = atlas.matrix()
+    with as_file(files("forgetcast.demo") / "model") as model_folder:
+        base = load(model_folder)
+        texts = np.array([task_features(base, Pool.load(folder / "tasks" / f"{name}.jsonl")) for name in matrix.tasks])
+    rng, squares = np.random.default_rng(0), dict[str, list[float]]()
+    whole = Preflight(Bayesian().fit(matrix)).fit(texts)
+    for task in range(len(matrix.tasks)):
+        past = np.delete(np.arange(len(matrix.tasks)), task)
+        model = Bayesian().fit(matrix.select([matrix.tasks[i] for i in past.tolist()]))
+        before = Preflight(model).fit(texts[past])
+        truth = matrix.values[task].astype(float)
+        means = {
+            "the atlas's mean": model.predict([], []).mean,
+            "text, where it helped on the others": before.forecast(texts[task]).mean,
+        }
+        for k in (2, 10):
+            probes = rng.choice(len(truth), k, replace=False)
+            means[f"{k} probes"] = model.predict(probes, truth[probes]).mean
+            means[f"{k} probes and text"] = before.model_for(texts[task]).predict(probes, truth[probes]).mean
+        for name, mean in means.items():
+            squares.setdefault(name, []).append(float(np.mean((mean - truth) ** 2)))
+    rows = [{"before": name, "rmse": float(np.sqrt(np.mean(values)))} for name, values in squares.items()]
+    forced = whole.errors_["text"] / whole.errors_["atlas mean"]
+    return [*rows, {"before": "text, always (folds of tasks): ratio to the atlas's mean", "rmse": forced}]
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,9 +149,16 @@ def main() -> None:
     console.print("coverage: " + ", ".join(f"{level:.0%}: {share:.1%}" for level, share in coverage.items()))
     rows += [{"level": level, "coverage": share} for level, share in coverage.items()]
     worst = max(abs(share - level) for level, share in coverage.items())
+    cheap = before_any_run(atlas, arguments.demo)
+    table = Table("forecast of a left-out task", "RMSE", title="Before anything is run")
+    for row in cheap:
+        table.add_row(row["before"], f"{row['rmse']:.4f}")
+    console.print(table)
+    rows += cheap
     targets = [
         target("share of the measured loadings' R^2", rows[1]["r2"] / rows[0]["r2"], 0.5, least=True),
         target("the same, within tasks", rows[1]["r2_within"] / rows[0]["r2_within"], 0.5, least=True),
+        target("RMSE of the text alone, ratio to the atlas's mean", cheap[1]["rmse"] / cheap[0]["rmse"], 0.9),
         target("largest distance of the coverage from nominal", worst, 0.03),
     ]
     conclude(console, rows, targets, arguments.json)
