@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -21,15 +22,20 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from forgetcast import Atlas, Pool
+from forgetcast import Atlas, Pool, Recipe, make_plan
 from forgetcast.completion import Bayesian
 from forgetcast.completion.preflight import Preflight
 from forgetcast.completion.unmeasured import Unmeasured
+from forgetcast.demo.corpus import demo_pool
 from forgetcast.measure.features import FeatureFolder, Features
+from forgetcast.probes import choose
+from forgetcast.replay import Signals
+from forgetcast.replay.corpus import join_corpus
 from shared import conclude, output, target
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 PROBES = 10
+RATIO = 0.2
 
 
 def pool_features(pool: Pool) -> Features:
@@ -92,34 +98,98 @@ def measure(atlas: Atlas, features: Features, folds: int) -> list[dict[str, Any]
 
 
 def before_any_run(atlas: Atlas, folder: Path) -> list[dict[str, Any]]:
-    """Leave out each task in turn: its row from its text alone, from probes, and from both."""
-    from forgetcast.lm import load
+    """Leave out each task in turn: its row from its text, from one virtual step, from probes, and from these together.
+
+    The virtual step is the first-order change of 64 examples' losses along the task's gradient at the base model: one
+    gradient of 64 examples of the task, and two forward passes of the 64.
+    """
+    from forgetcast.lm import gradient_products, load
     from forgetcast.lm.features import task_features
 
-    matrix = atlas.matrix()
+    matrix, seconds = atlas.matrix(), {"text": 0.0, "virtual step": 0.0}
+    some = atlas.pool.subset(matrix.examples[i] for i in np.linspace(0, matrix.shape[1] - 1, 64).astype(int).tolist())
+    given: dict[str, list[np.ndarray]] = {name: [] for name in seconds}
     with as_file(files("forgetcast.demo") / "model") as model_folder:
         base = load(model_folder)
-        texts = np.array([task_features(base, Pool.load(folder / "tasks" / f"{name}.jsonl")) for name in matrix.tasks])
+        for name in matrix.tasks:
+            task = Pool.load(folder / "tasks" / f"{name}.jsonl")
+            for what, measured in (
+                ("text", lambda task=task: task_features(base, task)),
+                ("virtual step", lambda task=task: gradient_products(base, task, some)),
+            ):
+                start = time.perf_counter()
+                given[what].append(measured())
+                seconds[what] += time.perf_counter() - start
+    features = {name: np.array(rows) for name, rows in given.items()}
+    features["text and virtual step"] = np.column_stack(list(features.values()))
     rng, squares = np.random.default_rng(0), dict[str, list[float]]()
-    whole = Preflight(Bayesian().fit(matrix)).fit(texts)
     for task in range(len(matrix.tasks)):
         past = np.delete(np.arange(len(matrix.tasks)), task)
         model = Bayesian().fit(matrix.select([matrix.tasks[i] for i in past.tolist()]))
-        before = Preflight(model).fit(texts[past])
         truth = matrix.values[task].astype(float)
-        means = {
-            "the atlas's mean": model.predict([], []).mean,
-            "text, where it helped on the others": before.forecast(texts[task]).mean,
-        }
+        before = {name: Preflight(model).fit(rows[past]) for name, rows in features.items()}
+        means = {"the atlas's mean": model.predict([], []).mean}
+        means |= {name: each.forecast(features[name][task]).mean for name, each in before.items()}
         for k in (2, 10):
             probes = rng.choice(len(truth), k, replace=False)
             means[f"{k} probes"] = model.predict(probes, truth[probes]).mean
-            means[f"{k} probes and text"] = before.model_for(texts[task]).predict(probes, truth[probes]).mean
+            for name in ("text", "virtual step"):
+                prior = before[name].model_for(features[name][task])
+                means[f"{k} probes and {name}"] = prior.predict(probes, truth[probes]).mean
         for name, mean in means.items():
             squares.setdefault(name, []).append(float(np.mean((mean - truth) ** 2)))
-    rows = [{"before": name, "rmse": float(np.sqrt(np.mean(values)))} for name, values in squares.items()]
-    forced = whole.errors_["text"] / whole.errors_["atlas mean"]
-    return [*rows, {"before": "text, always (folds of tasks): ratio to the atlas's mean", "rmse": forced}]
+    rows = [
+        {"before": name, "rmse": float(np.sqrt(np.mean(values))), "seconds": seconds.get(name, np.nan) / len(values)}
+        for name, values in squares.items()
+    ]
+    for name, table in features.items():
+        errors = Preflight(Bayesian().fit(matrix)).fit(table).errors_
+        rows.append({"before": f"{name}, always: ratio", "rmse": errors["text"] / errors["atlas mean"]})
+    return rows
+
+
+def replay(atlas: Atlas, folder: Path, tasks: int) -> list[dict[str, Any]]:
+    """Fine-tune tasks with replay from the pool, and from a corpus ten times as large; judge on half of the pool."""
+    from forgetcast.lm import FineTuner, load, score
+    from forgetcast.lm.features import feature_settings, write_features
+
+    pool, matrix = atlas.pool, atlas.matrix()
+    corpus = Pool(replace(each, id=f"corpus:{each.id}") for each in demo_pool(10 * len(pool)))
+    both, held_out = Pool([*pool, *corpus]), list(pool.hold_out(0.5))
+    judged = pool.subset(held_out)
+    free = np.setdiff1d(np.arange(len(pool)), pool.positions(held_out))
+    rows: list[dict[str, Any]] = []
+    with as_file(files("forgetcast.demo") / "model") as model_folder, tempfile.TemporaryDirectory() as made:
+        tuner = FineTuner(load(model_folder))
+        opened = FeatureFolder.begin(Path(made) / "features", feature_settings(tuner.base))
+        for group, examples in (("pool", pool), ("corpus", corpus)):
+            total, _ = write_features(tuner.base, examples, opened, group)
+            opened.finish(group, {"examples": total})
+        before = score(tuner.base, judged).nll
+        for task in matrix.tasks[:tasks]:
+            model = Bayesian().fit(matrix.select([name for name in matrix.tasks if name != task]))
+            probes = choose(model, PROBES, free)
+            row = model.predict(probes, matrix.select([task]).values[0, probes].astype(float))
+            signals = Signals(pool.ids, forecast=row.mean)
+            joined = join_corpus(signals, opened, held_out, needs=["forecast"])
+            arms: dict[str, tuple[Any, Pool]] = {}
+            for name in ("random", "top"):
+                arms[f"{name}, pool"] = (make_plan(pool, name, signals, ratio=RATIO, held_out=held_out), pool)
+                plan = make_plan(
+                    joined.candidates, name, joined.signals, ratio=RATIO, held_out=joined.held_out, among=joined.among
+                )
+                arms[f"{name}, pool and corpus"] = (plan, both)
+            data = Pool.load(folder / "tasks" / f"{task}.jsonl")
+            for arm, (plan, texts) in arms.items():
+                tuner.restore()
+                tuned = tuner.tune(data, Recipe(**atlas.recipe), plan=plan, pool=texts).language_model
+                change = score(tuned, judged).nll - before
+                worst = float(np.mean(np.sort(change)[-len(change) // 10 :]))
+                rows.append(
+                    {"task": task, "arm": arm, "forgetting": float(change.mean()), "worst_tenth": worst}
+                    | {"left_out": joined.overlapping}
+                )
+    return rows
 
 
 def main() -> None:
@@ -127,6 +197,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path)
     parser.add_argument("--quick", action="store_true", help="Three folds instead of five.")
+    parser.add_argument(
+        "--replay", type=int, default=0, help="Tasks to fine-tune with replay from a corpus, in minutes."
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     atlas, console = Atlas.open(arguments.demo / "demo.atlas"), output()
@@ -155,6 +228,15 @@ def main() -> None:
         table.add_row(row["before"], f"{row['rmse']:.4f}")
     console.print(table)
     rows += cheap
+    if arguments.replay:
+        runs = replay(atlas, arguments.demo, arguments.replay)
+        rows += runs
+        table = Table("replay", "mean forgetting", "worst tenth", title=f"{arguments.replay} tasks, {RATIO:g} replayed")
+        for arm in dict.fromkeys(run["arm"] for run in runs):
+            of_arm = [run for run in runs if run["arm"] == arm]
+            figures = (np.mean([run[name] for run in of_arm]) for name in ("forgetting", "worst_tenth"))
+            table.add_row(arm, *(f"{figure:.4f}" for figure in figures))
+        console.print(table)
     targets = [
         target("share of the measured loadings' R^2", rows[1]["r2"] / rows[0]["r2"], 0.5, least=True),
         target("the same, within tasks", rows[1]["r2_within"] / rows[0]["r2_within"], 0.5, least=True),
