@@ -14,19 +14,21 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from forgetcast import Atlas, Pool, Recipe, make_plan
+from forgetcast import Atlas, Example, Pool, Recipe, make_plan
 from forgetcast.completion import Bayesian
 from forgetcast.completion.preflight import Preflight
 from forgetcast.completion.unmeasured import Unmeasured
-from forgetcast.demo.corpus import demo_pool
+from forgetcast.demo.corpus import SOURCES, documents
 from forgetcast.measure.features import FeatureFolder, Features
 from forgetcast.probes import choose
 from forgetcast.replay import Signals
@@ -148,13 +150,29 @@ def before_any_run(atlas: Atlas, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def corpus_for(pool: Pool) -> Pool:
+    """Other documents than the pool's, ten times as many examples, as far as there are so many of each source."""
+    known = [example.full_text.strip() for example in pool]
+    found = []
+    for source in SOURCES:
+        wanted = 10 * len(pool) // len(SOURCES)
+        fresh = (document for document in documents(source) if not document.held_out and not _has(document.text, known))
+        for i, document in enumerate(islice(fresh, wanted)):
+            found.append(Example(f"corpus:{source}:{i}", document.text[:360], source=source))
+    return Pool(found)
+
+
+def _has(text: str, parts: Sequence[str]) -> bool:
+    return any(part in text for part in parts)
+
+
 def replay(atlas: Atlas, folder: Path, tasks: int) -> list[dict[str, Any]]:
     """Fine-tune tasks with replay from the pool, and from a corpus ten times as large; judge on half of the pool."""
     from forgetcast.lm import FineTuner, load, score
     from forgetcast.lm.features import feature_settings, write_features
 
     pool, matrix = atlas.pool, atlas.matrix()
-    corpus = Pool(replace(each, id=f"corpus:{each.id}") for each in demo_pool(10 * len(pool)))
+    corpus = corpus_for(pool)
     both, held_out = Pool([*pool, *corpus]), list(pool.hold_out(0.5))
     judged = pool.subset(held_out)
     free = np.setdiff1d(np.arange(len(pool)), pool.positions(held_out))
@@ -187,7 +205,7 @@ def replay(atlas: Atlas, folder: Path, tasks: int) -> list[dict[str, Any]]:
                 worst = float(np.mean(np.sort(change)[-len(change) // 10 :]))
                 rows.append(
                     {"task": task, "arm": arm, "forgetting": float(change.mean()), "worst_tenth": worst}
-                    | {"left_out": joined.overlapping}
+                    | {"corpus": len(corpus), "left_out": joined.overlapping}
                 )
     return rows
 
