@@ -27,6 +27,8 @@ COMMANDS = (
     "strategies",
     "score",
     "diff",
+    "features",
+    "preflight",
     "add",
     "atlas",
     "collect",

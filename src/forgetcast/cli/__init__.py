@@ -12,7 +12,19 @@ import warnings
 import typer
 
 # Each registers its commands, in the order in which they are listed.
-from forgetcast.cli import pool, measure, start, atlas, atlas_files, atlas_exchange, forecast, plan, train, report  # isort: skip
+from forgetcast.cli import (
+    pool,
+    measure,
+    features,
+    start,
+    atlas,
+    atlas_files,
+    atlas_exchange,
+    forecast,
+    plan,
+    train,
+    report,
+)  # isort: skip
 from forgetcast.cli.app import app, err, fail, out
 from forgetcast.errors import ForgetcastError
 
@@ -22,6 +34,7 @@ __all__ = [
     "atlas_exchange",
     "atlas_files",
     "err",
+    "features",
     "forecast",
     "main",
     "measure",

@@ -26,12 +26,13 @@ from forgetcast.cli.options import (
     loads_a_model,
 )
 from forgetcast.defaults import MAX_SEED
-from forgetcast.errors import ConfigError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
-    from forgetcast.completion import Completion
+    from forgetcast.completion import Completion, Forecast
+    from forgetcast.completion.forecast import TaskForecast
     from forgetcast.experiments.until import Stopped
     from forgetcast.measure import Scores
 
@@ -115,6 +116,10 @@ def forecast(
     ] = 0.1,
     task: Annotated[str | None, typer.Option(help="Name of the new task, for the report.")] = None,
     seed: Seed = 0,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Features of a corpus (see `forgetcast features`) to forecast too, into a second file."),
+    ] = None,
     allow_different_tokens: AllowDifferentTokens = False,
     as_json: AsJson = False,
     *,
@@ -189,6 +194,7 @@ def forecast(
     priors = len(set(opened.priors).intersection(known))
     completed = replace(completed, different_tokens=different, rows=len(known), prior_rows=priors)
     completed.save(output)
+    beyond = {} if corpus is None else _of_corpus(opened, corpus, fitted, stopped.forecast, completed, output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
     facts = {
         "examples": len(completed.ids),
@@ -202,6 +208,7 @@ def forecast(
         "misfit": completed.misfit,
         "calibration_tasks": completed.calibration_tasks,
         "output": str(output),
+        **beyond,
     }
     rows = [
         {"id": completed.ids[i], "probed": bool(completed.probed[i])}
@@ -290,6 +297,56 @@ def _measure(
     population = np.flatnonzero(~np.isnan(atlas.nll_before))
     stopped = measure_until(fitted, measure, population, **settings)
     return stopped, measure.keep(stopped.forecast.probes, stopped.forecast.audit)
+
+
+def _of_corpus(
+    atlas: Atlas,
+    path: Path,
+    model: Completion,
+    forecast: Forecast,
+    completed: TaskForecast,
+    output: Path,
+) -> dict[str, Any]:
+    """Forecast a corpus into a file beside that of the pool, and return what there is to say."""
+    import numpy as np
+
+    from forgetcast.completion.forecast import TaskForecast
+    from forgetcast.completion.unmeasured import Unmeasured
+    from forgetcast.measure.features import FeatureFolder, fingerprint
+
+    folder = FeatureFolder(path)
+    folder.check_model(atlas.model_hash)
+    folder.require("corpus")
+    extended = Unmeasured(model).fit(folder.all("pool"))
+    row = extended.predict(forecast.probes, forecast.mean[forecast.probes], folder.read("corpus"))
+    known = np.flatnonzero(np.isfinite(row.mean))
+    if not len(known):
+        raise DataError(f"{path}: no example of the corpus has features")
+    parts = [(part.ids, part.contents.to_pylist()) for part in folder.read("corpus")]
+    ids = [id_ for part, _ in parts for id_ in part]
+    contents = [content for _, part in parts for content in part]
+    lower, upper = row.interval(completed.level)
+    target = output.with_suffix(".corpus.parquet")
+    TaskForecast(
+        [ids[i] for i in known.tolist()],
+        row.mean[known],
+        row.std[known],
+        lower[known],
+        upper[known],
+        np.zeros(len(known), dtype=bool),
+        completed.level,
+        completed.misfit,
+        completed.method,
+        fingerprint(contents[i] for i in known.tolist()),
+        completed.task,
+    ).save(target)
+    return {
+        "corpus_examples": len(known),
+        "corpus_without_features": len(ids) - len(known),
+        "corpus_mean_forgetting": float(row.mean[known].mean()),
+        "corpus_explained": float(extended.transfer_.explained(completed.mean[:, None])[0]),
+        "corpus_output": str(target),
+    }
 
 
 @app.command(rich_help_panel=FORECAST)

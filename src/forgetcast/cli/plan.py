@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from forgetcast.data import Pool, Recipe
     from forgetcast.measure import Scores
     from forgetcast.replay import Advice, ReplayPlan, Strategy
+    from forgetcast.replay.corpus import Candidates
 
 
 @app.command(rich_help_panel=REPLAY)
@@ -98,6 +99,10 @@ def plan(
         Path | None,
         typer.Option(help="Fine-tuning data: for strategies that need `gradients`, and for advice on a piloted task."),
     ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Features of a corpus (see `forgetcast features`): replay from it and from the pool."),
+    ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="Replay only examples of this source; may be repeated.")
     ] = None,
@@ -124,12 +129,19 @@ def plan(
 
     Example: forgetcast plan runs.atlas --forecast forecast.parquet --ratio 0.125 -o plan.parquet
 
+    With `--corpus`, the plan is of a pool that has the examples of both: the corpus, if the pool was drawn from it,
+    else a folder with both files.
+
+    Example: forgetcast plan runs.atlas --forecast forecast.parquet --corpus corpus.features -o plan.parquet
+
     Example: forgetcast plan runs.atlas --advise --target-retention 0.5 --strategy top -o plan.parquet
     """
     from forgetcast import replay
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import advice_tables
     from forgetcast.data.reader import data_name
+    from forgetcast.measure.features import FeatureFolder
+    from forgetcast.replay.corpus import join_corpus
 
     if output is not None:
         check_destination(output)
@@ -163,13 +175,21 @@ def plan(
             else None
         ),
     )
+    held_out_ids, joined = opened.hold_out(hold_out, seed=seed, exclude=given), None
+    candidates: Pool | Candidates = opened.pool
+    among: Sequence[str] | None = None
+    if corpus is not None:
+        folder = FeatureFolder(corpus)
+        folder.check_model(opened.model_hash)
+        joined = join_corpus(signals, folder, held_out_ids, needs=rule.needs)
+        candidates, signals, among = joined.candidates, joined.signals, joined.among
     planned = replay.make_plan(
-        opened.pool,
+        candidates,
         rule,
         signals,
         ratio=(RATIO if ratio is None else ratio) if rule.phase != "never" else 0.0,
-        held_out=opened.hold_out(hold_out, seed=seed, exclude=given),
-        among=_of_sources(opened.pool, source) if source else None,
+        held_out=held_out_ids if joined is None else joined.held_out,
+        among=_of_sources(candidates, source, among) if source else among,
         repeat=repeat,
         seed=seed,
     )
@@ -185,8 +205,14 @@ def plan(
         "effective_size": round(planned.effective_size, 1) if sampled else None,
         "held_out": len(planned.held_out_ids),
         **_under_recipe(planned, shared),
+        **(joined.as_dict() if joined is not None else {}),
         "output": str(output),
     }
+    if joined is not None and joined.overlapping and not as_json:
+        err.print(
+            f"{joined.overlapping} example(s) of the corpus are left out: the pool has the same tokens "
+            f"({joined.overlapping_held_out} of them in held-out examples)"
+        )
     if advice is not None and not as_json:
         print_all(advice_tables(advice))
     show(facts | ({"advice": advice.as_dict()} if advice is not None and as_json else {}), as_json, title="Replay plan")
@@ -261,12 +287,13 @@ def _measured(atlas: Atlas, path: Path) -> np.ndarray:
     return measured
 
 
-def _of_sources(pool: Pool, sources: Sequence[str]) -> list[str]:
-    """Return the ids of the examples of these sources."""
+def _of_sources(pool: Pool | Candidates, sources: Sequence[str], among: Sequence[str] | None) -> list[str]:
+    """Return the ids of the examples of these sources, of those in `among`."""
     if unknown := sorted(set(sources) - set(pool.sources)):
         there = ", ".join(sorted(set(pool.sources)))
         raise ConfigError(f"the pool has no example of the source {unknown[0]!r}; it has {there}")
-    return [id_ for id_, source in zip(pool.ids, pool.sources, strict=True) if source in sources]
+    of_sources = [id_ for id_, source in zip(pool.ids, pool.sources, strict=True) if source in sources]
+    return of_sources if among is None else sorted(set(of_sources).intersection(among))
 
 
 def _gradients(atlas: Atlas, model: str, task: Pool, loading: Loading) -> np.ndarray:

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
@@ -372,12 +372,18 @@ class Completion(ABC):
             misfits.extend(log_misfit)
         if not ratios:
             return
-        pooled = np.abs(np.concatenate(ratios))
-        self.scale_ = float(np.sqrt(np.mean(pooled**2))) or 1.0
-        self.widths_ = np.quantile(pooled, LEVELS) / self.scale_
-        self.widths_[0] = 0.0
+        self.scale_, self.widths_ = interval_widths(np.concatenate(ratios))
         self._log_misfits = np.array(misfits)
         self._left_out = LeftOut(left_out, self.scale_, values.shape[0])
+
+
+def interval_widths(errors: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return scale and widths, as attributes of `Completion`, from standardised errors (n,) on left-out data."""
+    sizes = np.abs(errors)
+    scale = float(np.sqrt(np.mean(sizes**2))) or 1.0
+    widths = np.quantile(sizes, LEVELS) / scale
+    widths[0] = 0.0
+    return scale, widths
 
 
 def settings(method: Completion) -> dict[str, Any]:
@@ -428,6 +434,36 @@ def leave_tasks_out(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield splits on a part of the columns: the remaining rows, the left-out rows, and random probes.
 
+    See `task_splits`, which also says which rows and columns those are.
+    """
+    for split in task_splits(values, similar=similar):
+        yield split.rest, split.rows, split.probes
+
+
+class Split(NamedTuple):
+    """Tasks that are left out, on n columns.
+
+    Attributes
+    ----------
+    rest, rows : array, shapes (m, n) and (b, n)
+        The remaining rows and those left out, which are complete.
+    probes : array of int, shape (CALIBRATION_PROBES,)
+        Positions among the n columns.
+    kept, left_out, columns : array of int, shapes (m,), (b,) and (n,)
+        Rows and columns of the matrix.
+    """
+
+    rest: np.ndarray
+    rows: np.ndarray
+    probes: np.ndarray
+    kept: np.ndarray
+    left_out: np.ndarray
+    columns: np.ndarray
+
+
+def task_splits(values: np.ndarray | StoredMatrix, *, similar: float = 0.0) -> Iterator[Split]:
+    """Yield splits on a part of the columns.
+
     A complete matrix is split into at most CALIBRATION_FOLDS groups, so that every task is left out once. Where entries
     are missing, at most CALIBRATION_TASKS are left out singly, each on its observed columns; so too for `similar`, the
     share of the other tasks, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used.
@@ -436,7 +472,8 @@ def leave_tasks_out(
     if values.shape[0] < 4:
         return
     rng = np.random.default_rng(0)
-    part = values[:, np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])].astype(np.float64)
+    columns = np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])
+    part = values[:, columns].astype(np.float64)
     observed, order = ~np.isnan(part), rng.permutation(len(part))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))
     if similar or not observed.all():
@@ -450,4 +487,5 @@ def leave_tasks_out(
         kept = kept[observed[np.ix_(kept, usable)].any(axis=1)]
         if len(usable) >= 2 * CALIBRATION_PROBES and len(kept) >= 2:
             probes = rng.permutation(len(usable))[:CALIBRATION_PROBES]
-            yield part[np.ix_(kept, usable)], part[np.ix_(fold, usable)], probes
+            rest, rows = part[np.ix_(kept, usable)], part[np.ix_(fold, usable)]
+            yield Split(rest, rows, probes, kept, fold, columns[usable])

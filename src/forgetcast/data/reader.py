@@ -8,6 +8,7 @@ too (`strict`).
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -505,6 +506,30 @@ class Reader:
             for number, rows in self._chunks(part):
                 yield from self._examples(part, number, rows if isinstance(rows, list) else rows.to_pylist())
         self._check_found()
+
+    def unique(self) -> Iterator[Example]:
+        """Yield the examples of a stream too long for memory, as `read_table` keeps them: each id once.
+
+        Only a hash of each id is kept, about 60 bytes.
+
+        Raises
+        ------
+        DataError
+            If an id that is not made from the content occurs twice.
+        """
+        seen = set[int]()
+        for example, part, number, made in self:
+            key = int.from_bytes(hashlib.blake2b(example.id.encode(), digest_size=8).digest())
+            if key not in seen:
+                seen.add(key)
+                yield example
+            elif made:
+                self.report.duplicates += 1
+            else:
+                raise DataError(
+                    f"{part.place(number)}: the id {example.id!r} occurs a second time; ids must be unique "
+                    "(--column id= makes them from the contents)"
+                )
 
     def _chunks(self, part: Part) -> Iterator[tuple[int, list[dict[str, Any]] | pa.RecordBatch]]:
         """Yield the rows of a part, one or a batch at a time, with the number of the first."""

@@ -13,6 +13,7 @@ except ImportError as error:
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
 from forgetcast.lm.additional import kl_divergence, score_again
+from forgetcast.lm.features import hidden_states
 from forgetcast.lm.generate import exact_match, sample_texts
 from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.load import LanguageModel, SharedBase, load
@@ -36,6 +37,7 @@ __all__ = [
     "Tuned",
     "exact_match",
     "gradient_products",
+    "hidden_states",
     "kl_divergence",
     "load",
     "sample_texts",

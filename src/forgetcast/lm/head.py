@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,35 @@ class Head:
         labels : tensor of int, shape (B, L)
             The token's id if it is a target, else IGNORED_INDEX. The first token of a row is never a target.
         """
+        return self._nll(self._run(ids, mask), labels)
+
+    def _nll(self, output: Any, labels: torch.Tensor) -> torch.Tensor:
         targets = labels[:, 1:][_predicted(labels)].split(self.chunk)
-        parts = zip(self.logits(ids, mask, labels, self.chunk), targets, strict=True)
+        parts = zip(self._chunks(output, labels, self.chunk), targets, strict=True)
         return _by_token(labels, (_losses(logits, expected) for logits, expected in parts))
+
+    def nll_and_states(
+        self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, layers: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses, as `nll` does, and hidden states summed over the target tokens, by one forward pass.
+
+        Parameters
+        ----------
+        ids, mask, labels : tensor of int, shape (B, L)
+            As in `nll`.
+        layers : sequence of int
+            0: the embeddings; l: the output of block l. Of the last one, the states after the final normalisation.
+
+        Returns
+        -------
+        nll : tensor, shape (B, L)
+        states : tensor of double, shape (B, len(layers), D)
+        """
+        output = self._run(ids, mask, states=True)
+        # Adapters that add virtual tokens put them first.
+        states = torch.stack([output.hidden_states[layer][:, -labels.shape[1] :] for layer in layers], dim=1)
+        targets = (labels != IGNORED_INDEX).to(states.device, torch.float64)
+        return self._nll(output, labels), torch.einsum("bkld,bl->bkd", states.double(), targets).cpu()
 
     def logits(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
         """Yield the logits that predict the target tokens, row by row: tensors of shape (T, V), T at most `chunk`.
@@ -85,14 +111,18 @@ class Head:
             As in `nll`.
         chunk : int
         """
+        return self._chunks(self._run(ids, mask), labels, chunk)
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor, *, states: bool = False) -> Any:
+        """Output of the decoder, or of the whole model where they cannot be separated; on request with all states."""
         device = self._model.device
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        run = self._decoder if self.chunked else self._model
+        further = {"output_hidden_states": True} if states else {}
+        return run(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **further)
+
+    def _chunks(self, output: Any, labels: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
         # The logits of virtual tokens, if there are any, come first.
-        hidden = (
-            self._decoder(**inputs).last_hidden_state
-            if self.chunked
-            else self._model(**inputs).logits[:, -labels.shape[1] :]
-        )
+        hidden = output.last_hidden_state if self.chunked else output.logits[:, -labels.shape[1] :]
         for part in hidden[:, :-1][_predicted(labels).to(hidden.device)].split(chunk):
             yield self._logits(part) if self.chunked else part
 

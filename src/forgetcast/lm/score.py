@@ -312,10 +312,32 @@ def _measure(
 
     With a reference, the KL divergences from it are summed instead.
     """
+    models = [each for each in (language_model, reference) if each is not None]
+
+    def sums(heads: list[Head], *batch: torch.Tensor) -> torch.Tensor:
+        values = heads[0].nll(*batch) if reference is None else kl_divergence(heads[0], heads[1], *batch)
+        return values.sum(dim=1)
+
+    for batch, totals in measure_batches(models, pieces, batch_tokens, sums):
+        yield batch, [None if total is None else float(total) for total in totals]
+
+
+Measure = Callable[..., torch.Tensor]
+"""Measures a batch: from the heads of the models, and ids, mask and labels (B, L), to a tensor with B rows."""
+
+
+def measure_batches(
+    language_models: Sequence[LanguageModel], pieces: Sequence[Encoded], batch_tokens: int | None, measure: Measure
+) -> Iterator[tuple[list[int], list[torch.Tensor | None]]]:
+    """Yield, for each batch, the positions of its pieces and the row of each; None where memory runs out.
+
+    The first model's tokenizer pads. All models are in evaluation mode meanwhile.
+    """
     if not pieces:
         return
-    batch_tokens = batch_tokens or default_batch_tokens(language_model)
-    models = [each.model for each in (language_model, reference) if each is not None]
+    first = language_models[0]
+    batch_tokens = batch_tokens or default_batch_tokens(first)
+    models = [each.model for each in language_models]
     were_training = [model.training for model in models]
     for model in models:
         model.eval()
@@ -325,9 +347,8 @@ def _measure(
         for head, model in zip(heads, models, strict=True):
             if not head.chunked:
                 batch_tokens = max(min(batch_tokens, WHOLE_LOGITS // embedding_rows(model)), 1)
-        measure = heads[0].nll if reference is None else partial_function(kl_divergence, heads[0], heads[1])
         for batch in _batches(pieces, batch_tokens):
-            yield batch, _sums(measure, [pieces[i] for i in batch], pad_id(language_model.tokenizer))
+            yield batch, _rows(partial_function(measure, heads), [pieces[i] for i in batch], pad_id(first.tokenizer))
     finally:
         for model, was_training in zip(models, were_training, strict=True):
             model.train(was_training)
@@ -442,12 +463,12 @@ def _batches(pieces: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]
         start = stop[start]
 
 
-def _sums(
+def _rows(
     measure: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], pieces: Sequence[Encoded], padding: int
-) -> list[float | None]:
-    """Summed values of each piece; a batch that runs out of memory is halved, and a piece that does not fit is None."""
+) -> list[torch.Tensor | None]:
+    """Measure each piece; a batch that runs out of memory is halved, and a piece that does not fit is None."""
     try:
-        return measure(*pad(pieces, padding)).sum(dim=1).tolist()
+        return list(measure(*pad(pieces, padding)))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
@@ -460,4 +481,4 @@ def _sums(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(pieces) // 2
-    return _sums(measure, pieces[:half], padding) + _sums(measure, pieces[half:], padding)
+    return _rows(measure, pieces[:half], padding) + _rows(measure, pieces[half:], padding)

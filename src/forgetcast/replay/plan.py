@@ -20,6 +20,7 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.defaults import MAX_SEED, MOST_EXAMPLES
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import read_table, write_table
+from forgetcast.replay.corpus import Candidates
 from forgetcast.replay.sampling import interleave, stratified_order
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import Phase, Strategy, get_strategy
@@ -289,7 +290,7 @@ class ReplayPlan:
 
 
 def make_plan(
-    pool: Pool,
+    pool: Pool | Candidates,
     strategy: str | Strategy,
     signals: Signals | None = None,
     *,
@@ -303,7 +304,7 @@ def make_plan(
 
     Parameters
     ----------
-    pool : Pool
+    pool : Pool or Candidates
     strategy : str or Strategy
         A name, or an object where it has settings.
     signals : Signals, optional

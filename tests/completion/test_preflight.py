@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from forgetcast import DataError, MismatchError
+from forgetcast.atlas import ForgettingMatrix
+from forgetcast.completion import Bayesian
+from forgetcast.completion.preflight import Preflight, with_prior
+
+
+def world(tasks: int = 40, n: int = 200, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Forgetting whose shift and factor follow from two features of the task, but for a small part."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(tasks, 6))
+    coordinates = features[:, :2] + 0.3 * rng.normal(size=(tasks, 2))
+    loadings = np.column_stack([np.ones(n), rng.normal(size=n)])
+    return coordinates @ loadings.T + rng.normal(size=n) + 0.1 * rng.normal(size=(tasks, n)), features
+
+
+def test_a_prior_on_the_coefficients_is_conditioned_on_as_in_the_joint_gaussian() -> None:
+    values, _ = world()
+    model = Bayesian(factors=2).fit(values)
+    rng = np.random.default_rng(1)
+    mean, variance = rng.normal(size=len(model.prior_)), rng.uniform(0.1, 1, size=len(model.prior_))
+    changed = with_prior(model, mean, variance)
+    state = changed.state_._replace(out_of_family=None)
+    probes, row = np.array([3, 50, 120]), rng.normal(size=3)
+    found, _, _ = state.posterior(probes, row[None])
+    # The oracle: condition the joint distribution of all entries.
+    loadings = model.loadings_.astype(np.float64)
+    center = model.mean_ + loadings @ mean
+    joint = loadings @ np.diag(variance) @ loadings.T
+    at = joint[np.ix_(probes, probes)] + np.diag(model.noise_[probes])
+    expected = center + joint[:, probes] @ np.linalg.solve(at, row - center[probes])
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    assert changed.predict(probes, row).mean[probes] == pytest.approx(row, abs=1e-6)
+    np.testing.assert_array_equal(model.prior_ == variance, False)  # the model itself is as it was
+
+
+def test_text_that_says_something_is_used_and_lowers_the_error_of_new_tasks() -> None:
+    values, features = world()
+    past, new = np.arange(32), np.arange(32, 40)
+    matrix = ForgettingMatrix(values[past])
+    before = Preflight(Bayesian().fit(matrix)).fit(features[past])
+    assert before.uses_text_
+    assert before.errors_["text"] < 0.7 * before.errors_["atlas mean"]
+    rows = [before.forecast(features[i]) for i in new]
+    plain = Preflight(before.model).fit(None).forecast(None)
+    errors = [np.mean((row.mean - values[i]) ** 2) for row, i in zip(rows, new, strict=True)]
+    assert np.mean(errors) < 0.5 * np.mean([(plain.mean - values[i]) ** 2 for i in new])
+    sharpened = before.model_for(features[new[0]])
+    probes = np.arange(0, 200, 20)
+    after = sharpened.predict(probes, values[new[0], probes])
+    assert np.mean((after.mean - values[new[0]]) ** 2) < errors[0]
+
+
+def test_text_that_says_nothing_is_not_used_and_the_forecast_is_the_mean() -> None:
+    values, _ = world()
+    noise = np.random.default_rng(3).normal(size=(40, 300))
+    model = Bayesian().fit(ForgettingMatrix(values))
+    before = Preflight(model).fit(noise)
+    assert before.errors_["text"] > 0.9 * before.errors_["atlas mean"]
+    if not before.uses_text_:
+        np.testing.assert_array_equal(before.forecast(noise[0]).mean, model.predict([], []).mean)
+    few = np.full((40, 5), np.nan)
+    few[:7] = 1.0
+    assert not Preflight(model).fit(few).uses_text_
+
+
+@pytest.mark.parametrize("use_text", [True, False])
+def test_intervals_before_anything_is_run_cover_new_tasks(use_text: bool) -> None:
+    covered, means = [], []
+    for seed in range(12):
+        values, features = world(seed=seed)
+        given = features[:32] if use_text else None
+        before = Preflight(Bayesian().fit(ForgettingMatrix(values[:32]))).fit(given)
+        for i in range(32, 40):
+            row = before.forecast(features[i] if use_text else None)
+            lower, upper = row.interval(0.8)
+            covered.append(np.mean((lower <= values[i]) & (values[i] <= upper)))
+            means.append(abs(row.mean.mean() - values[i].mean()) <= before.mean_half_width(0.8))
+    # 96 tasks: two standard errors of a share of .8 are .08.
+    assert 0.72 < np.mean(covered) < 0.9
+    assert 0.72 < np.mean(means) < 0.92
+
+
+def test_the_mean_has_no_interval_with_too_few_tasks_and_wrong_shapes_are_refused() -> None:
+    values, features = world()
+    small = Preflight(Bayesian().fit(ForgettingMatrix(values[:8]))).fit(None)
+    assert small.mean_half_width(0.8) < np.inf
+    assert small.mean_half_width(0.95) == np.inf
+    with pytest.raises(MismatchError, match="features of 3 tasks"):
+        Preflight(small.model).fit(features[:3])
+    r = len(small.model.prior_)
+    with pytest.raises(MismatchError, match="coefficients"):
+        with_prior(small.model, np.zeros(r + 1), np.ones(r + 1))
+    with pytest.raises(DataError, match="not negative"):
+        with_prior(small.model, np.zeros(r), -np.ones(r))
