@@ -12,7 +12,7 @@ import warnings
 import typer
 
 # Each registers its commands, in the order in which they are listed.
-from forgetcast.cli import (
+from forgetcast.cli import (  # isort: skip
     pool,
     measure,
     features,
@@ -24,7 +24,7 @@ from forgetcast.cli import (
     plan,
     train,
     report,
-)  # isort: skip
+)
 from forgetcast.cli.app import app, err, fail, out
 from forgetcast.errors import ForgetcastError
 
