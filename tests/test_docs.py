@@ -85,8 +85,10 @@ def run_page(page: Path) -> None:
         check_data(block)
         if block.no_run is not None:
             assert len(block.no_run.split()) > 1, f"{page}: a block that is not run needs a reason"
+            folder = re.match(r"cd (\S+) && ", block.code)
             for file in re.findall(r"[\w./-]+\.ya?ml", block.code if block.language == "sh" else ""):
-                assert yaml.safe_load(Path(file).read_text()), f"{page}: {file} is empty"
+                path = Path(folder[1] if folder else "", file)
+                assert yaml.safe_load(path.read_text()), f"{page}: {path} is empty"
         elif block.language == "python" and block.title is None:
             exec(compile(block.code, str(page), "exec"), names)
         elif block.language == "sh":

@@ -48,6 +48,13 @@ def atlas(tmp_path: Path, pool: Pool) -> Atlas:
 def test_the_figures_in_the_page_are_those_measured(tmp_path: Path, atlas: Atlas) -> None:
     forecast = forecast_of(atlas, "t7")
     write_report(tmp_path / "report.html", atlas, forecasts=[forecast], verification=verified())
+    # These runs are made up, and do not say what they replayed; the report does not claim more.
+    assert "so it was not checked against the held-out examples" in (tmp_path / "report.html").read_text()
+    kept = {f"{r.task}.{r.arm}.{r.seed}": tuple(atlas.pool.ids[:8]) for r in verified().runs}
+    checked = replace(verified(), replayed=kept, held_out=dict.fromkeys(("t6", "t7"), tuple(atlas.pool.ids[12:])))
+    write_report(tmp_path / "checked.html", atlas, verification=checked)
+    said = "all 96 replayed examples of 12 runs: none is among the 12 held-out ones"
+    assert said in (tmp_path / "checked.html").read_text()
     page = Page(tmp_path / "report.html")
     values = atlas.matrix().values
     assert f"On average a fine-tune costs {values.mean():.3f} nats per token" in page.text

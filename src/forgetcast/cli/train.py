@@ -403,8 +403,8 @@ def sequence(
     folder = tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks
     loaded = load_tasks(folder, lambda path: load_data(path, format, column, strict))
     task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
-    say_ratios([ratio], shared)
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
+    say_ratios([ratio], shared)
     tuner = load_tuner(model, loading, opened)
     with progress() as report:
         result = run_sequence(
