@@ -5,18 +5,43 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from forgetcast.atlas.matrix import ForgettingMatrix
-from forgetcast.completion.base import Completion, Forecast, clone, correlation, exclude_similar
+from forgetcast.completion.base import Forecast, clone, correlation, exclude_similar
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.errors import ForecastErrors, average, judge
 from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.completion.probes import choose
 from forgetcast.errors import DataError
 from forgetcast.results import Result
+
+
+class Predictor(Protocol):
+    """Completes rows from probes; see `Completion.predict`."""
+
+    def predict(self, probes: Any, observed: Any) -> Forecast:
+        """Complete the rows (B, N) from the measurements (B, k) at the probes (k,)."""
+        ...
+
+
+class Method(Protocol):
+    """What is compared: a `Completion`, or an arm that also uses what is known of each task (`UsesTasks`)."""
+
+    def fit(self, matrix: ForgettingMatrix) -> Any:
+        """Learn from the known tasks, and return the fitted method."""
+        ...
+
+
+@runtime_checkable
+class UsesTasks(Protocol):
+    """A fitted method that forecasts by more than the probes."""
+
+    def for_tasks(self, tasks: Sequence[str]) -> Predictor:
+        """Return what completes the rows of these tasks, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +62,8 @@ class BenchRow(Result):
         bootstrap over the test tasks.
     seconds : float
         Time to complete one task's row, without the fit.
+    rmse_by_task, spearman_by_task : tuple of float, length T
+        Of each test task, mean over seeds.
     """
 
     method: str
@@ -48,6 +75,8 @@ class BenchRow(Result):
     ratio_lower: float
     ratio_upper: float
     seconds: float
+    rmse_by_task: tuple[float, ...] = ()
+    spearman_by_task: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         interval = f"[{self.ratio_lower:.3f}, {self.ratio_upper:.3f}]"
@@ -65,7 +94,7 @@ class BenchRow(Result):
 def bench(
     train: ForgettingMatrix,
     test: ForgettingMatrix,
-    methods: Mapping[str, Completion],
+    methods: Mapping[str, Method],
     *,
     ks: Sequence[int] = (10, 30),
     seeds: int = 10,
@@ -80,7 +109,7 @@ def bench(
     ----------
     train, test : ForgettingMatrix, shapes (M, N) and (T, N)
         Tasks to fit on and tasks to forecast, over the same examples.
-    methods : mapping of name to unfitted Completion
+    methods : mapping of name to unfitted Method
     ks : sequence of int
         Numbers of probes.
     seeds : int
@@ -100,7 +129,7 @@ def bench(
 
 def bench_left_out(
     matrix: ForgettingMatrix,
-    methods: Mapping[str, Completion],
+    methods: Mapping[str, Method],
     *,
     similar: float = 0.0,
     ks: Sequence[int] = (10, 30),
@@ -141,7 +170,7 @@ def bench_left_out(
 
 def _bench(
     splits: Sequence[tuple[ForgettingMatrix, ForgettingMatrix]],
-    methods: Mapping[str, Completion],
+    methods: Mapping[str, Method],
     ks: Sequence[int],
     seeds: int,
     baseline: str,
@@ -176,13 +205,22 @@ def _bench(
                 ratio_lower=float(lower),
                 ratio_upper=float(upper),
                 seconds=float(np.median([f.seconds for f in of_method])),
+                rmse_by_task=_by_task([[each.rmse for each in f.errors] for f in of_method]),
+                spearman_by_task=_by_task([[each.spearman for each in f.errors] for f in of_method]),
             )
         )
     return rows
 
 
+def _by_task(figures: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Average over seeds (S, T); NaN where a figure is undefined for every seed."""
+    values = np.array(figures)
+    counts = (~np.isnan(values)).sum(axis=0)
+    return tuple(np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(counts, 1), np.nan).tolist())
+
+
 def _figures_of(
-    train: ForgettingMatrix, test: ForgettingMatrix, methods: Mapping[str, Completion], ks: Sequence[int], seeds: int
+    train: ForgettingMatrix, test: ForgettingMatrix, methods: Mapping[str, Method], ks: Sequence[int], seeds: int
 ) -> dict[tuple[str, str, int], list[_Figures]]:
     """Compute the figures of every seed, by method, way to choose probes, and number of probes."""
     truth = test.values.astype(np.float64)
@@ -192,7 +230,10 @@ def _figures_of(
             f"{most} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
         )
     chooser = Bayesian().fit(train)
-    fitted = {name: clone(method).fit(train) for name, method in methods.items()}
+    fitted: dict[str, Predictor] = {}
+    for name, method in methods.items():
+        model = clone(method).fit(train)
+        fitted[name] = model.for_tasks(test.tasks) if isinstance(model, UsesTasks) else model
     figures: dict[tuple[str, str, int], list[_Figures]] = {}
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
