@@ -65,7 +65,10 @@ def test_planted_structure_is_found(make: type[Ridge]) -> None:
 @pytest.mark.parametrize("make", [RepresentationProduct, Ridge])
 def test_useless_side_information_costs_little(make: type[Ridge]) -> None:
     matrix, side = problem(0.0)
-    assert error(make(SideInformation(side.tasks, {"useless": side.similarities["useless"]}, side.vectors)), matrix, 18) < 1.1
+    assert (
+        error(make(SideInformation(side.tasks, {"useless": side.similarities["useless"]}, side.vectors)), matrix, 18)
+        < 1.1
+    )
 
 
 def test_missing_entries_are_legal() -> None:
@@ -91,7 +94,10 @@ def test_joined_is_completion_where_the_side_information_is_useless() -> None:
 
 def test_joined_is_better_than_either_where_it_is_useful() -> None:
     matrix, side = problem(0.6)
-    arms: dict[str, Any] = {"bayesian": Bayesian(), "alone": FromSide(forecaster=OnSimilarity(side, "good", means=True))}
+    arms: dict[str, Any] = {
+        "bayesian": Bayesian(),
+        "alone": FromSide(forecaster=OnSimilarity(side, "good", means=True)),
+    }
     arms["joined"] = FromSide(forecaster=OnSimilarity(side, "good", means=True), joined=True)
     rows = bench_left_out(matrix, arms, ks=[5], seeds=1, baseline="bayesian")
     rmse = {row.method: row.accuracy.rmse for row in rows if row.probes == "chosen"}
@@ -99,7 +105,14 @@ def test_joined_is_better_than_either_where_it_is_useful() -> None:
     (alone, both) = compare_arms(rows)
     assert (alone.arm, both.arm) == ("alone", "joined")
     assert both.rmse_difference == pytest.approx(
-        np.mean(np.subtract(*(next(r for r in rows if r.method == m and r.probes == "chosen").rmse_by_task for m in ("joined", "bayesian"))))
+        np.mean(
+            np.subtract(
+                *(
+                    next(r for r in rows if r.method == m and r.probes == "chosen").rmse_by_task
+                    for m in ("joined", "bayesian")
+                )
+            )
+        )
     )
     assert both.rmse_upper is not None
     assert both.rmse_upper < 0

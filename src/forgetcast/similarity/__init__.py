@@ -8,7 +8,7 @@ from forgetcast.similarity.signals import (
     compute_similarities,
 )
 from forgetcast.similarity.statistics import Association, Correlation, associate
-from forgetcast.similarity.study import SimilarityStudy, Versus, compare_arms, gather, names_of, tasks_of
+from forgetcast.similarity.study import SimilarityStudy, Versus, compare_arms, gather, names_of, study, tasks_of
 from forgetcast.similarity.trained import (
     FromSide,
     OnSimilarity,
@@ -42,5 +42,6 @@ __all__ = [
     "compute_similarities",
     "gather",
     "names_of",
+    "study",
     "tasks_of",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.results import Result
 from forgetcast.similarity.signals import SIMILARITIES, Material, compute_similarities
-from forgetcast.similarity.statistics import Association
+from forgetcast.similarity.statistics import Association, associate
 from forgetcast.similarity.trained import SideInformation
 from forgetcast.stats import mean_interval
 
@@ -31,19 +31,19 @@ class Versus:
     k : int
         Probes that each has; an arm that uses none has the same figures for all.
     rmse, spearman : float
-        Means over tasks, of the arm.
+        Means over tasks, of the arm; None where its forecast is constant.
     rmse_difference, rmse_lower, rmse_upper : float
         Arm minus reference, with its 95 % interval over tasks; positive: completion is better. The ends are None with
         a single task.
     spearman_difference, spearman_lower, spearman_upper : float
-        The same of the rank correlation; negative: completion is better. NaN where the arm's forecast is constant.
+        The same of the rank correlation; negative: completion is better.
     """
 
     arm: str
     reference: str
     k: int
     rmse: float
-    spearman: float
+    spearman: float | None
     rmse_difference: float
     rmse_lower: float | None
     rmse_upper: float | None
@@ -92,14 +92,6 @@ class SimilarityStudy(Result):
     def __repr__(self) -> str:
         return f"SimilarityStudy({self.tasks} tasks x {self.examples} examples, {len(self.associations)} similarities)"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain figures."""
-        from forgetcast.results import plain
-
-        figures = super().as_dict()
-        figures["associations"] = [plain(each) for each in self.associations]
-        return figures
-
     @property
     def winners(self) -> tuple[str, ...]:
         """Similarity baselines that completion does not beat clearly in both figures; joined arms are none."""
@@ -142,7 +134,7 @@ def compare_arms(rows: Sequence[BenchRow], *, reference: str = REFERENCE) -> tup
                 reference,
                 k,
                 float(np.mean(row.rmse_by_task)),
-                float(np.nanmean(row.spearman_by_task)) if len(ranks) else float("nan"),
+                float(np.nanmean(row.spearman_by_task)) if len(ranks) else None,
                 rmse.mean,
                 rmse.lower,
                 rmse.upper,
@@ -152,6 +144,17 @@ def compare_arms(rows: Sequence[BenchRow], *, reference: str = REFERENCE) -> tup
             )
         )
     return tuple(found)
+
+
+def study(matrix: ForgettingMatrix, side: SideInformation, rows: Sequence[BenchRow]) -> SimilarityStudy:
+    """Put together the correlations of similarities and the comparison of what is forecast from them."""
+    return SimilarityStudy(
+        tasks=matrix.shape[0],
+        examples=matrix.shape[1],
+        sample=side.sample,
+        associations=tuple(associate(matrix, side.similarities)),
+        versus=compare_arms(rows),
+    )
 
 
 def gather(matrix: ForgettingMatrix, material: Material, names: Sequence[str]) -> SideInformation:
@@ -186,6 +189,7 @@ def gather(matrix: ForgettingMatrix, material: Material, names: Sequence[str]) -
         {name: values[:, columns] for name, values in similarities.items()},
         None if vectors is None else vectors._replace(examples=vectors.examples[columns]),
         np.column_stack(facts)[columns],
+        material.sample,
     )
 
 

@@ -17,7 +17,7 @@ from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.completion.base import LEVELS, Completion, Forecast, clone
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.similarity.signals import Vectors
+from forgetcast.similarity.signals import SAMPLE, Vectors
 
 PENALTIES = tuple(10.0**power for power in range(-3, 5))
 """Ridge penalties to choose from, in units of the mean squared feature."""
@@ -28,7 +28,7 @@ WEIGHTS = np.linspace(0, 1, 11)
 PROBES = (0, 3, 10, 30)
 """Numbers of random probes at which the weight is chosen; between them it is interpolated."""
 
-FOLDS = 10
+FOLDS = 5
 """Groups of known tasks that are left out."""
 
 
@@ -45,12 +45,15 @@ class SideInformation:
         Representations of the tasks and the examples.
     facts : array, shape (N, F)
         Of each example, such as its loss and its source.
+    sample : int
+        At most so many examples stood for a task.
     """
 
     tasks: Sequence[str]
     similarities: Mapping[str, np.ndarray]
     vectors: Vectors | None = None
     facts: np.ndarray | None = None
+    sample: int = SAMPLE
 
     def rows(self, tasks: Sequence[str]) -> np.ndarray:
         """Return the positions of tasks; MismatchError if one is unknown."""
@@ -195,7 +198,7 @@ def _left_singular(examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return left singular vectors (N, d) and squared singular values (d,) of centred representations."""
     centred = examples - examples.mean(axis=0)
     U, S, _ = np.linalg.svd(centred, full_matrices=False)
-    kept = S > 1e-9 * max(float(S.max(initial=0.0)), 1e-300)
+    kept = S / max(float(S.max(initial=0.0)), 1e-300) > 1e-9
     return U[:, kept], S[kept] ** 2
 
 
@@ -273,14 +276,16 @@ class FromSide:
                 continue
             completion = clone(self.method or Bayesian()).fit(self._values[rest])
             deviation = rows - _column_means(self._values[rest])
-            for at, row in enumerate(fold):
-                usable = order[~np.isnan(truth[at, order])]
+            # Rows without gaps share their probes, and so one call.
+            whole = not np.isnan(truth).any()
+            for at in [np.arange(len(fold))] if whole else np.arange(len(fold))[:, None]:
+                usable = order[~np.isnan(truth[at[0], order])]
+                shifts = WEIGHTS[:, None, None] * deviation[at]  # (W, b, N)
                 for number, k in enumerate(PROBES):
-                    probes = usable[: min(k, len(usable) // 2)]
-                    shifts = WEIGHTS[:, None] * deviation[at]
-                    mean = shifts + completion.predict(probes, truth[at, probes] - shifts[:, probes]).mean
-                    judged = usable[len(probes) :]
-                    errors[number, :, row] = ((mean - truth[at])[:, judged] ** 2).mean(axis=1)
+                    probes, judged = np.split(usable, [min(k, len(usable) // 2)])
+                    rest_of = (truth[at][:, probes] - shifts[:, :, probes]).reshape(-1, len(probes))
+                    mean = shifts + completion.predict(probes, rest_of).mean.reshape(shifts.shape)
+                    errors[number][:, fold[at]] = ((mean - truth[at])[:, :, judged] ** 2).mean(axis=2)
         residual = np.concatenate(residuals)
         self._std = np.sqrt(np.maximum(np.nan_to_num(np.nanmean(residual**2, axis=0)), 1e-24))
         standardised = np.abs(residual / self._std)
@@ -320,7 +325,7 @@ class TaskForecaster:
 
 
 def arms_of(side: SideInformation) -> dict[str, FromSide]:
-    """Return the arms of a comparison: each similarity alone and with means, the trained forecasters, and the joined ones."""
+    """Return the arms of a comparison: each similarity alone and with means, trained forecasters, and joined ones."""
     alone: dict[str, RowForecaster] = {name: OnSimilarity(side, name) for name in side.similarities}
     varying = [name for name, part in side.similarities.items() if np.nanmax(np.ptp(part, axis=0)) > 0]
     trained: dict[str, RowForecaster] = {f"mean+{name}": OnSimilarity(side, name, means=True) for name in varying}
