@@ -283,7 +283,7 @@ class FromSide:
                 shifts = WEIGHTS[:, None, None] * deviation[at]  # (W, b, N)
                 for number, k in enumerate(PROBES):
                     probes, judged = np.split(usable, [min(k, len(usable) // 2)])
-                    rest_of = (truth[at][:, probes] - shifts[:, :, probes]).reshape(-1, len(probes))
+                    rest_of = (truth[at][:, probes] - shifts[:, :, probes]).reshape(len(WEIGHTS) * len(at), len(probes))
                     mean = shifts + completion.predict(probes, rest_of).mean.reshape(shifts.shape)
                     errors[number][:, fold[at]] = ((mean - truth[at])[:, :, judged] ** 2).mean(axis=2)
         residual = np.concatenate(residuals)
