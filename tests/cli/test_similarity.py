@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from forgetcast import Pool
+from forgetcast import Atlas, Example, Pool
 from support.cli import RunCommand
-from support.data import make_atlas, make_pool, make_task
+from support.data import make_atlas, make_pool, make_scores
 from support.models import save, tiny
 
 
@@ -16,8 +17,10 @@ def project(tmp_path: Path) -> Path:
     """An atlas and the data of its tasks."""
     atlas = make_atlas(tmp_path / "runs.atlas", make_pool())
     (tmp_path / "tasks").mkdir()
-    for name in atlas.tasks:
-        make_task(name, 4).save(tmp_path / "tasks" / f"{name}.jsonl")
+    words = ["the loss", "a model", "is measured", "every token", "and averaged", "on the", "the model", "a token"]
+    for name, text in zip(atlas.tasks, words, strict=True):
+        examples = [Example(f"{i}", prompt=f"{text} {name}", completion=f" {text}") for i in range(4)]
+        Pool(examples).save(tmp_path / "tasks" / f"{name}.jsonl")
     return tmp_path
 
 
@@ -81,11 +84,6 @@ def test_what_is_not_possible_is_one_line(run: RunCommand, project: Path, case: 
 
 
 def test_another_model_than_the_base_is_refused(run: RunCommand, project: Path) -> None:
-    import numpy as np
-
-    from forgetcast import Atlas
-    from support.data import make_scores
-
     pool = Pool.load(project / "tasks" / "t0.jsonl")
     before = make_scores(pool, np.full(len(pool), 3.0), model_hash="0" * 64)
     atlas = Atlas.create(project / "other.atlas", pool, before, model="base")

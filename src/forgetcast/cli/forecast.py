@@ -189,7 +189,8 @@ def bench(
         from forgetcast.similarity import arms_of
 
         side = gather_side(matrix, values, similarity, tasks, model, embedding)
-        wanted |= {"bayesian": _method("bayesian")} | arms_of(side)
+        wanted.setdefault("bayesian", _method("bayesian"))
+        wanted.update(arms_of(side))
     split = read_split(Path(matrix))[1]["tasks"] if Path(matrix).suffix in PICKLES else []
     tested = _tasks(test, values.tasks) if test is not None else split
     known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]
