@@ -133,6 +133,8 @@ def analyze(
 
         side = gather_side(matrix, values, similarity, tasks, model, embedding)
         associations = associate(values, side.similarities)
+        for note in side.notes:
+            err.print(note, markup=False, soft_wrap=True)
     structure = analyze_matrix(values, replicates=replicates)
     if as_json:
         found = structure.as_dict()

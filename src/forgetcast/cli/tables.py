@@ -274,6 +274,7 @@ def _correlation(found: Correlation) -> str:
 def study_tables(found: SimilarityStudy) -> Iterator[RenderableType]:
     """Yield what similarities correlate with, what they forecast beside completion, and which baselines it beats."""
     yield from association_tables(found.associations)
+    yield from map(escape, found.notes)
     table = Table(Column("arm", no_wrap=True), "k", "RMSE", "difference", "rank corr.", "difference", box=SIMPLE)
     table.title = "Forecasts minus bayesian's with k chosen probes (95 % over tasks)"
     for each in sorted(found.versus, key=lambda each: each.k):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +10,8 @@ import numpy as np
 from forgetcast.errors import ConfigError, MissingExtraError
 
 
-def sentence_embeddings(model: str | Path, texts: Sequence[str]) -> np.ndarray:
+def sentence_embeddings(model: str | Path, texts: Sequence[str]) -> tuple[np.ndarray, str]:
     """Embed texts with a model of the sentence-transformers library, on the CPU or a GPU.
-
-    A text longer than the model's limit is cut there; a warning says how many were.
 
     Parameters
     ----------
@@ -24,7 +21,9 @@ def sentence_embeddings(model: str | Path, texts: Sequence[str]) -> np.ndarray:
 
     Returns
     -------
-    array of float32, shape (n, d)
+    rows : array of float32, shape (n, d)
+    note : str
+        How many texts were longer than the model's limit, and cut there; empty if none was.
 
     Raises
     ------
@@ -49,6 +48,4 @@ def sentence_embeddings(model: str | Path, texts: Sequence[str]) -> np.ndarray:
         rows = np.asarray(loaded.encode(list(texts), show_progress_bar=False), dtype=np.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"the embedding model {model} cannot be used: {str(error).splitlines()[0]}") from None
-    if cut:
-        warnings.warn(f"{cut} of {len(texts)} texts were cut to the embedding's {limit} tokens", stacklevel=2)
-    return rows
+    return rows, f"{cut} of {len(texts)} texts were cut to the {limit} tokens of the embedding model" if cut else ""

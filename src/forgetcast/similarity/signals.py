@@ -58,6 +58,13 @@ class Material:
     seed : int
     on_progress : callable, optional
         Called with what is measured, the number done, and the number of all.
+
+    Attributes
+    ----------
+    drawn : dict of str to Pool
+        The examples that stand for each task.
+    notes : list of str
+        What was cut, so far.
     """
 
     tasks: Mapping[str, Pool]
@@ -75,6 +82,7 @@ class Material:
             raise DataError("there are no tasks to compute similarities of")
         if self.sample < 1:
             raise ConfigError(f"at least one example must stand for a task, not {self.sample}")
+        self.notes: list[str] = []
         self.drawn: dict[str, Pool] = {}
         for name, task in self.tasks.items():
             order = np.random.default_rng(self.seed).permutation(len(task))[: self.sample]
@@ -118,7 +126,9 @@ class Material:
 
         assert self.embedding is not None
         texts = [example.full_text for example in self.pool]
-        rows = sentence_embeddings(self.embedding, texts + self._drawn_texts())
+        rows, note = sentence_embeddings(self.embedding, texts + self._drawn_texts())
+        if note:
+            self.notes.append(note)
         return Vectors(self._of_tasks(rows[len(texts) :]), rows[: len(texts)])
 
     @cached_property

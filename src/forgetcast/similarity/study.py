@@ -79,6 +79,8 @@ class SimilarityStudy(Result):
     associations : tuple of Association
     versus : tuple of Versus
         Empty where nothing was forecast.
+    notes : tuple of str
+        What was cut.
     """
 
     kind: ClassVar[str] = "similarity study"
@@ -88,6 +90,7 @@ class SimilarityStudy(Result):
     sample: int
     associations: tuple[Association, ...]
     versus: tuple[Versus, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"SimilarityStudy({self.tasks} tasks x {self.examples} examples, {len(self.associations)} similarities)"
@@ -154,6 +157,7 @@ def study(matrix: ForgettingMatrix, side: SideInformation, rows: Sequence[BenchR
         sample=side.sample,
         associations=tuple(associate(matrix, side.similarities)),
         versus=compare_arms(rows),
+        notes=side.notes,
     )
 
 
@@ -190,6 +194,7 @@ def gather(matrix: ForgettingMatrix, material: Material, names: Sequence[str]) -
         None if vectors is None else vectors._replace(examples=vectors.examples[columns]),
         np.column_stack(facts)[columns],
         material.sample,
+        tuple(material.notes),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -47,6 +48,8 @@ class SideInformation:
         Of each example, such as its loss and its source.
     sample : int
         At most so many examples stood for a task.
+    notes : tuple of str
+        What was cut.
     """
 
     tasks: Sequence[str]
@@ -54,6 +57,16 @@ class SideInformation:
     vectors: Vectors | None = None
     facts: np.ndarray | None = None
     sample: int = SAMPLE
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def basis(self) -> tuple[np.ndarray, np.ndarray]:
+        """Left singular vectors (N, d) and squared singular values (d,) of the examples' centred representations."""
+        assert self.vectors is not None
+        examples = self.vectors.examples.astype(np.float64)
+        U, S, _ = np.linalg.svd(examples - examples.mean(axis=0), full_matrices=False)
+        kept = S / max(float(S.max(initial=0.0)), 1e-300) > 1e-9
+        return U[:, kept], S[kept] ** 2
 
     def rows(self, tasks: Sequence[str]) -> np.ndarray:
         """Return the positions of tasks; MismatchError if one is unknown."""
@@ -119,7 +132,7 @@ class RepresentationProduct(RowForecaster):
         kernel /= max(float(np.mean(np.diagonal(kernel[known]))), 1e-30)
         columns = _column_means(values)
         residual = np.nan_to_num(values - columns)
-        U, S = _left_singular(self.side.vectors.examples.astype(np.float64))
+        U, S = self.side.basis
         projected = residual @ U  # (M, d): deviations in the span of the representations
         choices = [(p, q) for p in PENALTIES for q in PENALTIES]
         eye, gram = np.eye(len(known)), kernel[known]
@@ -192,14 +205,6 @@ def _ridge(gram: Any, moment: Any, penalty: float) -> np.ndarray:
     diagonal = np.full(len(gram), penalty * float(np.mean(np.diagonal(gram))))
     diagonal[0] = 0.0
     return np.linalg.lstsq(gram + np.diag(diagonal), moment, rcond=None)[0]
-
-
-def _left_singular(examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return left singular vectors (N, d) and squared singular values (d,) of centred representations."""
-    centred = examples - examples.mean(axis=0)
-    U, S, _ = np.linalg.svd(centred, full_matrices=False)
-    kept = S / max(float(S.max(initial=0.0)), 1e-300) > 1e-9
-    return U[:, kept], S[kept] ** 2
 
 
 def _column_means(values: np.ndarray) -> np.ndarray:
