@@ -1,4 +1,4 @@
-from . import atlas, completion, data, evaluation, experiments, lm, measure, probes, replay, report
+from . import atlas, completion, data, evaluation, experiments, lm, measure, probes, replay, report, similarity
 from .atlas import Atlas, ForgettingMatrix
 from .completion.forecast import TaskForecast, measured_probes
 from .completion.structure import Structure, analyze
@@ -81,6 +81,7 @@ __all__ = [
     "replay",
     "report",
     "run_sequence",
+    "similarity",
     "split_task",
     "verify",
     "write_report",

@@ -31,7 +31,9 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
 from forgetcast.errors import ConfigError, IncompleteError
+from forgetcast.results import plain
 
 
 @app.command(rich_help_panel=ATLAS)
@@ -108,15 +110,24 @@ def collect(
 
 
 @app.command(rich_help_panel=ATLAS)
-def analyze(matrix: MatrixPath, exact_match: ByAnswers = False, as_json: AsJson = False) -> None:
+def analyze(
+    matrix: MatrixPath,
+    exact_match: ByAnswers = False,
+    similarity: Similarities = None,
+    tasks: TasksFolder = None,
+    model: BaseOption = None,
+    embedding: EmbeddingOption = None,
+    as_json: AsJson = False,
+) -> None:
     """Show how nearly low-rank the forgetting is, and what its components load on.
 
-    Where tasks have several seeds, also how much of what the structure leaves is noise from run to run.
+    Where tasks have several seeds, also how much of what the structure leaves is noise from run to run. With
+    --similarity, also how similarities of task and example correlate with the forgetting.
 
-    Example: forgetcast analyze runs.atlas
+    Example: forgetcast analyze runs.atlas --similarity tfidf,loss --tasks tasks/
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.cli.tables import structure_tables
+    from forgetcast.cli.tables import association_tables, structure_tables
     from forgetcast.completion.structure import analyze as analyze_matrix
 
     replicates, priors = dict[str, str](), tuple[str, ...]()
@@ -124,8 +135,20 @@ def analyze(matrix: MatrixPath, exact_match: ByAnswers = False, as_json: AsJson 
         atlas = Atlas.open(matrix)
         replicates = {row: str(atlas.provenance(row).get("task", row)) for row in atlas.tasks}
         priors = atlas.priors
-    structure = analyze_matrix(load_matrix(matrix, exact_match=exact_match), replicates=replicates, priors=priors)
+    values = load_matrix(matrix, exact_match=exact_match)
+    associations = []
+    if similarity is not None:
+        from forgetcast.similarity import associate
+
+        side = gather_side(matrix, values, similarity, tasks, model, embedding)
+        associations = associate(values, side.similarities)
+        for note in side.notes:
+            err.print(note, markup=False, soft_wrap=True)
+    structure = analyze_matrix(values, replicates=replicates, priors=priors)
     if as_json:
-        print_json(structure.as_dict())
+        found = structure.as_dict()
+        print_json(found | {"similarity": plain(associations)} if similarity is not None else found)
         return
     print_all(structure_tables(structure))
+    if associations:
+        print_all(association_tables(associations))

@@ -11,7 +11,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from forgetcast.cli.app import app, err, load_matrix, numbers, out, print_json, progress, require_single_process, show
+from forgetcast.cli.app import (
+    app,
+    err,
+    load_matrix,
+    numbers,
+    out,
+    print_all,
+    print_json,
+    progress,
+    require_single_process,
+    show,
+)
 from forgetcast.cli.options import (
     FORECAST,
     AllowDifferentTokens,
@@ -25,6 +36,7 @@ from forgetcast.cli.options import (
     Seed,
     loads_a_model,
 )
+from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
@@ -32,6 +44,7 @@ from forgetcast.files import check_destination
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
     from forgetcast.completion import Completion, Forecast
+    from forgetcast.completion.benchmark import Method as ComparedMethod
     from forgetcast.completion.forecast import TaskForecast
     from forgetcast.experiments.until import Stopped
     from forgetcast.measure import Scores
@@ -368,19 +381,41 @@ def bench(
         float, typer.Option(help="Without --test: fraction of the other tasks, the most similar, that is excluded too.")
     ] = 0.0,
     exact_match: ByAnswers = False,
+    similarity: Similarities = None,
+    tasks: TasksFolder = None,
+    model: BaseOption = None,
+    embedding: EmbeddingOption = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="With --similarity: JSON file for `report --similarity`.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare completion methods on unseen tasks: errors, rank correlation, interval coverage, time.
 
+    With --similarity, forecasts from similarities of task and example are compared too, alone and joined with
+    completion, and each is set against `bayesian` with as many chosen probes, paired by task.
+
     Example: forgetcast bench runs.atlas --test task-a,task-b -k 10,30
     """
     from forgetcast.atlas.released import PICKLES, read_split
-    from forgetcast.cli.tables import bench_table, robust_bench_table
+    from forgetcast.cli.tables import bench_table, robust_bench_table, study_tables
     from forgetcast.evaluation import bench as compare
     from forgetcast.evaluation import bench_left_out
 
     values = load_matrix(matrix, exact_match=exact_match)
-    wanted, ks = {name: _method(name) for name in methods.split(",")}, numbers(k, "-k")
+    wanted: dict[str, ComparedMethod] = {name: _method(name) for name in methods.split(",")}
+    ks = numbers(k, "-k")
+    if output is not None:
+        if similarity is None:
+            raise ConfigError("--output is for --similarity; print the figures of the methods with --json")
+        check_destination(output)
+    side = None
+    if similarity is not None:
+        from forgetcast.similarity import arms_of
+
+        side = gather_side(matrix, values, similarity, tasks, model, embedding)
+        wanted.setdefault("bayesian", _method("bayesian"))
+        wanted.update(arms_of(side))
     split = read_split(Path(matrix))[1]["tasks"] if Path(matrix).suffix in PICKLES else []
     tested = _tasks(test, values.tasks) if test is not None else split
     known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]
@@ -396,11 +431,20 @@ def bench(
             rows = bench_left_out(
                 left, wanted, similar=exclude_similar, ks=ks, seeds=seeds, baseline=baseline, on_progress=report
             )
-    if as_json:
+    if side is not None:
+        from forgetcast.similarity import study
+
+        found = study(values, side, rows)
+        if output is not None:
+            found.save(output)
+        if as_json:
+            print_json({"methods": [row.as_dict() for row in rows], "similarity": found.as_dict()})
+            return
+        print_all([bench_table(rows, baseline), robust_bench_table(rows, baseline), *study_tables(found)])
+    elif as_json:
         print_json([row.as_dict() for row in rows])
     else:
-        out.print(bench_table(rows, baseline))
-        out.print(robust_bench_table(rows, baseline))
+        print_all([bench_table(rows, baseline), robust_bench_table(rows, baseline)])
 
 
 def _method(name: str) -> Completion:

@@ -19,6 +19,7 @@ def report(
     forecast: Annotated[list[Path] | None, typer.Option(help="Forecast file; repeatable.")] = None,
     verification: Annotated[Path | None, typer.Option(help="Output of `verify`.")] = None,
     sequence: Annotated[Path | None, typer.Option(help="Output of `sequence`.")] = None,
+    similarity: Annotated[Path | None, typer.Option(help="Output of `bench --similarity`.")] = None,
 ) -> None:
     """Write one HTML file with what was measured, what is forecast, and whether replay helped.
 
@@ -28,13 +29,15 @@ def report(
     from forgetcast.completion.forecast import TaskForecast
     from forgetcast.experiments import SequenceResult, Verification
     from forgetcast.report import write_report
+    from forgetcast.similarity import SimilarityStudy
 
     check_destination(output)
     opened = Atlas.open(atlas)
     forecasts = [TaskForecast.load(path) for path in forecast or ()]
     verified = Verification.load(verification) if verification is not None else None
     sequence_result = SequenceResult.load(sequence) if sequence is not None else None
-    write_report(output, opened, forecasts=forecasts, verification=verified, sequence=sequence_result)
+    study = SimilarityStudy.load(similarity) if similarity is not None else None
+    write_report(output, opened, forecasts=forecasts, verification=verified, sequence=sequence_result, similarity=study)
     out.print(f"report written to {output}", markup=False)
 
 

@@ -21,6 +21,7 @@ from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
 from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
 from forgetcast.replay.outcome import LAW_METRICS, METRICS
+from forgetcast.similarity import Association, Correlation, SimilarityStudy
 from forgetcast.stats import FEWEST_RANKS, Comparison, supports_part
 from forgetcast.text import markdown_text
 
@@ -335,6 +336,56 @@ def robust_bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
         ratio = "" if other is None else f"{other.value:.2f}"
         table.add_row(row.method, f"{row.k} {row.probes}", f"{row.median_error:.4f}", f"{row.ratio:.2f}", named, ratio)
     return table
+
+
+def association_tables(associations: Sequence[Association]) -> Iterator[RenderableType]:
+    """Yield the correlations of similarities with forgetting."""
+    titles = ("all cells", "within tasks", "within examples", "given the additive fit")
+    table = Table(Column("similarity", no_wrap=True), *titles, box=SIMPLE)
+    table.title = "Correlation with forgetting: Pearson's, then Spearman's (95 % over tasks)"
+    for each in associations:
+        pairs = (
+            (each.cells, each.cells_spearman),
+            (each.within_tasks, each.within_tasks_spearman),
+            (each.within_examples, each.within_examples_spearman),
+            (each.partial, each.partial_spearman),
+        )
+        cells = [f"{_correlation(pearson)}\n{_correlation(spearman)}" for pearson, spearman in pairs]
+        table.add_row(escape(each.name), *cells)
+    yield table
+
+
+def _correlation(found: Correlation) -> str:
+    if found.value is None:
+        return "-"
+    return f"{found.value:+.2f} ({found.lower:+.2f} to {found.upper:+.2f})"
+
+
+def study_tables(found: SimilarityStudy) -> Iterator[RenderableType]:
+    """Yield what similarities correlate with, what they forecast beside completion, and which baselines it beats."""
+    yield from association_tables(found.associations)
+    yield from map(escape, found.notes)
+    table = Table(Column("arm", no_wrap=True), "k", "RMSE", "difference", "rank corr.", "difference", box=SIMPLE)
+    table.title = "Forecasts minus bayesian's with k chosen probes (95 % over tasks)"
+    for each in sorted(found.versus, key=lambda each: each.k):
+        rmse = _signed(each.rmse_difference, each.rmse_lower, each.rmse_upper, 4)
+        ranks = _signed(each.spearman_difference, each.spearman_lower, each.spearman_upper, 3)
+        spearman = "-" if each.spearman is None else f"{each.spearman:.3f}"
+        table.add_row(escape(each.arm), str(each.k), f"{each.rmse:.4f}", rmse, spearman, ranks)
+    yield table
+    if not found.winners:
+        yield "Completion beats every baseline in RMSE and rank correlation, with intervals clear of zero."
+    for name in dict.fromkeys(found.winners):
+        for each in found.versus:
+            if each.arm == name:
+                yield f"Against {escape(name)} with {each.k} probes: {each.verdict()}."
+
+
+def _signed(value: float | None, lower: float | None, upper: float | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    ends = "" if lower is None else f" ({lower:+.{digits}f} to {upper:+.{digits}f})"
+    return f"{value:+.{digits}f}{ends}"
 
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:

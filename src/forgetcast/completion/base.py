@@ -43,7 +43,7 @@ SIMILAR_SHARE = 1 / 3
 MISFIT_THRESHOLD = 0.05
 """A task whose misfit is below this counts as unlike the atlas."""
 
-AnyCompletion = TypeVar("AnyCompletion", bound="Completion")
+AnyMethod = TypeVar("AnyMethod")
 
 BLOCK = 8_192
 """Examples processed at once, so that they fit the cache."""
@@ -386,12 +386,12 @@ def interval_widths(errors: np.ndarray) -> tuple[float, np.ndarray]:
     return scale, widths
 
 
-def settings(method: Completion) -> dict[str, Any]:
+def settings(method: object) -> dict[str, Any]:
     """Return the parameters that a method was constructed with."""
     return {name: getattr(method, name) for name in inspect.signature(type(method)).parameters}
 
 
-def clone(method: AnyCompletion) -> AnyCompletion:
+def clone(method: AnyMethod) -> AnyMethod:
     """Return an unfitted copy of a method with the same settings."""
     return type(method)(**settings(method))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from forgetcast.atlas.matrix import ForgettingMatrix
-from forgetcast.completion.base import Completion, Forecast, clone, correlation, exclude_similar
+from forgetcast.completion.base import Forecast, clone, correlation, exclude_similar
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.errors import ForecastErrors, average, judge
 from forgetcast.completion.influence import WithoutSource, most_influential
@@ -18,6 +18,31 @@ from forgetcast.completion.logistic import f1, is_binary
 from forgetcast.completion.probes import choose
 from forgetcast.errors import DataError
 from forgetcast.results import Result
+
+
+class Predictor(Protocol):
+    """Completes rows from probes; see `Completion.predict`."""
+
+    def predict(self, probes: Any, observed: Any) -> Forecast:
+        """Complete the rows (B, N) from the measurements (B, k) at the probes (k,)."""
+        ...
+
+
+class Method(Protocol):
+    """What is compared: a `Completion`, or an arm that also uses what is known of each task (`UsesTasks`)."""
+
+    def fit(self, matrix: ForgettingMatrix) -> Any:
+        """Learn from the known tasks, and return the fitted method."""
+        ...
+
+
+@runtime_checkable
+class UsesTasks(Protocol):
+    """A fitted method that forecasts by more than the probes."""
+
+    def for_tasks(self, tasks: Sequence[str]) -> Predictor:
+        """Return what completes the rows of these tasks, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +67,8 @@ class BenchRow(Result):
         Median absolute error over all judged entries, mean over the seeds: a few examples cannot carry it.
     without : WithoutSource or None
         `ratio` without the source that changes it most; None where the examples have one source.
+    rmse_by_task, spearman_by_task : tuple of float, length T
+        Of each test task, mean over seeds.
     """
 
     method: str
@@ -55,6 +82,8 @@ class BenchRow(Result):
     seconds: float
     median_error: float = float("nan")
     without: WithoutSource | None = None
+    rmse_by_task: tuple[float, ...] = ()
+    spearman_by_task: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         interval = f"[{self.ratio_lower:.3f}, {self.ratio_upper:.3f}]"
@@ -72,7 +101,7 @@ class BenchRow(Result):
 def bench(
     train: ForgettingMatrix,
     test: ForgettingMatrix,
-    methods: Mapping[str, Completion],
+    methods: Mapping[str, Method],
     *,
     ks: Sequence[int] = (10, 30),
     seeds: int = 10,
@@ -87,7 +116,7 @@ def bench(
     ----------
     train, test : ForgettingMatrix, shapes (M, N) and (T, N)
         Tasks to fit on and tasks to forecast, over the same examples.
-    methods : mapping of name to unfitted Completion
+    methods : mapping of name to unfitted Method
     ks : sequence of int
         Numbers of probes.
     seeds : int
@@ -107,7 +136,7 @@ def bench(
 
 def bench_left_out(
     matrix: ForgettingMatrix,
-    methods: Mapping[str, Completion],
+    methods: Mapping[str, Method],
     *,
     similar: float = 0.0,
     ks: Sequence[int] = (10, 30),
@@ -148,7 +177,7 @@ def bench_left_out(
 
 def _bench(
     splits: Sequence[tuple[ForgettingMatrix, ForgettingMatrix]],
-    methods: Mapping[str, Completion],
+    methods: Mapping[str, Method],
     ks: Sequence[int],
     seeds: int,
     baseline: str,
@@ -185,6 +214,8 @@ def _bench(
                 seconds=float(np.median([f.seconds for f in of_method])),
                 median_error=float(np.mean([np.nanmedian(np.sqrt(f.entries)) for f in of_method])),
                 without=_without(splits[0][1].sources, rmse / baseline_rmse, of_method, of_baseline),
+                rmse_by_task=_by_task([[each.rmse for each in f.errors] for f in of_method]),
+                spearman_by_task=_by_task([[each.spearman for each in f.errors] for f in of_method]),
             )
         )
     return rows
@@ -208,8 +239,15 @@ def _row_means(entries: np.ndarray) -> np.ndarray:
     return np.where(known, entries, 0.0).sum(axis=1) / known.sum(axis=1)
 
 
+def _by_task(figures: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Average over seeds (S, T); NaN where a figure is undefined for every seed."""
+    values = np.array(figures)
+    counts = (~np.isnan(values)).sum(axis=0)
+    return tuple(np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(counts, 1), np.nan).tolist())
+
+
 def _figures_of(
-    train: ForgettingMatrix, test: ForgettingMatrix, methods: Mapping[str, Completion], ks: Sequence[int], seeds: int
+    train: ForgettingMatrix, test: ForgettingMatrix, methods: Mapping[str, Method], ks: Sequence[int], seeds: int
 ) -> dict[tuple[str, str, int], list[_Figures]]:
     """Compute the figures of every seed, by method, way to choose probes, and number of probes."""
     truth = test.values.astype(np.float64)
@@ -219,7 +257,10 @@ def _figures_of(
             f"{most} probes cannot be taken from half of the {len(complete)} examples that all test tasks measured"
         )
     chooser = Bayesian().fit(train)
-    fitted = {name: clone(method).fit(train) for name, method in methods.items()}
+    fitted: dict[str, Predictor] = {}
+    for name, method in methods.items():
+        model = clone(method).fit(train)
+        fitted[name] = model.for_tasks(test.tasks) if isinstance(model, UsesTasks) else model
     figures: dict[tuple[str, str, int], list[_Figures]] = {}
     for seed in range(seeds):
         rng = np.random.default_rng(seed)

@@ -87,6 +87,10 @@ def judge(mean: np.ndarray, lower: np.ndarray, upper: np.ndarray, truth: Any) ->
 
 
 def average(errors: Iterable[ForecastErrors]) -> ForecastErrors:
-    """Average each figure; an undefined rank correlation is skipped."""
+    """Average each figure; an undefined rank correlation is skipped, and NaN if all are."""
     figures = [asdict(each) for each in errors]
-    return ForecastErrors(**{name: float(np.nanmean([each[name] for each in figures])) for name in figures[0]})
+    means = {}
+    for name in figures[0]:
+        defined = [each[name] for each in figures if not np.isnan(each[name])]
+        means[name] = float(np.mean(defined)) if defined else float("nan")
+    return ForecastErrors(**means)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from forgetcast.data.pool import Pool
+from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import losses
@@ -19,9 +20,24 @@ STEP = 0.01
 SAMPLE = 64
 """Default number of task examples in the gradient."""
 
+DIMENSIONS = 2048
+"""Default size of a projected gradient: the standard error of a cosine is about 1 / sqrt(DIMENSIONS) = .02."""
+
+BATCH = 8
+"""Examples in a forward and backward pass."""
+
+BLOCK = 2**20
+"""Coordinates that are projected at once."""
+
 
 def gradient_products(
-    language_model: LanguageModel, task: Pool, pool: Pool, *, sample: int = SAMPLE, batch_size: int = 8, seed: int = 0
+    language_model: LanguageModel,
+    task: Pool,
+    pool: Pool,
+    *,
+    sample: int = SAMPLE,
+    batch_size: int = BATCH,
+    seed: int = 0,
 ) -> np.ndarray:
     """Compute each example's first-order loss increase as the task's loss falls by one nat along its gradient.
 
@@ -59,20 +75,10 @@ def gradient_products(
             f"{language_model.name} has quantised or frozen weights, which have no gradient; merge an adapter first"
         )
     drawn = np.random.default_rng(seed).permutation(len(task))[:sample].tolist()
-    encoded = [language_model.encode(task[i], language_model.context, end=True) for i in drawn]
-    total = sum(example.targets for example in encoded)
-    weights = list(model.parameters())
     was_training = model.training
     model.eval()
-    model.zero_grad(set_to_none=True)
-    for start in range(0, len(encoded), batch_size):
-        ids, mask, labels = (
-            part.to(model.device) for part in pad(encoded[start : start + batch_size], pad_id(language_model.tokenizer))
-        )
-        share = float((labels != IGNORED_INDEX).sum()) / total
-        (model(input_ids=ids, attention_mask=mask, labels=labels).loss * share).backward()
-    gradient = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
-    model.zero_grad(set_to_none=True)
+    weights = list(model.parameters())
+    gradient = _gradient(language_model, [task[i] for i in drawn], batch_size)
     squared_norm = float(sum((g.double() ** 2).sum() for g in gradient))
     if not 0 < squared_norm < float("inf"):
         raise DataError("the task's gradient is zero or not finite, so it predicts no change of any loss")
@@ -90,3 +96,100 @@ def gradient_products(
                 parameter.copy_(value)
         model.train(was_training)
     return (shifted[0] - shifted[1]) / (2 * STEP)
+
+
+def _gradient(
+    language_model: LanguageModel, examples: Sequence[Example], batch_size: int, *, end: bool = True
+) -> list[torch.Tensor]:
+    """Return the gradient of the mean loss per target token, one tensor for each trainable parameter."""
+    model: Any = language_model.model
+    encoded = [language_model.encode(example, language_model.context, end=end) for example in examples]
+    total = sum(example.targets for example in encoded)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad(set_to_none=True)
+    for start in range(0, len(encoded), batch_size):
+        ids, mask, labels = (
+            part.to(model.device) for part in pad(encoded[start : start + batch_size], pad_id(language_model.tokenizer))
+        )
+        share = float((labels != IGNORED_INDEX).sum()) / max(total, 1)
+        (model(input_ids=ids, attention_mask=mask, labels=labels).loss * share).backward()
+    gradient = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def projected_gradients(
+    language_model: LanguageModel,
+    groups: Sequence[Sequence[Example]],
+    *,
+    end: bool = True,
+    dimensions: int = DIMENSIONS,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Compute the gradient of each group's mean loss at the current weights, randomly projected.
+
+    The projection is a count sketch: each coordinate is added with a random sign to a random entry, so that inner
+    products are right in expectation, with a variance of at most 2 |a|^2 |b|^2 / dimensions. The signs and entries are
+    drawn anew for each group from the same seed, block by block, so memory is that of one gradient. The trainable
+    parameters count: all of a model, or those of a LoRA adapter that was loaded to be trained.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    groups : sequence of sequence of Example
+        Each group has one gradient; a single example is a group of one.
+    end : bool
+        Whether the token that ends a text counts, as in training; it does not in a score.
+    dimensions : int
+    seed : int
+    on_progress : callable, optional
+        Called with 1 after each group.
+
+    Returns
+    -------
+    array of float32, shape (len(groups), dimensions)
+
+    Raises
+    ------
+    ConfigError
+        If no parameter is trainable.
+    DataError
+        If a gradient is zero or not finite.
+
+    References
+    ----------
+    Charikar, Chen and Farach-Colton (2002), Finding frequent items in data streams.
+    Weinberger et al. (2009), Feature hashing for large scale multitask learning.
+    """
+    model: Any = language_model.model
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"{language_model.name} has only frozen or quantised weights, which have no gradient")
+    was_training = model.training
+    model.eval()
+    rows = np.empty((len(groups), dimensions), dtype=np.float32)
+    try:
+        for row, group in enumerate(groups):
+            gradient = _gradient(language_model, group, BATCH, end=end)
+            sketch = _count_sketch(gradient, dimensions, seed).cpu().numpy()
+            if not np.isfinite(sketch).all() or not sketch.any():
+                raise DataError(f"the gradient at the example {group[0].id!r} is zero or not finite; remove it")
+            rows[row] = sketch
+            if on_progress is not None:
+                on_progress(1)
+    finally:
+        model.train(was_training)
+    return rows
+
+
+def _count_sketch(gradient: Sequence[torch.Tensor], dimensions: int, seed: int) -> torch.Tensor:
+    """Project the concatenation of tensors on `dimensions` entries."""
+    device = gradient[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    # Entries of positive and of negative sign apart: one draw gives both the entry and the sign.
+    sums = torch.zeros(2 * dimensions, device=device)
+    for part in gradient:
+        for block in part.detach().float().flatten().split(BLOCK):
+            entries = torch.randint(2 * dimensions, (len(block),), generator=generator, device=device)
+            sums.index_add_(0, entries, block)
+    return sums[:dimensions] - sums[dimensions:]

@@ -25,6 +25,7 @@ from forgetcast.experiments.verify import Verification
 from forgetcast.files import atomic_path
 from forgetcast.replay.outcome import METRICS
 from forgetcast.report import figures
+from forgetcast.similarity import SimilarityStudy
 from forgetcast.stats import Comparison
 
 AT_RISK = 10
@@ -45,6 +46,7 @@ def write_report(
     accuracies: Mapping[str, Mapping[str, ForecastErrors]] | None = None,
     verification: Verification | None = None,
     sequence: SequenceResult | None = None,
+    similarity: SimilarityStudy | None = None,
     title: str = "What fine-tuning makes the model forget",
 ) -> None:
     """Write the report as one HTML file.
@@ -60,6 +62,7 @@ def write_report(
         Errors of several methods. Default: those of the forecasts whose tasks the atlas has measured.
     verification : Verification, optional
     sequence : SequenceResult, optional
+    similarity : SimilarityStudy, optional
     title : str
 
     Raises
@@ -101,6 +104,7 @@ def write_report(
         risks=_risks(atlas, matrix, forecasts, truths),
         replay=_replay(verification) if verification is not None else None,
         sequence=_sequence(sequence) if sequence is not None else None,
+        similarity=similarity,
         provenance=_provenance(atlas, matrix),
     )
     with atomic_path(Path(path)) as temporary:

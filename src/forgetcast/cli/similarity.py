@@ -1,0 +1,69 @@
+"""What `analyze --similarity` and `bench --similarity` share: the data that similarities are computed from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forgetcast.cli.app import load_base, load_data, progress
+from forgetcast.cli.options import Loading
+from forgetcast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from forgetcast.atlas import ForgettingMatrix
+    from forgetcast.similarity import SideInformation
+
+Similarities = Annotated[
+    str | None,
+    typer.Option(
+        "--similarity",
+        help="Similarities to compare with, or all: tfidf, embedding, hidden, gradient, gradient-cosine, loss, length.",
+    ),
+]
+TasksFolder = Annotated[
+    Path | None, typer.Option("--tasks", help="With --similarity: folder with the data of every task, TASK.jsonl.")
+]
+BaseOption = Annotated[
+    str | None, typer.Option("--model", help="With --similarity: the base model, for hidden and gradient.")
+]
+EmbeddingOption = Annotated[
+    Path | None, typer.Option("--embedding", help="With --similarity: folder of a sentence-transformers model.")
+]
+
+
+def gather_side(
+    location: str,
+    matrix: ForgettingMatrix,
+    similarity: str,
+    tasks: Path | None,
+    model: str | None,
+    embedding: Path | None,
+) -> SideInformation:
+    """Compute the similarities of an atlas's tasks and examples.
+
+    Raises
+    ------
+    ConfigError
+        If the matrix is no atlas, there is no folder of tasks, or a similarity needs a model that is not given.
+    MismatchError
+        If the model is not the atlas's base, or a task has no file.
+    """
+    from forgetcast.atlas import Atlas
+    from forgetcast.experiments import load_tasks
+    from forgetcast.similarity import Material, gather, names_of, tasks_of
+
+    if Path(location).is_file():
+        raise ConfigError("--similarity needs an atlas: a matrix in a file has no texts")
+    if tasks is None:
+        raise ConfigError("--similarity needs --tasks: the folder with the data of the tasks")
+    names = names_of(similarity)
+    atlas = Atlas.open(location)
+    data = tasks_of(matrix, load_tasks(tasks, load_data), where=str(tasks))
+    base = load_base(model, Loading(), atlas) if model is not None else None
+    with progress(resumable=False) as report:
+        material = Material(
+            data, atlas.pool, atlas.nll_before, language_model=base, embedding=embedding, on_progress=report
+        )
+        return gather(matrix, material, names)

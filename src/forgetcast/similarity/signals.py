@@ -1,0 +1,337 @@
+"""Similarities: numbers for each task and example, known before a fine-tune, that could predict forgetting.
+
+A similarity is one small class. It computes from a `Material`, which makes what several of them need only once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from forgetcast.data.pool import Pool
+from forgetcast.errors import ConfigError, DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from forgetcast.lm import LanguageModel
+
+SAMPLE = 64
+"""Examples of a task, drawn at random, that stand for it."""
+
+TERMS = 50_000
+"""Most terms of TF-IDF."""
+
+
+class Vectors(NamedTuple):
+    """Vectors of tasks (M, d) and of examples (N, d) in one space."""
+
+    tasks: np.ndarray
+    examples: np.ndarray
+
+    def cosines(self) -> np.ndarray:
+        """Return the cosine of each task with each example, shape (M, N); 0 where a vector is zero."""
+        tasks, examples = (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-30) for part in self)
+        return tasks @ examples.T
+
+
+@dataclass
+class Material:
+    """Texts of M tasks and N examples, and the models that similarities may use.
+
+    Parameters
+    ----------
+    tasks : mapping of str to Pool
+    pool : Pool
+    losses : array, shape (N,), optional
+        Of the base model, nats per token.
+    language_model : LanguageModel, optional
+        The base model.
+    embedding : path, optional
+        Folder of a sentence-transformers model.
+    sample : int
+        At most so many examples of a task, drawn at random, stand for it.
+    seed : int
+    on_progress : callable, optional
+        Called with what is measured, the number done, and the number of all.
+
+    Attributes
+    ----------
+    drawn : dict of str to Pool
+        The examples that stand for each task.
+    notes : list of str
+        What was cut, so far.
+    """
+
+    tasks: Mapping[str, Pool]
+    pool: Pool
+    losses: np.ndarray | None = None
+    language_model: LanguageModel | None = None
+    embedding: str | Path | None = None
+    sample: int = SAMPLE
+    seed: int = 0
+    on_progress: Callable[[str, int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Draw the examples of each task."""
+        if not self.tasks:
+            raise DataError("there are no tasks to compute similarities of")
+        if self.sample < 1:
+            raise ConfigError(f"at least one example must stand for a task, not {self.sample}")
+        self.notes: list[str] = []
+        self.drawn: dict[str, Pool] = {}
+        for name, task in self.tasks.items():
+            order = np.random.default_rng(self.seed).permutation(len(task))[: self.sample]
+            self.drawn[name] = task.subset(task.ids[i] for i in np.sort(order).tolist())
+
+    def available(self) -> frozenset[str]:
+        """Return which of `Similarity.needs` are given."""
+        given = {"losses": self.losses, "language_model": self.language_model, "embedding": self.embedding}
+        return frozenset(name for name, value in given.items() if value is not None)
+
+    def _of_tasks(self, rows: np.ndarray) -> np.ndarray:
+        """Average the vectors of the drawn examples, one task after another, shape (M, d)."""
+        ends = np.cumsum([len(task) for task in self.drawn.values()])[:-1]
+        return np.array([part.mean(axis=0) for part in np.split(rows, ends)])
+
+    def _drawn_texts(self) -> list[str]:
+        return [example.full_text for task in self.drawn.values() for example in task]
+
+    @cached_property
+    def tfidf(self) -> np.ndarray:
+        """Cosines of TF-IDF vectors, shape (M, N); a task's vector is the mean over all of its examples."""
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+        except ImportError as error:
+            raise MissingExtraError("similarity", error) from error
+        vectorizer = TfidfVectorizer(max_features=TERMS, sublinear_tf=True)
+        try:
+            examples = vectorizer.fit_transform([example.full_text for example in self.pool])
+        except ValueError as error:  # no text has a word
+            raise DataError(f"TF-IDF of the pool: {error}") from None
+        cosines = []
+        for task in self.tasks.values():
+            mean = np.asarray(vectorizer.transform([example.full_text for example in task]).mean(axis=0)).ravel()
+            cosines.append(examples @ mean / max(float(np.linalg.norm(mean)), 1e-30))
+        return np.array(cosines)
+
+    @cached_property
+    def embeddings(self) -> Vectors:
+        """Sentence embeddings."""
+        from forgetcast.lm.embeddings import sentence_embeddings
+
+        assert self.embedding is not None
+        texts = [example.full_text for example in self.pool]
+        rows, note = sentence_embeddings(self.embedding, texts + self._drawn_texts())
+        if note:
+            self.notes.append(note)
+        return Vectors(self._of_tasks(rows[len(texts) :]), rows[: len(texts)])
+
+    @cached_property
+    def hidden(self) -> Vectors:
+        """Mean hidden states of the base model, standardised over the pool, because a few directions dominate."""
+        from forgetcast.lm.features import hidden_states
+
+        assert self.language_model is not None
+        examples = hidden_states(self.language_model, self.pool, on_progress=self._report("hidden states", self.pool))
+        tasks = [hidden_states(self.language_model, task) for task in self.drawn.values()]
+        for name, pool, rows in (
+            ("the pool", self.pool, examples),
+            *zip(self.drawn, self.drawn.values(), tasks, strict=True),
+        ):
+            if not np.isfinite(rows).all():
+                bad = pool.ids[int(np.argmin(np.isfinite(rows).all(axis=1)))]
+                raise DataError(f"{name}: the example {bad!r} has no finite hidden state; remove it")
+        centre, scale = examples.mean(axis=0), np.maximum(examples.std(axis=0), 1e-12)
+        return Vectors(
+            np.array([((rows - centre) / scale).mean(axis=0) for rows in tasks]), (examples - centre) / scale
+        )
+
+    @cached_property
+    def gradients(self) -> Vectors:
+        """Gradients of the loss at the base model, randomly projected."""
+        from forgetcast.lm.gradients import projected_gradients
+
+        assert self.language_model is not None
+        model, groups = self.language_model, list(self.drawn.values())
+        report = self._report("gradients of tasks", groups)
+        tasks = projected_gradients(model, groups, seed=self.seed, on_progress=report)
+        report = self._report("gradients of examples", self.pool)
+        singles = [(example,) for example in self.pool]
+        examples = projected_gradients(model, singles, end=False, seed=self.seed, on_progress=report)
+        return Vectors(tasks, examples)
+
+    def _report(self, what: str, all_: Sequence[Any]) -> Callable[[int], None]:
+        done = 0
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.on_progress is not None:
+                self.on_progress(what, done, len(all_))
+
+        return report
+
+
+SIMILARITIES: dict[str, type[Similarity]] = {}
+"""Every similarity by its name; a subclass of `Similarity` with a name registers itself."""
+
+
+class Similarity(ABC):
+    """A number for each task and example; the higher it is, the more the example should be forgotten.
+
+    Derive a class from this to add one.
+
+    Attributes
+    ----------
+    name : str
+    summary : str
+        One line, shown in tables.
+    needs : frozenset of str
+        Of 'losses', 'language_model' and 'embedding': what the `Material` must have.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from forgetcast.similarity import Similarity
+    >>> class Words(Similarity):
+    ...     name = "words"
+    ...     summary = "number of words of the example"
+    ...
+    ...     def compute(self, material):
+    ...         row = [len(example.full_text.split()) for example in material.pool]
+    ...         return np.tile(row, (len(material.tasks), 1))
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Register the class by its name."""
+        super().__init_subclass__(**options)
+        if "name" in vars(cls):
+            SIMILARITIES[cls.name] = cls
+
+    @abstractmethod
+    def compute(self, material: Material) -> np.ndarray:
+        """Return the similarities, shape (M, N), all finite."""
+
+
+class TfIdf(Similarity):
+    """Cosine of word counts."""
+
+    name = "tfidf"
+    summary = "cosine of TF-IDF vectors (Salton and Buckley 1988)"
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Compute the cosines."""
+        return material.tfidf
+
+
+class Embedding(Similarity):
+    """Cosine of sentence embeddings."""
+
+    name = "embedding"
+    summary = "cosine of sentence embeddings"
+    needs = frozenset({"embedding"})
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Compute the cosines."""
+        return material.embeddings.cosines()
+
+
+class Hidden(Similarity):
+    """Cosine of the base model's hidden states."""
+
+    name = "hidden"
+    summary = "cosine of mean hidden states of the base model, standardised over the pool"
+    needs = frozenset({"language_model"})
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Compute the cosines."""
+        return material.hidden.cosines()
+
+
+class GradientProduct(Similarity):
+    """Product of gradients: the first-order loss increase of a gradient step on the task."""
+
+    name = "gradient"
+    summary = "minus the inner product of the gradients of task and example, randomly projected"
+    needs = frozenset({"language_model"})
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Compute the products."""
+        return -(material.gradients.tasks @ material.gradients.examples.T)
+
+
+class GradientCosine(Similarity):
+    """Cosine of gradients."""
+
+    name = "gradient-cosine"
+    summary = "minus the cosine of the gradients of task and example, randomly projected"
+    needs = frozenset({"language_model"})
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Compute the cosines."""
+        return -material.gradients.cosines()
+
+
+class Loss(Similarity):
+    """Loss of the base model, the same for every task."""
+
+    name = "loss"
+    summary = "loss of the example before, the same for every task"
+    needs = frozenset({"losses"})
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Repeat the losses."""
+        assert material.losses is not None
+        return np.tile(np.asarray(material.losses, dtype=np.float64), (len(material.tasks), 1))
+
+
+class Length(Similarity):
+    """Length of the example, the same for every task."""
+
+    name = "length"
+    summary = "logarithm of the example's number of characters, the same for every task"
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Repeat the lengths."""
+        row = np.log([len(example.full_text) for example in material.pool])
+        return np.tile(row, (len(material.tasks), 1))
+
+
+def compute_similarities(names: Sequence[str], material: Material) -> dict[str, np.ndarray]:
+    """Compute similarities by name, each of shape (M, N).
+
+    Raises
+    ------
+    ConfigError
+        If one is unknown, or needs what the material lacks.
+    DataError
+        If one is not finite.
+    """
+    found = {}
+    for name in dict.fromkeys(names):
+        if name not in SIMILARITIES:
+            raise ConfigError(f"unknown similarity {name!r}; choose from {', '.join(SIMILARITIES)}")
+        options = {"language_model": "--model", "embedding": "--embedding", "losses": "base scores"}
+        if missing := sorted(SIMILARITIES[name].needs - material.available()):
+            raise ConfigError(f"the similarity {name!r} needs {', '.join(options[each] for each in missing)}")
+    for name in dict.fromkeys(names):
+        values = np.asarray(SIMILARITIES[name]().compute(material), dtype=np.float64)
+        if values.shape != (len(material.tasks), len(material.pool)):
+            raise DataError(f"the similarity {name!r} has the shape {values.shape}, not that of tasks and examples")
+        if name != "loss" and not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            raise DataError(
+                f"the similarity {name!r} of the task {list(material.tasks)[row]!r} and the example "
+                f"{material.pool.ids[int(column)]!r} is not finite"
+            )
+        found[name] = values
+    return found
