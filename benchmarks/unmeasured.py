@@ -29,7 +29,7 @@ from forgetcast.completion import Bayesian
 from forgetcast.completion.preflight import Preflight
 from forgetcast.completion.unmeasured import Unmeasured
 from forgetcast.demo.corpus import SOURCES, documents
-from forgetcast.measure.features import FeatureFolder, Features
+from forgetcast.measure.features import FeatureFolder, Features, Group
 from forgetcast.probes import choose
 from forgetcast.replay import Signals
 from forgetcast.replay.corpus import join_corpus
@@ -115,28 +115,27 @@ def before_any_run(atlas: Atlas, folder: Path) -> list[dict[str, Any]]:
         base = load(model_folder)
         for name in matrix.tasks:
             task = Pool.load(folder / "tasks" / f"{name}.jsonl")
-            for what, measured in (
-                ("text", lambda task=task: task_features(base, task)),
-                ("virtual step", lambda task=task: gradient_products(base, task, some)),
-            ):
-                start = time.perf_counter()
-                given[what].append(measured())
-                seconds[what] += time.perf_counter() - start
+            start = time.perf_counter()
+            given["text"].append(task_features(base, task))
+            middle = time.perf_counter()
+            given["virtual step"].append(gradient_products(base, task, some))
+            seconds["text"] += middle - start
+            seconds["virtual step"] += time.perf_counter() - middle
     features = {name: np.array(rows) for name, rows in given.items()}
     features["text and virtual step"] = np.column_stack(list(features.values()))
     rng, squares = np.random.default_rng(0), dict[str, list[float]]()
-    for task in range(len(matrix.tasks)):
-        past = np.delete(np.arange(len(matrix.tasks)), task)
+    for at in range(len(matrix.tasks)):
+        past = np.delete(np.arange(len(matrix.tasks)), at)
         model = Bayesian().fit(matrix.select([matrix.tasks[i] for i in past.tolist()]))
-        truth = matrix.values[task].astype(float)
+        truth = matrix.values[at].astype(float)
         before = {name: Preflight(model).fit(rows[past]) for name, rows in features.items()}
         means = {"the atlas's mean": model.predict([], []).mean}
-        means |= {name: each.forecast(features[name][task]).mean for name, each in before.items()}
+        means |= {name: each.forecast(features[name][at]).mean for name, each in before.items()}
         for k in (2, 10):
             probes = rng.choice(len(truth), k, replace=False)
             means[f"{k} probes"] = model.predict(probes, truth[probes]).mean
             for name in ("text", "virtual step"):
-                prior = before[name].model_for(features[name][task])
+                prior = before[name].model_for(features[name][at])
                 means[f"{k} probes and {name}"] = prior.predict(probes, truth[probes]).mean
         for name, mean in means.items():
             squares.setdefault(name, []).append(float(np.mean((mean - truth) ** 2)))
@@ -180,7 +179,8 @@ def replay(atlas: Atlas, folder: Path, tasks: int) -> list[dict[str, Any]]:
     with as_file(files("forgetcast.demo") / "model") as model_folder, tempfile.TemporaryDirectory() as made:
         tuner = FineTuner(load(model_folder))
         opened = FeatureFolder.begin(Path(made) / "features", feature_settings(tuner.base))
-        for group, examples in (("pool", pool), ("corpus", corpus)):
+        groups: dict[Group, Pool] = {"pool": pool, "corpus": corpus}
+        for group, examples in groups.items():
             total, _ = write_features(tuner.base, examples, opened, group)
             opened.finish(group, {"examples": total})
         before = score(tuner.base, judged).nll

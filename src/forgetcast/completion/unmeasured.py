@@ -114,7 +114,7 @@ class Unmeasured:
     Parameters
     ----------
     model : Completion
-        Fitted, of any method.
+        Fitted, of any method. Of `Auto`, the winner for tasks like the atlas's.
 
     Attributes
     ----------
