@@ -21,9 +21,9 @@ from forgetcast.completion import (
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import LEVELS
 from forgetcast.completion.bayesian import shrink_variances
-from forgetcast.completion.gaussian import BANDWIDTHS, OUT_OF_FAMILY, SCALE_DEGREES
 from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
 from forgetcast.evaluation import accuracy
+from support.completion import dense_mixture
 from support.data import planted
 
 METHODS = [Mean, Additive, KNN, MatrixFactorization, SoftImpute, Bayesian, Auto]
@@ -155,30 +155,8 @@ def test_posterior_is_dense_conditioning(values: np.ndarray) -> None:
     """Oracle: all N x N covariances written out, a mixture of multivariate Student's t by SciPy's density."""
     model = Bayesian(factors=3).fit(values[:-1])
     at = np.array([5, 17, 80, 2])
-    means, variances, densities = [], [], []
-    explained = model.loadings_[:, 1:] ** 2 @ model.prior_[1:]
-    mixture = model.state_.mixture
-    assert mixture is not None
-    nowhere = np.zeros((1, len(model.prior_)))
-    classes = [(model.prior_, nowhere, own, same) for own, same in OUT_OF_FAMILY]
-    classes += [(width**2 * mixture.around, mixture.centres, 0.0, 0.0) for width in BANDWIDTHS]
-    for log_weight, (prior, centres, own, same) in zip(mixture.log_weights, classes, strict=True):
-        noise = model.noise_ + own * explained + same * explained.mean()
-        joint = (model.loadings_ * prior) @ model.loadings_.T + np.diag(noise)
-        seen = joint[np.ix_(at, at)]
-        gain = joint[:, at] @ np.linalg.inv(seen)
-        within = []
-        for centre in centres:
-            expected = model.mean_ + model.loadings_ @ centre
-            apart = values[-1, at] - expected[at]
-            scale = (SCALE_DEGREES + apart @ np.linalg.solve(seen, apart)) / (SCALE_DEGREES + len(at))
-            means.append(expected + gain @ apart)
-            variances.append(np.diag(joint - gain @ joint[at]) * scale)
-            within.append(stats.multivariate_t(shape=seen, df=SCALE_DEGREES).pdf(apart))
-        # The power is of the class's likelihood; among its centres, the likelihood counts as it is.
-        of_class = np.exp(log_weight) * np.mean(within) ** mixture.power
-        densities.extend(of_class * np.array(within) / np.sum(within))
-    weights = np.array(densities) / np.sum(densities)
+    weights, means, covariances = dense_mixture(model, at, values[-1])
+    variances = [np.diag(covariance) for covariance in covariances]
     mean = weights @ np.array(means)
     variance = weights @ (np.array(variances) + (np.array(means) - mean) ** 2)
     forecast = model.predict(at, values[-1, at])

@@ -24,7 +24,7 @@ def test_a_prior_on_the_coefficients_is_conditioned_on_as_in_the_joint_gaussian(
     rng = np.random.default_rng(1)
     mean, variance = rng.normal(size=len(model.prior_)), rng.uniform(0.1, 1, size=len(model.prior_))
     changed = with_prior(model, mean, variance)
-    state = changed.state_._replace(out_of_family=None)
+    state = changed.state_._replace(mixture=None)
     probes, row = np.array([3, 50, 120]), rng.normal(size=3)
     found, _, _ = state.posterior(probes, row[None])
     # The oracle: condition the joint distribution of all entries.

@@ -23,9 +23,10 @@ from forgetcast.completion import (
     SoftImpute,
 )
 from forgetcast.completion.base import leave_tasks_out
-from forgetcast.completion.gaussian import OUT_OF_FAMILY, SCALE_DEGREES
+from forgetcast.completion.gaussian import SCALE_DEGREES
 from forgetcast.completion.whole import Above, MeanOf, Tail, Widths, draws, moments
 from forgetcast.stats import worst_part, worst_tenth
+from support.completion import dense_mixture
 from support.data import planted
 
 METHODS = [Mean, Additive, KNN, MatrixFactorization, SoftImpute, Bayesian, Auto, LogisticMF]
@@ -39,19 +40,9 @@ def values() -> np.ndarray:
 def dense(model: Bayesian, at: np.ndarray, row: np.ndarray) -> tuple[float, float]:
     """Mean and variance of the sum over the unmeasured examples, from all N x N covariances of the mixture."""
     rest = np.setdiff1d(np.arange(len(model.mean_)), at)
-    surprise = row[at] - model.mean_[at]
-    explained = model.loadings_[:, 1:] ** 2 @ model.prior_[1:]
-    centres, variances, densities = [], [], []
-    for own, same in OUT_OF_FAMILY:
-        noise = model.noise_ + own * explained + same * explained.mean()
-        joint = (model.loadings_ * model.prior_) @ model.loadings_.T + np.diag(noise)
-        seen = joint[np.ix_(at, at)]
-        gain = joint[:, at] @ np.linalg.inv(seen)
-        scale = (SCALE_DEGREES + surprise @ np.linalg.solve(seen, surprise)) / (SCALE_DEGREES + len(at))
-        centres.append((model.mean_ + gain @ surprise)[rest].sum())
-        variances.append((joint - gain @ joint[at])[np.ix_(rest, rest)].sum() * scale)
-        densities.append(stats.multivariate_t(shape=seen, df=SCALE_DEGREES).pdf(surprise))
-    weights = np.array(densities) / np.sum(densities)
+    weights, means, covariances = dense_mixture(model, at, row)
+    centres = [mean[rest].sum() for mean in means]
+    variances = [covariance[np.ix_(rest, rest)].sum() for covariance in covariances]
     centre = float(weights @ centres)
     return centre, float(weights @ (np.array(variances) + (np.array(centres) - centre) ** 2))
 

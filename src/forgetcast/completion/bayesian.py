@@ -124,7 +124,8 @@ class Bayesian(LinearGaussian):
         loadings = np.empty((PATTERNS + factors, examples), low_rank.columns.dtype).T
         loadings[:, 0] = 1.0
         loadings[:, 1] = _standardised(low_rank.columns)
-        loadings[:, 2] = _standardised(np.log(noise + _variance_explained(low_rank)))
+        deviations = np.log(noise + _variance_explained(low_rank)) / 2
+        loadings[:, 2] = deviations - deviations.mean()
         loadings[:, PATTERNS:] = low_rank.loadings
         squares_of_loadings = np.einsum("nr,nr->r", loadings, loadings, dtype=np.float64) / examples
         scales = low_rank.coordinates @ (low_rank.loadings.T @ loadings[:, 1]) / examples
