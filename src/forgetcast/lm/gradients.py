@@ -21,8 +21,8 @@ SAMPLE = 64
 """Default number of task examples in the gradient."""
 
 DIMENSIONS = 2**17
-"""Default size of a projected gradient. The standard error of a cosine is about 1 / sqrt(DIMENSIONS) = .003; the cosines
-of the demo's tasks with single examples have a standard deviation of .01, so 2,048 entries would be mostly noise."""
+"""Default size of a projected gradient. The standard error of a cosine is about 1 / sqrt(DIMENSIONS) = .003, which has to
+be well below the spread of the cosines; `benchmarks/similarity.py` prints that."""
 
 BATCH = 8
 """Examples in a forward and backward pass."""
