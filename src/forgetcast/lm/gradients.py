@@ -21,7 +21,7 @@ SAMPLE = 64
 """Default number of task examples in the gradient."""
 
 DIMENSIONS = 2**17
-"""Default size of a projected gradient. The standard error of a cosine is about 1 / sqrt(DIMENSIONS) = .003, which has to
+"""Default size of a projected gradient. The standard error of a cosine is about 1 / sqrt(DIMENSIONS) = .003, which must
 be well below the spread of the cosines; `benchmarks/similarity.py` prints that."""
 
 BATCH = 8
