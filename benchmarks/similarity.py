@@ -112,7 +112,9 @@ def main() -> None:
     console.print(table)
     figures = [{"part": "correlation", **plain(each)} for each in found.associations]
     size = {"tasks": found.tasks, "examples": found.examples, "sample": found.sample}
-    figures.append({"part": "setting", **size, "notes": list(found.notes)})
+    spread = float(side.similarities["gradient-cosine"].std()) if "gradient-cosine" in side.similarities else None
+    console.print(f"standard deviation of the gradients' cosines: {spread}")
+    figures.append({"part": "setting", **size, "notes": list(found.notes), "gradient_cosine_std": spread})
     figures.append({"part": "forecast", "arm": "bayesian", "k": PROBES, "rmse": float(rmse), "spearman": float(ranks)})
     figures += [{"part": "forecast", **plain(each)} for each in found.versus]
     conclude(console, figures, targets(found), arguments.json, "scikit-learn")

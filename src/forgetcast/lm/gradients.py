@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ STEP = 0.01
 SAMPLE = 64
 """Default number of task examples in the gradient."""
 
-DIMENSIONS = 2048
-"""Default size of a projected gradient: the standard error of a cosine is about 1 / sqrt(DIMENSIONS) = .02."""
+DIMENSIONS = 2**17
+"""Default size of a projected gradient. The standard error of a cosine is about 1 / sqrt(DIMENSIONS) = .003, which must
+be well below the spread of the cosines; `benchmarks/similarity.py` prints that."""
 
 BATCH = 8
 """Examples in a forward and backward pass."""
@@ -126,8 +127,8 @@ def projected_gradients(
     dimensions: int = DIMENSIONS,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Compute the gradient of each group's mean loss at the current weights, randomly projected.
+) -> Iterator[np.ndarray]:
+    """Yield the gradient of each group's mean loss at the current weights, randomly projected.
 
     The projection is a count sketch: each coordinate is added with a random sign to a random entry, so that inner
     products are right in expectation, with a variance of at most 2 |a|^2 |b|^2 / dimensions. The signs and entries are
@@ -146,9 +147,9 @@ def projected_gradients(
     on_progress : callable, optional
         Called with 1 after each group.
 
-    Returns
-    -------
-    array of float32, shape (len(groups), dimensions)
+    Yields
+    ------
+    array of float32, shape (dimensions,)
 
     Raises
     ------
@@ -167,19 +168,17 @@ def projected_gradients(
         raise ConfigError(f"{language_model.name} has only frozen or quantised weights, which have no gradient")
     was_training = model.training
     model.eval()
-    rows = np.empty((len(groups), dimensions), dtype=np.float32)
     try:
-        for row, group in enumerate(groups):
+        for group in groups:
             gradient = _gradient(language_model, group, BATCH, end=end)
             sketch = _count_sketch(gradient, dimensions, seed).cpu().numpy()
             if not np.isfinite(sketch).all() or not sketch.any():
                 raise DataError(f"the gradient at the example {group[0].id!r} is zero or not finite; remove it")
-            rows[row] = sketch
+            yield sketch
             if on_progress is not None:
                 on_progress(1)
     finally:
         model.train(was_training)
-    return rows
 
 
 def _count_sketch(gradient: Sequence[torch.Tensor], dimensions: int, seed: int) -> torch.Tensor:

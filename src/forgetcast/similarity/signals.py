@@ -152,18 +152,24 @@ class Material:
         )
 
     @cached_property
-    def gradients(self) -> Vectors:
-        """Gradients of the loss at the base model, randomly projected."""
+    def gradients(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inner products and cosines of the loss gradients of tasks and examples at the base model, each (M, N).
+
+        Randomly projected. Those of the examples are not kept, so memory does not grow with their number.
+        """
         from forgetcast.lm.gradients import projected_gradients
 
         assert self.language_model is not None
         model, groups = self.language_model, list(self.drawn.values())
         report = self._report("gradients of tasks", groups)
-        tasks = projected_gradients(model, groups, seed=self.seed, on_progress=report)
+        tasks = np.array(list(projected_gradients(model, groups, seed=self.seed, on_progress=report)))
         report = self._report("gradients of examples", self.pool)
         singles = [(example,) for example in self.pool]
-        examples = projected_gradients(model, singles, end=False, seed=self.seed, on_progress=report)
-        return Vectors(tasks, examples)
+        products, norms = np.empty((len(groups), len(singles))), np.empty(len(singles))
+        rows = projected_gradients(model, singles, end=False, seed=self.seed, on_progress=report)
+        for at, row in enumerate(rows):
+            products[:, at], norms[at] = tasks @ row, np.linalg.norm(row)
+        return products, products / (np.linalg.norm(tasks, axis=1)[:, None] * norms)
 
     def _report(self, what: str, all_: Sequence[Any]) -> Callable[[int], None]:
         done = 0
@@ -266,7 +272,7 @@ class GradientProduct(Similarity):
 
     def compute(self, material: Material) -> np.ndarray:
         """Compute the products."""
-        return -(material.gradients.tasks @ material.gradients.examples.T)
+        return -material.gradients[0]
 
 
 class GradientCosine(Similarity):
@@ -278,7 +284,7 @@ class GradientCosine(Similarity):
 
     def compute(self, material: Material) -> np.ndarray:
         """Compute the cosines."""
-        return -material.gradients.cosines()
+        return -material.gradients[1]
 
 
 class Loss(Similarity):
