@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forgetcast import DataError, Example, Pool
-from forgetcast.data.reader import data_name, is_data_file
+from forgetcast.data.reader import Reader, data_name, is_data_file
 
 ROWS = [
     {"id": "a", "prompt": "What is\n2 + 2?", "completion": 'It is "4", or 4.', "source": "s"},
@@ -327,3 +327,14 @@ def test_what_was_skipped_is_told_shortly(tmp_path: Path) -> None:
     told = pool.report.as_dict()
     assert (told["skipped"], len(told["skipped_rows"])) == (5, 5)
     assert Pool([Example("a", text="x")]).skipped == ()
+
+
+def test_a_stream_has_each_id_once_as_the_table_does(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a b", "c d", "a b", "e f")))
+    reader = Reader(path)
+    assert [example.id for example in reader.unique()] == list(Pool.load(path).ids)
+    assert reader.report.duplicates == 1
+    path.write_text('{"id": "x", "text": "a b"}\n{"id": "x", "text": "c d"}\n')
+    with pytest.raises(DataError, match=r"line 2: the id 'x' occurs a second time"):
+        list(Reader(path).unique())
