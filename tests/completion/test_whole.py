@@ -135,15 +135,21 @@ def test_guaranteed_intervals_hold_where_the_atlas_is_wrong() -> None:
 
 
 def test_model_based_intervals_hold_for_tasks_like_the_atlas() -> None:
-    truth = planted(240, 200, 2, 0.3)
-    model, at = Bayesian().fit(truth[:40]), np.arange(10)
-    forecast = model.predict(at, truth[40:, at])
-    for (_, lower, upper), figure in (
-        (forecast.mean_interval(), truth[40:].mean(axis=1)),
-        (forecast.tail_interval(), np.array([worst_tenth(row) for row in truth[40:]])),
-        (forecast.above_interval(1.0), (truth[40:] > 1.0).mean(axis=1)),
-    ):
-        assert 0.83 < np.mean((lower <= figure) & (figure <= upper)) < 0.98
+    """Calibrated on forty tasks, the coverage of one world differs by some .05 from .9; that of four less."""
+    covered = []
+    for seed in range(4):
+        truth = planted(140, 200, 2, 0.3, seed)
+        model, at = Bayesian().fit(truth[:40]), np.arange(10)
+        forecast = model.predict(at, truth[40:, at])
+        for (_, lower, upper), figure in (
+            (forecast.mean_interval(), truth[40:].mean(axis=1)),
+            (forecast.tail_interval(), np.array([worst_tenth(row) for row in truth[40:]])),
+            (forecast.above_interval(1.0), (truth[40:] > 1.0).mean(axis=1)),
+        ):
+            covered.append(np.mean((lower <= figure) & (figure <= upper)))
+    coverage = np.mean(np.reshape(covered, (4, 3)), axis=0)
+    assert (coverage > 0.84).all()
+    assert (coverage < 0.97).all()
 
 
 def test_the_tail_has_the_examples_own_noise() -> None:

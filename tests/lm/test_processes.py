@@ -85,6 +85,7 @@ def test_training_is_that_of_one_process(folder: Path, run: RunCommand) -> None:
     assert json.loads(done.stdout) | {"seconds": 0, "output": ""} == {
         "steps": 9,
         "replayed": 12,
+        "held_out_replayed": 0,
         "seconds": 0,
         "output": "",
     }
