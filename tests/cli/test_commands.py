@@ -29,6 +29,7 @@ COMMANDS = (
     "diff",
     "features",
     "preflight",
+    "start",
     "add",
     "atlas",
     "collect",

@@ -205,7 +205,7 @@ def test_a_folder_to_write_is_tried_first(
 
 def test_a_model_that_scores_nothing_leaves_nothing(tmp_path: Path) -> None:
     pool, broken = make_pool(4), tiny()
-    sums = mock.patch("forgetcast.lm.score._sums", lambda _, pieces, __: [float("nan")] * len(pieces))
+    sums = mock.patch("forgetcast.lm.score._rows", lambda _, pieces, __: [float("nan")] * len(pieces))
     with sums, pytest.raises(ForgetcastError, match="scores no example"):
         score(broken, pool, partial=tmp_path / "s.partial")
     assert list(tmp_path.iterdir()) == []

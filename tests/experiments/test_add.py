@@ -324,13 +324,13 @@ def test_an_interrupted_model_is_resumed(models: Path, atlas: Path, monkeypatch:
     """The row is that of a model scored in one go, and no example is measured twice."""
     module = importlib.import_module("forgetcast.lm.score")
     monkeypatch.setattr(module, "BATCH_TOKENS", 64)
-    sums, measured = module._sums, list[int]()
+    sums, measured = module._rows, list[int]()
 
     def counted(measure: Any, pieces: Any, padding: int) -> Any:
         measured.append(len(pieces))
         return sums(measure, pieces, padding)
 
-    monkeypatch.setattr(module, "_sums", counted)
+    monkeypatch.setattr(module, "_rows", counted)
     law, opened = models / "adapters" / "law", Atlas.open(atlas)
     right, measured[:] = expected(atlas, law), []
 
