@@ -50,7 +50,7 @@ class Auto(Completion):
     >>> import numpy as np
     >>> from forgetcast.completion import Auto
     >>> rng = np.random.default_rng(0)
-    >>> atlas = rng.normal(size=(20, 1)) + rng.normal(size=40) + rng.normal(size=(20, 40))
+    >>> atlas = rng.normal(size=(30, 2)) @ rng.normal(size=(2, 60)) + rng.normal(0, 0.3, (30, 60))
     >>> type(Auto().fit(atlas).chosen_).__name__
     'Bayesian'
     """
