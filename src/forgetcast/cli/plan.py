@@ -163,7 +163,7 @@ def plan(
         print_json(advice.as_dict()) if as_json else print_all(advice_tables(advice))
         return
     _check_inputs(rule, truth=truth, model=model, task=task, advised=advice is not None)
-    given, predicted = _forecast(forecast, opened)
+    given, predicted, measure = _forecast(forecast, opened)
     signals = replay.Signals.from_atlas(
         opened,
         needs=rule.needs,
@@ -201,6 +201,7 @@ def plan(
         "strategy": rule.name,
         "ratio": planned.ratio,
         "forecast": str(forecast) if forecast is not None else "the atlas's mean" if uses_forecast else None,
+        "forecast_measure": measure if uses_forecast else None,
         "usable": planned.usable,
         "effective_size": round(planned.effective_size, 1) if sampled else None,
         "held_out": len(planned.held_out_ids),
@@ -263,16 +264,26 @@ def _advised_ratio(advice: Advice) -> float:
     return advice.needed.mean
 
 
-def _forecast(path: Path | None, atlas: Atlas) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Return the probes of a forecast file and its means in the pool's order; () and None without a file."""
+def _forecast(path: Path | None, atlas: Atlas) -> tuple[tuple[str, ...], np.ndarray | None, str]:
+    """Return the probes of a forecast file, its means in the pool's order, and its measure; (), None, 'loss' without one.
+
+    A forecast of exact match is NaN where the base model's answer was not right: there is none to lose.
+    """
+    import numpy as np
+
     from forgetcast.completion.forecast import TaskForecast
     from forgetcast.data.ids import ExampleIndex
 
     if path is None:
-        return (), None
+        return (), None, "loss"
     forecast = TaskForecast.load(path)
     forecast.check_pool(atlas.pool)
-    return forecast.probes, forecast.mean[ExampleIndex(forecast.ids).positions(atlas.pool.ids)]
+    if forecast.measure == "loss":
+        means = forecast.mean[ExampleIndex(forecast.ids).positions(atlas.pool.ids)]
+    else:
+        means = np.full(len(atlas.examples), np.nan)
+        means[atlas.pool.positions(forecast.ids, where="the forecast")] = forecast.mean
+    return forecast.probes, means, forecast.measure
 
 
 def _measured(atlas: Atlas, path: Path) -> np.ndarray:
