@@ -164,6 +164,8 @@ def plan(
         return
     _check_inputs(rule, truth=truth, model=model, task=task, advised=advice is not None)
     given, predicted, measure = _forecast(forecast, opened)
+    if corpus is not None and measure != "loss":
+        raise ConfigError(f"{forecast} is a forecast of exact match; --corpus needs one of the loss")
     signals = replay.Signals.from_atlas(
         opened,
         needs=rule.needs,
@@ -178,6 +180,9 @@ def plan(
     held_out_ids, joined = opened.hold_out(hold_out, seed=seed, exclude=given), None
     candidates: Pool | Candidates = opened.pool
     among: Sequence[str] | None = None
+    if predicted is not None and measure != "loss" and "forecast" in rule.needs:
+        # Where the base model's answer was not right there is none to lose, and no forecast.
+        among = [id_ for id_, value in zip(opened.pool.ids, predicted.tolist(), strict=True) if value == value]
     if corpus is not None:
         folder = FeatureFolder(corpus)
         folder.check_model(opened.model_hash)

@@ -152,7 +152,8 @@ class TaskForecast:
         """Make a task forecast from a completed row and the pool, atlas or matrix that it is of.
 
         By exact match, means and intervals are cut to [0, 1]: no probability lies outside, so that an interval covers
-        as often as before.
+        as often as before. Of the whole, only means are kept: the share of flips is the mean, and the worst tenth of
+        zeros and ones follows from it.
 
         Raises
         ------
@@ -168,7 +169,7 @@ class TaskForecast:
         whole = tuple(_figures(forecast, pool.sources or (), level, threshold))
         if measure == "exact_match":
             mean, lower, upper = (np.clip(each, 0, 1) for each in (mean, lower, upper))
-            whole = tuple(each.model_copy(update=_cut(each)) for each in whole)
+            whole = tuple(each.model_copy(update=_cut(each)) for each in whole if each.figure == "mean")
         probed = np.zeros(len(ids), dtype=bool)
         probed[forecast.probes] = True
         misfit = float(forecast.misfit)
