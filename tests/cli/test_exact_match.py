@@ -40,6 +40,7 @@ def atlas(tmp_path: Path) -> Atlas:
     atlas = Atlas.create(tmp_path / "a.atlas", POOL, _answered(POOL, RIGHT), model="base")
     for task, row in enumerate(_planted(12, len(POOL), 0)[1]):
         atlas.add(f"t{task}", _answered(POOL, RIGHT & (row == 0)))
+    atlas.add("unanswered", make_scores(POOL, np.full(len(POOL), 3.5)))
     return Atlas.open(atlas.path)
 
 
@@ -60,6 +61,7 @@ def test_probes_forecast_and_plan_by_answers(atlas: Atlas, tmp_path: Path, run: 
     assert code == 0, err
     facts = json.loads(out)
     saved = TaskForecast.load(output)
+    assert (facts["rows"], saved.rows) == (12, 12), "the row without answers is not counted"
     assert (facts["measure"], saved.measure) == ("exact_match", "exact_match")
     assert list(saved.ids) == [id_ for id_, right in zip(POOL.ids, RIGHT, strict=True) if right]
     for numbers in (saved.mean, saved.lower, saved.upper):
@@ -133,3 +135,10 @@ def test_probabilities_are_calibrated(method: Completion) -> None:
     # Worse than the truth, and better than the base rate.
     rate = np.mean((flips[:40].mean() - truth) ** 2)
     assert np.mean((oracle - truth) ** 2) < np.mean((made - truth) ** 2) < 0.85 * rate
+    # Binomial: at 90 %, fewer than 15 of 20 intervals miss with a probability of 1 %.
+    drawn = method.fit(flips[:40]).predict(probes, flips[40:, probes], audit=0)
+    for value, lower, upper in (drawn.mean_interval(0.9), drawn.tail_interval(0.1, 0.9)):
+        assert ((lower <= value) & (value <= upper)).all()
+    _, lower, upper = drawn.mean_interval(0.9)
+    shares = flips[40:].mean(axis=1)
+    assert ((lower <= shares) & (shares <= upper)).sum() >= 15

@@ -181,6 +181,13 @@ def forecast(
     opened = Atlas.open(atlas)
     known = [name for name in opened.tasks if name != task]
     flips = opened.matrix(known, measure="exact_match") if exact_match else None
+    if flips is not None:
+        # A row without answers, such as one that was scored elsewhere, says nothing here.
+        answered = np.flatnonzero(flips.observed.any(axis=1))
+        known = [flips.tasks[i] for i in answered.tolist()]
+        if not known:
+            raise DataError(f"no task of the atlas {atlas} has answers, so that none can be forecast")
+        flips = flips.select(known)
     usable = np.flatnonzero(~np.isnan(opened.nll_before)) if flips is None else np.arange(len(flips.examples))
     fitted = _method(method).fit(opened.stored(known) if flips is None else flips)
     if model is not None:

@@ -270,7 +270,7 @@ def _advised_ratio(advice: Advice) -> float:
 
 
 def _forecast(path: Path | None, atlas: Atlas) -> tuple[tuple[str, ...], np.ndarray | None, str]:
-    """Return the probes of a forecast file, its means in the pool's order, and its measure; (), None, 'loss' without one.
+    """Return a forecast file's probes, means in the pool's order and measure; (), None and 'loss' without a file.
 
     A forecast of exact match is NaN where the base model's answer was not right: there is none to lose.
     """
