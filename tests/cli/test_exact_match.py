@@ -136,9 +136,8 @@ def test_probabilities_are_calibrated(method: Completion) -> None:
     rate = np.mean((flips[:40].mean() - truth) ** 2)
     assert np.mean((oracle - truth) ** 2) < np.mean((made - truth) ** 2) < 0.85 * rate
     # Binomial: at 90 %, fewer than 15 of 20 intervals miss with a probability of 1 %.
-    drawn = method.fit(flips[:40]).predict(probes, flips[40:, probes], audit=0)
-    for value, lower, upper in (drawn.mean_interval(0.9), drawn.tail_interval(0.1, 0.9)):
+    for value, lower, upper in (forecast.mean_interval(0.9), forecast.tail_interval(0.1, 0.9)):
         assert ((lower <= value) & (value <= upper)).all()
-    _, lower, upper = drawn.mean_interval(0.9)
+    _, lower, upper = forecast.mean_interval(0.9)
     shares = flips[40:].mean(axis=1)
     assert ((lower <= shares) & (shares <= upper)).sum() >= 15
