@@ -61,6 +61,7 @@ def probes(
     ] = 0,
     by_tokens: Annotated[bool, typer.Option(help="Use the number of tokens as the cost of an example.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random probes.")] = 0,
+    exact_match: ByAnswers = False,
 ) -> None:
     """Choose the few examples to measure after a new fine-tune.
 
@@ -74,21 +75,27 @@ def probes(
 
     check_destination(output)
     opened = Atlas.open(atlas)
-    # An example without a base loss cannot be a probe.
-    usable = np.flatnonzero(~np.isnan(opened.nll_before))
+    flips = opened.matrix(measure="exact_match") if exact_match else None
+    # An example without a base loss, or, by exact match, without a right answer, cannot be a probe.
+    usable = np.flatnonzero(~np.isnan(opened.nll_before) if flips is None else opened.right_before)
     if audit > k:
         raise ConfigError(f"--audit {audit}: of {k} probes (-k), not more than {k} can be random")
     if at_random:
         chosen = random(len(opened.examples), k, seed=seed, candidates=usable)
     else:
         cost = np.maximum(opened.before.tokens, 1) if by_tokens else None
-        chosen = choose(completion.Bayesian().fit(opened), k, usable, cost, audit=audit, seed=seed)
+        if flips is None:
+            chosen = choose(completion.Bayesian().fit(opened), k, usable, cost, audit=audit, seed=seed)
+        else:
+            fitted = completion.Bayesian().fit(flips)
+            chosen = usable[choose(fitted, k, None, None if cost is None else cost[usable], audit=audit, seed=seed)]
     opened.subset(opened.examples[i] for i in chosen).save(output)
     random_ones = k if at_random else audit
+    answers = " --exact-match" if exact_match else ""
     out.print(
-        f"{k} probes written to {output}; next: forgetcast score TUNED_MODEL {output} -o probe_scores.parquet"
+        f"{k} probes written to {output}; next: forgetcast score TUNED_MODEL {output}{answers} -o probe_scores.parquet"
         + (
-            f", then forgetcast forecast {atlas} --scores probe_scores.parquet --audit {random_ones}"
+            f", then forgetcast forecast {atlas}{answers} --scores probe_scores.parquet --audit {random_ones}"
             if random_ones
             else ""
         ),
@@ -134,6 +141,7 @@ def forecast(
         typer.Option(help="Features of a corpus (see `forgetcast features`) to forecast too, into a second file."),
     ] = None,
     allow_different_tokens: AllowDifferentTokens = False,
+    exact_match: ByAnswers = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -151,7 +159,7 @@ def forecast(
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import priors_line
     from forgetcast.completion.base import MISFIT_THRESHOLD
-    from forgetcast.completion.forecast import TaskForecast, measured_probes
+    from forgetcast.completion.forecast import TaskForecast, answered_probes, measured_probes
     from forgetcast.completion.whole import FEW_TASKS, check_level, check_threshold
     from forgetcast.experiments.until import Stopped, Width, describe
     from forgetcast.measure import Scores, check_tokens
@@ -166,10 +174,22 @@ def forecast(
         raise ConfigError("--until-width and --most need --model, because they measure")
     if most is not None and (width is None or most < k):
         raise ConfigError("--most limits --until-width, and may not be less than the probes of -k")
+    if exact_match and (model is not None or corpus is not None):
+        raise ConfigError(
+            "--exact-match needs --scores, of probes with answers (forgetcast score --exact-match), and no --corpus"
+        )
     opened = Atlas.open(atlas)
-    usable = np.flatnonzero(~np.isnan(opened.nll_before))
     known = [name for name in opened.tasks if name != task]
-    fitted = _method(method).fit(opened.stored(known))
+    flips = opened.matrix(known, measure="exact_match") if exact_match else None
+    if flips is not None:
+        # A row without answers, such as one that was scored elsewhere, says nothing here.
+        answered = np.flatnonzero(flips.observed.any(axis=1))
+        known = [flips.tasks[i] for i in answered.tolist()]
+        if not known:
+            raise DataError(f"no task of the atlas {atlas} has answers, so that none can be forecast")
+        flips = flips.select(known)
+    usable = np.flatnonzero(~np.isnan(opened.nll_before)) if flips is None else np.arange(len(flips.examples))
+    fitted = _method(method).fit(opened.stored(known) if flips is None else flips)
     if model is not None:
         chosen = None if audit is None else k - audit
         if chosen is not None and chosen < 0:
@@ -193,7 +213,11 @@ def forecast(
     else:
         assert scores is not None
         measured = Scores.load(scores)
-        columns, forgetting = measured_probes(opened, measured, allow_different_tokens=allow_different_tokens)
+        columns, forgetting = (
+            measured_probes(opened, measured, allow_different_tokens=allow_different_tokens)
+            if flips is None
+            else answered_probes(opened, flips, measured, allow_different_tokens=allow_different_tokens)
+        )
         random = int(measured.metadata.get("audit", 0)) if audit is None else audit
         if random > len(columns):
             raise ConfigError(f"--audit {random}: {scores} has only {len(columns)} probes")
@@ -202,7 +226,13 @@ def forecast(
     if different is None:
         err.print("warning: it is unknown whether the probes were scored on the base model's tokens")
     completed = TaskForecast.from_forecast(
-        stopped.forecast, opened, method=method.value, task=task, level=level, threshold=threshold
+        stopped.forecast,
+        opened if flips is None else flips,
+        method=method.value,
+        task=task,
+        level=level,
+        threshold=threshold,
+        measure="loss" if flips is None else "exact_match",
     )
     priors = len(set(opened.priors).intersection(known))
     completed = replace(completed, different_tokens=different, rows=len(known), prior_rows=priors)
@@ -210,6 +240,7 @@ def forecast(
     beyond = {} if corpus is None else _of_corpus(opened, corpus, fitted, stopped.forecast, completed, output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
     facts = {
+        "measure": completed.measure,
         "examples": len(completed.ids),
         "probes": len(completed.probes),
         "random_probes": completed.audit,
@@ -264,7 +295,7 @@ def forecast(
         )
     if not completed.audit:
         out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")
-    table = Table("example", "forecast", f"{level:.0%} interval", title="Most at risk (nats per token)")
+    table = Table("example", "forecast", f"{level:.0%} interval", title=f"Most at risk ({completed.unit})")
     for row in rows:
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
         table.add_row(escape(row["id"]), f"{row['mean']:.3f}", interval)

@@ -163,7 +163,9 @@ def plan(
         print_json(advice.as_dict()) if as_json else print_all(advice_tables(advice))
         return
     _check_inputs(rule, truth=truth, model=model, task=task, advised=advice is not None)
-    given, predicted = _forecast(forecast, opened)
+    given, predicted, measure = _forecast(forecast, opened)
+    if corpus is not None and measure != "loss":
+        raise ConfigError(f"{forecast} is a forecast of exact match; --corpus needs one of the loss")
     signals = replay.Signals.from_atlas(
         opened,
         needs=rule.needs,
@@ -178,6 +180,9 @@ def plan(
     held_out_ids, joined = opened.hold_out(hold_out, seed=seed, exclude=given), None
     candidates: Pool | Candidates = opened.pool
     among: Sequence[str] | None = None
+    if predicted is not None and measure != "loss" and "forecast" in rule.needs:
+        # Where the base model's answer was not right there is none to lose, and no forecast.
+        among = [id_ for id_, value in zip(opened.pool.ids, predicted.tolist(), strict=True) if value == value]
     if corpus is not None:
         folder = FeatureFolder(corpus)
         folder.check_model(opened.model_hash)
@@ -201,6 +206,7 @@ def plan(
         "strategy": rule.name,
         "ratio": planned.ratio,
         "forecast": str(forecast) if forecast is not None else "the atlas's mean" if uses_forecast else None,
+        "forecast_measure": measure if uses_forecast else None,
         "usable": planned.usable,
         "effective_size": round(planned.effective_size, 1) if sampled else None,
         "held_out": len(planned.held_out_ids),
@@ -263,16 +269,26 @@ def _advised_ratio(advice: Advice) -> float:
     return advice.needed.mean
 
 
-def _forecast(path: Path | None, atlas: Atlas) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Return the probes of a forecast file and its means in the pool's order; () and None without a file."""
+def _forecast(path: Path | None, atlas: Atlas) -> tuple[tuple[str, ...], np.ndarray | None, str]:
+    """Return a forecast file's probes, means in the pool's order and measure; (), None and 'loss' without a file.
+
+    A forecast of exact match is NaN where the base model's answer was not right: there is none to lose.
+    """
+    import numpy as np
+
     from forgetcast.completion.forecast import TaskForecast
     from forgetcast.data.ids import ExampleIndex
 
     if path is None:
-        return (), None
+        return (), None, "loss"
     forecast = TaskForecast.load(path)
     forecast.check_pool(atlas.pool)
-    return forecast.probes, forecast.mean[ExampleIndex(forecast.ids).positions(atlas.pool.ids)]
+    if forecast.measure == "loss":
+        means = forecast.mean[ExampleIndex(forecast.ids).positions(atlas.pool.ids)]
+    else:
+        means = np.full(len(atlas.examples), np.nan)
+        means[atlas.pool.positions(forecast.ids, where="the forecast")] = forecast.mean
+    return forecast.probes, means, forecast.measure
 
 
 def _measured(atlas: Atlas, path: Path) -> np.ndarray:

@@ -38,7 +38,7 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
 def whole_table(forecast: TaskForecast) -> Table:
     """Return the figures of all examples and of the sources, with both kinds of interval."""
     table = Table("examples", "figure", "value", MODEL_BASED, GUARANTEED)
-    table.title = f"The whole (nats per token, {forecast.level:.0%} intervals)"
+    table.title = f"The whole ({forecast.unit}, {forecast.level:.0%} intervals)"
 
     def interval(figure: WholeFigure | None) -> str:
         return "" if figure is None else f"{figure.lower:.3f} to {figure.upper:.3f}"

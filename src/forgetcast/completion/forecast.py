@@ -10,14 +10,14 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat
 
-from forgetcast.atlas.matrix import check_fingerprint
-from forgetcast.atlas.store import Atlas
+from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
+from forgetcast.atlas.store import Atlas, Measure
 from forgetcast.completion import Forecast
 from forgetcast.completion.whole import LEAST_AUDIT, Above, Interval, MeanOf, Statistic, Tail
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import read_table, write_table
-from forgetcast.measure.scores import Scores, forgetting
+from forgetcast.measure.scores import Scores, flips, forgetting
 from forgetcast.results import validated
 
 _NUMBERS = ("mean", "std", "lower", "upper")
@@ -32,6 +32,9 @@ MOST_SOURCES = 20
 MODEL_BASED: Literal["model-based"] = "model-based"
 GUARANTEED: Literal["guaranteed"] = "guaranteed"
 """Kinds of intervals; see `completion.whole`."""
+
+UNITS: dict[Measure, str] = {"loss": "nats per token", "exact_match": "probability of being answered wrong"}
+"""Unit of a forecast by its measure."""
 
 
 class WholeFigure(BaseModel, frozen=True):
@@ -74,6 +77,7 @@ class _Metadata(BaseModel):
     rows: int | None = Field(default=None, ge=0)
     prior_rows: int | None = Field(default=None, ge=0)
     calibration_tasks: int | None = Field(default=None, ge=0)
+    measure: Measure = "loss"
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class TaskForecast:
     ----------
     ids : sequence of str, length N
     mean, std, lower, upper : array, shape (N,)
-        Nats per token; lower and upper bound the interval at `level`.
+        Nats per token, or probabilities by `measure`; lower and upper bound the interval at `level`.
     probed : array of bool, shape (N,)
         Mask of the probes, where the forecast is the measurement.
     level : float
@@ -108,6 +112,9 @@ class TaskForecast:
         if that is unknown.
     calibration_tasks : int or None
         Left-out tasks that the model-based intervals of the whole are calibrated on; None if that is unknown.
+    measure : 'loss' or 'exact_match'
+        The second forecasts the probability that a right answer became wrong, only for examples that the base model
+        answers right.
     """
 
     ids: Sequence[str]
@@ -128,33 +135,52 @@ class TaskForecast:
     rows: int | None = None
     prior_rows: int | None = None
     calibration_tasks: int | None = None
+    measure: Measure = "loss"
 
     @classmethod
     def from_forecast(
         cls,
         forecast: Forecast,
-        pool: Pool | Atlas,
+        pool: Pool | Atlas | ForgettingMatrix,
         *,
         method: str,
         task: str | None = None,
         level: float = 0.9,
         threshold: float = THRESHOLD,
+        measure: Measure = "loss",
     ) -> TaskForecast:
-        """Make a task forecast from a completed row and the pool or atlas that it is of."""
+        """Make a task forecast from a completed row and the pool, atlas or matrix that it is of.
+
+        By exact match, means and intervals are cut to [0, 1]: no probability lies outside, so that an interval covers
+        as often as before. Of the whole, only means are kept: the share of flips is the mean, and the worst tenth of
+        zeros and ones follows from it.
+
+        Raises
+        ------
+        DataError
+            If a number is invalid (see `check`), or a matrix does not say which pool it is of.
+        """
         ids, fingerprint = (
             (pool.ids, pool.fingerprint) if isinstance(pool, Pool) else (pool.examples, pool.pool_fingerprint)
         )
-        lower, upper = forecast.interval(level)
+        if fingerprint is None:
+            raise DataError("the matrix does not say which pool it is of, so that its forecast cannot be stored")
+        mean, (lower, upper) = forecast.mean, forecast.interval(level)
+        whole = tuple(_figures(forecast, pool.sources or (), level, threshold))
+        if measure == "exact_match":
+            mean, lower, upper = (np.clip(each, 0, 1) for each in (mean, lower, upper))
+            whole = tuple(each.model_copy(update=_cut(each)) for each in whole if each.figure == "mean")
         probed = np.zeros(len(ids), dtype=bool)
         probed[forecast.probes] = True
         misfit = float(forecast.misfit)
         made = cls(
             ids,
-            *(forecast.mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task),
+            *(mean, forecast.std, lower, upper, probed, level, misfit, method, fingerprint, task),
             audit=forecast.audit,
             threshold=threshold,
-            whole=tuple(_figures(forecast, pool.sources, level, threshold)),
+            whole=whole,
             calibration_tasks=forecast.wholes[0].left_out.widths.tasks if forecast.wholes else None,
+            measure=measure,
         )
         made.check()
         return made
@@ -178,7 +204,7 @@ class TaskForecast:
         ------
         DataError
             If lengths differ, a number is not finite or exceeds what the atlas's 32 bits hold, a standard deviation is
-            negative, an interval is upside down, or the level is not between 0 and 1.
+            negative, an interval is upside down, the level is not between 0 and 1, or a probability is not in [0, 1].
         """
         if any(len(getattr(self, name)) != len(self.ids) for name in _COLUMNS):
             raise DataError("a forecast needs every number for every id")
@@ -190,9 +216,22 @@ class TaskForecast:
         for wrong, what in (
             (np.asarray(self.std) < 0, "a negative standard deviation"),
             (np.asarray(self.lower) > self.upper, "an interval whose lower end is above its upper end"),
+            (self._outside(), "a probability outside [0, 1]"),
         ):
             if wrong.any():
                 raise DataError(f"the forecast of {self.ids[int(np.argmax(wrong))]!r} has {what}")
+
+    def _outside(self) -> np.ndarray:
+        """Mask of the examples with a probability outside [0, 1], shape (N,)."""
+        if self.measure == "loss":
+            return np.zeros(len(self.ids), dtype=bool)
+        numbers = np.stack([self.mean, self.lower, self.upper])
+        return np.asarray(((numbers < 0) | (numbers > 1)).any(axis=0))
+
+    @property
+    def unit(self) -> str:
+        """Unit of the forecast."""
+        return UNITS[self.measure]
 
     def figure(self, figure: str, kind: str = MODEL_BASED, source: str | None = None) -> WholeFigure | None:
         """Return a figure of all examples or of a source; None if there is none of this kind."""
@@ -221,6 +260,7 @@ class TaskForecast:
             "rows": self.rows,
             "prior_rows": self.prior_rows,
             "calibration_tasks": self.calibration_tasks,
+            "measure": self.measure,
         }
         write_table(table, Path(path), metadata)
 
@@ -252,11 +292,17 @@ class TaskForecast:
                 rows=metadata.rows,
                 prior_rows=metadata.prior_rows,
                 calibration_tasks=metadata.calibration_tasks,
+                measure=metadata.measure,
             )
             loaded.check()
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         return loaded
+
+
+def _cut(figure: WholeFigure) -> dict[str, float]:
+    """Cut a figure of probabilities, and its interval, to [0, 1]."""
+    return {name: min(max(getattr(figure, name), 0.0), 1.0) for name in ("value", "lower", "upper")}
 
 
 def _figures(forecast: Forecast, sources: Sequence[str], level: float, threshold: float) -> Iterator[WholeFigure]:
@@ -309,3 +355,27 @@ def measured_probes(
         bad = scores.ids[int(np.argmax(np.isnan(measured)))]
         raise MismatchError(f"the base model has no score for the probe {bad!r}")
     return columns, measured
+
+
+def answered_probes(
+    atlas: Atlas, matrix: ForgettingMatrix, scores: Scores, *, allow_different_tokens: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probes' columns in a matrix of flips, and 1 where the answer became wrong, 0 elsewhere, shape (k,).
+
+    Raises
+    ------
+    MismatchError
+        If an example is not in the atlas, or differs in its text or tokens.
+    DataError
+        If the base model did not answer a probe right, or the scores have no answer to one.
+    """
+    atlas.columns_of(scores, allow_different_tokens=allow_different_tokens)
+    known = {id_: column for column, id_ in enumerate(matrix.examples)}
+    for id_ in scores.ids:
+        if id_ not in known:
+            raise DataError(f"the base model did not answer the probe {id_!r} right; choose with probes --exact-match")
+    measured = flips(atlas.baseline, scores)
+    if np.isnan(measured).any():
+        bad = scores.ids[int(np.argmax(np.isnan(measured)))]
+        raise DataError(f"the probe {bad!r} has no answer: score the probes with forgetcast score --exact-match")
+    return np.array([known[id_] for id_ in scores.ids], dtype=np.intp), measured

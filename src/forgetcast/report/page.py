@@ -18,7 +18,7 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.completion.base import MISFIT_THRESHOLD
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast
 from forgetcast.completion.structure import Structure, analyze
-from forgetcast.errors import DataError
+from forgetcast.errors import DataError, MismatchError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
@@ -77,6 +77,10 @@ def write_report(
         raise DataError(f"{atlas.path} has no measurements to report")
     for forecast in forecasts:
         forecast.check_pool(atlas.pool)
+        if forecast.measure != "loss":
+            raise MismatchError(
+                f"the forecast of {forecast.task or 'the new task'} is of exact match; the report needs one of the loss"
+            )
     truths = [_truth(matrix, forecast) for forecast in forecasts]
     if accuracies is None:
         accuracies = _accuracies(forecasts, truths)
