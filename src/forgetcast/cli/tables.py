@@ -40,7 +40,9 @@ def whole_table(forecast: TaskForecast) -> Table:
     table = Table("examples", "figure", "value", MODEL_BASED, GUARANTEED)
     table.title = f"The whole ({forecast.unit}, {forecast.level:.0%} intervals)"
     if forecast.audit:
-        table.caption = "The value is the model's; a guaranteed interval has an estimate of its own, and may exclude it."
+        table.caption = (
+            "The value is the model's; a guaranteed interval has an estimate of its own, and may exclude it."
+        )
 
     def interval(figure: WholeFigure | None) -> str:
         return "" if figure is None else f"{figure.lower:.3f} to {figure.upper:.3f}"
