@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -39,6 +41,10 @@ def from_all(value: T) -> list[T]:
     return list(gather_object([value]))
 
 
+@cache
 def _join() -> PartialState:
-    """Join the process group once; without `cpu=True`, Accelerate on a CPU stays a single process."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    """Join the process group; without `cpu=True`, Accelerate on a CPU stays a single process."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    # Threads of a group that is still there when Python ends can abort the process.
+    atexit.register(state.destroy_process_group)
+    return state
