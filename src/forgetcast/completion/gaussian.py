@@ -149,7 +149,11 @@ class Estimate(NamedTuple):
         if self.mixture is None:
             return self.noise
         weights = np.exp(self.mixture.log_weights - self.mixture.log_weights.max())
-        return np.asarray(self.noise + weights / weights.sum() @ self._added(self.loadings), dtype=self.noise.dtype)
+        proportional, uniform = weights / weights.sum() @ _ADDED
+        # Without an array of classes by examples, or of coefficients by examples: there may be millions.
+        explained = np.einsum("nr,nr,r->n", self.loadings, self.loadings, self.mixture.family)
+        added = proportional * explained + uniform * self.mixture.family_mean
+        return np.asarray(self.noise + added, dtype=self.noise.dtype)
 
     def _added(self, loadings: np.ndarray) -> np.ndarray:
         """Return what each class adds to the variance of examples with these loadings (n, r), shape (H, n)."""
