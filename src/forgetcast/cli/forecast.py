@@ -356,7 +356,8 @@ def _of_corpus(
 
     from forgetcast.completion.forecast import TaskForecast
     from forgetcast.completion.unmeasured import Unmeasured
-    from forgetcast.measure.features import FeatureFolder, fingerprint
+    from forgetcast.data.pool import fingerprint_of
+    from forgetcast.measure.features import FeatureFolder
 
     folder = FeatureFolder(path)
     folder.check_model(atlas.model_hash)
@@ -381,7 +382,7 @@ def _of_corpus(
         completed.level,
         completed.misfit,
         completed.method,
-        fingerprint(contents[i] for i in known.tolist()),
+        fingerprint_of(contents[i] for i in known.tolist()),
         completed.task,
     ).save(target)
     return {

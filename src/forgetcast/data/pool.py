@@ -129,11 +129,10 @@ class Pool(Sequence[Example]):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the ids and texts of all examples, independent of their order (64 hexadecimal digits)."""
-        digests = np.empty(len(self), dtype="S32")
-        for i, (*strings, messages, tools, arguments) in enumerate(self._each(FIELDS[:-1])):
-            digests[i] = digest(*strings, *_decoded(messages, tools, arguments))
-        digests.sort()
-        return hashlib.sha256(digests.tobytes()).hexdigest()
+        return fingerprint_of(
+            digest(*strings, *_decoded(messages, tools, arguments))
+            for *strings, messages, tools, arguments in self._each(FIELDS[:-1])
+        )
 
     def _each(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         for rows in self._rows(names):
@@ -325,3 +324,10 @@ def _take(table: pa.Table, ends: np.ndarray, positions: np.ndarray) -> pa.Table:
     if not parts:
         return table.slice(0, 0)
     return pa.concat_tables(parts).take(pa.array(np.argsort(order, kind="stable")))
+
+
+def fingerprint_of(digests: Iterable[bytes]) -> str:
+    """Return `Pool.fingerprint` of examples by their `Example.digest`."""
+    ordered = np.fromiter(digests, dtype="S32")
+    ordered.sort()
+    return hashlib.sha256(ordered.tobytes()).hexdigest()

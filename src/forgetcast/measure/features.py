@@ -11,7 +11,6 @@ states in 16 bits: less than 1 KB.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -385,10 +384,3 @@ def parts_of(examples: Iterable[Example]) -> Iterator[list[Example]]:
     rest = iter(examples)
     while part := list(islice(rest, PART)):
         yield part
-
-
-def fingerprint(contents: Iterable[bytes]) -> str:
-    """Return `Pool.fingerprint` of examples by their `Example.digest`."""
-    digests = np.fromiter(contents, dtype="S32")
-    digests.sort()
-    return hashlib.sha256(digests.tobytes()).hexdigest()

@@ -10,8 +10,9 @@ import numpy as np
 
 from forgetcast.completion.unmeasured import Transfer
 from forgetcast.data.ids import ExampleIndex
+from forgetcast.data.pool import fingerprint_of
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.measure.features import FeatureFolder, Features, fingerprint
+from forgetcast.measure.features import FeatureFolder, Features
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 
 
@@ -117,7 +118,7 @@ def join_corpus(signals: Signals, folder: FeatureFolder, held_out: Sequence[str]
         Candidates(
             union,
             (*(pool.sources[i] for i in order.tolist()), *(corpus.sources[i] for i in kept.tolist())),
-            fingerprint([*pool.contents.to_pylist(), *(corpus.contents[i] for i in kept.tolist())]),
+            fingerprint_of([*pool.contents.to_pylist(), *(corpus.contents[i] for i in kept.tolist())]),
         ),
         Signals(union, **values),
         [*held_out, *corpus.ids.select(np.flatnonzero(corpus.held & ~corpus.again))],
