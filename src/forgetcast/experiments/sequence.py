@@ -334,7 +334,7 @@ class _SequenceRunner:
     def outcome(self, chain: _Chain, stage: int) -> Stage:
         """Compute the figures of a finished stage."""
         scores, facts = self.runs.load(self.name(chain, stage), tests=chain.tasks[:stage])
-        check_unseen(self.name(chain, stage), scores.metadata["replayed"], self.judged.ids)
+        check_unseen(self.name(chain, stage), facts.replayed, self.judged.ids)
         change = forgetting(self.atlas.baseline, scores)
         return Stage(
             order=chain.order,

@@ -19,7 +19,16 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, split_task
 from forgetcast.defaults import TEST_SHARE
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, check_unseen, units
+from forgetcast.experiments.runs import (
+    FineTune,
+    Meter,
+    OnProgress,
+    RunFacts,
+    ScoreFiles,
+    check_base,
+    check_unseen,
+    units,
+)
 from forgetcast.measure.scores import Scores, count_flips, forgetting
 from forgetcast.replay.outcome import METRICS, PARTS, Run
 from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
@@ -281,12 +290,13 @@ def verify(
         runs.ensure(job.name, settings, lambda job=job: job.run(tuner, atlas.pool, meter))  # type: ignore[misc]
     if missing:
         tuner.restore()
+    finished = {job.name: runs.load(job.name, tests=[job.comparison.name]) for job in jobs}
     return Verification(
-        tuple(job.outcome(before, runs) for job in jobs),
+        tuple(job.outcome(before, *finished[job.name]) for job in jobs),
         judged=min(len(job.judged) for job in jobs),
         ratio=max(plan.ratio for comparison in comparisons for plan in comparison.plans.values()),
         summaries={arm: _summary(comparison, arm) for comparison in comparisons for arm in comparison.plans},
-        replayed={job.name: tuple(runs.load(job.name)[1].replayed) for job in jobs},
+        replayed={name: tuple(facts.replayed) for name, (_, facts) in finished.items()},
         held_out={job.comparison.name: tuple(job.judged.ids) for job in jobs},
     )
 
@@ -362,9 +372,8 @@ class _Job:
         )
         return job.run(tuner, self.settings(tuner), meter)
 
-    def outcome(self, before: Scores, runs: ScoreFiles) -> Run:
+    def outcome(self, before: Scores, scores: Scores, facts: RunFacts) -> Run:
         """Compute the figures of the finished run."""
-        scores, facts = runs.load(self.name, tests=[self.comparison.name])
         settings = facts.settings
         change = forgetting(before, scores)
         recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
