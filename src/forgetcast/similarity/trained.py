@@ -135,20 +135,18 @@ class RepresentationProduct(RowForecaster):
         residual = np.nan_to_num(values - columns)
         U, S = self.side.basis
         projected = residual @ U  # (M, d): deviations in the span of the representations
-        choices = [(p, q) for p in PENALTIES for q in PENALTIES]
         eye, gram = np.eye(len(known)), kernel[known]
-        squares = float((residual**2).sum())
-        losses = []
-        for p, q in choices:
+        losses = dict[tuple[float, float], float]()
+        for p in PENALTIES:
             hat = gram @ np.linalg.inv(gram + p * eye)
             # Leaving out a task of a kernel ridge regression, in closed form.
             left_out = ((hat - np.diag(np.diagonal(hat))) @ projected) / (1 - np.diagonal(hat))[:, None]
-            smoothed = left_out * (S / (S + q * S.mean()))
-            losses.append(float((smoothed**2 - 2 * smoothed * projected).sum()))
-        best = int(np.argmin(losses))
-        if losses[best] >= 0 or squares == 0:  # no better than the examples' means
+            for q in PENALTIES:
+                smoothed = left_out * (S / (S + q * S.mean()))
+                losses[p, q] = float((smoothed**2 - 2 * smoothed * projected).sum())
+        p, q = min(losses, key=lambda penalties: losses[penalties])
+        if losses[p, q] >= 0 or not residual.any():  # no better than the examples' means
             return np.tile(columns, (len(new), 1))
-        p, q = choices[best]
         smoothed = (kernel[new] @ np.linalg.solve(gram + p * eye, projected)) * (S / (S + q * S.mean()))
         return columns + smoothed @ U.T
 
@@ -186,16 +184,17 @@ class Ridge(RowForecaster):
         parts = [np.nan_to_num(part) for part in self.side.similarities.values()]
         centres = [part[known].mean(axis=0) for part in parts]
         scales = [float(part[known].std()) or 1.0 for part in parts]
+        averages = [float(part[known].mean()) for part in parts]
         facts = np.empty((len(columns), 0)) if self.side.facts is None else np.nan_to_num(self.side.facts)
         facts = (facts - facts.mean(axis=0)) / np.where(facts.std(axis=0) > 0, facts.std(axis=0), 1.0)
         middle, spread = float(columns.mean()), float(columns.std()) or 1.0
 
         def of(task: int) -> np.ndarray:
             found = [np.ones(len(columns)), (columns - middle) / spread]
-            for part, centre, scale in zip(parts, centres, scales, strict=True):
+            for part, centre, scale, average in zip(parts, centres, scales, averages, strict=True):
                 row = part[task]
                 shift = np.full(len(columns), (row.mean() - centre.mean()) / scale)
-                found += [(row - part[known].mean()) / scale, (row - centre) / scale, shift]
+                found += [(row - average) / scale, (row - centre) / scale, shift]
             return np.column_stack([*found, facts])
 
         return of
@@ -299,9 +298,10 @@ class FromSide:
         self._widths[0] = 0.0
         if self.joined:
             for number, each in enumerate(errors):
-                gain = each[0] - each[int(each.mean(axis=1).argmin())]
+                best = int(each.mean(axis=1).argmin())
+                gain = each[0] - each[best]
                 convincing = gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain))
-                self.weights_[number] = WEIGHTS[int(each.mean(axis=1).argmin())] if convincing else 0.0
+                self.weights_[number] = WEIGHTS[best] if convincing else 0.0
 
     def for_tasks(self, tasks: Sequence[str]) -> TaskForecaster:
         """Return a forecaster of new rows, of these tasks in their order."""
