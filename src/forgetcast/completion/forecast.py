@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,9 @@ UNITS: dict[Measure, str] = {"loss": "nats per token", "exact_match": "probabili
 """Unit of a forecast by its measure."""
 
 
+Figure = Literal["mean", "worst_tenth", "share_above"]
+
+
 class WholeFigure(BaseModel, frozen=True):
     """A figure of all examples or of those of a source, with its interval.
 
@@ -52,7 +55,7 @@ class WholeFigure(BaseModel, frozen=True):
     value, lower, upper : float
     """
 
-    figure: Literal["mean", "worst_tenth", "share_above"]
+    figure: Figure
     source: str | None
     examples: int = Field(ge=1)
     kind: Literal["model-based", "guaranteed"]
@@ -78,6 +81,10 @@ class _Metadata(BaseModel):
     prior_rows: int | None = Field(default=None, ge=0)
     calibration_tasks: int | None = Field(default=None, ge=0)
     measure: Measure = "loss"
+
+
+_ATTRIBUTES = {"pool": "pool_fingerprint"}
+"""Attributes of a `TaskForecast` that have other names than in the metadata."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +173,13 @@ class TaskForecast:
         if fingerprint is None:
             raise DataError("the matrix does not say which pool it is of, so that its forecast cannot be stored")
         mean, (lower, upper) = forecast.mean, forecast.interval(level)
-        whole = tuple(_figures(forecast, pool.sources or (), level, threshold))
+        statistics: dict[Figure, Statistic] = {"mean": MeanOf()}
+        if measure == "loss":
+            statistics |= {"worst_tenth": Tail(), "share_above": Above(threshold)}
+        whole = tuple(_figures(forecast, pool.sources or (), level, statistics))
         if measure == "exact_match":
             mean, lower, upper = (np.clip(each, 0, 1) for each in (mean, lower, upper))
-            whole = tuple(each.model_copy(update=_cut(each)) for each in whole if each.figure == "mean")
+            whole = tuple(each.model_copy(update=_cut(each)) for each in whole)
         probed = np.zeros(len(ids), dtype=bool)
         probed[forecast.probes] = True
         misfit = float(forecast.misfit)
@@ -247,21 +257,8 @@ class TaskForecast:
         import pyarrow as pa
 
         table = pa.table({"id": pa.array(self.ids, pa.string()), **{name: getattr(self, name) for name in _COLUMNS}})
-        metadata = {
-            "level": self.level,
-            "misfit": self.misfit,
-            "method": self.method,
-            "pool": self.pool_fingerprint,
-            "task": self.task,
-            "different_tokens": self.different_tokens,
-            "audit": self.audit,
-            "threshold": self.threshold,
-            "whole": [each.model_dump() for each in self.whole],
-            "rows": self.rows,
-            "prior_rows": self.prior_rows,
-            "calibration_tasks": self.calibration_tasks,
-            "measure": self.measure,
-        }
+        fields = {name: getattr(self, _ATTRIBUTES.get(name, name)) for name in _Metadata.model_fields}
+        metadata = fields | {"whole": [each.model_dump() for each in self.whole]}
         write_table(table, Path(path), metadata)
 
     @classmethod
@@ -280,19 +277,7 @@ class TaskForecast:
             loaded = cls(
                 ids=table.column("id").to_pylist(),
                 **{name: table.column(name).to_numpy(zero_copy_only=False) for name in _COLUMNS},
-                level=metadata.level,
-                misfit=metadata.misfit,
-                method=metadata.method,
-                pool_fingerprint=metadata.pool,
-                task=metadata.task,
-                different_tokens=metadata.different_tokens,
-                audit=metadata.audit,
-                threshold=metadata.threshold,
-                whole=metadata.whole,
-                rows=metadata.rows,
-                prior_rows=metadata.prior_rows,
-                calibration_tasks=metadata.calibration_tasks,
-                measure=metadata.measure,
+                **{_ATTRIBUTES.get(name, name): getattr(metadata, name) for name in _Metadata.model_fields},
             )
             loaded.check()
         except DataError as error:
@@ -305,13 +290,14 @@ def _cut(figure: WholeFigure) -> dict[str, float]:
     return {name: min(max(getattr(figure, name), 0.0), 1.0) for name in ("value", "lower", "upper")}
 
 
-def _figures(forecast: Forecast, sources: Sequence[str], level: float, threshold: float) -> Iterator[WholeFigure]:
+def _figures(
+    forecast: Forecast, sources: Sequence[str], level: float, statistics: Mapping[Figure, Statistic]
+) -> Iterator[WholeFigure]:
     """Compute the figures of a single completed row: of all examples, and of the largest sources if there are two."""
     if not forecast.wholes:
         return
     whole = forecast.wholes[0]
-    names: list[Literal["mean", "worst_tenth", "share_above"]] = ["mean", "worst_tenth", "share_above"]
-    statistics: list[Statistic] = [MeanOf(), Tail(), Above(threshold)]
+    computed = list(statistics.values())
     columns = np.arange(whole.size) if whole.population is None else whole.population
     named, codes, counts = np.unique(
         np.asarray(sources, dtype=object)[columns], return_inverse=True, return_counts=True
@@ -324,12 +310,12 @@ def _figures(forecast: Forecast, sources: Sequence[str], level: float, threshold
         least = 2 if source is None else LEAST_AUDIT
         random = int(np.isin(drawn, among).sum())
         kinds: list[tuple[Literal["model-based", "guaranteed"], list[Interval]]] = [
-            (MODEL_BASED, whole.model_based(statistics, level, among=among))
+            (MODEL_BASED, whole.model_based(computed, level, among=among))
         ]
         if random >= least:
-            kinds.append((GUARANTEED, whole.guaranteed(statistics, level, among=among)))
+            kinds.append((GUARANTEED, whole.guaranteed(computed, level, among=among)))
         for kind, intervals in kinds:
-            for figure, (value, lower, upper) in zip(names, intervals, strict=True):
+            for figure, (value, lower, upper) in zip(statistics, intervals, strict=True):
                 ends = {"value": value, "lower": lower, "upper": upper}
                 yield WholeFigure(figure=figure, source=source, examples=len(among), kind=kind, **ends)
 

@@ -372,7 +372,7 @@ class Whole:
         level : float
         guaranteed : bool
         among : array of int, optional
-            Columns of the part, among those of the population.
+            Different columns of the part, among those of the population.
         """
         check_level(level)
         if not guaranteed:
@@ -382,7 +382,7 @@ class Whole:
     def _columns(self, among: np.ndarray | None) -> np.ndarray:
         """Return the columns of the population, or of a part of it, sorted."""
         columns = np.arange(self.size) if self.population is None else self.population
-        return columns if among is None else np.intersect1d(columns, among)
+        return columns if among is None else np.intersect1d(columns, among, assume_unique=True)
 
     def _unmeasured(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns that are no probes, and the measurements of those that are."""
