@@ -108,6 +108,14 @@ def load_base(
     return base
 
 
+def arguments_as_scored(loading: Loading, atlas: Atlas) -> dict[str, Any]:
+    """Return how to load a model to compare with an atlas's base: in the dtype of its scores, unless one is given."""
+    arguments = loading.arguments()
+    if "quantization" not in atlas.scored_with:
+        arguments["dtype"] = arguments["dtype"] or atlas.scored_with.get("dtype")
+    return arguments
+
+
 def load_tuner(
     model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
 ) -> FineTuner:

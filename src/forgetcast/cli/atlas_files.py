@@ -10,6 +10,7 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    arguments_as_scored,
     atlas_app,
     err,
     load_data,
@@ -142,14 +143,11 @@ def add(
 
     from forgetcast.lm import SharedBase
 
-    arguments = loading.arguments()
-    if "quantization" not in opened.scored_with:
-        arguments["dtype"] = arguments["dtype"] or opened.scored_with.get("dtype")
     with progress() as report:
         outcomes = add_models(
             opened,
             found.models,
-            SharedBase(rendering_of(opened), **arguments),
+            SharedBase(rendering_of(opened), **arguments_as_scored(loading, opened)),
             probes=probes,
             allow_different_tokens=allow_different_tokens,
             on_progress=report,

@@ -35,6 +35,7 @@ from forgetcast.cli.options import (
 )
 from forgetcast.errors import DataError
 from forgetcast.files import check_destination
+from forgetcast.progress import counted
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -87,13 +88,7 @@ def features(
         facts["projected_from"] = len(folder.settings.layers) * folder.settings.width
     with progress() as report:
         if opened is not None:
-            done = 0
-
-            def count(finished: int) -> None:
-                nonlocal done
-                done += finished
-                report("features of the pool", done, len(opened.examples))
-
+            count = counted(report, "features of the pool", len(opened.examples))
             total, without = write_features(
                 base, opened.pool, folder, "pool", batch_tokens=batch_tokens, on_progress=count
             )

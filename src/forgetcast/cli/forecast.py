@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from forgetcast.cli.app import (
     app,
+    arguments_as_scored,
     err,
     load_matrix,
     numbers,
@@ -40,8 +41,11 @@ from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities,
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
+from forgetcast.progress import OnProgress, counted
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from forgetcast.atlas import Atlas
     from forgetcast.completion import Completion, Forecast
     from forgetcast.completion.benchmark import Method as ComparedMethod
@@ -198,6 +202,7 @@ def forecast(
             stopped, measured = _measure(
                 opened,
                 fitted,
+                usable,
                 model,
                 output.with_name(f"{output.name}.scores.parquet"),
                 loading,
@@ -310,35 +315,29 @@ def forecast(
 def _measure(
     atlas: Atlas,
     fitted: Completion,
+    population: np.ndarray,
     model: str,
     path: Path,
     loading: Loading,
-    report: Callable[[str, int, int], None],
+    report: OnProgress,
     *,
     allow_different_tokens: bool,
     **settings: Any,
 ) -> tuple[Stopped, Scores]:
     """Load a tuned model and measure its probes."""
-    import numpy as np
-
     from forgetcast.experiments.runs import rendering_of
     from forgetcast.experiments.until import ProbeScores, measure_until
     from forgetcast.lm import load
 
     require_single_process("forecast")
-    arguments = loading.arguments()
-    if "quantization" not in atlas.scored_with:
-        arguments["dtype"] = arguments["dtype"] or atlas.scored_with.get("dtype")
-    language_model = replace(load(model, **arguments), rendering=rendering_of(atlas))
-    done = 0
-
-    def count(finished: int) -> None:
-        nonlocal done
-        done += finished
-        report("scoring probes", done, 0)
-
-    measure = ProbeScores(atlas, language_model, path, allow_different_tokens=allow_different_tokens, on_progress=count)
-    population = np.flatnonzero(~np.isnan(atlas.nll_before))
+    language_model = replace(load(model, **arguments_as_scored(loading, atlas)), rendering=rendering_of(atlas))
+    measure = ProbeScores(
+        atlas,
+        language_model,
+        path,
+        allow_different_tokens=allow_different_tokens,
+        on_progress=counted(report, "scoring probes"),
+    )
     stopped = measure_until(fitted, measure, population, **settings)
     return stopped, measure.keep(stopped.forecast.probes, stopped.forecast.audit)
 

@@ -42,6 +42,7 @@ from forgetcast.cli.options import (
 from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError, MismatchError
 from forgetcast.files import check_destination
+from forgetcast.progress import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -374,14 +375,8 @@ def generate(
     require_single_process("generate")
     check_destination(output)
     language_model = load(model, **loading.arguments())
-    done = 0
     with progress(resumable=False) as report:
-
-        def add(finished: int) -> None:
-            nonlocal done
-            done += finished
-            report("writing", done, count)
-
+        add = counted(report, "writing", count)
         texts = sample_texts(
             language_model, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_progress=add
         )

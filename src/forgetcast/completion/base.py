@@ -461,6 +461,11 @@ class Split(NamedTuple):
     columns: np.ndarray
 
 
+def calibration_columns(examples: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw the columns that left-out tasks are judged on, sorted: at most CALIBRATION_EXAMPLES."""
+    return np.sort(rng.permutation(examples)[:CALIBRATION_EXAMPLES])
+
+
 def task_splits(values: np.ndarray | StoredMatrix, *, similar: float = 0.0) -> Iterator[Split]:
     """Yield splits on a part of the columns.
 
@@ -472,7 +477,7 @@ def task_splits(values: np.ndarray | StoredMatrix, *, similar: float = 0.0) -> I
     if values.shape[0] < 4:
         return
     rng = np.random.default_rng(0)
-    columns = np.sort(rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES])
+    columns = calibration_columns(values.shape[1], rng)
     part = values[:, columns].astype(np.float64)
     observed, order = ~np.isnan(part), rng.permutation(len(part))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))

@@ -10,7 +10,7 @@ import numpy as np
 import scipy
 
 from forgetcast.atlas.matrix import ForgettingMatrix
-from forgetcast.completion.base import CALIBRATION_EXAMPLES, Forecast, interval_widths, task_splits
+from forgetcast.completion.base import Forecast, calibration_columns, interval_widths, task_splits
 from forgetcast.completion.gaussian import OUT_OF_FAMILY, Estimate, LinearGaussian
 from forgetcast.completion.ridge import Fit, Ridge
 from forgetcast.completion.whole import LEVELS
@@ -121,7 +121,7 @@ class Preflight:
             self.scale_, self.widths_ = interval_widths(np.concatenate(left.rows))
         self._fitted: Fit | None = None
         if self.uses_text_ and features is not None:
-            columns = np.sort(np.random.default_rng(0).permutation(values.shape[1])[:CALIBRATION_EXAMPLES])
+            columns = calibration_columns(values.shape[1], np.random.default_rng(0))
             part = values[:, columns][known].astype(np.float64)
             state = self.model.state_
             state = state._replace(
@@ -142,9 +142,8 @@ class Preflight:
     def forecast(self, features: np.ndarray | None) -> Forecast:
         """Forecast a task from its features (p,) alone, with intervals as wide as left-out tasks say."""
         model = self.model_for(features)
-        mean, variance, _ = model.state_.posterior(np.empty(0, dtype=np.intp), np.empty((1, 0)))
-        std = np.broadcast_to(self.scale_ * np.sqrt(variance), mean.shape)[0]
-        return Forecast(mean[0], std, np.empty(0, dtype=np.intp), 1.0, self.widths_)
+        mean, variance = _without_probes(model.state_)
+        return Forecast(mean, self.scale_ * np.sqrt(variance), np.empty(0, dtype=np.intp), 1.0, self.widths_)
 
     def mean_half_width(self, level: float = 0.9) -> float:
         """Return the half-width of the interval of the pool's mean, nats per token, by conformal prediction.
@@ -172,15 +171,21 @@ class _Left:
         self._squares: list[float] = []
 
     def add(self, state: Estimate, row: np.ndarray) -> None:
-        mean, variance, _ = state.posterior(np.empty(0, dtype=np.intp), np.empty((1, 0)))
-        error = row - mean[0]
-        self.rows.append(error / np.sqrt(np.broadcast_to(variance, mean.shape)[0]))
+        mean, variance = _without_probes(state)
+        error = row - mean
+        self.rows.append(error / np.sqrt(variance))
         self.means.append(float(error.mean()))
         self._squares.append(float(np.mean(error**2)))
 
     @property
     def error(self) -> float:
         return float(np.sqrt(np.mean(self._squares))) if self._squares else math.nan
+
+
+def _without_probes(state: Estimate) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and variance (N,) of a row before anything is measured."""
+    mean, variance, _ = state.posterior(np.empty(0, dtype=np.intp), np.empty((1, 0)))
+    return mean[0], variance[0]
 
 
 def _coefficients(state: Estimate, rows: np.ndarray) -> np.ndarray:

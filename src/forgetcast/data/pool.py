@@ -162,6 +162,11 @@ class Pool(Sequence[Example]):
         """Return a pool of the examples with these ids, in the order of `ids`."""
         return Pool.from_table(_take(self._table, self._ends, self.positions(ids, where=where)), where=where)
 
+    def sample(self, count: int, *, seed: int = 0) -> Pool:
+        """Return a pool of at most `count` examples, drawn at random, in their order here."""
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        return self.subset(self.ids[i] for i in drawn.tolist())
+
     def hold_out(self, share: float, *, seed: int = 0, exclude: Iterable[str] = ()) -> tuple[str, ...]:
         """Choose ids that are never replayed, only judged on.
 

@@ -19,22 +19,19 @@ from forgetcast.data.rendering import Rendering
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import check_destination
 from forgetcast.measure.scores import Scores, check_tokens
+from forgetcast.progress import OnProgress as OnProgress  # all drivers take it from here, with the units
 from forgetcast.replay.plan import ReplayPlan
 from forgetcast.results import validated
 
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector
 
-OnProgress = Callable[[str, int, int], None]
-"""Called with a description, the finished units of work, and their total.
-
-A unit is one example's forward pass; training on an example counts as TRAINING_UNITS."""
-
 OnFigures = Callable[[str, Mapping[str, float]], None]
 """Called with the name of a run and some of its figures: `loss` of the last steps of the training, nats per
 target token; when it has ended, mean `forgetting`, and tokens per second of `training` (if known) and `scoring`."""
 
 TRAINING_UNITS = 3
+"""Of a training step on one example; a unit of work is one example's forward pass."""
 
 
 class Meter:

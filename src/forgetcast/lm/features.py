@@ -154,8 +154,7 @@ def task_features(language_model: LanguageModel, task: Pool, *, sample: int = TA
     DataError
         If no example can be scored.
     """
-    drawn = np.random.default_rng(0).permutation(len(task))[:sample]
-    part = Pool(task[int(i)] for i in np.sort(drawn))
+    part = task.sample(sample)
     passed = forward(language_model, part, default_layers(language_model))
     usable = np.flatnonzero(np.isfinite(passed.nll))
     if not len(usable):

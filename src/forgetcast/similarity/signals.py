@@ -16,6 +16,7 @@ import numpy as np
 
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
+from forgetcast.progress import OnProgress, counted
 
 if TYPE_CHECKING:
     from forgetcast.lm import LanguageModel
@@ -74,7 +75,7 @@ class Material:
     embedding: str | Path | None = None
     sample: int = SAMPLE
     seed: int = 0
-    on_progress: Callable[[str, int, int], None] | None = None
+    on_progress: OnProgress | None = None
 
     def __post_init__(self) -> None:
         """Draw the examples of each task."""
@@ -83,10 +84,7 @@ class Material:
         if self.sample < 1:
             raise ConfigError(f"at least one example must stand for a task, not {self.sample}")
         self.notes: list[str] = []
-        self.drawn: dict[str, Pool] = {}
-        for name, task in self.tasks.items():
-            order = np.random.default_rng(self.seed).permutation(len(task))[: self.sample]
-            self.drawn[name] = task.subset(task.ids[i] for i in np.sort(order).tolist())
+        self.drawn = {name: task.sample(self.sample, seed=self.seed) for name, task in self.tasks.items()}
 
     def available(self) -> frozenset[str]:
         """Return which of `Similarity.needs` are given."""
@@ -172,15 +170,7 @@ class Material:
         return products, products / (np.linalg.norm(tasks, axis=1)[:, None] * norms)
 
     def _report(self, what: str, all_: Sequence[Any]) -> Callable[[int], None]:
-        done = 0
-
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            if self.on_progress is not None:
-                self.on_progress(what, done, len(all_))
-
-        return report
+        return (lambda _: None) if self.on_progress is None else counted(self.on_progress, what, len(all_))
 
 
 SIMILARITIES: dict[str, type[Similarity]] = {}
