@@ -181,9 +181,15 @@ def test_any_name_is_a_row_of_its_own(tmp_path: Path, pool: Pool, name: str) -> 
 
 def test_names_that_differ_in_case_only(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
-    with pytest.raises(DataError, match="has a row 't0', whose name differs only in case"):
-        atlas.add("T0", make_scores(pool, np.full(len(pool), 4.0)))
-    assert Atlas.open(atlas.path).tasks == ("t0",)
+    after = make_scores(pool, np.full(len(pool), 4.0))
+    atlas.add("T0", after)
+    assert Atlas.open(atlas.path).tasks == ("t0", "T0")
+    # As on a file system that ignores case: both rows' files are in one folder.
+    for file in (atlas.path / "rows" / "T0").iterdir():
+        shutil.copy(file, atlas.path / "rows" / "t0")
+    shutil.rmtree(atlas.path / "rows" / "T0")
+    with pytest.raises(DataError, match="a part of the row 'T0', whose name differs in case"):
+        Atlas.open(atlas.path).add("t0", after)
 
 
 def test_a_lost_replay_is_an_error(tmp_path: Path, pool: Pool) -> None:

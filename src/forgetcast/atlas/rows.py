@@ -115,7 +115,13 @@ class Part:
         """Metadata, after checking that the part belongs to the row in whose folder it is."""
         info = validated(PartInfo, read_metadata(self.path), str(self.path))
         if folder_of(info.name) != self.folder:
-            raise DataError(f"{self.path} is a part of the row {info.name!r}; move it back")
+            where = f"{self.path} is a part of the row {info.name!r}"
+            if folder_of(info.name).casefold() == self.folder.casefold():
+                raise DataError(
+                    f"{where}, whose name differs in case, which this file system ignores; choose another name, or "
+                    "keep the atlas where case counts"
+                )
+            raise DataError(f"{where}; move it back")
         if info.base != self._base:
             raise DataError(f"{self.path} was measured against other base scores; move it back to its atlas")
         return info

@@ -13,6 +13,7 @@ a folder, on a shared file system or in an object store.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -390,7 +391,7 @@ class Atlas:
         provenance : mapping, optional
             What else is known of the row, ready for JSON: seed, versions, cost.
         order : int, optional
-            Place of a new row among the others; default: after the last one.
+            Place of a new row among the others; default: the time in microseconds, which is after the last one.
         allow_different_tokens : bool
             Whether examples may have been scored on other tokens than by the base model; their number is stored.
 
@@ -428,13 +429,8 @@ class Atlas:
             return 0
         if existing is not None:
             order = existing.order[0]
-        else:
-            folder, folders = rows.folder_of(task), self._storage.folders("rows")
-            if alike := [other for other in folders if other != folder and other.casefold() == folder.casefold()]:
-                raise DataError(
-                    f"{self.path} has a row {alike[0]!r}, whose name differs only in case; choose another name"
-                )
-            order = len(folders) if order is None else order
+        elif order is None:
+            order = time.time_ns() // 1000  # after all others, without listing them
         info: dict[str, Any] = {
             **(provenance or {}),
             "name": task,

@@ -153,8 +153,13 @@ class Bayesian(LinearGaussian):
 def _variance_explained(low_rank: LowRank) -> np.ndarray:
     """Compute the variance of each example over the tasks that their effects and the factors explain, shape (N,)."""
     covariance = np.atleast_2d(np.cov(np.column_stack([low_rank.rows, low_rank.coordinates]), rowvar=False))
-    of_factors = np.einsum("nr,nr->n", low_rank.loadings @ covariance[1:, 1:], low_rank.loadings)
-    return np.asarray(covariance[0, 0] + 2 * low_rank.loadings @ covariance[0, 1:] + of_factors)
+    values, directions = np.linalg.eigh(covariance)
+    roots = (directions * np.sqrt(np.maximum(values, 0.0))).T.astype(low_rank.loadings.dtype)
+    # One direction after the other: an array of examples by factors takes as much memory as the loadings.
+    explained = np.zeros(len(low_rank.loadings), low_rank.loadings.dtype)
+    for root in roots:
+        explained += np.square(root[0] + low_rank.loadings @ root[1:])
+    return explained
 
 
 def _standardised(pattern: np.ndarray) -> np.ndarray:
