@@ -15,6 +15,7 @@ from forgetcast.completion import (
     MatrixFactorization,
     Mean,
     SoftImpute,
+    gaussian,
     probes,
 )
 from forgetcast.completion.additive import additive_effects
@@ -318,7 +319,7 @@ def test_on_the_papers_matrix(olmo: np.ndarray) -> None:
 
 class TestProbes:
     def test_greedy_is_brute_force(self, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(probes, "BLOCK", 5)
+        monkeypatch.setattr(gaussian, "BLOCK", 5)
         model = Bayesian(factors=2).fit(values[:, :12])
 
         def total(at: list[int]) -> float:

@@ -55,7 +55,7 @@ def test_the_mean_is_dense_conditioning(values: np.ndarray) -> None:
     np.testing.assert_allclose(found, (centre, variance), rtol=1e-6)
     value, lower, upper = model.predict(at, row[at]).mean_interval(0.9)
     assert value == pytest.approx((row[at].sum() + centre) / 120, rel=1e-6)
-    half = model.whole_widths_.at(0.9, MeanOf()) * np.sqrt(variance) / 120
+    half = model._left_out.widths(4, 0).at(0.9, MeanOf()) * np.sqrt(variance) / 120
     np.testing.assert_allclose([value - lower, upper - value], half, rtol=1e-5)
 
 
@@ -224,8 +224,29 @@ def test_widths_lean_on_student_where_tasks_are_few() -> None:
 def test_calibration_is_on_tasks_that_were_left_out(values: np.ndarray) -> None:
     model = Bayesian().fit(values)
     tasks = sum(len(rows) for _, rows, _ in leave_tasks_out(values))
-    assert model.whole_widths_.tasks == tasks == 30
-    assert Bayesian().fit(values[:3]).whole_widths_.tasks == 0
+    assert model._left_out.count == tasks == 30
+    assert Bayesian().fit(values[:3])._left_out.count == 0
+
+
+def test_widths_are_those_of_left_out_tasks_with_as_many_probes_of_each_kind(values: np.ndarray) -> None:
+    """Oracle: each left-out task is forecast from its own chosen and random probes, and its errors are sorted."""
+    left_out = Bayesian().fit(values)._left_out
+    errors = []
+    for state, rows in left_out.tasks:
+        chosen = state.choose(4, np.arange(rows.shape[1]))
+        rest = np.setdiff1d(np.arange(rows.shape[1]), chosen)
+        at = np.concatenate([chosen, np.random.default_rng(0).permutation(rest)[:6]])
+        for row in rows:
+            centre, variance = moments(state.joint(at, row[at]), np.setdiff1d(np.arange(len(row)), at))
+            errors.append((np.delete(row, at).sum() - centre) / np.sqrt(variance))
+    expected = Widths.of({"mean": errors}, 30).at(0.9, MeanOf())
+    assert left_out.widths(4, 6).at(0.9, MeanOf()) == pytest.approx(expected, rel=1e-9)
+    assert left_out.widths(0, 10).at(0.9, MeanOf()) != pytest.approx(expected, rel=1e-3)
+
+
+def test_widths_of_more_probes_than_the_left_out_tasks_have_columns(values: np.ndarray) -> None:
+    left_out = Bayesian().fit(values)._left_out
+    assert np.isfinite(left_out.widths(100, 100).at(0.9, Tail()))
 
 
 def test_what_cannot_be_is_refused(values: np.ndarray) -> None:

@@ -23,7 +23,6 @@ from forgetcast.completion.whole import (
     Statistic,
     Tail,
     Whole,
-    Widths,
     check_level,
     check_share,
     check_threshold,
@@ -186,6 +185,10 @@ class State(Protocol):
         """Give examples without any entry, where `observed` (N,) is False, the parameters of the average one."""
         ...
 
+    def choose(self, k: int, candidates: np.ndarray) -> np.ndarray:
+        """Return the k most informative of the columns `candidates`; none if the method has no loadings."""
+        ...
+
 
 class Completion(ABC):
     """Base of all completion methods: checks, conditioning on probes, calibration on left-out tasks.
@@ -326,12 +329,6 @@ class Completion(ABC):
         return Forecast(mean, std, probes, misfit, self.widths_, audit, wholes)
 
     @property
-    def whole_widths_(self) -> Widths:
-        """Half-widths of the intervals of whole rows in standard deviations, from left-out tasks."""
-        self._check_fitted()
-        return self._left_out.widths
-
-    @property
     def gaussian_(self) -> LinearGaussian:
         """Linear-Gaussian model with loadings of the same data, to choose probes with: the method or a `Bayesian`.
 
@@ -367,7 +364,7 @@ class Completion(ABC):
         for rest, rows, probes in leave_tasks_out(values):
             state = self.estimate(rest)
             mean, variance, log_misfit = state.posterior(probes, rows[:, probes])
-            left_out.append((state, rows, probes))
+            left_out.append((state, rows))
             ratios.append(np.delete((rows - mean) / np.sqrt(variance), probes, axis=1).ravel())
             misfits.extend(log_misfit)
         if not ratios:

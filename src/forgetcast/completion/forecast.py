@@ -189,7 +189,7 @@ class TaskForecast:
             audit=forecast.audit,
             threshold=threshold,
             whole=whole,
-            calibration_tasks=forecast.wholes[0].left_out.widths.tasks if forecast.wholes else None,
+            calibration_tasks=forecast.wholes[0].left_out.count if forecast.wholes else None,
             measure=measure,
         )
         made.check()

@@ -11,7 +11,7 @@ closed form (Bishop, Pattern Recognition and Machine Learning, sections 3.3 and 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,6 +155,73 @@ class Estimate(NamedTuple):
         added = proportional * explained + uniform * self.mixture.family_mean
         return np.asarray(self.noise + added, dtype=self.noise.dtype)
 
+    def choose(
+        self, k: int, candidates: np.ndarray, *, measured: np.ndarray | None = None, cost: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Choose examples to measure greedily: each minimises the summed posterior variance over all (A-optimal).
+
+        Parameters
+        ----------
+        k : int
+        candidates : array of int, shape (n,)
+            Columns to choose from, sorted; at least k.
+        measured : array of int, optional
+            Columns that the model is conditioned on first.
+        cost : array, shape (n,), optional
+            Of measuring each candidate; then each maximises the reduction per cost.
+
+        Returns
+        -------
+        array of int, shape (k,)
+            Columns, best first; none if the model has no loadings.
+
+        Notes
+        -----
+        With the posterior covariance S of the coefficients, measuring column j lowers the summed variance by
+        ``l' S G S l / (noise_j + l' S l)`` with ``l = loadings_j``, ``G = loadings' loadings`` and the noise that is
+        expected over the classes of tasks; and S becomes ``S - S l l' S / (noise_j + l' S l)``. Both forms are kept for
+        every candidate and updated by two products with its loadings, so a probe costs 4 N r operations; memory is
+        about 50 bytes per candidate in addition to the model.
+        """
+        if not self.loadings.shape[1]:
+            return np.empty(0, dtype=np.intp)
+        expected = self.expected_noise()
+        noise, total = expected[candidates], self.loadings.T @ self.loadings
+        # An infinite prior has no finite covariance; a very wide one leads to the same choice.
+        widest = 1e6 * (noise.max() + np.abs(self.mean).max() ** 2 + 1.0)
+        covariance = np.diag(np.minimum(self.prior, widest))
+        for column in () if measured is None else measured:
+            loading = self.loadings[column]
+            projection = covariance @ loading
+            covariance -= np.outer(projection, projection) / (expected[column] + loading @ projection)
+        size = len(candidates)
+        spread, gain = np.empty(size), np.empty(size)  # l' S l and l' S G S l
+        free, price = np.ones(size, dtype=bool), np.ones(size) if cost is None else cost
+        chosen: list[int] = []
+        scale, curvature, towards = 0.0, 0.0, np.empty((2, len(total)))
+        for i in range(k):
+            best, most = -1, -np.inf
+            for part, loadings in _blocks(self.loadings, candidates):
+                if i < 2:  # an update from a very wide prior would lose precision
+                    projected = loadings.astype(np.float64) @ covariance
+                    spread[part] = np.einsum("nr,nr->n", projected, loadings)
+                    gain[part] = np.einsum("nr,nr->n", projected @ total, projected)
+                else:
+                    along, weighed = towards.astype(loadings.dtype) @ loadings.T
+                    spread[part] -= scale * along**2
+                    gain[part] += scale * along * (scale * curvature * along - 2 * weighed)
+                score = np.where(free[part], gain[part] / ((noise[part] + spread[part]) * price[part]), -np.inf)
+                at = int(np.argmax(score))
+                if score[at] > most:
+                    best, most = part.start + at, float(score[at])
+            free[best] = False
+            chosen.append(best)
+            projection = covariance @ self.loadings[candidates[best]]
+            scale, curvature = 1 / (noise[best] + spread[best]), projection @ total @ projection
+            towards = np.array([projection, covariance @ (total @ projection)])
+            covariance -= np.outer(projection, projection) * scale
+        return candidates[np.array(chosen, dtype=np.intp)]
+
     def _added(self, loadings: np.ndarray) -> np.ndarray:
         """Return what each class adds to the variance of examples with these loadings (n, r), shape (H, n)."""
         if self.mixture is None:
@@ -201,6 +268,15 @@ class Estimate(NamedTuple):
 
 
 _ADDED = np.array([*OUT_OF_FAMILY, *((0.0, 0.0) for _ in BANDWIDTHS)])
+
+
+def _blocks(loadings: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the loadings of these sorted columns in blocks that fit the cache."""
+    for start in range(0, len(columns), BLOCK):
+        part = slice(start, start + BLOCK)
+        first, last = columns[part][0], columns[part][-1]
+        contiguous = last - first == len(columns[part]) - 1  # then a view is enough
+        yield part, loadings[first : last + 1] if contiguous else loadings.T[:, columns[part]].T
 
 
 class Conditioned(NamedTuple):

@@ -104,6 +104,10 @@ class Bernoulli:
         likelihood = fit.entries.sum(axis=1) / max(len(probes), 1)
         return mean, mean * (1 - mean) / np.sqrt(1 + np.pi * spread / 8), covariance, likelihood
 
+    def choose(self, k: int, candidates: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        """Return no columns: the loadings are of logits, and probes are chosen with a linear model."""
+        return np.empty(0, dtype=np.intp)
+
     def extend(self, observed: np.ndarray) -> Bernoulli:
         """Give unobserved examples the average logit and loadings."""
         logits = np.full(len(observed), self.logits.mean())

@@ -96,6 +96,10 @@ class Neighbours:
         log_misfit = np.log(np.maximum((centred**2 / self.noise[probes]).sum(axis=1) / count, 1e-12))
         return mean, log_misfit
 
+    def choose(self, k: int, candidates: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        """Return no columns: there are no loadings to choose by."""
+        return np.empty(0, dtype=np.intp)
+
     def extend(self, observed: np.ndarray) -> Neighbours:
         """Give unobserved examples the average effect, and a noise that covers the spread of all."""
         columns = np.full(len(observed), self.columns.mean())

@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -251,12 +250,9 @@ class Widths:
 
     Attributes
     ----------
-    tasks : int
-        Number of left-out tasks.
     by_statistic : dict of str to array, shape (len(LEVELS),)
     """
 
-    tasks: int
     by_statistic: dict[str, np.ndarray]
 
     @classmethod
@@ -268,7 +264,7 @@ class Widths:
         """
         grid = (np.arange(200) + 0.5) / 200
         prior = np.abs(scipy.special.stdtrit(max(known - 1, 1), 0.5 + grid / 2))
-        widths, tasks = {}, 0
+        widths = {}
         for name in ("mean", "tail", "above"):
             found = np.abs(np.array(errors.get(name, ())))
             tasks = len(found)
@@ -279,7 +275,7 @@ class Widths:
             levels = np.minimum(LEVELS * (1 + 1 / weights.sum()), 1.0) if tasks else LEVELS
             widths[name] = np.quantile(values, levels, weights=weights, method="inverted_cdf")
             widths[name][0] = 0.0
-        return cls(tasks, widths)
+        return cls(widths)
 
     def at(self, level: float, statistic: Statistic) -> float:
         """Return the half-width at a level, in standard deviations."""
@@ -309,28 +305,49 @@ class LeftOut:
 
     Attributes
     ----------
-    tasks : sequence of (State, array of shape (B, n), array of shape (k,))
-        A state that has not seen the rows, the rows, and their probes.
+    tasks : sequence of (State, array of shape (B, n))
+        A state that has not seen the rows, and the rows.
     scale : float
         Factor of the posterior standard deviations of single examples.
     known : int
         Number of all tasks.
     """
 
-    tasks: Sequence[tuple[State, np.ndarray, np.ndarray]]
+    tasks: Sequence[tuple[State, np.ndarray]]
     scale: float
     known: int
+    _widths: dict[tuple[int, int], Widths] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @cached_property
-    def widths(self) -> Widths:
-        """Estimate the widths."""
-        errors: dict[str, list[float]] = {}
-        for state, rows, probes in self.tasks:
-            for row in rows:
-                found = standardised_errors(state.joint(probes, row[probes]), row, probes, self.scale)
-                for name, error in found.items():
-                    errors.setdefault(name, []).append(error)
-        return Widths.of(errors, self.known)
+    @property
+    def count(self) -> int:
+        """Number of left-out tasks."""
+        return sum(len(rows) for _, rows in self.tasks)
+
+    def widths(self, chosen: int, drawn: int) -> Widths:
+        """Estimate the widths for so many chosen probes and so many random ones.
+
+        The left-out tasks are forecast from as many, half of their columns at most: chosen probes have other errors
+        than random ones, and with more probes the model's own errors count for more of what is left.
+        """
+        if (chosen, drawn) not in self._widths:
+            errors: dict[str, list[float]] = {}
+            for state, rows in self.tasks:
+                probes = _probes_of(state, rows.shape[1], chosen, drawn)
+                for row in rows:
+                    found = standardised_errors(state.joint(probes, row[probes]), row, probes, self.scale)
+                    for name, error in found.items():
+                        errors.setdefault(name, []).append(error)
+            self._widths[chosen, drawn] = Widths.of(errors, self.known)
+        return self._widths[chosen, drawn]
+
+
+def _probes_of(state: State, examples: int, chosen: int, drawn: int) -> np.ndarray:
+    """Return the probes of a left-out task: chosen ones as far as the method can choose, and then random ones."""
+    most = examples // 2
+    count = min(chosen + drawn, most)
+    best = state.choose(min(chosen, most), np.arange(examples))
+    rest = np.setdiff1d(np.arange(examples), best, assume_unique=True)
+    return np.concatenate([best, np.random.default_rng(0).permutation(rest)[: count - len(best)]])
 
 
 @dataclass(frozen=True)
@@ -403,6 +420,7 @@ class Whole:
                 whole = np.concatenate([known.astype(np.float32), row])
                 for values, statistic in zip(drawn, statistics, strict=True):
                     values.append(statistic.of(whole))
+        widths = self.left_out.widths(len(self.probes) - self.audit, self.audit)
         found = []
         for values, statistic in zip(drawn, statistics, strict=True):
             if isinstance(statistic, MeanOf):
@@ -410,7 +428,7 @@ class Whole:
                 deviation = float(np.sqrt(variance)) / len(columns)
             else:
                 value, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(rest) else 0.0
-            half = self.left_out.widths.at(level, statistic) * deviation
+            half = widths.at(level, statistic) * deviation
             lower, upper = value - half, value + half
             if isinstance(statistic, Above):
                 lower, upper = max(lower, 0.0), min(upper, 1.0)
