@@ -143,7 +143,8 @@ def preflight(
     from forgetcast.completion.forecast import TaskForecast
     from forgetcast.completion.preflight import Preflight
     from forgetcast.data import Pool
-    from forgetcast.data.reader import data_name, visible_files
+    from forgetcast.data.reader import data_name
+    from forgetcast.experiments.collect import task_files
     from forgetcast.lm.features import task_features
 
     require_single_process("preflight")
@@ -154,7 +155,7 @@ def preflight(
     name = data_name(task)
     past = [each for each in opened.tasks if each != name]
     fitted = Bayesian().fit(opened.stored(past))
-    paths = {} if tasks is None else {data_name(path): path for path in visible_files(tasks)}
+    paths = {} if tasks is None else task_files(tasks)
     texts = [paths.get(each) for each in past]
     if tasks is not None and not any(texts):
         raise DataError(f"{tasks} has no file of a task of the atlas, such as {past[0]}.jsonl")

@@ -245,6 +245,11 @@ def load_tasks(where: Path | Sequence[Path], read: Callable[[Path], Pool] = load
     DataError
         If there are none, or two have the same name.
     """
+    return {name: read(file) for name, file in task_files(where).items()}
+
+
+def task_files(where: Path | Sequence[Path]) -> dict[str, Path]:
+    """Find the files of tasks by their names without the ending; see `load_tasks`."""
     if not isinstance(where, Path):
         files = list(where)
     elif where.is_dir():
@@ -253,13 +258,13 @@ def load_tasks(where: Path | Sequence[Path], read: Callable[[Path], Pool] = load
         raise DataError(f"{where}: there is no such folder of tasks")
     if not files:
         raise DataError(f"{where} holds no task: no {', '.join(SUFFIXES)} file")
-    tasks: dict[str, Pool] = {}
+    found: dict[str, Path] = {}
     for file in files:
         name = data_name(file)
-        if name in tasks:
+        if name in found:
             raise DataError(f"two tasks are called {name!r}; give their files different names")
-        tasks[name] = read(file)
-    return tasks
+        found[name] = file
+    return found
 
 
 def prepare_atlas(
