@@ -61,7 +61,7 @@ def settings(folder: Path, quick: bool) -> Iterator[tuple[str, list[Setting]]]:
     for name, values in matrices.items():
         correlations = correlation(values)
         tasks = range(0, len(values), 8 if quick else 1)
-        kept = {task: exclude_similar(correlations, task, SIMILAR) for task in tasks}
+        kept = {task: exclude_similar(correlations, [task], SIMILAR) for task in tasks}
         yield f"{name}/unlike", [Setting(name, values[rows], values[[task]]) for task, rows in kept.items()]
 
 

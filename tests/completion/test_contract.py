@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgetcast import ConfigError, DataError
+from forgetcast import ConfigError, DataError, ForgettingMatrix
 from forgetcast.completion import (
     KNN,
     Additive,
@@ -19,10 +19,10 @@ from forgetcast.completion import (
     probes,
 )
 from forgetcast.completion.additive import additive_effects
-from forgetcast.completion.base import LEVELS
+from forgetcast.completion.base import LEVELS, clone, task_splits
 from forgetcast.completion.bayesian import shrink_variances
 from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
-from forgetcast.evaluation import accuracy
+from forgetcast.evaluation import accuracy, bench, bench_left_out
 from support.completion import dense_mixture
 from support.data import planted
 
@@ -393,3 +393,55 @@ class TestProbes:
             probes.choose(model, 1, [120])
         for without_loadings in (KNN(), Mean()):
             assert probes.choose(without_loadings.fit(values), 3).tolist() == probes.choose(model, 3).tolist()
+
+
+class TestGroups:
+    """Rows of one task with several seeds: they tell about one another, and nothing about a new task."""
+
+    @pytest.fixture
+    def matrix(self) -> ForgettingMatrix:
+        rng = np.random.default_rng(3)
+        tasks = rng.normal(size=(12, 60))  # nothing in common
+        rows = np.repeat(tasks, 2, axis=0) + 0.01 * rng.normal(size=(24, 60))
+        return ForgettingMatrix(rows, groups=[str(i // 2) for i in range(24)])
+
+    def test_a_left_out_task_takes_its_other_rows_along(self, matrix: ForgettingMatrix) -> None:
+        for similar in (0.0, 0.3):
+            for split in task_splits(matrix.values, matrix.groups, similar=similar):
+                assert not {matrix.groups[i] for i in split.kept} & {matrix.groups[i] for i in split.left_out}
+        left = [i for split in task_splits(matrix.values, matrix.groups) for i in split.left_out.tolist()]
+        assert sorted(left) == list(range(24))
+
+    @pytest.mark.parametrize("method", [Bayesian(), KNN()])
+    def test_intervals_are_as_wide_as_for_new_tasks(self, matrix: ForgettingMatrix, method: Completion) -> None:
+        """Oracle: the standard deviation of the tasks, which is one; the other seed would suggest .01."""
+        forecast = clone(method).fit(matrix).predict([0, 1, 2], [0.0, 0.0, 0.0])
+        lower, upper = forecast.interval(0.9)
+        assert np.mean((upper - lower)[3:]) / 2 > 1.0
+        ungrouped = clone(method).fit(matrix.values).predict([0, 1, 2], [0.0, 0.0, 0.0]).interval(0.9)
+        assert np.mean((ungrouped[1] - ungrouped[0])[3:]) < np.mean((upper - lower)[3:])
+
+    def test_auto_compares_on_new_tasks(self, matrix: ForgettingMatrix) -> None:
+        method = Auto(candidates=[KNN(k=1)])
+        assert clone(method).fit(matrix).errors_["KNN"] > 0.8
+        assert clone(method).fit(matrix.values).errors_["KNN"] < 0.6
+
+    def test_bench_forecasts_a_task_from_other_tasks(self, matrix: ForgettingMatrix) -> None:
+        """Oracle: an error as large as the tasks; with the other seed's row among the known ones, it would be small."""
+        (row, *_) = bench_left_out(matrix, {"knn": KNN(k=1)}, ks=[10], seeds=2, baseline="knn")
+        assert len(row.rmse_by_task) == 12
+        assert row.accuracy.rmse > 0.8
+        (row, *_) = bench_left_out(ForgettingMatrix(matrix.values), {"knn": KNN(k=1)}, ks=[10], seeds=2, baseline="knn")
+        assert row.accuracy.rmse < 0.6
+
+    def test_groups_follow_the_rows(self, matrix: ForgettingMatrix) -> None:
+        assert matrix.select(["5", "2"]).groups == ("2", "1")
+        with pytest.raises(DataError, match="24 tasks but 1 groups"):
+            ForgettingMatrix(matrix.values, groups=["a"])
+        with pytest.raises(DataError, match="the task '0' is known and unseen"):
+            bench(matrix.select(["0", "2"]), matrix.select(["1"]), {"knn": KNN()}, ks=[2], baseline="knn")
+
+    def test_without_groups_each_row_is_a_task(self, values: np.ndarray) -> None:
+        alone = [split.left_out.tolist() for split in task_splits(values)]
+        named = [split.left_out.tolist() for split in task_splits(values, [f"t{i}" for i in range(len(values))])]
+        assert alone == named

@@ -30,6 +30,9 @@ class ForgettingMatrix:
         Label of each example's origin; default '' for all.
     pool_fingerprint : str, optional
         Fingerprint of the pool of the columns.
+    groups : sequence of str, length M, optional
+        Name that rows of one task or run share, such as those of several seeds: they say much about one another, so
+        what is judged on left-out tasks leaves out all rows of a group. Default: `tasks`; each row is a group.
 
     Raises
     ------
@@ -45,6 +48,7 @@ class ForgettingMatrix:
         examples: Sequence[str] | None = None,
         sources: Sequence[str] | None = None,
         pool_fingerprint: str | None = None,
+        groups: Sequence[str] | None = None,
     ) -> None:
         try:
             array = np.array(values, dtype=np.float32)
@@ -59,6 +63,9 @@ class ForgettingMatrix:
         self.pool_fingerprint = pool_fingerprint
         if len(self.sources) != array.shape[1]:
             raise DataError(f"{array.shape[1]} examples but {len(self.sources)} sources")
+        self.groups = tuple(groups) if groups is not None else self.tasks
+        if len(self.groups) != array.shape[0]:
+            raise DataError(f"{array.shape[0]} tasks but {len(self.groups)} groups")
         if np.isinf(array).any():
             row, column = np.argwhere(np.isinf(array))[0]
             raise DataError(f"the forgetting of {self.examples[column]!r} after {self.tasks[row]!r} is infinite")
@@ -150,6 +157,7 @@ class ForgettingMatrix:
             sources=[self.sources[j] for j in columns],
             # A part of the pool is another pool.
             pool_fingerprint=self.pool_fingerprint if examples is None else None,
+            groups=[self.groups[i] for i in rows],
         )
 
 

@@ -372,6 +372,8 @@ class StoredMatrix:
     sources : callable
         Returns the source of each example; called by `load` only.
     pool_fingerprint : str
+    groups : callable
+        Returns the names that rows of one task share; see `ForgettingMatrix`.
 
     Attributes
     ----------
@@ -390,13 +392,19 @@ class StoredMatrix:
         examples: Sequence[str],
         sources: Callable[[], Sequence[str]],
         pool_fingerprint: str,
+        groups: Callable[[], Sequence[str]],
     ) -> None:
-        self._rows = rows
+        self._rows, self._groups = rows, groups
         self.tasks = [row.task for row in rows]
         self.examples, self.pool_fingerprint = examples, pool_fingerprint
         self._sources = sources
         self.shape = (len(rows), len(examples))
         self.size = self.shape[0] * self.shape[1]
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Name that rows of one task share, length M; see `ForgettingMatrix`."""
+        return tuple(self._groups())
 
     def load(self) -> ForgettingMatrix:
         """Read the whole matrix into memory."""
@@ -406,6 +414,7 @@ class StoredMatrix:
             examples=self.examples[:],
             sources=self._sources(),
             pool_fingerprint=self.pool_fingerprint,
+            groups=self.groups,
         )
 
     def __getitem__(self, item: tuple[slice, slice | np.ndarray]) -> np.ndarray:

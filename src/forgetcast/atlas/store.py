@@ -608,15 +608,24 @@ class Atlas:
             examples=[self.examples[i] for i in columns.tolist()],
             sources=[sources[i] for i in columns.tolist()],
             pool_fingerprint=self.pool_fingerprint,
+            groups=[_group(row) for row in chosen],
         )
+
+    def others(self, task: str | None) -> tuple[str, ...]:
+        """Return the names of the rows that are not of a task: neither its row nor another seed or checkpoint of it."""
+        known = self._by_task.get(task) if task is not None else None
+        same = {task} if known is None else {task, _group(known)}
+        return tuple(name for name, row in self._by_task.items() if name not in same and _group(row) not in same)
 
     def stored(self, tasks: Iterable[str] | None = None) -> StoredMatrix:
         """Return all rows, or those of `tasks`, on disk, to be read by blocks of columns."""
+        chosen = self._rows(tasks)
         return StoredMatrix(
-            self._rows(tasks),
+            chosen,
             examples=self.examples,
             sources=lambda: self.sources,
             pool_fingerprint=self.pool_fingerprint,
+            groups=lambda: [_group(row) for row in chosen],
         )
 
     def to_pandas(self) -> pd.DataFrame:
@@ -696,6 +705,11 @@ class Atlas:
     def sources(self) -> list[str]:
         """Return the source of each example; '' where it has none."""
         return list(labels(self._column(POOL, "source")))
+
+
+def _group(row: Row | zarr_format.ZarrRow) -> str:
+    """Return the name that the rows of one task or one run share: those of several seeds, or of several checkpoints."""
+    return str(row.provenance.get("run") or row.provenance.get("task") or row.task)
 
 
 def _joined_info(row: Row | zarr_format.ZarrRow) -> dict[str, Any]:

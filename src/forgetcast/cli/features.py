@@ -153,7 +153,7 @@ def preflight(
     opened = Atlas.open(atlas)
     base, new = load_base(model, loading, opened), load_data(task)
     name = data_name(task)
-    past = [each for each in opened.tasks if each != name]
+    past = opened.others(name)
     fitted = Bayesian().fit(opened.stored(past))
     paths = {} if tasks is None else task_files(tasks)
     texts = [paths.get(each) for each in past]

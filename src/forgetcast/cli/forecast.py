@@ -183,7 +183,7 @@ def forecast(
             "--exact-match needs --scores, of probes with answers (forgetcast score --exact-match), and no --corpus"
         )
     opened = Atlas.open(atlas)
-    known = [name for name in opened.tasks if name != task]
+    known = list(opened.others(task))
     flips = opened.matrix(known, measure="exact_match") if exact_match else None
     if flips is not None:
         # A row without answers, such as one that was scored elsewhere, says nothing here.
@@ -449,7 +449,13 @@ def bench(
         wanted.update(arms_of(side))
     split = read_split(Path(matrix))[1]["tasks"] if Path(matrix).suffix in PICKLES else []
     tested = _tasks(test, values.tasks) if test is not None else split
-    known = _tasks(train, values.tasks) if train is not None else [name for name in values.tasks if name not in tested]
+    group_of = dict(zip(values.tasks, values.groups, strict=True))
+    apart = {group_of[name] for name in tested}
+    known = (
+        _tasks(train, values.tasks)
+        if train is not None
+        else [name for name, group in group_of.items() if group not in apart]
+    )
     if both := set(tested).intersection(known):
         raise ConfigError(f"the task {min(both)!r} is in --train and in --test")
     if tested:

@@ -73,9 +73,11 @@ class Auto(Completion):
         if not candidates:
             raise ConfigError("Auto needs at least one candidate")
         for candidate in candidates:
+            candidate._groups = self._groups
             candidate.prepare(values)
-        self.chosen_, self.errors_ = _best(candidates, list(leave_tasks_out(values)))
-        self.fallback_, self.errors_unlike_ = _best(candidates, list(leave_tasks_out(values, similar=SIMILAR_SHARE)))
+        self.chosen_, self.errors_ = _best(candidates, list(leave_tasks_out(values, self._groups)))
+        unlike = list(leave_tasks_out(values, self._groups, similar=SIMILAR_SHARE))
+        self.fallback_, self.errors_unlike_ = _best(candidates, unlike)
 
     def estimate(self, values: np.ndarray) -> State:
         """Estimate with the chosen method."""

@@ -215,6 +215,7 @@ class Completion(ABC):
     _log_misfits: np.ndarray
     _fitted_on: ForgettingMatrix | StoredMatrix
     _gaussian: LinearGaussian | None = None
+    _groups: Sequence[str] | None = None
     _reads_blocks: ClassVar[bool] = False
 
     def __repr__(self) -> str:
@@ -255,12 +256,14 @@ class Completion(ABC):
         self._fitted_on, self._gaussian = matrix, None
         if isinstance(matrix, StoredMatrix):
             if self._reads_blocks:
+                self._groups = matrix.groups
                 return self._learn(matrix, matrix.examples, None)
             matrix = matrix.load()
-        values, observed = matrix.values, None
+        values, observed, self._groups = matrix.values, None, matrix.groups
         flat = values.ravel()
         if np.isnan(np.vdot(flat, flat)):  # one pass without a temporary, where most matrices are complete
-            values = values[matrix.observed.any(axis=1)]
+            rows = np.flatnonzero(matrix.observed.any(axis=1))
+            values, self._groups = values[rows], tuple(matrix.groups[i] for i in rows)
             observed = np.any(~np.isnan(values), axis=0)
             values = values[:, observed]
         return self._learn(values if self._reads_blocks else values.astype(np.float64), matrix.examples, observed)
@@ -357,11 +360,12 @@ class Completion(ABC):
         """Estimate scale and widths on left-out tasks, forecast from random probes."""
         self.scale_, self.widths_ = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
         self._log_misfits = np.empty(0)
-        self._left_out = LeftOut((), 1.0, values.shape[0])
+        known = values.shape[0] if self._groups is None else len(set(self._groups))
+        self._left_out = LeftOut((), 1.0, known)
         ratios: list[np.ndarray] = []
         misfits: list[float] = []
         left_out = []
-        for rest, rows, probes in leave_tasks_out(values):
+        for rest, rows, probes in leave_tasks_out(values, self._groups):
             state = self.estimate(rest)
             mean, variance, log_misfit = state.posterior(probes, rows[:, probes])
             left_out.append((state, rows))
@@ -371,7 +375,7 @@ class Completion(ABC):
             return
         self.scale_, self.widths_ = interval_widths(np.concatenate(ratios))
         self._log_misfits = np.array(misfits)
-        self._left_out = LeftOut(left_out, self.scale_, values.shape[0])
+        self._left_out = LeftOut(left_out, self.scale_, known)
 
 
 def interval_widths(errors: np.ndarray) -> tuple[float, np.ndarray]:
@@ -419,21 +423,29 @@ def correlation(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.ma.corrcoef(masked).filled(-1.0))  # type: ignore[no-untyped-call]
 
 
-def exclude_similar(correlations: np.ndarray, task: int, share: float) -> np.ndarray:
-    """Return all rows except `task` and, by `correlation`, the most similar share of the others; sorted."""
-    others = np.argsort(-correlations[task], kind="stable")
-    others = others[others != task]
+def exclude_similar(correlations: np.ndarray, left_out: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
+    """Return the rows, sorted, without those left out and the share most similar to their first, by `correlation`."""
+    others = np.argsort(-correlations[left_out[0]], kind="stable")
+    others = others[~np.isin(others, left_out)]
     return np.sort(others[round(share * len(others)) :])
 
 
+def rows_by_group(groups: Sequence[str]) -> list[np.ndarray]:
+    """Return the rows of each group, in the order of the groups' first rows."""
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return [np.array(each) for each in rows.values()]
+
+
 def leave_tasks_out(
-    values: np.ndarray | StoredMatrix, *, similar: float = 0.0
+    values: np.ndarray | StoredMatrix, groups: Sequence[str] | None = None, *, similar: float = 0.0
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield splits on a part of the columns: the remaining rows, the left-out rows, and random probes.
 
     See `task_splits`, which also says which rows and columns those are.
     """
-    for split in task_splits(values, similar=similar):
+    for split in task_splits(values, groups, similar=similar):
         yield split.rest, split.rows, split.probes
 
 
@@ -463,28 +475,33 @@ def calibration_columns(examples: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.permutation(examples)[:CALIBRATION_EXAMPLES])
 
 
-def task_splits(values: np.ndarray | StoredMatrix, *, similar: float = 0.0) -> Iterator[Split]:
+def task_splits(
+    values: np.ndarray | StoredMatrix, groups: Sequence[str] | None = None, *, similar: float = 0.0
+) -> Iterator[Split]:
     """Yield splits on a part of the columns.
 
-    A complete matrix is split into at most CALIBRATION_FOLDS groups, so that every task is left out once. Where entries
-    are missing, at most CALIBRATION_TASKS are left out singly, each on its observed columns; so too for `similar`, the
-    share of the other tasks, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used.
+    Rows of one group are fine-tunes on one task, and are left out together; default: each row is a task. A complete
+    matrix is split into at most CALIBRATION_FOLDS parts, so that every task is left out once. Where entries are
+    missing, at most CALIBRATION_TASKS are left out singly, each on its observed columns; so too for `similar`, the
+    share of the other rows, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used.
     Fewer than four tasks yield nothing. The splits are fixed, so that a fit is a function of the matrix alone.
     """
-    if values.shape[0] < 4:
+    tasks = [np.array([i]) for i in range(values.shape[0])] if groups is None else rows_by_group(groups)
+    if len(tasks) < 4:
         return
     rng = np.random.default_rng(0)
     columns = calibration_columns(values.shape[1], rng)
     part = values[:, columns].astype(np.float64)
-    observed, order = ~np.isnan(part), rng.permutation(len(part))
+    observed, order = ~np.isnan(part), rng.permutation(len(tasks))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))
     if similar or not observed.all():
         folds = list(order[:CALIBRATION_TASKS, None])
     correlations = correlation(part) if similar else None
-    for fold in folds:
+    for of_tasks in folds:
+        fold = np.concatenate([tasks[i] for i in of_tasks])
         kept = np.delete(np.arange(len(part)), fold)
         if correlations is not None:
-            kept = exclude_similar(correlations, fold[0], similar)
+            kept = exclude_similar(correlations, fold, similar)
         usable = np.flatnonzero(observed[fold].all(axis=0) & observed[kept].any(axis=0))
         kept = kept[observed[np.ix_(kept, usable)].any(axis=1)]
         if len(usable) >= 2 * CALIBRATION_PROBES and len(kept) >= 2:

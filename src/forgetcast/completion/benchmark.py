@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from forgetcast.atlas.matrix import ForgettingMatrix
-from forgetcast.completion.base import Forecast, clone, correlation, exclude_similar
+from forgetcast.completion.base import Forecast, clone, correlation, exclude_similar, rows_by_group
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.errors import ForecastErrors, average, judge
 from forgetcast.completion.influence import WithoutSource, most_influential
@@ -127,10 +127,13 @@ def bench(
     Raises
     ------
     DataError
-        If the examples differ, `baseline` is not among `methods`, or too few examples are measured for all test tasks.
+        If the examples differ, a task is in both, `baseline` is not among `methods`, or too few examples are measured
+        for all test tasks.
     """
     if train.examples != test.examples:
         raise DataError("the known and the unseen tasks must be measured on the same examples")
+    if common := set(train.groups) & set(test.groups):
+        raise DataError(f"the task {min(common)!r} is known and unseen: rows of it are in both matrices")
     return _bench([(train, test)], methods, ks, seeds, baseline)
 
 
@@ -145,6 +148,8 @@ def bench_left_out(
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[BenchRow]:
     """Compare completion methods on each task of a matrix, forecast from the other tasks.
+
+    Of the rows of a group, which are of one task, the first is forecast, from the other groups.
 
     Parameters
     ----------
@@ -162,16 +167,17 @@ def bench_left_out(
     DataError
         As in `bench`; or if fewer than two tasks remain to fit on.
     """
-    tasks = matrix.shape[0]
+    tasks = len(set(matrix.groups))
     if not 0 <= similar < 1 or tasks - 1 - round(similar * (tasks - 1)) < 2:
         raise DataError(
             f"of {tasks} tasks, leaving out one and {similar:.0%} of the others leaves too few to learn from"
         )
     correlations = correlation(matrix.values)
     splits = []
-    for task, name in enumerate(matrix.tasks):
-        kept = exclude_similar(correlations, task, similar)
-        splits.append((matrix.select([matrix.tasks[i] for i in kept]), matrix.select([name])))
+    for rows in rows_by_group(matrix.groups):
+        kept = exclude_similar(correlations, rows, similar)
+        known, test = (matrix.select([matrix.tasks[i] for i in part]) for part in (kept, rows[:1]))
+        splits.append((known, test))
     return _bench(splits, methods, ks, seeds, baseline, on_progress)
 
 

@@ -100,7 +100,7 @@ class Preflight:
             known = np.isfinite(features).all(axis=1)
         values = matrix.values if isinstance(matrix, ForgettingMatrix) else matrix
         by_mean, by_text = _Left(), _Left()
-        for split in task_splits(values):
+        for split in task_splits(values, matrix.groups):
             state = self.model.estimate(split.rest)
             use = known[split.kept]
             fitted = None

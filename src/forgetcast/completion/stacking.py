@@ -54,7 +54,7 @@ def left_out_errors(model: LinearGaussian, values: np.ndarray | StoredMatrix) ->
     rng = np.random.default_rng(0)
     for similar in (0.0, SIMILAR_SHARE):
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for rest, rows, _ in islice(leave_tasks_out(values, similar=similar), MOST_SPLITS):
+        for rest, rows, _ in islice(leave_tasks_out(values, model._groups, similar=similar), MOST_SPLITS):
             state = model.estimate(rest)
             for count in PROBES:
                 probes = rng.permutation(rows.shape[1])[: min(count, rows.shape[1] // 2)]

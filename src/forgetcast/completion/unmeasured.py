@@ -173,7 +173,7 @@ class Unmeasured:
         at = np.full(len(self.model.examples_), -1)
         at[self.transfer_.columns] = np.arange(len(self.transfer_.columns))
         errors, ridges = [], dict[bytes, Ridge]()
-        for split in task_splits(matrix.values if isinstance(matrix, ForgettingMatrix) else matrix):
+        for split in task_splits(matrix.values if isinstance(matrix, ForgettingMatrix) else matrix, matrix.groups):
             known = np.flatnonzero(at[split.columns] >= 0)
             if len(known) < FEWEST:
                 continue

@@ -376,6 +376,8 @@ def _add_model(
         "weights_file": weights_file(job.model),
         **_facts_beside(job.model),
         **({} if recipe is None else {"seed": recipe.seed}),
+        # Checkpoints of a run say much about one another, and about where it ended.
+        **({"run": path.parent.name} if CHECKPOINT.fullmatch((path := Path(job.model).absolute()).name) else {}),
         "cost": cost(None, None, scored - loaded, after),
     }
     if choice.probes is not None:
