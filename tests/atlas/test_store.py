@@ -30,6 +30,19 @@ def test_rows_survive_a_file(tmp_path: Path, pool: Pool) -> None:
     assert dict(dataset.sizes) == {"task": 8, "example": len(pool)}
 
 
+def test_rows_of_one_task_are_a_group(tmp_path: Path, pool: Pool) -> None:
+    atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=3)
+    after = make_scores(pool, np.full(len(pool), 4.0))
+    atlas.add("t1 seed 1", after, provenance={"task": "t1", "seed": 1})
+    atlas.add("t1 seed 2", after, provenance={"task": "t1", "seed": 2})
+    groups = ("t0", "t1", "t2", "t1", "t1")
+    assert atlas.stored().groups == atlas.matrix().groups == groups
+    assert atlas.stored(["t1 seed 2", "t0"]).groups == ("t1", "t0")
+    assert atlas.others(None) == atlas.tasks
+    assert atlas.others("new") == atlas.tasks
+    assert atlas.others("t1") == atlas.others("t1 seed 2") == ("t0", "t2")
+
+
 def test_row_can_be_measured_in_parts(tmp_path: Path, pool: Pool) -> None:
     atlas = make_atlas(tmp_path / "a.atlas", pool, tasks=1)
     part = pool.subset(["e7", "e2"])

@@ -97,6 +97,9 @@ def test_checkpoints_are_called_after_their_run_and_sorted(models: Path, atlas: 
     assert code == 0, err
     assert "is called 'run/checkpoint-9'" in err
     assert Atlas.open(atlas).tasks == ("run/checkpoint-9", "run/checkpoint-10")
+    # Neither says what the other would be worth as a new task.
+    assert Atlas.open(atlas).stored().groups == ("run", "run")
+    assert Atlas.open(atlas).others("run/checkpoint-9") == ()
 
 
 def test_names(models: Path, tmp_path: Path) -> None:
