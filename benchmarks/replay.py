@@ -1,13 +1,19 @@
 """Replay strategies side by side on the demo model: what is forgotten of examples that were never replayed.
 
-    python benchmarks/replay.py --quick              # 2 tasks, 1 seed, 6 strategies: a few minutes
+    python benchmarks/replay.py --quick              # 2 tasks, 1 seed, 17 arms: some minutes
     python benchmarks/replay.py --json result.json   # 12 tasks; 3 seeds at ratio 1/8, one along them: 95 minutes
     python benchmarks/replay.py --known 7 --ratios 1/8 --seeds 1 --strategies top         # another regime
+    python benchmarks/replay.py --quick --demo DEMO  # on what `forgetcast demo --full -o DEMO` wrote: no atlas to make
 
 An atlas of reasoning-gym tasks is collected first. Each new task is then fine-tuned without replay and with every
 strategy, several seeds, at the first ratio; with random replay and the leading strategies at the other ratios. All are
 judged on the held-out half of the pool. Forecasts are made from 30 chosen probes of a run without replay unless the
 name says otherwise: from the mean of the atlas, from the probes of a pilot of a quarter of the steps, or online.
+
+Beside the strategies there are arms that do something else than replay, or replay otherwise: weights interpolated with
+the base model's, a lower learning rate, fewer steps, easy samples weighted, the model's own continuations of the
+pool's texts (on-policy), and `top` with the divergence from the base model as loss, a heavier loss, or another spacing.
+All are compared at equal new-task loss.
 
 Two processes of one thread each share the work. Everything that was finished is kept in the folder --work, and the
 same command goes on from there.
@@ -35,11 +41,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from forgetcast import Atlas, Pool, ReplayPlan, make_plan, probes
+from forgetcast import Atlas, Example, Pool, ReplayPlan, make_plan, probes
+from forgetcast.cli.tables import tradeoff_tables
 from forgetcast.completion import Bayesian
+from forgetcast.defaults import ALPHA_PROBES
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.experiments.collect import collect, prepare_atlas
+from forgetcast.experiments.interpolation import draw_probes
 from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task
+from forgetcast.experiments.variants import OF_REPLAY, ON_POLICY, Interpolating, add_arms, parse_arm
 from forgetcast.experiments.verify import ReplayComparison, Verification, verify
 from forgetcast.lm import (
     FineTuner,
@@ -48,6 +58,7 @@ from forgetcast.lm import (
     OnlineSelector,
     Recipe,
     ReplaySelector,
+    answer_prompts,
     gradient_products,
     load,
     sample_texts,
@@ -71,7 +82,16 @@ ARMS = (
     f"top {OWN}",
 )
 """Strategies, and some of them by another forecast, or on texts that the model wrote itself."""
-QUICK = ("none", "random", "forecast", "top", "coverage-herding", "top truth")
+ASKED = (
+    *("interpolation", "interpolation=0.5", "interpolation=0.8", "learning-rate=0.5", "learning-rate=0.25"),
+    *("steps=0.5", "easy", "spacing", "weight=4", "kl=1"),
+)
+"""What `verify --arm` takes; some of them are arms of `top`."""
+VARIANTS = (
+    *(a.name if a.kind not in OF_REPLAY else f"top {a.name}" for a in map(parse_arm, ASKED)),
+    *(f"{name} {ON_POLICY}" for name in ("random", "top")),
+)
+QUICK = ("none", "random", "forecast", "top", "top truth", *VARIANTS)
 LEADING = ("top", "coverage-herding", "top truth")
 CEILING = "top truth"
 METRICS = ("mean", "worst_tenth")
@@ -87,10 +107,13 @@ class Study:
     known: tuple[str, ...]
     learning_rate: float
     replayable: int | None = None
+    demo: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
         """How all tasks are tuned."""
+        if self.demo is not None:
+            return Recipe(**self.atlas.recipe)
         return Recipe(steps=STEPS, batch_size=BATCH, learning_rate=self.learning_rate, max_length=128)
 
     @cached_property
@@ -101,7 +124,9 @@ class Study:
 
     @cached_property
     def pool(self) -> Pool:
-        """Upstream examples, and after them texts that the model wrote itself."""
+        """Upstream examples, and after them texts that the model wrote itself; those of a demo are upstream only."""
+        if self.demo is not None:
+            return self.atlas.pool
         file = self.work / "pool.jsonl"
         if not file.exists():
             own = sample_texts(self.base, SELF_GENERATED, max_new_tokens=96)
@@ -111,7 +136,13 @@ class Study:
     @cached_property
     def atlas(self) -> Atlas:
         """Of known and new tasks; the new ones' rows are looked at only where the truth is asked for."""
-        return Atlas.open(self.work / f"lr-{self.learning_rate:g}.atlas")
+        return Atlas.open(
+            self.work / f"lr-{self.learning_rate:g}.atlas" if self.demo is None else self.demo / "demo.atlas"
+        )
+
+    def task(self, name: str) -> Pool:
+        """Return the examples to train on."""
+        return questions(name, TASK_SIZE) if self.demo is None else Pool.load(self.demo / "tasks" / f"{name}.jsonl")
 
     @cached_property
     def model(self) -> Bayesian:
@@ -123,18 +154,44 @@ class Study:
         """For coverage."""
         return correlation_loadings(self.model)
 
+    @cached_property
+    def own_answers(self) -> Pool:
+        """How the model itself continues the first third of each text that is not held out, under the text's id."""
+        file = self.work / "on-policy.jsonl"
+        if not file.exists():
+            prompts, held_out = [], set(self.held_out)
+            for example in self.pool:
+                words = (example.text or "").split(" ")
+                if example.id in self.upstream and example.id not in held_out and len(words) >= 6:
+                    third = len(words) // 3
+                    begun, rest = " ".join(words[:third]), " " + " ".join(words[third:])
+                    # Two lines, so that the continuation may have several.
+                    prompts.append(Example(example.id, prompt=begun, completion=f"{rest}\n", source=example.source))
+            own = answer_prompts(self.base, Pool(prompts), max_new_tokens=64, temperature=1.0, keep_unfinished=True)
+            own.pool.save(file)
+        return Pool.load(file)
+
+    @cached_property
+    def upstream(self) -> tuple[str, ...]:
+        """Ids of the examples that are no texts of the model itself."""
+        return tuple(id_ for id_ in self.pool.ids if not id_.startswith("self-"))
+
+    @cached_property
+    def held_out(self) -> tuple[str, ...]:
+        """Ids of the half of them that is judged on."""
+        return self.pool.subset(self.upstream).hold_out(0.5)
+
     def comparison(self, task: str, ratio: Fraction, names: tuple[str, ...]) -> ReplayComparison:
         """The plans of a new task."""
-        upstream = tuple(id_ for id_ in self.pool.ids if not id_.startswith("self-"))
+        upstream, held_out = self.upstream, self.held_out
         own = self.pool.ids[len(upstream) :]
-        held_out = self.pool.subset(upstream).hold_out(0.5)
         usable = np.setdiff1d(self.pool.positions(upstream), self.pool.positions(held_out))
         if self.replayable is not None:
             usable = np.sort(np.random.default_rng(0).choice(usable, self.replayable, replace=False))
         truth = self.atlas.matrix([task]).values[0]
         plans: dict[str, ReplayPlan] = {}
         selectors: dict[str, ReplaySelector] = {}
-        for arm in names:
+        for arm in (name for name in names if name not in VARIANTS):
             name, _, source = arm.partition(" ")
             strategy = get_strategy(name)
             among = self.pool.positions(own) if source == OWN else usable
@@ -162,13 +219,28 @@ class Study:
                 selectors[arm] = OnlineSelector(self.model, self.pool, self.atlas.nll_before, chosen)
             elif strategy.phase == "in-training":
                 selectors[arm] = MostForgottenSelector(self.pool, self.atlas.nll_before)
-        return ReplayComparison(task, questions(task, TASK_SIZE), questions(task, TEST_SIZE, seed=1), plans, selectors)
+        # The simplest first.
+        core = {name: plan for name, plan in plans.items() if name in ("none", "random", "top")}
+        drawn = draw_probes(self.pool.ids, self.atlas.nll_before, {*held_out, *own}, ALPHA_PROBES, 0)
+        choosing = Interpolating(None, drawn, questions(task, TEST_SIZE, seed=2))
+        asked = [parse_arm(text) for text in ASKED] if "top" in plans else []
+        texts = self.own_answers if any(name.endswith(ON_POLICY) for name in names) else None
+        every, variants = add_arms(asked, core, self.recipe, choosing=choosing, texts=texts)
+        every = {name: plan for name, plan in every.items() if name in names} | plans
+        return ReplayComparison(
+            task,
+            self.task(task),
+            questions(task, TEST_SIZE, seed=1),
+            every,
+            selectors,
+            {name: variant for name, variant in variants.items() if name in every},
+        )
 
     def _gradients(self, task: str) -> np.ndarray:
         """Gradient product of each example, computed once."""
         file = self.work / f"{task}.gradient.npy"
         if not file.exists():
-            np.save(file, gradient_products(self.base, questions(task, TASK_SIZE), self.pool))
+            np.save(file, gradient_products(self.base, self.task(task), self.pool))
         return np.asarray(np.load(file))
 
     def _pilot(self, task: str, chosen: np.ndarray) -> np.ndarray:
@@ -177,9 +249,8 @@ class Study:
         asked = self.pool.subset([self.pool.ids[i] for i in chosen.tolist()])
         if not file.exists() or Scores.load(file).ids != asked.ids:
             tuner = FineTuner(self.base)
-            tuned = tuner.tune(
-                questions(task, TASK_SIZE), self.recipe.model_copy(update={"steps": PILOT_STEPS})
-            ).language_model
+            short = self.recipe.model_copy(update={"steps": PILOT_STEPS})
+            tuned = tuner.tune(self.task(task), short).language_model
             score(tuned, asked).save(file)
             tuner.restore()
         scores = Scores.load(file)
@@ -189,6 +260,7 @@ class Study:
     def directory(self, ratio: Fraction) -> Path:
         """Where the runs of a ratio are kept."""
         regime = f"{len(self.known)}-{self.learning_rate:g}" + (f"-{self.replayable}" if self.replayable else "")
+        regime += "-demo" if self.demo is not None else ""
         return self.work / f"runs-{regime}" / f"{ratio.numerator}-{ratio.denominator}"
 
     def verify(self, tasks: list[str], ratio: Fraction, names: tuple[str, ...], seeds: range) -> Verification:
@@ -211,7 +283,6 @@ def run(
     """Collect the atlas, and verify the strategies at each ratio; whatever is there already is not repeated."""
     console, started = Console(stderr=True), time.monotonic()
     study.work.mkdir(parents=True, exist_ok=True)
-    tasks = {name: questions(name, TASK_SIZE) for name in (*study.known, *new)}
     counted: list[str] = []
 
     def log(what: str, done: int, total: int) -> None:
@@ -219,9 +290,13 @@ def run(
             counted.append(what.partition(":")[0])
             console.print(f"{time.monotonic() - started:6.0f} s  atlas {done / total:4.0%}  {what}")
 
-    path = study.work / f"lr-{study.learning_rate:g}.atlas"
-    atlas = prepare_atlas(path, study.base, study.pool, study.recipe, on_progress=log)
-    collect(FineTuner(study.base), atlas, study.recipe, tasks, on_progress=log)
+    if study.demo is None:
+        tasks = {name: study.task(name) for name in (*study.known, *new)}
+        path = study.work / f"lr-{study.learning_rate:g}.atlas"
+        atlas = prepare_atlas(path, study.base, study.pool, study.recipe, on_progress=log)
+        collect(FineTuner(study.base), atlas, study.recipe, tasks, on_progress=log)
+    if any(name.endswith(ON_POLICY) for name in names):
+        console.print(f"{len(study.own_answers)} continuations by the model itself")  # before two processes need them
     leading = tuple(name for name in ("random", *LEADING) if name in names)
     wanted = [
         (ratio, names, range(seeds)) if ratio == ratios[0] else (ratio, leading, range(curve_seeds)) for ratio in ratios
@@ -259,7 +334,15 @@ def rows_of(result: Verification) -> list[dict[str, Any]]:
                 }
             if CEILING in result.arms and metric in METRICS:
                 row[f"{metric}_gap_closed"] = (random - value) / (random - result.average(CEILING, metric))
-        rows.append(row | {name: result.average(arm, name) for name in ("replayed", "steps", "seconds")})
+        row |= {name: result.average(arm, name) for name in ("replayed", "steps", "seconds")}
+        place = next(each for each in result.tradeoffs if each.arm == arm)
+        row |= {"equal_loss": place.equal, "on_front": place.on_front, **place.cost}
+        for name in ("new_task_loss", *METRICS):
+            estimate = getattr(place, name)
+            row |= {f"{name}_to_none": estimate.mean, f"{name}_to_none_lower": estimate.lower}
+            row |= {f"{name}_to_none_upper": estimate.upper}
+        alphas = [run.alpha for run in result.runs if run.arm == arm and run.alpha is not None]
+        rows.append(row | ({"alpha": float(np.mean(alphas))} if alphas else {}))
     return rows
 
 
@@ -365,21 +448,26 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--replayable", type=int, help="upstream examples that may be replayed; default: 300")
     parser.add_argument("--work", type=Path, default=Path("benchmark-replay"), help="folder for what is finished")
+    parser.add_argument("--demo", type=Path, help="what `forgetcast demo --full` wrote: its atlas, pool and tasks")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--plot", type=Path, help="figure to draw along the ratios, e.g. docs/explanation/replay.svg")
     options = parser.parse_args()
-    names = ARMS
+    names = (*ARMS, *VARIANTS)
     if options.quick:
         options.tasks, options.known, options.seeds, options.ratios, names = 2, 8, 1, "1/8", QUICK
     elif options.strategies:
         asked = ["none", "random", CEILING, *options.strategies.split(",")]
-        if unknown := set(asked) - set(ARMS):
-            raise SystemExit(f"unknown strategies {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
-        names = tuple(arm for arm in ARMS if arm in asked)
+        if unknown := set(asked) - set(names):
+            raise SystemExit(f"unknown strategies {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        if set(asked) & set(VARIANTS) and "top" not in asked:
+            raise SystemExit("the arms that are no strategies need top beside them")
+        names = tuple(arm for arm in names if arm in asked)
     new, known = [*NEW_TASKS, *reversed(KNOWN_TASKS)][: options.tasks], KNOWN_TASKS[: options.known]
     if both := set(new) & set(known):
         raise SystemExit(f"{len(both)} tasks would be known and new; there are {len(NEW_TASKS + KNOWN_TASKS)} in all")
-    study = Study(options.work, tuple(known), options.learning_rate, options.replayable)
+    if options.demo is not None:
+        names = tuple(arm for arm in names if not arm.endswith(OWN))  # the demo's pool has no such texts
+    study = Study(options.work, tuple(known), options.learning_rate, options.replayable, options.demo)
     ratios = [Fraction(text) for text in options.ratios.split(",")]
     results = run(study, new, ratios, names, options.seeds, options.curve_seeds)
     console, rows = output(), [row for result in results for row in rows_of(result)]
@@ -392,6 +480,8 @@ def main() -> None:
             cells += [f"{r[metric]:.4f}", f"{r[f'{metric}_to_random']:.3f}{sure}"]
         table.add_row(f"{r['ratio']:.4g}", r["strategy"], *cells, f"{r['new_task_loss']:.3f}", f"{r['replayed']:.0f}")
     console.print(table)
+    for part in tradeoff_tables(results[0]):
+        console.print(part)
     savings = []
     if len(results) > 1:
         table = Table("strategy", "ratio", *(f"examples saved, {metric.replace('_', ' ')}" for metric in METRICS))
@@ -429,7 +519,22 @@ def main() -> None:
                     f"By the law, {metric}: {arm} needs {1 / worth.mean:.2f} times random's examples "
                     f"({1 / worth.upper:.2f} to {1 / worth.lower:.2f})"
                 )
-    conclude(console, [*rows, *savings, *advised], targets(rows, savings), options.json, "torch", "transformers")
+    advice = [{"advice": "recipe", **results[0].advice.as_dict()}]
+    held_to = [*targets(rows, savings), *advised_target(results[0])]
+    conclude(console, [*rows, *savings, *advised, *advice], held_to, options.json, "torch", "transformers")
+
+
+def advised_target(result: Verification) -> list[dict[str, Any]]:
+    """The advised arm forgets no more than the best at equal new-task loss, within the interval of the difference."""
+    advice = result.advice
+    if advice.arm is None or advice.best is None or advice.arm == advice.best:
+        return []
+    gaps = {metric: result.compare(advice.arm, advice.best, metric) for metric in METRICS}
+    return [
+        target(f"advised {advice.arm} minus best {advice.best}: {metric}, lower end", gap.difference.lower, 0.0)
+        for metric, gap in gaps.items()
+        if gap is not None
+    ]
 
 
 def targets(rows: list[dict[str, Any]], savings: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,8 +9,14 @@ HOLD_OUT = 0.2
 TEST_SHARE = 0.1
 """Fraction of a task that is held out for the new-task loss."""
 
+LOSS_MARGIN = 0.02
+"""Nats per target token by which a loss on the new task may be higher and still count as equal."""
+
 PROBES = 30
 """Probes of a forecast that is made during an experiment."""
+
+ALPHA_PROBES = 60
+"""Upstream examples by which a place between base and tuned model is chosen."""
 
 MAX_SEED = 2**32 - 1
 """Largest seed that all generators of random numbers take."""

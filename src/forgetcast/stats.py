@@ -198,6 +198,8 @@ class Comparison:
         `difference.p_value` and `wilcoxon_p` after Holm's correction over all arms compared with this baseline on
         this metric.
     tasks : int
+    said : str
+        What sentences call the arm; default: its name and "replay".
     """
 
     arm: str
@@ -210,6 +212,7 @@ class Comparison:
     corrected_p: float
     corrected_wilcoxon_p: float | None
     tasks: int
+    said: str = ""
 
     def __repr__(self) -> str:
         d = self.difference
@@ -230,15 +233,16 @@ class Comparison:
 
     def verdict(self) -> str:
         """State the conclusion that the test supports."""
+        arm = self.said or f"{self.arm} replay"
         if self.better:
-            return f"{self.arm} replay is better than {self.baseline}"
+            return f"{arm} is better than {self.baseline}"
         if self.worse:
-            return f"{self.arm} replay is worse than {self.baseline}"
-        return f"{self.arm} replay is not shown to be better than {self.baseline} (the interval includes zero)"
+            return f"{arm} is worse than {self.baseline}"
+        return f"{arm} is not shown to be better than {self.baseline} (the interval includes zero)"
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures on one level, and the verdict."""
-        others = {name: value for name, value in asdict(self).items() if name != "difference"}
+        others = {name: value for name, value in asdict(self).items() if name not in ("difference", "said")}
         return {"verdict": self.verdict()} | asdict(self.difference) | others
 
 
@@ -286,7 +290,12 @@ class Compared(ABC):
             corrected_p=corrected,
             corrected_wilcoxon_p=None if ranks is None else float(ranks[0]),
             tasks=len(groups),
+            said=self._said(arm),
         )
+
+    def _said(self, arm: str) -> str:
+        """Return what sentences call an arm."""
+        return f"{arm} replay"
 
     def _rivals(self, baseline: str) -> tuple[str, ...]:
         """Return the arms to compare with a baseline: all others, except the no-replay arm."""

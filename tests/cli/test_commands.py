@@ -40,6 +40,7 @@ COMMANDS = (
     "export",
     "generate",
     "train",
+    "interpolate",
     "verify",
     "pilot",
     "sequence",

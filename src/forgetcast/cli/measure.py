@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,8 @@ from forgetcast.cli.options import (
     ModelName,
     NoThinking,
     Output,
+    PoolColumns,
+    PoolFormat,
     PoolPath,
     Seed,
     Strict,
@@ -359,26 +361,89 @@ def _scores(path: Path) -> tuple[Scores, tuple[str, ...] | None]:
 def generate(
     model: ModelName,
     output: Output,
-    count: Annotated[int, typer.Option("-n", min=1, max=MOST_EXAMPLES, help="Number of texts.")] = 1000,
+    count: Annotated[
+        int | None, typer.Option("-n", min=1, max=MOST_EXAMPLES, help="Number of texts; default: 1000.")
+    ] = None,
+    on_policy: Annotated[
+        Path | None, typer.Option(help="Answer the prompts of this pool instead, under its ids.")
+    ] = None,
+    right_only: Annotated[
+        bool, typer.Option("--right-only", help="With --on-policy: keep answers that are the expected ones.")
+    ] = False,
+    most_likely: Annotated[
+        float, typer.Option(help="With --on-policy: share of the answers to keep, the most likely ones.")
+    ] = 1.0,
+    keep_unfinished: Annotated[
+        bool, typer.Option("--keep-unfinished", help="With --on-policy: keep answers that were cut at their limit.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Longest text in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; default: 1, with --on-policy 0, which is greedy.")
+    ] = None,
     seed: Seed = 0,
+    pool_format: PoolFormat = None,
+    pool_column: PoolColumns = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
     *,
     loading: Loading,
 ) -> None:
     """Sample a pool from a model, for replay when its training data is not available.
 
     Example: forgetcast generate ./my-model -n 1000 -o pool.jsonl
+
+    With --on-policy, the base model answers the prompts of a pool: examples for on-policy replay. They keep their ids,
+    so that held-out examples stay so; `plan --on-policy` and `verify --on-policy` take the file.
+
+    Example: forgetcast generate ./my-model --on-policy pool.jsonl --right-only -o own.jsonl
     """
-    from forgetcast.lm import load, sample_texts
+    from forgetcast.lm import answer_prompts, load, sample_texts
 
     require_single_process("generate")
     check_destination(output)
+    if on_policy is None:
+        if right_only or keep_unfinished or most_likely != 1 or pool_format or pool_column or strict or as_json:
+            raise ConfigError(
+                "--right-only, --most-likely, --keep-unfinished, --pool-format, --pool-column, --strict and --json are "
+                "for --on-policy"
+            )
+        language_model = load(model, **loading.arguments())
+        count = count or 1000
+        with progress(resumable=False) as report:
+            texts = sample_texts(
+                language_model,
+                count,
+                max_new_tokens=max_new_tokens,
+                temperature=1.0 if temperature is None else temperature,
+                seed=seed,
+                on_progress=counted(report, "writing", count),
+            )
+        texts.save(output)
+        out.print(
+            f"{len(texts)} texts written to {output}; next: use it as the pool of a sweep, see collect", markup=False
+        )
+        return
+    if count is not None:
+        raise ConfigError("-n is for texts without a prompt; --on-policy answers every prompt of the pool")
+    upstream = load_data(on_policy, pool_format, pool_column, strict)
     language_model = load(model, **loading.arguments())
     with progress(resumable=False) as report:
-        add = counted(report, "writing", count)
-        texts = sample_texts(
-            language_model, count, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_progress=add
+        own = answer_prompts(
+            language_model,
+            upstream,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature or 0.0,
+            right_only=right_only,
+            most_likely=most_likely,
+            keep_unfinished=keep_unfinished,
+            seed=seed,
+            on_progress=counted(report, "answering", len(upstream)),
         )
-    texts.save(output)
-    out.print(f"{len(texts)} texts written to {output}; next: use it as the pool of a sweep, see collect", markup=False)
+    own.pool.save(output)
+    facts: dict[str, Any] = {
+        "kept": len(own.pool),
+        "of_prompts": own.asked,
+        "without_prompt": len(upstream) - own.asked,
+    }
+    facts |= {name: getattr(own, name) for name in ("empty", "unfinished", "wrong", "unlikely")}
+    show(facts | {"generated_tokens": own.tokens, "output": str(output)}, as_json, title="On-policy texts")

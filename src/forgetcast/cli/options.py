@@ -125,6 +125,12 @@ RecipeName = Annotated[
 ]
 Ratio = Annotated[float, typer.Option(help="Replayed examples per new one.")]
 HoldOut = Annotated[float, typer.Option(help="Fraction of the pool that is never replayed, to judge on.")]
+Margin = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Nats per target token by which the new-task loss may be higher and still count as equal."
+    ),
+]
 TestShare = Annotated[float, typer.Option(help="Fraction of a task held out for new-task loss.")]
 Strategies = Annotated[
     list[str] | None,
@@ -132,6 +138,10 @@ Strategies = Annotated[
 ]
 Repeat = Annotated[bool, typer.Option("--repeat", help="Reuse examples once all have been replayed.")]
 NumberOfProbes = Annotated[int, typer.Option("--probes", min=1, help="Number of probes for each forecast.")]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option("--arm", help="A further arm, such as interpolation or learning-rate=0.3; may be repeated."),
+]
 OnlineAt = Annotated[
     str | None,
     typer.Option(

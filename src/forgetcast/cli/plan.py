@@ -85,23 +85,44 @@ def plan(
         str, typer.Option(help="What to replay: see `forgetcast strategies`; FILE.py:NAME for a strategy of your own.")
     ] = "top",
     ratio: Annotated[float | None, typer.Option(help=f"Replayed examples per new one; default: {RATIO:g}.")] = None,
+    share_of_set: Annotated[
+        float | None, typer.Option(help="Instead of --ratio: replayed examples among all, such as 0.5 or 0.9.")
+    ] = None,
+    share_of_tokens: Annotated[
+        float | None,
+        typer.Option(help="Instead of --ratio: replayed tokens among all; needs --model and --task, to count them."),
+    ] = None,
     target_retention: Annotated[
         float | None,
         typer.Option(help="Use the ratio that is expected to avoid this fraction of the forgetting without replay."),
     ] = None,
     advise: Annotated[bool, typer.Option("--advise", help="Print advice from past runs first.")] = False,
+    verification: Annotated[
+        Path | None, typer.Option(help="For --advise: a verification file, by which a recipe is advised too.")
+    ] = None,
     forecast: Annotated[Path | None, typer.Option(help="Forecast file; default: the mean of the atlas.")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="For strategies that need `truth`: the tuned model's scores of the pool.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="For strategies that need `gradients`: the base model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For strategies that need `gradients`, and --share-of-tokens: the base model.")
+    ] = None,
     task: Annotated[
         Path | None,
-        typer.Option(help="Fine-tuning data: for strategies that need `gradients`, and for advice on a piloted task."),
+        typer.Option(
+            help="Fine-tuning data: for strategies that need `gradients`, --share-of-tokens, and advice on a piloted "
+            "task."
+        ),
     ] = None,
     corpus: Annotated[
         Path | None,
         typer.Option(help="Features of a corpus (see `forgetcast features`): replay from it and from the pool."),
+    ] = None,
+    on_policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="The base model's own answers (see `generate --on-policy`): replay these; the plan is of them."
+        ),
     ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="Replay only examples of this source; may be repeated.")
@@ -125,7 +146,8 @@ def plan(
 ) -> None:
     """Plan what to mix into the fine-tune, and what to hold out for judging.
 
-    Advice on the ratio is learned from the runs that `pilot` and `verify` have stored in the atlas.
+    Advice on the ratio is learned from the runs that `pilot` and `verify` have stored in the atlas. How much to replay
+    is a ratio to the new examples, which may be above 1, or a share of all examples or of all tokens.
 
     Example: forgetcast plan runs.atlas --forecast forecast.parquet --ratio 0.125 -o plan.parquet
 
@@ -135,22 +157,36 @@ def plan(
     Example: forgetcast plan runs.atlas --forecast forecast.parquet --corpus corpus.features -o plan.parquet
 
     Example: forgetcast plan runs.atlas --advise --target-retention 0.5 --strategy top -o plan.parquet
+
+    A verification says whether to replay at all: --advise then names the simplest of its arms that is not shown to
+    forget more than the best, at equal new-task loss.
+
+    Example: forgetcast plan runs.atlas --advise --verification verification.json
     """
     from forgetcast import replay
     from forgetcast.atlas import Atlas
     from forgetcast.cli.tables import advice_tables
     from forgetcast.data.reader import data_name
+    from forgetcast.experiments import Verification
     from forgetcast.measure.features import FeatureFolder
     from forgetcast.replay.corpus import join_corpus
 
     if output is not None:
         check_destination(output)
     rule = replay.get_strategy(strategy, temperature=temperature)
-    if "gradients" not in rule.needs and (format is not None or column or strict):
+    by_tokens = share_of_tokens is not None
+    if "gradients" not in rule.needs and not by_tokens and (format is not None or column or strict):
         raise ConfigError("--format, --column and --strict are about --task, read only where gradients are needed")
-    if ratio is not None and target_retention is not None:
-        raise ConfigError("give --ratio or --target-retention, not both")
+    if sum(given is not None for given in (ratio, share_of_set, share_of_tokens, target_retention)) > 1:
+        raise ConfigError("give one of --ratio, --share-of-set, --share-of-tokens and --target-retention")
+    if share_of_set is not None:
+        ratio = replay.ratio_of_share(share_of_set)
+    if share_of_tokens is not None:
+        ratio = replay.ratio_of_share(share_of_tokens)  # until the tokens are counted
+    if verification is not None and not advise:
+        raise ConfigError("--verification is for --advise")
     opened, advice = Atlas.open(atlas), None
+    verified = Verification.load(verification).advice if verification is not None else None
     if advise or target_retention is not None:
         advice = replay.advise(
             opened, rule.name, target=target_retention, task=data_name(task) if task is not None else None
@@ -160,9 +196,13 @@ def plan(
     if output is None:
         if advice is None:
             raise ConfigError("give -o, the plan to write, or --advise")
-        print_json(advice.as_dict()) if as_json else print_all(advice_tables(advice))
+        if as_json:
+            print_json(advice.as_dict() | ({} if verified is None else {"recipe_advice": verified.as_dict()}))
+        else:
+            print_all(advice_tables(advice))
+            print_all(escape(sentence) for sentence in (verified.sentences if verified is not None else ()))
         return
-    _check_inputs(rule, truth=truth, model=model, task=task, advised=advice is not None)
+    _check_inputs(rule, truth=truth, model=model, task=task, advised=advice is not None, counted=by_tokens)
     given, predicted, measure = _forecast(forecast, opened)
     if corpus is not None and measure != "loss":
         raise ConfigError(f"{forecast} is a forecast of exact match; --corpus needs one of the loss")
@@ -173,7 +213,7 @@ def plan(
         truth=_measured(opened, truth) if truth is not None else None,
         gradients=(
             _gradients(opened, model, load_data(task, format, column, strict), loading)
-            if model is not None and task is not None
+            if "gradients" in rule.needs and model is not None and task is not None
             else None
         ),
     )
@@ -200,6 +240,15 @@ def plan(
     )
     shared = load_recipe(recipe, opened) if recipe is not None else recipe_of(opened)
     planned = dataclasses.replace(planned, recipe=shared)
+    if share_of_tokens is not None and model is not None and task is not None:
+        if shared is None or joined is not None:
+            raise ConfigError("--share-of-tokens needs --recipe, as the atlas has none of ours, and takes no --corpus")
+        examples = load_data(task, format, column, strict)
+        planned = _with_share_of_tokens(planned, share_of_tokens, opened, model, examples, loading)
+    if on_policy is not None:
+        if joined is not None or by_tokens:
+            raise ConfigError("--on-policy cannot be combined with --corpus or --share-of-tokens")
+        planned = planned.of_texts(load_data(on_policy))
     planned.save(output)
     uses_forecast, sampled = "forecast" in rule.needs, planned.rank is None or planned.ranked_share < 1
     facts = {
@@ -221,7 +270,32 @@ def plan(
         )
     if advice is not None and not as_json:
         print_all(advice_tables(advice))
-    show(facts | ({"advice": advice.as_dict()} if advice is not None and as_json else {}), as_json, title="Replay plan")
+    if verified is not None and not as_json:
+        print_all(map(escape, verified.sentences))
+    if as_json:
+        facts |= {} if advice is None else {"advice": advice.as_dict()}
+        facts |= {} if verified is None else {"recipe_advice": verified.as_dict()}
+    show(facts, as_json, title="Replay plan")
+
+
+def _with_share_of_tokens(
+    planned: ReplayPlan, share: float, atlas: Atlas, model: str, task: Pool, loading: Loading
+) -> ReplayPlan:
+    """Give a plan the ratio at which so many of a fine-tune's tokens are replayed ones."""
+    from forgetcast.replay import with_share_of_tokens
+
+    assert planned.recipe is not None
+    recipe, base = planned.recipe, load_base(model, loading, atlas)
+    longest = min(recipe.max_length, base.context)
+    by_id: dict[str, int] = {}
+
+    def tokens(id_: str) -> int:
+        if id_ not in by_id:
+            by_id[id_] = len(base.encode(atlas.pool[int(atlas.pool.positions([id_])[0])], longest, end=True).ids)
+        return by_id[id_]
+
+    new = [len(base.encode(example, longest, end=True).ids) for example in task]
+    return with_share_of_tokens(planned, share, new, tokens)
 
 
 def _under_recipe(planned: ReplayPlan, recipe: Recipe | None) -> dict[str, Any]:
@@ -239,18 +313,25 @@ def _under_recipe(planned: ReplayPlan, recipe: Recipe | None) -> dict[str, Any]:
         facts["replayed"] = planned.count(recipe.steps, recipe.batch_size)
         facts["new"] = recipe.steps * recipe.batch_size
         facts["achieved_ratio"] = achieved_ratio(recipe.steps, planned.ratio)
+        facts["share_of_set"] = facts["replayed"] / (facts["replayed"] + facts["new"])
     except ConfigError as error:
         err.print(f"warning: a fine-tune by this recipe is refused: {error}", markup=False, soft_wrap=True)
     return facts
 
 
-def _check_inputs(rule: Strategy, *, truth: Path | None, model: str | None, task: Path | None, advised: bool) -> None:
-    """Raise ConfigError unless the options are those that the strategy needs."""
+def _check_inputs(
+    rule: Strategy, *, truth: Path | None, model: str | None, task: Path | None, advised: bool, counted: bool
+) -> None:
+    """Raise ConfigError unless the options are those that the strategy, or counting tokens, needs."""
     if (truth is not None) != ("truth" in rule.needs):
         raise ConfigError(
             "strategies that need 'truth', and only they, need --truth: a tuned model's score file of the pool"
         )
     by_gradient = "gradients" in rule.needs
+    if counted and (model is None or task is None):
+        raise ConfigError("--share-of-tokens needs --model and --task, whose tokens are counted")
+    if counted:
+        return
     if (model is not None) != by_gradient or (task is None if by_gradient else task is not None and not advised):
         raise ConfigError(
             "strategies that need 'gradients', and only they, need --model and --task; advice may have a --task"

@@ -15,7 +15,9 @@ from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast
 from forgetcast.completion.structure import Structure
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
+from forgetcast.experiments.interpolation import ChosenAlpha
 from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.tradeoff import COSTS, Estimate
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
 from forgetcast.measure.gates import Judgement
@@ -405,6 +407,30 @@ def verification_tables(result: Verification) -> Iterator[RenderableType]:
     yield escape(result.audit())
     yield from result.notes()
     yield from _comparison_tables(result.comparisons(), ("seeds of the task", "tasks"))
+    yield from tradeoff_tables(result)
+
+
+def tradeoff_tables(result: Verification) -> Iterator[RenderableType]:
+    """Yield a table of what each arm saves and costs against no replay, and the advice."""
+    if not result.tradeoffs:
+        return
+    table = Table(Column("arm", no_wrap=True), box=SIMPLE)
+    for name in ("new-task loss", "equal", "mean forgetting", "worst tenth", *COSTS.values()):
+        table.add_column(name)
+    table.title = "Against no replay, nats per token (95 % intervals, corrected); * : no arm is better in both"
+    for each in result.tradeoffs:
+        estimates = [_estimated(e) for e in (each.new_task_loss, each.mean, each.worst_tenth)]
+        equal = "-" if each.equal is None else "yes" if each.equal else "not shown"
+        costs = ["-" if cost is None else f"{cost:,.0f}" for cost in each.cost.values()]
+        table.add_row(escape(each.arm) + " *" * each.on_front, estimates[0], equal, *estimates[1:], *costs)
+    yield table
+    yield from map(escape, result.advice.sentences)
+
+
+def _estimated(value: Estimate) -> str:
+    if value.lower is None:
+        return f"{value.mean:+.3f}"
+    return f"{value.mean:+.3f} ({value.lower:+.3f} to {value.upper:+.3f})"
 
 
 def _comparison_tables(comparisons: Sequence[Comparison], units: tuple[str, str]) -> Iterator[RenderableType]:
@@ -455,6 +481,17 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
     yield from _comparison_tables(result.comparisons(), ("orders of the tasks", "orders of the tasks"))
     if orders < 2:
         yield "With one order, arms cannot be compared: use at least two."
+
+
+def alpha_table(chosen: ChosenAlpha) -> Table:
+    """Return a table of the places between base and tuned model that were tried."""
+    table = Table("alpha", "forgetting of the probes", "new-task loss", "above the tuned model's by at most", "")
+    table.title = "Between base (0) and tuned model (1), nats per token"
+    for point in chosen.points:
+        mark = "chosen" if point.alpha == chosen.alpha else ""
+        excess = "-" if point.excess is None else f"{point.excess:+.4f}"
+        table.add_row(f"{point.alpha:g}", f"{point.forgetting:+.4f}", f"{point.new_task_loss:.4f}", excess, mark)
+    return table
 
 
 def advice_tables(advice: Advice) -> Iterator[RenderableType]:

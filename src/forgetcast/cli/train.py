@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from forgetcast.cli.app import (
     check_output_directory,
     fractions,
     is_first,
+    load_base,
     load_data,
     load_recipe,
     load_tuner,
@@ -27,6 +29,7 @@ from forgetcast.cli.app import (
 )
 from forgetcast.cli.options import (
     REPLAY,
+    Arms,
     AsJson,
     AtlasOption,
     Columns,
@@ -34,6 +37,7 @@ from forgetcast.cli.options import (
     Format,
     HoldOut,
     Loading,
+    Margin,
     ModelName,
     NoThinking,
     NumberOfProbes,
@@ -44,6 +48,7 @@ from forgetcast.cli.options import (
     Ratio,
     RecipeName,
     Repeat,
+    Seed,
     Seeds,
     Strategies,
     Strict,
@@ -51,14 +56,16 @@ from forgetcast.cli.options import (
     TestShare,
     loads_a_model,
 )
-from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, PROBES, RATIO, TEST_SHARE
+from forgetcast.defaults import ALPHA_PROBES, HOLD_OUT, LOSS_MARGIN, MOST_EXAMPLES, PROBES, RATIO, TEST_SHARE
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
+from forgetcast.progress import counted
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
     from forgetcast.data import Pool, Recipe
     from forgetcast.experiments import ReplayComparison, Verification
+    from forgetcast.experiments.variants import AskedArm
     from forgetcast.lm import FineTuner, ReplaySelector
     from forgetcast.replay import ReplayPlan
 
@@ -155,7 +162,13 @@ def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> Rep
 
 
 def _compare(
-    tuner: FineTuner, atlas: Atlas, recipe: Recipe, comparisons: Sequence[ReplayComparison], seeds: int, directory: Path
+    tuner: FineTuner,
+    atlas: Atlas,
+    recipe: Recipe,
+    comparisons: Sequence[ReplayComparison],
+    seeds: int,
+    directory: Path,
+    margin: float = LOSS_MARGIN,
 ) -> Verification:
     """Make the runs of comparisons, and store their outcomes in the atlas."""
     from forgetcast.experiments import verify
@@ -168,9 +181,12 @@ def _compare(
             comparisons,
             seeds=range(seeds),
             directory=directory,
+            margin=margin,
             on_progress=report,
         )
-    atlas.add_replays(asdict(run) for run in result.runs)
+    # The law of ratios is about the recipe as it is, and the pool's texts.
+    varied = {(each.name, arm) for each in comparisons for arm in each.variants}
+    atlas.add_replays(asdict(run) for run in result.runs if (run.task, run.arm) not in varied)
     return result
 
 
@@ -186,6 +202,12 @@ def verify(
     ],
     output: Output,
     recipe: RecipeName = None,
+    arm: Arms = None,
+    on_policy: Annotated[
+        Path | None,
+        typer.Option(help="The base model's own answers (see `generate --on-policy`): an arm of them for every plan."),
+    ] = None,
+    margin: Margin = LOSS_MARGIN,
     seeds: Seeds = 2,
     test_share: TestShare = TEST_SHARE,
     online: OnlineAt = None,
@@ -202,6 +224,14 @@ def verify(
     With several tasks, a verdict is over the tasks, not the seeds of one. The recipe defaults to the atlas's. Finished
     runs are kept next to the output and not repeated.
 
+    Further arms are asked for with --arm. Without replay: `interpolation` of the tuned weights with the base model's,
+    at an alpha chosen on 60 probes, or `interpolation=0.7` at this alpha; `learning-rate=0.3` and `steps=0.5`, factors
+    of the recipe's; `easy`, new examples weighted by how well the base model predicts them. With every plan: `kl=1`,
+    `weight=4` and `spacing`, see the recipe. With --on-policy, every plan is an arm with the model's own answers too.
+    To choose alpha, half of the test examples are taken, and all arms are tested on the other half.
+
+    Arms are compared at equal new-task loss: shown to be at most --margin higher than without replay.
+
     Example: forgetcast verify ./my-model task.jsonl --atlas runs.atlas --plan plan.parquet -o verification.json
 
     Example: forgetcast verify ./my-model law.jsonl code.jsonl --atlas runs.atlas --plan law=law-plan.parquet --plan
@@ -211,6 +241,7 @@ def verify(
     from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import verification_tables
     from forgetcast.experiments.collect import load_tasks
+    from forgetcast.experiments.variants import parse_arm
 
     require_single_process("verify")
     check_destination(output)
@@ -220,8 +251,10 @@ def verify(
     loaded = load_tasks(tasks, lambda path: load_data(path, format, column, strict))
     replays = _plans_of(plan, list(loaded))
     settings = load_recipe(recipe, opened)
+    own = load_data(on_policy) if on_policy is not None else None
+    asked = _AskedArms([parse_arm(text) for text in arm or ()], settings, margin, own)
     comparisons = [
-        _comparison(opened, name, examples, replays[name], test_share=test_share, online=online, probes=probes)
+        _comparison(opened, name, examples, replays[name], asked, test_share=test_share, online=online, probes=probes)
         for name, examples in loaded.items()
     ]
     every = [replay for comparison in comparisons for replay in comparison.plans.values()]
@@ -229,9 +262,19 @@ def verify(
     for replay in every:
         replay.count(settings.steps, settings.batch_size)  # too many is an error before the model is loaded
     tuner = load_tuner(model, loading, opened)
-    result = _compare(tuner, opened, settings, comparisons, seeds, output.with_suffix(".runs"))
+    result = _compare(tuner, opened, settings, comparisons, seeds, output.with_suffix(".runs"), margin)
     result.save(output)
     print_json(result.as_dict()) if as_json else print_all(verification_tables(result))
+
+
+@dataclass(frozen=True)
+class _AskedArms:
+    """The arms of a verification that are not plans, and what they change."""
+
+    arms: Sequence[AskedArm]
+    recipe: Recipe
+    margin: float
+    texts: Pool | None
 
 
 def _plans_of(given: Sequence[str], tasks: Sequence[str]) -> dict[str, list[ReplayPlan]]:
@@ -259,14 +302,17 @@ def _comparison(
     name: str,
     examples: Pool,
     replays: Sequence[ReplayPlan],
+    asked: _AskedArms,
     *,
     test_share: float,
     online: str | None,
     probes: int,
 ) -> ReplayComparison:
-    """Set up a task's arms: the baselines, its plans, and those that are revised during training."""
+    """Set up a task's arms: the baselines, its plans, those that are revised during training, and those asked for."""
     from forgetcast.data import split_task
     from forgetcast.experiments import ReplayComparison, arms
+    from forgetcast.experiments.interpolation import draw_probes
+    from forgetcast.experiments.variants import Interpolating, add_arms
     from forgetcast.replay import get_strategy
 
     for replay in replays:
@@ -280,7 +326,13 @@ def _comparison(
             raise ConfigError("--online needs a plan of a strategy that uses a forecast")
         plans |= revised
         selectors |= {arm: _selector(atlas, p, online, probes) for arm, p in revised.items()}
-    return ReplayComparison(name, training, test, plans, selectors)
+    choosing = None
+    if any(arm.kind == "interpolation" and arm.value is None for arm in asked.arms):
+        validation, test = split_task(test, 0.5)
+        drawn = draw_probes(atlas.examples, atlas.nll_before, replays[0].held_out_ids, ALPHA_PROBES, 0)
+        choosing = Interpolating(None, drawn, validation, asked.margin)
+    plans, variants = add_arms(asked.arms, plans, asked.recipe, choosing=choosing, texts=asked.texts)
+    return ReplayComparison(name, training, test, plans, selectors, variants)
 
 
 @app.command(rich_help_panel=REPLAY)
@@ -350,6 +402,123 @@ def pilot(
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
     else:
         print_all(advice_tables(advice))
+
+
+@app.command(rich_help_panel=REPLAY)
+@loads_a_model
+def interpolate(
+    base: Annotated[str, typer.Argument(help="Base model: directory or hub id.")],
+    tuned: Annotated[str, typer.Argument(help="Model that was tuned from it, or a LoRA adapter.")],
+    output: Output,
+    alpha: Annotated[
+        float | None, typer.Option(help="Place between base (0) and tuned model (1); default: chosen on probes.")
+    ] = None,
+    atlas: Annotated[str | None, typer.Option(help="To choose: an atlas with the pool and its base scores.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="To choose, without an atlas: the pool.")] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="To choose: examples of the new task that were not trained on.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A replay plan, whose held-out examples are no probes; default: --hold-out.")
+    ] = None,
+    hold_out: HoldOut = HOLD_OUT,
+    probes: Annotated[int, typer.Option(min=1, help="Upstream examples to choose by, drawn at random.")] = ALPHA_PROBES,
+    margin: Margin = LOSS_MARGIN,
+    seed: Seed = 0,
+    format: Format = None,
+    column: Columns = None,
+    pool_format: PoolFormat = None,
+    pool_column: PoolColumns = None,
+    strict: Strict = False,
+    as_json: AsJson = False,
+    *,
+    loading: Loading,
+) -> None:
+    """Interpolate between the weights of a base model and a tuned one: less forgetting, without any training.
+
+    Of a LoRA adapter, the update is scaled. Alpha is the one of 0, 0.1 to 1 with least forgetting of the probes whose
+    loss on the new task is shown to exceed the tuned model's by at most --margin, by the 95 % interval over the
+    examples of --task: a hundred are better than ten. No held-out example is a probe.
+
+    Example: forgetcast interpolate ./my-model ./tuned --atlas runs.atlas --task unseen.jsonl -o between
+
+    Example: forgetcast interpolate ./my-model ./adapter --alpha 0.7 -o between
+    """
+    from forgetcast.files import write_json
+    from forgetcast.lm import Interpolation, load
+    from forgetcast.lm.interpolate import check_alpha
+
+    require_single_process("interpolate")
+    check_output_directory(output)
+    check_destination(output, folder=True)
+    if alpha is not None:
+        check_alpha(alpha)
+        if atlas is not None or pool is not None or task is not None or plan is not None:
+            raise ConfigError("--atlas, --pool, --task and --plan are to choose alpha; leave them out with --alpha")
+        upstream, examples, opened = None, None, None
+    else:
+        if (atlas is None) == (pool is None) or task is None:
+            raise ConfigError("give --alpha; or --task with --atlas or --pool, to choose it")
+        upstream, opened = _probes_of(atlas, pool, plan, hold_out, probes, seed, (pool_format, pool_column, strict))
+        examples = load_data(task, format, column, strict)
+    start = load_base(base, loading, opened)
+    end = load(tuned, **loading.arguments())
+    end = dataclasses.replace(end, rendering=start.rendering)
+    between, chosen = Interpolation(end, start.model.state_dict()), None
+    del start
+    if upstream is not None and examples is not None:
+        from forgetcast.experiments import choose_alpha
+        from forgetcast.experiments.interpolation import ALPHAS
+
+        with progress(resumable=False) as report:
+            add = counted(report, "scoring", len(ALPHAS) * (len(upstream) + len(examples)))
+            known = opened.before.subset(upstream.ids) if opened is not None else None
+            chosen = choose_alpha(between, upstream, examples, known, margin=margin, on_progress=add)
+        alpha = chosen.alpha
+    assert alpha is not None
+    between.save(output, alpha)
+    facts: dict[str, Any] = {"alpha": alpha, "base": base, "tuned": tuned}
+    if chosen is not None and upstream is not None:
+        facts |= {"probes": list(upstream.ids), "choice": chosen.as_dict()}
+    write_json(output / "interpolation.json", facts)
+    if as_json:
+        print_json(facts | {"output": str(output)})
+        return
+    if chosen is not None:
+        from forgetcast.cli.tables import alpha_table
+
+        print_all([alpha_table(chosen), chosen.sentence()])
+    show({"alpha": alpha, "output": str(output)}, as_json, title="Interpolated")
+
+
+def _probes_of(
+    atlas: str | None,
+    pool: Path | None,
+    plan: Path | None,
+    hold_out: float,
+    count: int,
+    seed: int,
+    reading: tuple[Any, Any, bool],
+) -> tuple[Pool, Atlas | None]:
+    """Draw probes of a pool at random, none of them held out; and open the atlas if there is one."""
+    from forgetcast.atlas import Atlas
+    from forgetcast.experiments.interpolation import draw_probes
+    from forgetcast.replay import ReplayPlan
+
+    opened = Atlas.open(atlas) if atlas is not None else None
+    if pool is not None:
+        upstream = load_data(pool, *reading)
+    else:
+        assert opened is not None
+        upstream = opened.pool
+    if plan is not None:
+        replay = ReplayPlan.load(plan)
+        replay.check_pool(upstream)
+        held_out = replay.held_out_ids
+    else:
+        held_out = upstream.hold_out(hold_out) if opened is None else opened.hold_out(hold_out)
+    losses = None if opened is None else opened.nll_before
+    return upstream.subset(draw_probes(upstream.ids, losses, held_out, count, seed)), opened
 
 
 @app.command(rich_help_panel=REPLAY)

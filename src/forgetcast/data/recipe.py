@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError
 from forgetcast.settings import Seed, read_settings
+
+LATER_FIELDS = {"kl_weight": 0.0, "replay_weight": 1.0, "easy_samples": False, "spacing": "even"}
+"""Fields that recipes of earlier versions lack, with their defaults; no other trainer has them."""
 
 
 class Recipe(BaseModel):
@@ -37,6 +47,15 @@ class Recipe(BaseModel):
     gradient_checkpointing : bool
         Recompute activations in the backward pass: less memory, about a third more time, the same result.
     lora_rank, lora_alpha : int
+    kl_weight : float
+        Of replayed batches: how much of their loss is the divergence from the model that the fine-tune started from,
+        between 0 and 1; without replay it changes nothing.
+    replay_weight : float
+        Factor of the loss of replayed batches, an alternative to replaying more of them.
+    easy_samples : bool
+        Weight new examples by exp(-loss / median loss) of the model that the fine-tune starts from.
+    spacing : 'even' or 'updates'
+        Where replayed batches come: after as many steps each, or after as much of the learning rate.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +73,17 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = False
     lora_rank: int = Field(default=16, ge=1, le=2**16)
     lora_alpha: int = Field(default=32, ge=1, le=2**31 - 1)
+    kl_weight: float = Field(default=0.0, ge=0, le=1)
+    replay_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    easy_samples: bool = False
+    spacing: Literal["even", "updates"] = "even"
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields of later versions at their defaults: what was stored before stays equal."""
+        fields: dict[str, Any] = write(self)
+        later = LATER_FIELDS
+        return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
     @model_validator(mode="after")
     def _countable(self) -> Self:

@@ -11,18 +11,26 @@ from forgetcast.experiments.collect import (
     run_sweep,
 )
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
+from forgetcast.experiments.interpolation import AlphaPoint, ChosenAlpha, choose_alpha
 from forgetcast.experiments.on_ray import run_on_ray
 from forgetcast.experiments.sequence import SequenceSettings, run_sequence
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.experiments.start import StartPlan, StartSettings, plan_start, start_atlas
+from forgetcast.experiments.tradeoff import RecipeAdvice, Tradeoff, recipe_advice, tradeoffs
+from forgetcast.experiments.variants import AskedArm, Interpolating, Variant, add_arms, parse_arm
 from forgetcast.experiments.verify import ReplayComparison, Verification, arms, pilot_comparison, verify
 
 __all__ = [
+    "AlphaPoint",
+    "AskedArm",
+    "ChosenAlpha",
     "CollectConfig",
     "CommandTrainer",
     "FoundModels",
+    "Interpolating",
     "Outcome",
     "PlannedRow",
+    "RecipeAdvice",
     "ReplayComparison",
     "SequenceResult",
     "SequenceSettings",
@@ -30,21 +38,28 @@ __all__ = [
     "StartPlan",
     "StartSettings",
     "Sweep",
+    "Tradeoff",
     "TrainerSettings",
+    "Variant",
     "Verification",
+    "add_arms",
     "add_models",
     "add_scores",
     "arms",
+    "choose_alpha",
     "collect",
     "create_atlas",
     "find_models",
     "load_tasks",
+    "parse_arm",
     "pilot_comparison",
     "plan_start",
     "prepare_atlas",
+    "recipe_advice",
     "run_on_ray",
     "run_sequence",
     "run_sweep",
     "start_atlas",
+    "tradeoffs",
     "verify",
 ]

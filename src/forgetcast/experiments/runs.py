@@ -24,7 +24,7 @@ from forgetcast.replay.plan import ReplayPlan
 from forgetcast.results import validated
 
 if TYPE_CHECKING:
-    from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector
+    from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector, Tuned
 
 OnFigures = Callable[[str, Mapping[str, float]], None]
 """Called with the name of a run and some of its figures: `loss` of the last steps of the training, nats per
@@ -103,15 +103,13 @@ class FineTune:
     answers: Mapping[str, Any] | None = None
 
     def run(self, tuner: FineTuner, settings: Mapping[str, Any], meter: Meter) -> Scores:
-        """Fine-tune, and score the judged examples.
+        """Fine-tune, and judge the tuned model: see `judge`."""
+        return self.judge(self.tune(tuner, meter), settings, meter)
 
-        Returns
-        -------
-        Scores
-            Metadata: the fields of `RunFacts`, and 'cost', see `cost`.
-        """
+    def tune(self, tuner: FineTuner, meter: Meter) -> Tuned:
+        """Fine-tune."""
         show = meter.on_figures
-        tuned = tuner.tune(
+        return tuner.tune(
             self.task,
             self.recipe,
             plan=self.plan,
@@ -121,6 +119,15 @@ class FineTune:
             on_step=lambda *_: meter.advance(f"{self.name}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),
             on_loss=None if show is None else lambda loss: show(self.name, {"loss": loss}),
         )
+
+    def judge(self, tuned: Tuned, settings: Mapping[str, Any], meter: Meter) -> Scores:
+        """Score the judged examples and the tests.
+
+        Returns
+        -------
+        Scores
+            Metadata: the fields of `RunFacts`.
+        """
         started = time.monotonic()
         after = score_with_progress(tuned.language_model, self.judged, meter, self.name, self.answers)
         scoring = time.monotonic() - started
@@ -167,6 +174,12 @@ class RunFacts(BaseModel):
     steps : int
     seconds : float
         Of the training.
+    cost : dict
+        See `cost`; without it in files of earlier versions.
+    choice : dict or None
+        Of an interpolation whose alpha was chosen, see `interpolation.ChosenAlpha`.
+    generated : int
+        Tokens of the answers that the model wrote for on-policy replay.
     """
 
     settings: dict[str, Any]
@@ -174,6 +187,9 @@ class RunFacts(BaseModel):
     replayed: list[str]
     steps: int = Field(ge=0)
     seconds: float = Field(ge=0, allow_inf_nan=False)
+    cost: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    choice: dict[str, Any] | None = None
+    generated: int = 0
 
 
 class RunStore(ABC):
@@ -291,12 +307,13 @@ def check_recipe(what: str, stored: Mapping[str, Any], recipe: Mapping[str, Any]
     """Raise MismatchError if a stored recipe is not empty and differs; that of a user's trainer is its command."""
     if not stored:
         return
-    # A field that an older version lacked had its default value.
-    earlier = {name: field.default for name, field in Recipe.model_fields.items()} | dict(stored)
+    # A field that an older version lacked, or that is not written, has its default value.
+    defaults = {name: field.default for name, field in Recipe.model_fields.items()}
+    earlier, wanted = defaults | dict(stored), defaults | dict(recipe)
     if "command" in stored or "command" in recipe:
         changed = ["command"] if stored.get("command") != recipe.get("command") else []
     else:
-        changed = [name for name, value in recipe.items() if earlier.get(name) != value]
+        changed = [name for name, value in wanted.items() if earlier.get(name) != value]
     if changed:
         raise MismatchError(
             f"{what} was collected with another recipe ({', '.join(changed)} differ); "

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,8 +19,9 @@ from pydantic import ConfigDict
 
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, split_task
-from forgetcast.defaults import TEST_SHARE
+from forgetcast.defaults import LOSS_MARGIN, TEST_SHARE
 from forgetcast.errors import ConfigError, DataError
+from forgetcast.experiments.interpolation import choose_alpha
 from forgetcast.experiments.runs import (
     FineTune,
     Meter,
@@ -29,17 +32,19 @@ from forgetcast.experiments.runs import (
     check_unseen,
     units,
 )
+from forgetcast.experiments.tradeoff import RecipeAdvice, Tradeoff, recipe_advice, tradeoffs
+from forgetcast.experiments.variants import Variant
 from forgetcast.measure.scores import Scores, count_flips, forgetting
 from forgetcast.replay.outcome import METRICS, PARTS, Run
 from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
-from forgetcast.results import Result
-from forgetcast.stats import Compared, supports_part, worst_part, worst_tenth
+from forgetcast.results import Result, plain
+from forgetcast.stats import Compared, Comparison, supports_part, worst_part, worst_tenth
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
-    from forgetcast.lm import FineTuner, ReplaySelector
+    from forgetcast.lm import FineTuner, Interpolation, ReplaySelector, Tuned
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +64,8 @@ class Verification(Result, Compared):
         Ids that each run replayed, in order, by its name TASK.ARM.SEED; empty in files of earlier versions.
     held_out : mapping of str to sequence of str
         Ids that the plans of each task hold out, on which its runs are judged; empty in files of earlier versions.
+    margin : float
+        Nats by which a new-task loss may be higher than that without replay and still count as equal.
 
     Raises
     ------
@@ -75,6 +82,7 @@ class Verification(Result, Compared):
     summaries: Mapping[str, str] = field(default_factory=dict)
     replayed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     held_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    margin: float = LOSS_MARGIN
 
     def __post_init__(self) -> None:
         """Check that there are runs, and that none replayed what it was judged on."""
@@ -108,6 +116,11 @@ class Verification(Result, Compared):
         """Names of the arms, in the order they were run."""
         return tuple(dict.fromkeys(run.arm for run in self.runs))
 
+    def _said(self, arm: str) -> str:
+        """Return what sentences call an arm: one that replays nothing is no replay."""
+        replays = any(run.replayed or run.strategy in (None, "padding") for run in self.runs if run.arm == arm)
+        return f"{arm} replay" if replays else arm
+
     def average(self, arm: str, metric: str) -> float:
         """Mean of a metric over an arm's runs."""
         return float(np.mean([getattr(run, metric) for run in self.runs if run.arm == arm]))
@@ -130,6 +143,27 @@ class Verification(Result, Compared):
             if not supports_part(self.judged, parts)
         )
 
+    @cached_property
+    def tradeoffs(self) -> tuple[Tradeoff, ...]:
+        """Each arm's new-task loss and forgetting against no replay, and what it costs."""
+        return tradeoffs(self)
+
+    @cached_property
+    def advice(self) -> RecipeAdvice:
+        """The simplest arm at equal new-task loss that is not shown to forget more than the best."""
+        return recipe_advice(self)
+
+    @cached_property
+    def _compared(self) -> dict[tuple[str, str, str], Comparison | None]:
+        return {}
+
+    def compare(self, arm: str, baseline: str, metric: str) -> Comparison | None:
+        """Compare two arms, see `Compared.compare`; each comparison is computed once."""
+        key = (arm, baseline, metric)
+        if key not in self._compared:
+            self._compared[key] = super().compare(*key)
+        return self._compared[key]
+
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Return the paired differences of each task, one per seed."""
         value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
@@ -147,6 +181,8 @@ class Verification(Result, Compared):
                 for arm in self.arms
             },
             "comparisons": [comparison.as_dict() for comparison in self.comparisons()],
+            "tradeoffs": plain(self.tradeoffs),
+            "advice": self.advice.as_dict(),
         }
         return super().as_dict() | derived
 
@@ -160,7 +196,8 @@ def run_name(task: str, arm: str, seed: int) -> str:
 class ReplayComparison:
     """A task to compare replay on: its training and test examples, and a plan for each arm.
 
-    Arms with a selector decide during training which examples of their plan come next.
+    Arms with a selector decide during training which examples of their plan come next; those with a variant do more
+    than replay by their plan.
     """
 
     name: str
@@ -168,6 +205,7 @@ class ReplayComparison:
     test: Pool
     plans: Mapping[str, ReplayPlan]
     selectors: Mapping[str, ReplaySelector] = field(default_factory=dict)
+    variants: Mapping[str, Variant] = field(default_factory=dict)
 
 
 def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
@@ -246,6 +284,7 @@ def verify(
     *,
     seeds: Iterable[int] = (0, 1),
     directory: str | Path,
+    margin: float = LOSS_MARGIN,
     on_progress: OnProgress | None = None,
 ) -> Verification:
     """Fine-tune on every comparison with every arm and seed, and judge on the examples that its plans hold out.
@@ -264,6 +303,8 @@ def verify(
     seeds : iterable of int
     directory : path
         Keeps the score file of every run. Finished runs are not repeated.
+    margin : float
+        See `Verification`.
     on_progress : callable, optional
 
     Raises
@@ -277,7 +318,7 @@ def verify(
     seeds, before, runs = tuple(seeds), atlas.before, ScoreFiles(directory)
     answers = {"max_new_tokens": before.metadata.get("max_new_tokens", 32)} if before.exact_match is not None else None
     jobs = [
-        _Job(comparison, arm, recipe.model_copy(update={"seed": seed}), _judged(comparison, atlas.pool), answers)
+        _Job(comparison, arm, _recipe(recipe, comparison, arm, seed), _judged(comparison, atlas.pool), answers)
         for comparison in comparisons
         for seed in seeds
         for arm in comparison.plans
@@ -285,9 +326,10 @@ def verify(
     work = {job.name: job.units for job in jobs}  # raises for a plan that cannot be replayed, before any training
     missing = [job for job in jobs if not runs.has(job.name, job.settings(tuner))]
     meter = Meter(sum(work[job.name] for job in missing), on_progress)
+    last = _LastTuned(tuner)
     for job in jobs:
         settings = job.settings(tuner)
-        runs.ensure(job.name, settings, lambda job=job: job.run(tuner, atlas.pool, meter))  # type: ignore[misc]
+        runs.ensure(job.name, settings, lambda job=job: job.run(last, atlas, meter))  # type: ignore[misc]
     if missing:
         tuner.restore()
     finished = {job.name: runs.load(job.name, tests=[job.comparison.name]) for job in jobs}
@@ -298,22 +340,58 @@ def verify(
         summaries={arm: _summary(comparison, arm) for comparison in comparisons for arm in comparison.plans},
         replayed={name: tuple(facts.replayed) for name, (_, facts) in finished.items()},
         held_out={job.comparison.name: tuple(job.judged.ids) for job in jobs},
+        margin=margin,
     )
 
 
+def _recipe(recipe: Recipe, comparison: ReplayComparison, arm: str, seed: int) -> Recipe:
+    variant = comparison.variants.get(arm)
+    return recipe.model_copy(update={"seed": seed} | ({} if variant is None else dict(variant.recipe)))
+
+
 def _judged(comparison: ReplayComparison, pool: Pool) -> Pool:
-    for plan in comparison.plans.values():
-        plan.check_pool(pool)
-    held_out = {plan.held_out_ids for plan in comparison.plans.values()}
+    of_pool, of_texts = list[ReplayPlan](), list[ReplayPlan]()
+    for arm, plan in comparison.plans.items():
+        texts = comparison.variants[arm].texts if arm in comparison.variants else None
+        plan.check_pool(pool if texts is None else texts)
+        (of_pool if texts is None else of_texts).append(plan)
+    held_out = {plan.held_out_ids for plan in of_pool}
     if len(held_out) != 1 or not (ids := held_out.pop()):
         raise ConfigError(f"{comparison.name}: the arms' plans must hold out the same examples, and at least one")
+    for plan in of_texts:
+        used = (id_ for id_, weight in zip(plan.ids, plan.weights.tolist(), strict=True) if weight)
+        check_unseen(f"{comparison.name} of other texts", used, ids)
     return pool.subset(ids)
 
 
 def _summary(comparison: ReplayComparison, arm: str) -> str:
+    if arm in comparison.variants:
+        return comparison.variants[arm].summary
     plan = comparison.plans[arm]
     revised = arm in comparison.selectors and plan.phase == "planned"
     return plan.summary + (", revised during training" if revised else "")
+
+
+class _LastTuned:
+    """The last fine-tune without replay, so that all interpolations of its weights share it."""
+
+    def __init__(self, tuner: FineTuner) -> None:
+        self.tuner, self._name = tuner, ""
+        self._tuned: Tuned | None = None
+        self._between: Interpolation | None = None
+
+    def keep(self, name: str, tuned: Tuned | None) -> None:
+        """Note what the tuner's model is now: a fine-tune without replay, or something else."""
+        self._name, self._tuned, self._between = name, tuned, None
+
+    def between(self, name: str, tune: Callable[[], Tuned]) -> tuple[Tuned, Interpolation]:
+        """Return a fine-tune without replay, made again unless it was the last one, and what lies between."""
+        if self._tuned is None or self._name != name:
+            self.keep("", None)
+            self.keep(name, tune())
+        assert self._tuned is not None
+        self._between = self._between or self.tuner.interpolation(self._tuned)
+        return self._tuned, self._between
 
 
 @dataclass(frozen=True)
@@ -336,10 +414,16 @@ class _Job:
         return self.comparison.plans[self.arm]
 
     @property
+    def variant(self) -> Variant:
+        return self.comparison.variants.get(self.arm, Variant(""))
+
+    @property
     def units(self) -> int:
         """Work of the run."""
         replayed = self.plan.count(self.recipe.steps, self.recipe.batch_size)
         scored = (1 + (self.answers is not None)) * len(self.judged) + len(self.comparison.test)
+        if (how := self.variant.interpolation) is not None:
+            return scored + how.scored
         return units(self.recipe, scored, replayed)
 
     def settings(self, tuner: FineTuner) -> dict[str, Any]:
@@ -355,22 +439,53 @@ class _Job:
             "weights": self.plan.fingerprint,
             "selector": None if selector is None else selector.settings(),
             "answers": None if self.answers is None else dict(self.answers),
+            **self.variant.settings(),  # nothing without a variant, so that runs of earlier versions are taken over
         }
 
-    def run(self, tuner: FineTuner, pool: Pool, meter: Meter) -> Scores:
+    def run(self, last: _LastTuned, atlas: Atlas, meter: Meter) -> Scores:
         """Make the run."""
+        how = self.variant.interpolation
+        said = self.arm if self.arm in self.comparison.variants else f"{self.arm} replay"
         job = FineTune(
-            name=f"{self.comparison.name}, {self.arm} replay, seed {self.recipe.seed}",
+            name=f"{self.comparison.name}, {said}, seed {self.recipe.seed}",
             task=self.comparison.train,
             recipe=self.recipe,
             judged=self.judged,
             tests={self.comparison.name: self.comparison.test},
             plan=replace(self.plan, seed=self.recipe.seed),
-            pool=pool,
+            pool=atlas.pool if self.variant.texts is None else self.variant.texts,
             selector=self.comparison.selectors.get(self.arm),
             answers=self.answers,
         )
-        return job.run(tuner, self.settings(tuner), meter)
+        settings, of = self.settings(last.tuner), f"{self.comparison.name}.{self.recipe.seed}"
+        if how is None:
+            last.keep("", None)
+            tuned = job.tune(last.tuner, meter)
+            scores = job.judge(tuned, settings, meter)
+            if (texts := self.variant.texts) is not None:
+                generated = sum(last.tuner.base.encode(example).targets for example in texts)
+                scores = replace(scores, metadata={**scores.metadata, "generated": generated})
+            if self.plan.phase == "never" and self.arm not in self.comparison.variants:
+                last.keep(of, tuned)
+            return scores
+        # The weights are those of the arm without replay; where that was made earlier, they are made again.
+        again = Meter(0, lambda what, *_: meter.advance(what, 0))
+        tuned, between = last.between(of, lambda: job.tune(last.tuner, again))
+        alpha, facts, started = how.alpha, dict[str, Any](), time.monotonic()
+        if alpha is None:
+            assert how.validation is not None
+            chosen = choose_alpha(
+                between,
+                atlas.subset(how.probes),
+                how.validation,
+                atlas.before.subset(how.probes),
+                margin=how.margin,
+                on_progress=lambda count: meter.advance(f"{job.name}: choosing alpha", count),
+            )
+            alpha, facts = chosen.alpha, {"choice": chosen.as_dict()}
+        seconds = tuned.seconds + time.monotonic() - started
+        scores = job.judge(replace(tuned, language_model=between.at(alpha), seconds=seconds), settings, meter)
+        return replace(scores, metadata={**scores.metadata, **facts})
 
     def outcome(self, before: Scores, scores: Scores, facts: RunFacts) -> Run:
         """Compute the figures of the finished run."""
@@ -379,6 +494,7 @@ class _Job:
         recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
         shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
         revised = settings["selector"] is not None and self.plan.phase == "planned"
+        how, trained = self.variant.interpolation, facts.cost.get("training", {}).get("tokens")
         return Run(
             task=self.comparison.name,
             arm=self.arm,
@@ -391,8 +507,17 @@ class _Job:
             seconds=facts.seconds,
             worst_hundredth=worst_part(change, 100),
             right_to_wrong=count_flips(before, scores),
-            strategy=f"{self.plan.strategy} online" if revised else self.plan.strategy,
+            strategy=self._strategy(revised=revised),
             ratio=self.plan.ratio,
             achieved_ratio=achieved_ratio(self.recipe.steps, self.plan.ratio),
             setup=hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16],
+            trained_tokens=None if trained is None else int(trained),
+            generated_tokens=facts.generated,
+            scored_tokens=0 if facts.choice is None else int(facts.choice["tokens"]),
+            alpha=None if how is None else how.alpha if facts.choice is None else float(facts.choice["alpha"]),
         )
+
+    def _strategy(self, *, revised: bool) -> str:
+        if self.arm in self.comparison.variants:
+            return self.arm
+        return f"{self.plan.strategy} online" if revised else self.plan.strategy

@@ -14,8 +14,9 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
 from forgetcast.lm.additional import kl_divergence, score_again
 from forgetcast.lm.features import hidden_states
-from forgetcast.lm.generate import exact_match, sample_texts
+from forgetcast.lm.generate import OnPolicyTexts, answer_prompts, exact_match, sample_texts
 from forgetcast.lm.gradients import gradient_products
+from forgetcast.lm.interpolate import Interpolation
 from forgetcast.lm.load import LanguageModel, SharedBase, load
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score, token_digests
@@ -25,8 +26,10 @@ from forgetcast.lm.train import FineTuner, InitialState, Tuned
 __all__ = [
     "FineTuner",
     "InitialState",
+    "Interpolation",
     "LanguageModel",
     "MostForgottenSelector",
+    "OnPolicyTexts",
     "OnlineSelector",
     "Recipe",
     "Rendering",
@@ -35,6 +38,7 @@ __all__ = [
     "ReplaySelector",
     "SharedBase",
     "Tuned",
+    "answer_prompts",
     "exact_match",
     "gradient_products",
     "hidden_states",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,8 +73,51 @@ def exact_match(
     ConfigError
         If the context has no room for a prompt in addition to the answer.
     """
+    right, answers = np.full(len(pool), np.nan), dict[int, str]()
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    for written in _answers(language_model, pool, settings, batch_size, on_progress):
+        answer = written.text.lstrip()
+        answers[written.position] = (answer if "\n" in written.expected else answer.split("\n")[0]).rstrip()
+        right[written.position] = metric(answers[written.position], written.expected)
+    for answered in processes.from_all({i: (right[i], answer) for i, answer in answers.items()}):
+        for i, (judged, answer) in answered.items():
+            right[i], answers[i] = judged, answer
+    return right, tuple(answers.get(i) for i in range(len(pool)))
+
+
+class _Answer(NamedTuple):
+    """What a model wrote after a prompt.
+
+    Attributes
+    ----------
+    position : int
+        Of the example in its pool.
+    expected : str
+    text : str
+        As it was written, without special tokens.
+    tokens : int
+    ended : bool
+        Whether the model ended it, and not the limit on its length.
+    """
+
+    position: int
+    expected: str
+    text: str
+    tokens: int
+    ended: bool
+
+
+def _answers(
+    language_model: LanguageModel,
+    pool: Pool,
+    options: Mapping[str, Any],
+    batch_size: int,
+    on_progress: Callable[[int], None] | None,
+) -> Iterator[_Answer]:
+    """Answer every prompt of a pool, this process's share of them; `options` are those of a `GenerationConfig`."""
     model: Any = language_model.model
     tokenizer: Any = language_model.tokenizer
+    max_new_tokens = options["max_new_tokens"]
     room = language_model.context - max_new_tokens
     if max_new_tokens < 1 or room < 1:
         raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
@@ -88,13 +132,9 @@ def exact_match(
     for i, (ids, _) in questions.items():
         ids = ids[-room:] or [begin]
         prompts[i] = Encoded(ids, [IGNORED_INDEX] * len(ids), False)
-    right, answers = np.full(len(pool), np.nan), dict[int, str]()
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id(tokenizer),
-        eos_token_id=_ends(language_model),
-    )
+    ends = _ends(language_model)
+    over = {*ends, pad_id(tokenizer)}  # which follows where other rows of a batch go on
+    settings = GenerationConfig(**options, pad_token_id=pad_id(tokenizer), eos_token_id=ends)
     if is_prompt_learning(model):
         batch_size = 1  # padding would come between the virtual tokens and the prompt, and move their positions apart
     was_training = model.training
@@ -107,17 +147,138 @@ def exact_match(
         start_of_answer, expected = padded.shape[1], [questions[i][1] for i in batch]
         line_ends = _StopAtLineEnd(tokenizer, start_of_answer, ["\n" not in text for text in expected])
         output = _generate(model, padded, mask, settings, line_ends)
-        for i, row, text in zip(batch, output, expected, strict=True):
-            answer = tokenizer.decode(row[start_of_answer:], skip_special_tokens=True).lstrip()
-            answers[i] = (answer if "\n" in text else answer.split("\n")[0]).rstrip()
-            right[i] = metric(answers[i], text)
+        for i, row, wanted in zip(batch, output, expected, strict=True):
+            new = row[start_of_answer:].tolist()
+            length = next((at for at, token in enumerate(new) if token in over), len(new))
+            text = tokenizer.decode(row[start_of_answer:], skip_special_tokens=True)
+            ended = length < len(new) or ("\n" not in wanted and "\n" in text.lstrip())
+            yield _Answer(i, wanted, text, length, ended)
         if on_progress is not None:
             on_progress(len(batch))
     model.train(was_training)
-    for answered in processes.from_all({i: (right[i], answer) for i, answer in answers.items()}):
-        for i, (judged, answer) in answered.items():
-            right[i], answers[i] = judged, answer
-    return right, tuple(answers.get(i) for i in range(len(pool)))
+
+
+@dataclass(frozen=True, repr=False)
+class OnPolicyTexts:
+    """A model's own answers to a pool's prompts.
+
+    Attributes
+    ----------
+    pool : Pool
+        The examples that were kept, under their ids, each with the model's answer in place of the one it had.
+    asked : int
+        Prompts that were answered.
+    empty, unfinished, wrong, unlikely : int
+        Answers that were dropped: of nothing, cut at the limit on their length, not the expected one, or not among the
+        most likely.
+    tokens : int
+        Tokens that were generated, those of dropped answers included.
+    """
+
+    pool: Pool
+    asked: int
+    empty: int
+    unfinished: int
+    wrong: int
+    unlikely: int
+    tokens: int
+
+    def __repr__(self) -> str:
+        return f"OnPolicyTexts({len(self.pool)} of {self.asked} answers, {self.tokens} tokens generated)"
+
+
+@torch.inference_mode()
+def answer_prompts(
+    language_model: LanguageModel,
+    pool: Pool,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    right_only: bool = False,
+    most_likely: float = 1.0,
+    keep_unfinished: bool = False,
+    seed: int = 0,
+    batch_size: int = 16,
+    metric: Metric = same_answer,
+    on_progress: Callable[[int], None] | None = None,
+) -> OnPolicyTexts:
+    """Answer the prompts of a pool by the model itself: texts for on-policy replay, under the pool's ids.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+        The base model of the fine-tune.
+    pool : Pool
+        Texts, and conversations that do not end with an answer, are left out.
+    max_new_tokens : int
+        Longest answer. It stops at the end-of-text token, or at the end of a line if one line is expected.
+    temperature : float
+        Of sampling; 0 is greedy.
+    right_only : bool
+        Whether to keep only answers that are the expected ones by `metric`.
+    most_likely : float
+        Share of the answers to keep, above 0: those with the lowest mean loss by the model itself.
+    keep_unfinished : bool
+        Whether to keep answers that were cut. In training they end with the end-of-text token, which the model did not
+        write.
+    seed : int
+    batch_size : int
+    metric : callable
+    on_progress : callable, optional
+        Called with the number of prompts answered since the last call.
+
+    Raises
+    ------
+    DataError
+        If the pool has no prompt, or no answer is kept.
+    ConfigError
+        If a setting is invalid.
+    """
+    from forgetcast.lm.score import score
+
+    if not 0 < most_likely <= 1 or not temperature >= 0:
+        raise ConfigError("most_likely must be above 0 and at most 1, and the temperature not negative")
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    kept: dict[int, Example] = {}
+    asked = empty = unfinished = wrong = tokens = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        options = {**sampling, "max_new_tokens": max_new_tokens}
+        for written in _answers(language_model, pool, options, batch_size, on_progress):
+            asked, tokens = asked + 1, tokens + written.tokens
+            lead = len(written.text) - len(written.text.lstrip())
+            rest = written.text[lead:]
+            text = written.text[:lead] + (rest if "\n" in written.expected else rest.split("\n")[0]).rstrip()
+            if not text.strip():
+                empty += 1
+            elif not written.ended and not keep_unfinished:
+                unfinished += 1
+            elif right_only and not metric(text.strip(), written.expected):
+                wrong += 1
+            else:
+                kept[written.position] = _with_answer(pool[written.position], text)
+    if not asked:
+        raise DataError(
+            "the pool has no prompt to answer: on-policy replay needs examples with a prompt and a completion, or "
+            "conversations that end with an answer"
+        )
+    dropped = f"{empty} were empty, {unfinished} cut at {max_new_tokens} tokens, {wrong} not the expected answer"
+    if not kept:
+        raise DataError(f"none of {language_model.name}'s {asked} answers is kept: {dropped}")
+    texts = Pool(kept[i] for i in sorted(kept))
+    count = max(1, round(most_likely * len(texts)))
+    if count < len(texts):
+        likely = np.argsort(score(language_model, texts).nll, kind="stable")[:count]  # NaN comes last
+        texts = texts.subset(texts.ids[i] for i in np.sort(likely).tolist())
+    return OnPolicyTexts(texts, asked, empty, unfinished, wrong, len(kept) - len(texts), tokens)
+
+
+def _with_answer(example: Example, text: str) -> Example:
+    """Return an example with another answer: its completion, or the assistant's last message."""
+    if example.messages is None:
+        return replace(example, completion=text)
+    last = {"role": "assistant", "content": text.strip()}
+    return replace(example, messages=(*example.messages[:-1], last))
 
 
 @torch.inference_mode()

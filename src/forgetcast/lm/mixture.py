@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 from uuid import uuid4
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -48,6 +50,10 @@ class ReplayMixture(Dataset[Encoded]):
         Required with a plan; the pool that the plan was made for.
     rendering : Rendering
         How conversations are rendered; give that of the scores.
+    weights : mapping of str to float, optional
+        Of the losses of new examples, by id, for `loss.WeightedTrainer`.
+    sizes : callable, optional
+        Returns the size of each update for a number of steps; replayed batches are spaced by it, not evenly.
 
     Attributes
     ----------
@@ -78,6 +84,8 @@ class ReplayMixture(Dataset[Encoded]):
         plan: ReplayPlan | None = None,
         pool: Pool | None = None,
         rendering: Rendering = DEFAULT_RENDERING,
+        weights: Mapping[str, float] | None = None,
+        sizes: Callable[[int], Sequence[float]] | None = None,
     ) -> None:
         count = 0
         if plan is not None and plan.ratio > 0:
@@ -89,13 +97,13 @@ class ReplayMixture(Dataset[Encoded]):
         replayed = plan.order(count * batch_size) if plan and count and not padding else ()
         self.steps, self.batch_size, self.plan = steps + count, batch_size, plan
         self.tokenizer, self.rendering = tokenizer, rendering
-        self._max_length, self._task, self._pool = max_length, task, pool
+        self._max_length, self._task, self._pool, self._weights = max_length, task, pool, weights or {}
         self._padding = pad_id(tokenizer)
         # Every arm of a comparison sees the same new batches, so those that pad are drawn separately.
         new, more, old = passes(len(task), [seed]), passes(len(task), [seed, 1]), iter(replayed)
         self._order = [
             (False, task.ids[next(more if extra else new)]) if padding or not extra else (True, next(old))
-            for extra in spread(steps, count)
+            for extra in (spread(steps, count) if sizes is None else spread_by(sizes(steps + count), count))
             for _ in range(batch_size)
         ]
         # Before training, so that an example that cannot be trained on is an error here.
@@ -113,6 +121,8 @@ class ReplayMixture(Dataset[Encoded]):
             source = self._pool if replay and self._pool is not None else self._task
             example = source[int(source.positions([id_])[0])]
             encoded = encode(example, self.tokenizer, self._max_length, end=True, rendering=self.rendering)
+            if not replay and id_ in self._weights:
+                encoded = replace(encoded, weight=self._weights[id_])
             self._encoded[replay, id_] = encoded
             if not encoded.targets:
                 raise DataError(f"example {id_!r} has no token to train on: its text is a single token")
@@ -165,7 +175,10 @@ class ReplayMixture(Dataset[Encoded]):
     def collate(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Pad a batch to the inputs of a causal language model."""
         ids, mask, labels = pad(batch, self._padding)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if any(encoded.weight != 1 for encoded in batch):
+            inputs["weights"] = torch.tensor([encoded.weight for encoded in batch], dtype=torch.float32)
+        return inputs
 
     def dataset(self) -> datasets.Dataset:
         """Return a view as a `datasets.Dataset`, which TRL's `SFTTrainer` needs.
@@ -304,3 +317,18 @@ def spread(new: int, old: int) -> Iterator[bool]:
     total = new + old
     for i in range(total):
         yield ((2 * i + 2) * old + total) // (2 * total) > (2 * i * old + total) // (2 * total)
+
+
+def spread_by(sizes: Sequence[float], old: int) -> list[bool]:
+    """Return for each step whether its batch is an old one, after equal parts of the sum of the steps' sizes.
+
+    Steps of size zero at the end, as of a learning rate that falls to it, get an old batch only if no other is left.
+    """
+    parts = np.cumsum(sizes) / max(float(np.sum(sizes)), 1e-300)
+    chosen = np.zeros(len(parts), dtype=bool)
+    for i in range(old):
+        wanted = int(np.searchsorted(parts, (i + 0.5) / old))
+        free = np.flatnonzero(~chosen)
+        later = free[free >= wanted]
+        chosen[later[0] if len(later) else free[-1]] = True
+    return [bool(each) for each in chosen]

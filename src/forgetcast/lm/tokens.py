@@ -37,12 +37,15 @@ class Encoded:
         Whether the example was longer than the context.
     incomplete : bool
         Whether the chat template leaves out thinking that the example contains.
+    weight : float
+        Of its loss in training.
     """
 
     ids: list[int]
     labels: list[int]
     truncated: bool
     incomplete: bool = False
+    weight: float = 1.0
 
     @property
     def targets(self) -> int:

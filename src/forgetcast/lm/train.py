@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import Conv1D
 
 from forgetcast.data.pool import Pool
@@ -27,8 +27,11 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import atomic_path, read_json, write_json
 from forgetcast.lm import processes
+from forgetcast.lm.interpolate import Interpolation
 from forgetcast.lm.load import LanguageModel, without_bars
+from forgetcast.lm.loss import WeightedTrainer, easy_weights, has_own_loss
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
+from forgetcast.lm.score import score
 from forgetcast.lm.selectors import ReplaySelector
 from forgetcast.replay.plan import ReplayPlan
 
@@ -192,6 +195,11 @@ class FineTuner:
                     weight += lora.get_delta_weight(adapter).detach()
         return merged
 
+    def interpolation(self, tuned: Tuned) -> Interpolation:
+        """Return the models between the base model and the last one that `tune` made; it is changed in place."""
+        adapted = isinstance(tuned.language_model.model, PeftModel)
+        return Interpolation(tuned.language_model, None if adapted else self._weights)
+
     def tune(
         self,
         task: Pool,
@@ -254,6 +262,8 @@ class FineTuner:
             plan=plan,
             pool=pool,
             rendering=language_model.rendering,
+            weights=_easy_weights(language_model, task, recipe) if recipe.easy_samples else None,
+            sizes=(lambda steps: _learning_rates(recipe, steps)) if recipe.spacing == "updates" else None,
         )
         if plan is not None and already_replayed and mixture.replayed:
             mixture.revise(0, plan.order(len(mixture.replayed), already_replayed=already_replayed))
@@ -275,7 +285,13 @@ class FineTuner:
             _recomputing(self.base.model, recipe),
             without_bars(),
         ):
-            trainer = Trainer(
+            own: dict[str, Any] = {}
+            if has_own_loss(recipe):
+                # Of LoRA, the start is the model without its adapter.
+                start = None if recipe.method == "lora" else dict(initial.weights or self._weights)
+                own = {"mixture": mixture, "recipe": recipe, "start": start}
+            trainer = (WeightedTrainer if own else Trainer)(
+                **own,
                 model=model,
                 args=_arguments(recipe, mixture, model.device, micro, devices, directory, logs=on_loss is not None),
                 train_dataset=mixture,
@@ -302,6 +318,25 @@ class FineTuner:
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
         tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
         return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started, tokens, plan)
+
+
+def _easy_weights(language_model: LanguageModel, task: Pool, recipe: Recipe) -> dict[str, float]:
+    """Weight the examples of a task by how well a model predicts them before the fine-tune."""
+    losses = score(language_model, task, max_length=min(recipe.max_length, language_model.context)).nll
+    return dict(zip(task.ids, easy_weights(losses).tolist(), strict=True))
+
+
+def _learning_rates(recipe: Recipe, steps: int) -> list[float]:
+    """Return the learning rate of each step, relative to its peak."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    name = recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup"
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(float(scheduler.get_last_lr()[0]))
+        optimizer.step()
+        scheduler.step()
+    return rates
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

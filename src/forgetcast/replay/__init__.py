@@ -3,7 +3,7 @@
 from forgetcast.replay.export import export_axolotl, export_llama_factory, export_mixture, export_weighted
 from forgetcast.replay.law import Advice, ReplayLaw, advise
 from forgetcast.replay.outcome import METRICS, Run
-from forgetcast.replay.plan import ReplayPlan, make_plan
+from forgetcast.replay.plan import ReplayPlan, make_plan, ratio_of_share, with_share_of_tokens
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import STRATEGIES, Random, Selection, Strategy, get_strategy
 
@@ -25,4 +25,6 @@ __all__ = [
     "export_weighted",
     "get_strategy",
     "make_plan",
+    "ratio_of_share",
+    "with_share_of_tokens",
 ]

@@ -39,7 +39,7 @@ class Run:
         Mean loss on examples of the task that were not trained on, nats per target token.
     replayed, steps : int
     seconds : float
-        Wall time of the training.
+        Wall time of the training, and of choosing alpha.
     worst_hundredth : float or None
         As `worst_tenth`; None in files of earlier versions.
     right_to_wrong : int or None
@@ -53,6 +53,14 @@ class Run:
         Hash of what the runs of a comparison share: base model, data, judged examples, recipe without its seed.
     achieved_ratio : float or None
         Replayed examples per new one, as whole batches made it; None in files of earlier versions.
+    trained_tokens : int or None
+        Tokens that were trained on, without padding; None in files of earlier versions, as the following.
+    generated_tokens : int or None
+        Tokens of the texts that the model wrote for replay; those that a filter dropped are not counted.
+    scored_tokens : int or None
+        Tokens that were predicted to choose alpha; those of probes for a forecast are not known here.
+    alpha : float or None
+        Of an interpolation.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
@@ -72,3 +80,7 @@ class Run:
     ratio: float | None = None
     setup: str | None = None
     achieved_ratio: float | None = None
+    trained_tokens: int | None = None
+    generated_tokens: int | None = None
+    scored_tokens: int | None = None
+    alpha: float | None = None

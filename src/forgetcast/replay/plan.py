@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +21,7 @@ from forgetcast.defaults import MAX_SEED, MOST_EXAMPLES
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import read_table, write_table
 from forgetcast.replay.corpus import Candidates
-from forgetcast.replay.sampling import interleave, stratified_order
+from forgetcast.replay.sampling import interleave, passes, stratified_order
 from forgetcast.replay.signals import Signals
 from forgetcast.replay.strategies import Phase, Strategy, get_strategy
 from forgetcast.results import validated
@@ -233,6 +233,43 @@ class ReplayPlan:
             return drawn
         return interleave(drawn[np.argsort(self.rank[drawn])], drawn, self.ranked_share)
 
+    def of_texts(self, texts: Pool) -> ReplayPlan:
+        """Return the same choice for other texts of the same examples, such as a model's own answers.
+
+        Parameters
+        ----------
+        texts : Pool
+            Under ids of the plan's; those of held-out examples stay held out, and what has no text is not replayed.
+
+        Raises
+        ------
+        MismatchError
+            If an id is not the plan's.
+        ConfigError
+            If nothing is left to replay.
+        """
+        place = {id_: i for i, id_ in enumerate(self.ids)}
+        if (unknown := next((id_ for id_ in texts.ids if id_ not in place), None)) is not None:
+            raise MismatchError(f"the texts have an example {unknown!r} that the pool of the plan does not have")
+        rows = np.array([place[id_] for id_ in texts.ids])
+        weights = self.weights[rows]
+        if self.weights.any() and not weights.any():
+            raise ConfigError("none of the examples that may be replayed has such a text")
+        rank = None
+        if self.rank is not None:
+            rank = np.full(len(rows), -1)
+            usable = np.flatnonzero(self.rank[rows] >= 0)
+            rank[usable[np.argsort(self.rank[rows][usable])]] = np.arange(len(usable))
+        return replace(
+            self,
+            ids=tuple(texts.ids),
+            weights=weights / weights.sum() if weights.any() else weights,
+            held_out=self.held_out[rows],
+            pool_fingerprint=texts.fingerprint,
+            rank=rank,
+            strata=None if self.strata is None else [self.strata[i] for i in rows.tolist()],
+        )
+
     def save(self, path: str | Path) -> None:
         """Write a Parquet file with the columns id, weight and held_out; rank or stratum where there is one."""
         columns = {
@@ -370,6 +407,66 @@ def make_plan(
         phase=rule.phase,
         summary=rule.summary,
     )
+
+
+def ratio_of_share(share: float) -> float:
+    """Return the ratio of replayed to new examples at which replayed ones are a share of all.
+
+    Raises
+    ------
+    ConfigError
+        If the share is not above 0 and below 1.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"a share of the set or of the tokens must be above 0 and below 1, not {share:g}")
+    return share / (1 - share)
+
+
+def with_share_of_tokens(
+    plan: ReplayPlan, share: float, new: Sequence[int], tokens: Callable[[str], int]
+) -> ReplayPlan:
+    """Give a plan the ratio at which a share of all tokens of its recipe's fine-tune are replayed ones.
+
+    Batches are whole, so the ratio is that of the number of replayed batches that comes closest.
+
+    Parameters
+    ----------
+    plan : ReplayPlan
+        With a recipe.
+    share : float
+        Between 0 and 1.
+    new : sequence of int
+        Tokens of each example of the new task, as it is trained on.
+    tokens : callable
+        Tokens of an example of the pool, by its id.
+
+    Raises
+    ------
+    ConfigError
+        If the share is out of range, the plan replays nothing, or has too few examples for it.
+    """
+    if plan.recipe is None or not plan.usable:
+        raise ConfigError("a share of tokens needs a plan that replays, with the recipe of its fine-tune")
+    wanted, recipe = ratio_of_share(share), plan.recipe
+    batch = recipe.batch_size
+    order = passes(len(new), [recipe.seed])
+    fresh = sum(new[next(order)] for _ in range(recipe.steps * batch))
+    most = MOST_EXAMPLES // batch if plan.repeat else plan.usable // batch
+    batches, replayed = min(64, most), [0]
+    while True:
+        ids = plan.order(batches * batch)
+        for i in range(len(replayed) - 1, batches):
+            replayed.append(replayed[-1] + sum(map(tokens, ids[i * batch : (i + 1) * batch])))
+        if replayed[-1] >= wanted * fresh or batches == most:
+            break
+        batches = min(2 * batches, most)
+    if replayed[-1] < wanted * fresh:
+        raise ConfigError(
+            f"the {plan.usable} examples that may be replayed are {replayed[-1] / (replayed[-1] + fresh):.0%} of the "
+            f"tokens, not {share:.0%}: let examples come again (--repeat), or take a larger pool"
+        )
+    closest = min(range(1, len(replayed)), key=lambda i: abs(replayed[i] / (replayed[i] + fresh) - share))
+    return replace(plan, ratio=closest / recipe.steps)
 
 
 def replay_steps(steps: int, ratio: float) -> int:

@@ -259,7 +259,57 @@ def replay_differences(verification: Verification) -> str:
     figure.add_vline(x=0, line_width=1, line_color="#333")
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels(names), autorange="reversed")
     figure.update_xaxes(title="difference (nats per token; below zero is better)")
-    return _html(figure, height=320, legend=True, label="Differences between the replay strategies")
+    height = max(320, 90 + 26 * len(names))
+    return _html(figure, height=height, legend=True, label="Differences between the replay strategies")
+
+
+def tradeoff(verification: Verification) -> str:
+    """Plot new-task loss against mean forgetting, both relative to no replay, an arm a point with its intervals."""
+    arms = verification.tradeoffs
+    figure = go.Figure()
+    front = sorted((a for a in arms if a.on_front), key=lambda a: a.new_task_loss.mean)
+    figure.add_scatter(
+        x=[a.new_task_loss.mean for a in front],
+        y=[a.mean.mean for a in front],
+        mode="lines",
+        line={"color": GREY, "dash": "dot"},
+        name="no arm is better in both",
+        hoverinfo="skip",
+    )
+    for legend, colour, equal in (("equal new-task loss", BLUE, True), ("not shown to be equal", ORANGE, False)):
+        shown = [
+            (a, label) for a, label in zip(arms, labels([a.arm for a in arms]), strict=True) if bool(a.equal) is equal
+        ]
+        if not shown:
+            continue
+        bars = {}
+        for axis, name in (("error_x", "new_task_loss"), ("error_y", "mean")):
+            estimates = [getattr(a, name) for a, _ in shown]
+            bars[axis] = {
+                "type": "data",
+                "symmetric": False,
+                "array": [0 if e.upper is None else e.upper - e.mean for e in estimates],
+                "arrayminus": [0 if e.lower is None else e.mean - e.lower for e in estimates],
+                "thickness": 1,
+                "width": 2,
+            }
+        figure.add_scatter(
+            x=[a.new_task_loss.mean for a, _ in shown],
+            y=[a.mean.mean for a, _ in shown],
+            text=[label for _, label in shown],
+            mode="markers+text",
+            textposition="top right",
+            marker={"color": colour, "size": 9},
+            name=legend,
+            hovertemplate="%{text}: loss %{x:+.3f}, forgetting %{y:+.3f}<extra></extra>",
+            **bars,
+        )
+    figure.add_vline(x=verification.margin, line_width=1, line_dash="dash", line_color="#333")
+    figure.update_xaxes(
+        title="new-task loss minus that without replay (nats per token; dashed: the margin)", zeroline=True
+    )
+    figure.update_yaxes(title="mean forgetting, likewise", zeroline=True)
+    return _html(figure, height=420, legend=True, label="New-task loss against forgetting, by arm")
 
 
 def forgetting_by_position(sequence: SequenceResult) -> str:

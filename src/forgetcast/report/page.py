@@ -21,6 +21,7 @@ from forgetcast.completion.structure import Structure, analyze
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
 from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.tradeoff import COSTS
 from forgetcast.experiments.verify import Verification
 from forgetcast.files import atomic_path
 from forgetcast.replay.outcome import METRICS
@@ -336,7 +337,7 @@ def _replay_finding(verification: Verification) -> str:
     against_random = [verification.compare(arm, "random", metric) for arm in arms for metric in ("mean", "worst_tenth")]
     return (
         f"Held-out forgetting by replay strategy: {_means(verification, 'mean')} nats per token."
-        f"{_verdicts(against_random)}"
+        f"{_verdicts(against_random)} {verification.advice.sentences[-1]}"
     )
 
 
@@ -367,6 +368,8 @@ def _replay(verification: Verification) -> dict[str, Any]:
         "metrics": {name: METRICS[name] for name in verification.metrics},
         "comparisons": comparisons,
         "differences": figures.replay_differences(verification) if comparisons else "",
+        "tradeoff": figures.tradeoff(verification) if comparisons and verification.tradeoffs else "",
+        "costs": COSTS,
     }
 
 
