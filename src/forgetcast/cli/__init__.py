@@ -24,6 +24,7 @@ from forgetcast.cli import (  # isort: skip
     plan,
     train,
     report,
+    reproduce,
 )
 from forgetcast.cli.app import app, err, fail, out
 from forgetcast.errors import ForgetcastError
@@ -42,6 +43,7 @@ __all__ = [
     "plan",
     "pool",
     "report",
+    "reproduce",
     "start",
     "train",
 ]

@@ -20,6 +20,7 @@ def report(
     verification: Annotated[Path | None, typer.Option(help="Output of `verify`.")] = None,
     sequence: Annotated[Path | None, typer.Option(help="Output of `sequence`.")] = None,
     similarity: Annotated[Path | None, typer.Option(help="Output of `bench --similarity`.")] = None,
+    reproduction: Annotated[Path | None, typer.Option(help="Output of `reproduce --json`.")] = None,
 ) -> None:
     """Write one HTML file with what was measured, what is forecast, and whether replay helped.
 
@@ -27,7 +28,7 @@ def report(
     """
     from forgetcast.atlas import Atlas
     from forgetcast.completion.forecast import TaskForecast
-    from forgetcast.experiments import SequenceResult, Verification
+    from forgetcast.experiments import Reproduction, SequenceResult, Verification
     from forgetcast.report import write_report
     from forgetcast.similarity import SimilarityStudy
 
@@ -37,7 +38,15 @@ def report(
     verified = Verification.load(verification) if verification is not None else None
     sequence_result = SequenceResult.load(sequence) if sequence is not None else None
     study = SimilarityStudy.load(similarity) if similarity is not None else None
-    write_report(output, opened, forecasts=forecasts, verification=verified, sequence=sequence_result, similarity=study)
+    write_report(
+        output,
+        opened,
+        forecasts=forecasts,
+        verification=verified,
+        sequence=sequence_result,
+        similarity=study,
+        reproduction=Reproduction.load(reproduction) if reproduction is not None else None,
+    )
     out.print(f"report written to {output}", markup=False)
 
 

@@ -181,7 +181,7 @@ def analyze(
         row_r2=r2(np.nanmean(values, axis=1, keepdims=True)),
         column_r2=r2(np.nanmean(values, axis=0, keepdims=True)),
         additive_r2=r2(sum_of(task_effects, example_effects)),
-        rank_f1=_binary_f1(values, min(len(fits), F1_RANKS)),
+        rank_f1=reconstruction_f1(values, min(len(fits), F1_RANKS)) if is_binary(values) else (),
         components=_components(described.fit, described.loadings, sources),
         noise=_run_noise(values, [(replicates or {}).get(task, task) for task in tasks], max_rank),
         priors=len(set(priors).intersection(tasks)),
@@ -208,9 +208,15 @@ def _without(values: np.ndarray, sources: Sequence[str], rank: int) -> WithoutSo
     return replace(largest, value=1 - float(np.nanmean((rest - fit) ** 2) / np.nanvar(rest)))
 
 
-def _binary_f1(values: np.ndarray, ranks: int) -> tuple[float, ...]:
-    if not is_binary(values):
-        return ()
+def reconstruction_f1(values: np.ndarray, ranks: int = F1_RANKS) -> tuple[float, ...]:
+    """Return F1 of the entries that logistic factorisation of rank 1, 2, ... gives a probability of at least one half.
+
+    Parameters
+    ----------
+    values : array, shape (M, N)
+        Of 0, 1 and NaN.
+    ranks : int
+    """
     observed, forgotten = ~np.isnan(values), values == 1
     scores = []
     for rank in range(1, ranks + 1):

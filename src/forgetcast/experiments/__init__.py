@@ -13,6 +13,15 @@ from forgetcast.experiments.collect import (
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
 from forgetcast.experiments.interpolation import AlphaPoint, ChosenAlpha, choose_alpha
 from forgetcast.experiments.on_ray import run_on_ray
+from forgetcast.experiments.reproduce import (
+    Reproduction,
+    ReproductionSettings,
+    TaskSplit,
+    draw_split,
+    load_split,
+    replay_arms,
+    reproduce,
+)
 from forgetcast.experiments.sequence import SequenceSettings, run_sequence
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
 from forgetcast.experiments.start import StartPlan, StartSettings, plan_start, start_atlas
@@ -32,12 +41,15 @@ __all__ = [
     "PlannedRow",
     "RecipeAdvice",
     "ReplayComparison",
+    "Reproduction",
+    "ReproductionSettings",
     "SequenceResult",
     "SequenceSettings",
     "Stage",
     "StartPlan",
     "StartSettings",
     "Sweep",
+    "TaskSplit",
     "Tradeoff",
     "TrainerSettings",
     "Variant",
@@ -49,13 +61,17 @@ __all__ = [
     "choose_alpha",
     "collect",
     "create_atlas",
+    "draw_split",
     "find_models",
+    "load_split",
     "load_tasks",
     "parse_arm",
     "pilot_comparison",
     "plan_start",
     "prepare_atlas",
     "recipe_advice",
+    "replay_arms",
+    "reproduce",
     "run_on_ray",
     "run_sequence",
     "run_sweep",

@@ -8,6 +8,6 @@ try:
 except ImportError as error:
     raise MissingExtraError("report", error) from error
 
-from forgetcast.report.page import write_report
+from forgetcast.report.page import write_report, write_reproduction
 
-__all__ = ["write_report"]
+__all__ = ["write_report", "write_reproduction"]

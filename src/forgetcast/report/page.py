@@ -20,6 +20,8 @@ from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast
 from forgetcast.completion.structure import Structure, analyze
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
+from forgetcast.experiments import beside
+from forgetcast.experiments.reproduce import Reproduction
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.tradeoff import COSTS
 from forgetcast.experiments.verify import Verification
@@ -48,6 +50,7 @@ def write_report(
     verification: Verification | None = None,
     sequence: SequenceResult | None = None,
     similarity: SimilarityStudy | None = None,
+    reproduction: Reproduction | None = None,
     title: str = "What fine-tuning makes the model forget",
 ) -> None:
     """Write the report as one HTML file.
@@ -64,6 +67,7 @@ def write_report(
     verification : Verification, optional
     sequence : SequenceResult, optional
     similarity : SimilarityStudy, optional
+    reproduction : Reproduction, optional
     title : str
 
     Raises
@@ -110,15 +114,28 @@ def write_report(
         replay=_replay(verification) if verification is not None else None,
         sequence=_sequence(sequence) if sequence is not None else None,
         similarity=similarity,
+        reproduction=_reproduction(reproduction, alone=False) if reproduction is not None else "",
         provenance=_provenance(atlas, matrix),
     )
     with atomic_path(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _template() -> jinja2.Template:
+def write_reproduction(path: str | Path, reproduction: Reproduction) -> None:
+    """Write a reproduction as one HTML page, which needs no network and has no scripts."""
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(_reproduction(reproduction, alone=True), encoding="utf-8")
+
+
+def _reproduction(found: Reproduction, *, alone: bool) -> str:
+    """Render a reproduction as a section, or as a page with nothing else."""
+    parts = {"title": beside.title(found), "summary": beside.summary(found), "sections": list(beside.sections(found))}
+    return _template("reproduction.html").render(parts, alone=alone).lstrip()
+
+
+def _template(name: str = "template.html") -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(files("forgetcast.report").joinpath("template.html").read_text(encoding="utf-8"))
+    return environment.from_string(files("forgetcast.report").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _mean(values: np.ndarray) -> float | None:
