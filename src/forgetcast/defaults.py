@@ -23,3 +23,6 @@ MAX_SEED = 2**32 - 1
 
 MOST_EXAMPLES = 10**8
 """So many examples a fine-tune may take, new or replayed: they are listed before it begins."""
+
+ANSWER_TOKENS = 32
+"""Longest answer to a prompt, in tokens, where exact match is measured."""

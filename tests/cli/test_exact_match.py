@@ -99,9 +99,13 @@ def test_what_cannot_be_forecast_by_answers(atlas: Atlas, tmp_path: Path, run: R
     code, _, err = run(*words)
     assert code == 2
     assert "has no answer" in " ".join(err.split())
-    code, _, err = run("forecast", atlas.path, "--exact-match", "--model", "tuned", "-o", output)
+    words_of_model = ("forecast", atlas.path, "--exact-match", "--model", "tuned", "-o", output)
+    code, _, err = run(*words_of_model, "--corpus", tmp_path)
     assert code == 2
-    assert "--exact-match needs --scores" in " ".join(err.split())
+    assert "leave --corpus out" in " ".join(err.split())
+    code, _, err = run(*words_of_model, "--until-width", "worst_tenth:0.1")
+    assert code == 2
+    assert "there is no worst tenth" in " ".join(err.split())
     _answered(POOL.subset(POOL.ids[:2]), np.ones(2)).save(scores)
     assert run(*words)[0] == 0
     code, _, err = run("report", atlas.path, "--forecast", output, "-o", tmp_path / "report.html")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from forgetcast import Atlas, Scores
+from forgetcast import Atlas, Example, Pool, Scores
 from forgetcast.completion.forecast import TaskForecast
-from forgetcast.lm import load, score
+from forgetcast.lm import exact_match, load, score
 from forgetcast.lm import score as score_pool
 from support.adapters import adapted_model, lora, save_adapter
 from support.cli import RunCommand, run_command
@@ -164,3 +165,38 @@ def test_more_random_probes_than_probes(folder: Path, run: RunCommand) -> None:
     words = ("forecast", folder / "runs.atlas", "--scores", scores, "-o", folder / "no.parquet")
     code, _, err = run(*words, "--audit", 5)
     assert (code, "has only 4 probes" in " ".join(err.split())) == (2, True)
+
+
+def test_answers_of_a_model_are_measured_and_kept(folder: Path, tmp_path: Path, run: RunCommand) -> None:
+    """The expected answers are the base model's own, so that it answers nearly all of them right."""
+    asked = Pool([Example(f"q{i}", prompt=f"question {i}:", completion=" ?") for i in range(40)])
+    base, new = load(folder / "base"), load(folder / "new")
+    _, answers = exact_match(base, asked, max_new_tokens=3)
+    pool = Pool([replace(e, completion=f" {a}") for e, a in zip(asked, answers, strict=True) if a and a.strip()])
+    pool.save(tmp_path / "pool.jsonl")
+    atlas, output = tmp_path / "runs.atlas", tmp_path / "forecast.parquet"
+    words = ("atlas", "create", folder / "base", tmp_path / "pool.jsonl", "--exact-match", "--max-new-tokens", 3)
+    code, _, err = run(*words, "-o", atlas)
+    assert code == 0, err
+    code, _, err = run("add", atlas, folder / "old")
+    assert code == 0, err
+    words = ("forecast", atlas, "--model", folder / "new", "--exact-match", "-o", output, "--json", "-k")
+    code, out, err = run(*words, 6)
+    assert code == 0, err
+    saved = TaskForecast.load(output)
+    right, _ = exact_match(new, pool, max_new_tokens=3)
+    wrong = {id_: 1.0 - r for id_, r in zip(pool.ids, right, strict=True)}
+    measured = [saved.ids[i] for i in np.flatnonzero(saved.probed)]
+    assert len(measured) == 6
+    np.testing.assert_allclose(saved.mean[saved.probed], [wrong[id_] for id_ in measured])
+    assert {each["figure"] for each in json.loads(out)["whole"]} == {"mean"}
+    kept = Scores.load(tmp_path / "forecast.parquet.scores.parquet")
+    assert kept.exact_match is not None
+    code, _, err = run(*words, 12)  # goes on from what was measured
+    assert code == 0, err
+    assert TaskForecast.load(output).probed.sum() == 12
+    code, _, err = run("score", folder / "new", tmp_path / "pool.jsonl", "-o", tmp_path / "other.parquet")
+    Scores.load(tmp_path / "other.parquet").save(tmp_path / "forecast.parquet.scores.parquet")
+    code, _, err = run(*words, 6)
+    assert code == 2
+    assert "scores without answers" in " ".join(err.split())

@@ -36,6 +36,7 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
+from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def create(
     exact_match: Annotated[
         bool, typer.Option("--exact-match", help="Also answer the prompts, so that lost answers are counted.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens, with --exact-match.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens, with --exact-match.")] = (
+        ANSWER_TOKENS
+    ),
     date: Date = None,
     no_thinking: NoThinking = False,
     format: Format = None,

@@ -46,7 +46,7 @@ from forgetcast.progress import OnProgress, counted
 if TYPE_CHECKING:
     import numpy as np
 
-    from forgetcast.atlas import Atlas
+    from forgetcast.atlas import Atlas, ForgettingMatrix
     from forgetcast.completion import Completion, Forecast
     from forgetcast.completion.benchmark import Method as ComparedMethod
     from forgetcast.completion.forecast import TaskForecast
@@ -178,9 +178,11 @@ def forecast(
         raise ConfigError("--until-width and --most need --model, because they measure")
     if most is not None and (width is None or most < k):
         raise ConfigError("--most limits --until-width, and may not be less than the probes of -k")
-    if exact_match and (model is not None or corpus is not None):
+    if exact_match and corpus is not None:
+        raise ConfigError("--exact-match is about the pool's answers; leave --corpus out")
+    if exact_match and width is not None and width.figure != "mean":
         raise ConfigError(
-            "--exact-match needs --scores, of probes with answers (forgetcast score --exact-match), and no --corpus"
+            "by --exact-match there is no worst tenth; give --until-width a width of the mean, such as 0.1"
         )
     opened = Atlas.open(atlas)
     known = list(opened.others(task))
@@ -207,6 +209,7 @@ def forecast(
                 output.with_name(f"{output.name}.scores.parquet"),
                 loading,
                 report,
+                flips,
                 allow_different_tokens=allow_different_tokens,
                 k=k,
                 chosen=chosen,
@@ -320,6 +323,7 @@ def _measure(
     path: Path,
     loading: Loading,
     report: OnProgress,
+    flips: ForgettingMatrix | None,
     *,
     allow_different_tokens: bool,
     **settings: Any,
@@ -335,6 +339,7 @@ def _measure(
         atlas,
         language_model,
         path,
+        flips=flips,
         allow_different_tokens=allow_different_tokens,
         on_progress=counted(report, "scoring probes"),
     )

@@ -18,11 +18,13 @@ from forgetcast.atlas.index import check_free, check_writable
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
+from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, MismatchError
 from forgetcast.experiments.command import CHECKPOINT
 from forgetcast.experiments.runs import (
     Meter,
     OnProgress,
+    answer_settings,
     check_text,
     cost,
     is_final,
@@ -102,7 +104,7 @@ def create_atlas(
     pool: Pool,
     *,
     exact_match: bool = False,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = ANSWER_TOKENS,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
     """Create an atlas without rows by scoring the base model.
@@ -358,7 +360,7 @@ def _add_model(
             _check_new(atlas, job.name, job.model, language_model.weights_hash)
             if not allow_different_tokens:
                 check_text(atlas, language_model, pool)
-            answers = {"max_new_tokens": atlas.scored_with.get("max_new_tokens", 32)} if atlas.has_answers else None
+            answers = answer_settings(atlas) if atlas.has_answers else None
             settings, loaded = length_settings(atlas, language_model), time.monotonic()
             if choice.probes is None:  # the next time, other probes may be chosen
                 settings["partial"] = atlas.unfinished(job.name)

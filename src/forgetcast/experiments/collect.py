@@ -26,6 +26,7 @@ from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
+from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
 from forgetcast.experiments.runs import (
@@ -36,6 +37,7 @@ from forgetcast.experiments.runs import (
     OnFigures,
     OnProgress,
     Stages,
+    answer_settings,
     check_base,
     check_recipe,
     score_base,
@@ -168,7 +170,7 @@ class CollectConfig(BaseModel):
     atlas: Path | str
     recipe: Recipe = Recipe()
     exact_match: bool = False
-    max_new_tokens: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=ANSWER_TOKENS, ge=1)
     rendering: Rendering = Rendering()
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
     score_share: float = Field(default=1.0, gt=0, le=1)
@@ -274,7 +276,7 @@ def prepare_atlas(
     recipe: Recipe | TrainerSettings,
     *,
     exact_match: bool = False,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = ANSWER_TOKENS,
     metric: Metric | None = None,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
@@ -369,7 +371,7 @@ def collect(
         facts = recipe.model_dump()
     check_recipe(f"the atlas {atlas.path}", atlas.recipe, facts)
     rows, planned = AtlasRows(atlas), sweep.rows(tasks, recipe.seed)
-    answers = _answers(atlas.before.metadata.get("max_new_tokens", 32), metric) if atlas.has_answers else None
+    answers = _answers(**answer_settings(atlas), metric=metric) if atlas.has_answers else None
     judged = {task: _sample(atlas, task, sweep.score_share) for task in dict.fromkeys(row.task for row in planned)}
     todo = unfinished(atlas, planned, facts, sweep)
     if isinstance(tuner, CommandTrainer):

@@ -16,6 +16,7 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
+from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import check_destination
 from forgetcast.measure.scores import Scores, check_tokens
@@ -383,6 +384,11 @@ def score_base(
     """Score the pool of a new atlas by its base model, as `score_with_progress`."""
     meter = Meter(len(pool) * (1 if answers is None else 2), on_progress)
     return score_with_progress(base, pool, meter, "base model", answers)
+
+
+def answer_settings(atlas: Atlas) -> dict[str, Any]:
+    """Return the arguments of `lm.exact_match` with which the base model of an atlas answered."""
+    return {"max_new_tokens": atlas.scored_with.get("max_new_tokens", ANSWER_TOKENS)}
 
 
 def score_with_progress(

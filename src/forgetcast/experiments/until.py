@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
+from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion.base import Completion, Forecast
-from forgetcast.completion.forecast import measured_probes
+from forgetcast.completion.forecast import answered_probes, measured_probes
 from forgetcast.completion.probes import choose
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.experiments.runs import check_text, length_settings
+from forgetcast.experiments.runs import answer_settings, check_text, length_settings
 from forgetcast.measure.scores import Scores
 
 if TYPE_CHECKING:
+    from forgetcast.data.pool import Pool
     from forgetcast.lm import LanguageModel
 
 CHOSEN_SHARE = 1 / 6
@@ -235,6 +237,8 @@ class ProbeScores:
     language_model : LanguageModel
     path : path
         Score file; `path.partial` holds unfinished work.
+    flips : ForgettingMatrix, optional
+        By exact match: the matrix whose columns are the examples; they are answered too.
     allow_different_tokens : bool
         Whether the model may read examples as other tokens than the base did.
     on_progress : callable, optional
@@ -253,10 +257,12 @@ class ProbeScores:
         language_model: LanguageModel,
         path: Path,
         *,
+        flips: ForgettingMatrix | None = None,
         allow_different_tokens: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        self._atlas, self._model, self._path = atlas, language_model, path
+        self._atlas, self._model, self._path, self._flips = atlas, language_model, path, flips
+        self._examples = atlas.examples if flips is None else flips.examples
         self._allow, self._on_progress = allow_different_tokens, on_progress
         self._settings = length_settings(atlas, language_model)
         if language_model.weights_hash == atlas.model_hash:
@@ -269,30 +275,45 @@ class ProbeScores:
         expected = {"model_hash": language_model.weights_hash, "text": language_model.text_settings}
         if any(self.scores.metadata.get(name) != value for name, value in expected.items()):
             raise MismatchError(f"{path} has scores of another model or other settings; remove it, or name another -o")
+        if flips is not None and self.scores.exact_match is None:
+            raise MismatchError(f"{path} has scores without answers; remove it, or name another -o")
 
     def __call__(self, columns: np.ndarray) -> np.ndarray:
-        """Return the forgetting of the examples in these columns, nats per token."""
-        from forgetcast.lm import score
-
-        ids = [self._atlas.examples[i] for i in columns.tolist()]
+        """Return the forgetting of the examples in these columns, nats per token, or 1 where an answer became wrong."""
+        ids = [self._examples[i] for i in columns.tolist()]
         known = set() if self.scores is None else set(self.scores.ids)
         if missing := [id_ for id_ in ids if id_ not in known]:
             pool = self._atlas.subset(missing)
             if not self._allow:
                 check_text(self._atlas, self._model, pool)
-            partial = self._path.with_name(f"{self._path.name}.partial")
-            new = score(self._model, pool, **self._settings, partial=partial, on_progress=self._on_progress)
+            new = self._score(pool)
             self.scores = new if self.scores is None else _joined(self.scores, new)
             self.scores.save(self._path)
         assert self.scores is not None
-        at, forgetting = measured_probes(self._atlas, self.scores.subset(ids), allow_different_tokens=self._allow)
+        measured = self.scores.subset(ids)
+        at, forgetting = (
+            measured_probes(self._atlas, measured, allow_different_tokens=self._allow)
+            if self._flips is None
+            else answered_probes(self._atlas, self._flips, measured, allow_different_tokens=self._allow)
+        )
         assert np.array_equal(at, columns)
         return forgetting
+
+    def _score(self, pool: Pool) -> Scores:
+        from forgetcast.lm import exact_match, score
+
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        scores = score(self._model, pool, **self._settings, partial=partial, on_progress=self._on_progress)
+        if self._flips is None:
+            return scores
+        answers = answer_settings(self._atlas)
+        right, predictions = exact_match(self._model, pool, **answers)
+        return replace(scores, exact_match=right, predictions=predictions, metadata={**scores.metadata, **answers})
 
     def keep(self, probes: np.ndarray, audit: int) -> Scores:
         """Write the probes in their order, with the number of random ones, which `forecast --scores` reads."""
         assert self.scores is not None
-        scores = self.scores.subset([self._atlas.examples[i] for i in probes.tolist()])
+        scores = self.scores.subset([self._examples[i] for i in probes.tolist()])
         self.scores = replace(scores, metadata={**scores.metadata, "audit": audit})
         self.scores.save(self._path)
         return self.scores
@@ -309,6 +330,14 @@ def _joined(one: Scores, other: Scores) -> Scores:
         reasons=[*one.reasons, *other.reasons],
         metadata=metadata,
         digests=None if one.digests is None or other.digests is None else [*one.digests, *other.digests],
+        exact_match=(
+            None
+            if one.exact_match is None or other.exact_match is None
+            else np.concatenate([one.exact_match, other.exact_match])
+        ),
+        predictions=(
+            None if one.predictions is None or other.predictions is None else [*one.predictions, *other.predictions]
+        ),
     )
 
 

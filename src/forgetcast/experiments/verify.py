@@ -28,6 +28,7 @@ from forgetcast.experiments.runs import (
     OnProgress,
     RunFacts,
     ScoreFiles,
+    answer_settings,
     check_base,
     check_unseen,
     units,
@@ -316,7 +317,7 @@ def verify(
     """
     check_base(atlas, tuner.base)
     seeds, before, runs = tuple(seeds), atlas.before, ScoreFiles(directory)
-    answers = {"max_new_tokens": before.metadata.get("max_new_tokens", 32)} if before.exact_match is not None else None
+    answers = answer_settings(atlas) if atlas.has_answers else None
     jobs = [
         _Job(comparison, arm, _recipe(recipe, comparison, arm, seed), _judged(comparison, atlas.pool), answers)
         for comparison in comparisons

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from forgetcast.data.pool import Example, Pool
+from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
 from forgetcast.lm.adapters import is_prompt_learning
@@ -42,7 +43,7 @@ def exact_match(
     language_model: LanguageModel,
     pool: Pool,
     *,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = ANSWER_TOKENS,
     batch_size: int = 16,
     metric: Metric = same_answer,
     on_progress: Callable[[int], None] | None = None,
