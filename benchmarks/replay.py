@@ -440,6 +440,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 new tasks, 8 known, 1 seed, 6 strategies")
     parser.add_argument("--tasks", type=int, default=12, help="new tasks")
+    parser.add_argument("--new", help="new tasks by name, such as basic_arithmetic,rotate_matrix; default: --tasks")
     parser.add_argument("--known", type=int, default=28, help="tasks of the atlas")
     parser.add_argument("--seeds", type=int, default=3, help="fine-tunes of each task and strategy at the first ratio")
     parser.add_argument("--curve-seeds", type=int, default=1, help="fine-tunes of each task at the other ratios")
@@ -463,6 +464,12 @@ def main() -> None:
             raise SystemExit("the arms that are no strategies need top beside them")
         names = tuple(arm for arm in names if arm in asked)
     new, known = [*NEW_TASKS, *reversed(KNOWN_TASKS)][: options.tasks], KNOWN_TASKS[: options.known]
+    if options.new is not None:
+        new = options.new.split(",")
+        if unknown := set(new) - {*NEW_TASKS, *KNOWN_TASKS}:
+            raise SystemExit(
+                f"there is no task {', '.join(sorted(unknown))}; there are {', '.join(NEW_TASKS + KNOWN_TASKS)}"
+            )
     if both := set(new) & set(known):
         raise SystemExit(f"{len(both)} tasks would be known and new; there are {len(NEW_TASKS + KNOWN_TASKS)} in all")
     if options.demo is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose by more thread
 from forgetcast import Pool
 from support.cli import RunCommand, run_command
 from support.data import make_pool
+
+# Where the tests are started in the background, Ctrl-C is ignored, which other processes would take over.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is not tested, and a busy machine is no failure.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,6 +1,7 @@
 """Run the command line as a process of its own: what concerns its signals and standard streams.
 
-Only modules that are loaded anyway are imported before Ctrl-C is taken care of; the command line takes a while.
+Ctrl-C is taken care of when this module is imported, which the installed script does first; the command line takes a
+while. Only modules that are loaded by then anyway come before it.
 """
 
 from __future__ import annotations
@@ -9,29 +10,37 @@ import io
 import os
 import signal
 import sys
-from typing import TextIO
 
-CLOSED_PIPE, INTERRUPTED = 128 + 13, 128 + 2
-"""Exit codes, as a shell reports processes that end by the signals SIGPIPE and SIGINT."""
+
+def _interrupt(number: int, _: object) -> None:
+    """End at once: an exception might be swallowed, or become another one, in a module that is being imported.
+
+    Commands with something to put in order have a handler of their own meanwhile, see `cli.app.progress`.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"interrupted\n")  # not by `print`, which may be what is interrupted
+    os._exit(128 + number)
+
+
+# Where they are ignored, the command was started in the background, or by nohup: it stays deaf.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupt)
+if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    signal.signal(signal.SIGTERM, _interrupt)
+
+from typing import TextIO  # noqa: E402  # takes longer than all of the above
+
+CLOSED_PIPE = 128 + 13
+"""Exit code, as a shell reports a process that ends by the signal SIGPIPE."""
 
 
 def main() -> None:
     """Run the command line; its exit codes are in `forgetcast.cli`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else started in the background: stay deaf
-        signal.signal(signal.SIGINT, _interrupt)
     sys.stdout, sys.stderr = _stream(sys.stdout), _stream(sys.stderr)
 
     from forgetcast.cli import main as run
 
     run()
-
-
-def _interrupt(*_: object) -> None:
-    """End at once: an exception might be swallowed, or become another one, in a module that is being imported.
-
-    Commands with something to put in order have a handler of their own meanwhile, see `cli.app.progress`.
-    """
-    os._exit(INTERRUPTED)
 
 
 class _Stream(io.TextIOWrapper):

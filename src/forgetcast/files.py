@@ -523,7 +523,7 @@ def _metadata(schema: pa.Schema, path: Path) -> dict[str, Any]:
     return metadata
 
 
-ADDED = len(".kl.partial.12345")
+ADDED = len(".answers.partial.12345")
 """So many characters commands add to a name, for files of unfinished work."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from forgetcast.errors import DataError
+from forgetcast.faults import in_words
 from forgetcast.files import read_json, write_json
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -61,7 +62,7 @@ class Result:
         try:
             return TypeAdapter(cls).validate_python(kept)
         except ValidationError as error:
-            raise DataError(f"this is not a {cls.kind}: {first_fault(error)}") from None
+            raise DataError(f"this is not a {cls.kind}: {in_words(error, cls)}") from None
         except (OverflowError, RecursionError) as error:  # a whole number that no float can hold
             raise DataError(f"this is not a {cls.kind}: {error}") from None
 
@@ -77,22 +78,7 @@ def validated(schema: type[Model], content: object, where: str) -> Model:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "missing":
-            raise DataError(f"{where} lacks {_place(first['loc'])!r}") from None
-        raise DataError(f"{where}: {first_fault(error)}") from None
-
-
-def first_fault(error: ValidationError) -> str:
-    """Return the place and the message of the first fault, on one line, as "tasks.0.name: Field required"."""
-    first = error.errors()[0]
-    place, message = _place(first["loc"]), first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    # A choice among types is a part of the location too, which nobody wrote.
-    return ".".join(part for part in map(str, location) if "[" not in part)
+        raise DataError(f"{where}: {in_words(error, schema)}") from None
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
-from forgetcast.results import first_fault
+from forgetcast.faults import in_words
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -63,9 +63,9 @@ def check_settings(content: Any, schema: type[Settings], *, where: str, folder: 
     Raises
     ------
     ConfigError
-        If a field is invalid; one line that names `where` and the field.
+        If fields are unknown, missing or invalid; one line that names `where` and all of them.
     """
     try:
         return schema.model_validate(content, context=folder)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {first_fault(error)}") from None
+        raise ConfigError(f"{where}: {in_words(error, schema)}") from None

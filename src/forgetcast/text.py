@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _INVISIBLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
@@ -32,3 +34,10 @@ _LINKED = re.compile(
     re.IGNORECASE,
 )
 """After which GitHub would see no link."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" if one of the known words is similar, an empty string if none is."""
+    words = {each.casefold(): each for each in known if each != word}
+    found = difflib.get_close_matches(word.casefold(), words, n=1)
+    return f"; did you mean {words[found[0]]}?" if found else ""

@@ -150,7 +150,10 @@ def test_open_reports_invalid_files(tmp_path: Path, pool: Pool) -> None:
         (index | {"format": 99}, r"atlas.json is of format 99, and this version reads up to 2; upgrade"),
         (index | {"format": True}, r"atlas.json is not that of an atlas: its format is True"),
         (index | {"model": "another"}, r"atlas.json was damaged or edited after it was written"),
-        (with_digest({n: v for n, v in index.items() if n not in ("digest", "pool")}), r"atlas.json lacks 'pool'"),
+        (
+            with_digest({n: v for n, v in index.items() if n not in ("digest", "pool")}),
+            r"atlas.json: the field 'pool' is missing",
+        ),
         ([], "not that of an atlas"),
     ):
         (atlas.path / "atlas.json").write_text(json.dumps(changed))

@@ -107,11 +107,11 @@ def test_an_interrupted_conversion_is_repeated(old: tuple[Path, np.ndarray], mon
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("tasks", None, "tasks: Input should be a valid list"),
-        ("tasks", [{"name": 3}], r"tasks.0.name: Input should be a valid string"),
+        ("tasks", None, "tasks: must be a list, not null"),
+        ("tasks", [{"name": 3}], r"tasks.0.name: must be text, not 3"),
         ("tasks", [{"name": "a", "added": ""}] * 2, "tasks: a name is empty or occurs twice"),
-        ("model", 3, "model: Input should be a valid string"),
-        ("created", None, "created: Input should be a valid string"),
+        ("model", 3, "model: must be text, not 3"),
+        ("created", None, "created: must be text, not null"),
     ],
 )
 def test_a_damaged_index_is_refused(old: tuple[Path, np.ndarray], field: str, value: object, message: str) -> None:

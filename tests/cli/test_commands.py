@@ -287,7 +287,7 @@ def test_other_invalid_input_is_rejected(work: Path, atlas: Path, run: RunComman
         "-o",
         tmp_path / "t",
     )
-    assert "stepz: Extra inputs" in refused(*words)
+    assert "there is no field 'stepz'; did you mean steps?" in refused(*words)
     (tmp_path / "none.jsonl").write_text("")
     assert "has no examples" in refused("train", work / "model", tmp_path / "none.jsonl", "-o", tmp_path / "t")
     # A plan for another pool, in training and in verification.

@@ -55,7 +55,7 @@ def test_a_first_atlas(tmp_path: Path, given: list[object], run: RunCommand) -> 
     [
         (["--budget", "soon"], "--budget: 'soon' is no time such as 90s, 30m or 2h"),
         (["--budget", "0.001s"], "a budget of 1s is too small: the least is "),
-        (["--tasks", 1], "start: tasks: Input should be greater than or equal to 2"),
+        (["--tasks", 1], "start: tasks: must be at least 2, not 1"),
         (["--recipe", "nothing"], "there is no recipe nothing"),
     ],
 )

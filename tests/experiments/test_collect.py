@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,45 @@ def test_interrupted_collection_resumes(tmp_path: Path) -> None:
     assert {what.partition(":")[0] for what in done} == {"spelling"}
     straight = collect_into(tmp_path / "b.atlas", tiny(), pool, TASKS, RECIPE)
     np.testing.assert_allclose(atlas.matrix().values, straight.matrix().values, atol=1e-6)
+
+
+@pytest.mark.parametrize(("number", "answers"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_at_any_stage_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, answers: bool
+) -> None:
+    """Signals one after another, in each stage; what comes out is what an uninterrupted run gives."""
+    monkeypatch.setattr(sys.modules["forgetcast.lm.score"], "BATCH_TOKENS", 64)  # so that there are several batches
+    pool, tasks = Pool([*QUESTIONS, *make_pool(30)]), {"adding": TASKS["adding"]}
+    options: dict[str, Any] = {"exact_match": answers, "max_new_tokens": 2}
+    path, before = tmp_path / "a.atlas", signal.signal(signal.SIGTERM, signal.default_int_handler)
+    places = ["base model: scoring", "adding: fine-tuning", "adding: scoring"]
+    if answers:
+        places = [*places[:1], "base model: answering", *places[1:], "adding: answering"]
+    seen: list[str] = []
+
+    def interrupt(at: str) -> Any:
+        def on_progress(what: str, *_: int) -> None:
+            seen.append(what)
+            if what == at:
+                os.kill(os.getpid(), number)
+
+        return on_progress
+
+    try:
+        for place in places:
+            with pytest.raises(KeyboardInterrupt):
+                collect_into(path, tiny(), pool, tasks, RECIPE, **options, on_progress=interrupt(place))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    atlas = collect_into(path, tiny(), pool, tasks, RECIPE, **options, on_progress=interrupt("nowhere"))
+    assert seen.count("adding: fine-tuning") == RECIPE.steps  # none was taken twice
+    assert atlas.provenance("adding")["cost"]["scoring"]["seconds"] is None  # known of a part of them only
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.atlas"]
+    straight = collect_into(tmp_path / "b.atlas", tiny(), pool, tasks, RECIPE, **options)
+    np.testing.assert_allclose(atlas.nll_before, straight.nll_before, atol=1e-6)
+    np.testing.assert_allclose(atlas.matrix().values, straight.matrix().values, atol=1e-6)
+    assert atlas.provenance("adding")["model_hash"] == straight.provenance("adding")["model_hash"]  # bit by bit
+    assert atlas.before.predictions == straight.before.predictions
 
 
 def test_forgetting_by_exact_match(tmp_path: Path, run: RunCommand) -> None:
@@ -104,7 +146,7 @@ def test_progress_ends_at_its_total(tmp_path: Path, answers: bool) -> None:
         on_progress=lambda _, *n: seen.append(n),
     )  # fmt: skip
     assert seen[-1][0] == seen[-1][1]
-    assert all(a[0] <= b[0] and a[1] == b[1] for a, b in pairwise(seen))
+    assert all(a[0] <= b[0] for a, b in pairwise(seen))
 
 
 def test_mismatched_atlas_is_rejected(tmp_path: Path) -> None:
@@ -139,11 +181,14 @@ def test_a_recipe_by_its_name_or_its_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("model: m\npool: p\ntasks: t\natlas: a\nrecipe: x\n", "config.yaml: recipe: there is no recipe"),
-        ("model: m\npool: p\ntasks: t\natlas: a\nrecipe: {stepz: 3}\n", "recipe.stepz: Extra inputs are not permitted"),
-        ("model: m\npool: p\natlas: a\n", "tasks: Field required"),
-        ("model: m\npool: p\ntasks: t\natlas: a\nsteps: 3\n", "steps: Extra inputs are not permitted"),
+        (
+            "model: m\npool: p\ntasks: t\natlas: a\nrecipe: {stepz: 3}\n",
+            "there is no field 'recipe.stepz'; did you mean steps?",
+        ),
+        ("model: m\npool: p\natlas: a\n", "the field 'tasks' is missing"),
+        ("model: m\npool: p\ntasks: t\natlas: a\nsteps: 3\n", "there is no field 'steps'"),
         ("model: [", "is not YAML"),
-        ("- a\n- b\n", "valid dictionary"),
+        ("- a\n- b\n", "must be an object, not a list"),
     ],
 )
 def test_invalid_configurations_are_rejected(tmp_path: Path, text: str, message: str) -> None:

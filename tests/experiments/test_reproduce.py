@@ -218,6 +218,9 @@ def test_rows_that_are_measured_in_part_are_not_judged() -> None:
     assert {"main/0", "main/1", "main/2"} <= set(split.known)
     assert "other/1" not in split.out_of_domain
     assert split.unused == 1
+    elsewhere = draw_split(matrix, priors=("main/0", "main/1", "other/0"))
+    assert {"main/0", "main/1"} <= set(elsewhere.known)
+    assert "other/0" not in elsewhere.out_of_domain
     values[:12, 5] = np.nan
     with pytest.raises(DataError, match="0 of them measured as a whole"):
         draw_split(ForgettingMatrix(values, tasks=matrix.tasks))

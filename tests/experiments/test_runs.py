@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from forgetcast import DataError, MismatchError, Scores
-from forgetcast.experiments.runs import AtlasRows, RunStore, ScoreFiles, Stages
+from forgetcast.experiments.runs import AtlasRows, RunStore, ScoreFiles
 from support.data import make_atlas, make_pool, make_scores
 
 POOL = make_pool()
@@ -33,7 +33,7 @@ def test_a_run_is_made_once_and_refused_with_other_settings(tmp_path: Path, kind
         return replace(scores, metadata={**scores.metadata, **FACTS})
 
     for _ in range(2):
-        runs.ensure("run", SETTINGS, run)
+        runs.ensure("run", SETTINGS, lambda _: run())
     assert made == 1
     assert runs.has("run", SETTINGS)
     assert not runs.has("other", SETTINGS)
@@ -63,14 +63,3 @@ def test_a_file_that_is_no_finished_run_is_named(tmp_path: Path, field: str, val
     if value != {"other": 2.5}:  # which test sets there are is not among the settings
         with pytest.raises(DataError, match=field):
             runs.has("run", SETTINGS)
-
-
-def test_stages_add_up() -> None:
-    seen: list[tuple[str, int, int]] = []
-    stages = Stages(lambda *progress: seen.append(progress))
-    first = stages.stage(later=7)
-    first("a", 1, 2)
-    first("a", 2, 2)
-    second = stages.stage(later=0)
-    second("b", 7, 7)
-    assert seen == [("a", 1, 9), ("a", 2, 9), ("b", 9, 9)]

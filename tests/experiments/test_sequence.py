@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, atlas: Atlas) -> tuple[Path,
     seen: list[tuple[int, int]] = []
     result = run_in(folder, atlas, on_progress=lambda _, *n: seen.append(n))
     assert seen[-1][0] == seen[-1][1]
-    assert all(a[0] <= b[0] and a[1] == b[1] for a, b in pairwise(seen))
+    assert all(a[0] <= b[0] for a, b in pairwise(seen))
     return folder, result
 
 
@@ -339,7 +339,7 @@ def test_a_result_as_a_file() -> None:
         return content | {"stages": [content["stages"][0] | fields, *content["stages"][1:]]}
 
     for bad, message in (
-        ({}, "this is not a sequence: stages: Field required"),
+        ({}, "this is not a sequence: the field 'stages' is missing"),
         ([], "this is not a sequence"),
         (content | {"stages": []}, "has at least two stages"),
         (content | {"judged": "many"}, "judged: "),
@@ -373,11 +373,11 @@ def test_a_result_as_a_file() -> None:
             "'none' cannot be .*: it replays nothing, and is a baseline anyway",
         ),
         ({"strategies": ("top", "padding")}, "'padding' cannot be used in a sequence: it replays no upstream example"),
-        ({"orders": 0}, "orders: Input should be greater than or equal to 1"),
-        ({"probes": 0}, "probes: Input should be greater than or equal to 1"),
-        ({"ratio": 0.0}, "ratio: Input should be greater than 0"),
-        ({"ratio": float("inf")}, "ratio: Input should be a finite number"),
-        ({"hold_out": 1.0}, "hold_out: Input should be less than 1"),
+        ({"orders": 0}, "orders: must be at least 1, not 0"),
+        ({"probes": 0}, "probes: must be at least 1, not 0"),
+        ({"ratio": 0.0}, "ratio: must be greater than 0, not 0"),
+        ({"ratio": float("inf")}, "ratio: must be a finite number, not inf"),
+        ({"hold_out": 1.0}, "hold_out: must be less than 1, not 1"),
     ],
 )
 def test_invalid_settings_are_rejected(wrong: dict[str, Any], message: str) -> None:
@@ -461,7 +461,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
         return err
 
     assert "cannot be used in a sequence" in refused(*files(), "--strategy", "most-forgotten")
-    assert "orders: Input should be greater than or equal to 1" in refused(*files(), "--orders", 0)
+    assert "orders: must be at least 1, not 0" in refused(*files(), "--orders", 0)
     assert "at least two tasks, not 1" in refused(*files(tmp_path / "tasks" / "adding.jsonl"))
     assert "two tasks are called 'adding'" in refused(*files(*[tmp_path / "tasks" / "adding.jsonl"] * 2))
     assert "leaves none to test" in refused(*files(), "--test-share", 0)

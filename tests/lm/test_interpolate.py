@@ -106,7 +106,8 @@ class TestChoice:
         base, pool, validation = tiny(), make_pool(8), TASK.subset(TASK.ids[:3])
         tuned = FineTuner(tiny()).tune(TASK.subset(TASK.ids[3:]), RECIPE).language_model
         end, before, at_end = state(tuned.model), score(base, pool), score(tuned, validation).nll
-        found = choose_alpha(Interpolation(tuned, base.model.state_dict()), pool, validation, before, margin=0.5)
+        between = Interpolation(tuned, base.model.state_dict())
+        found = choose_alpha(between, pool, validation, before, margin=0.5)
         point = next(each for each in found.points if each.alpha == 0.5)
         by_hand = tiny()
         by_hand.model.load_state_dict(
@@ -124,11 +125,11 @@ class TestChoice:
         assert found.tokens == 11 * tokens
         assert f"alpha {found.alpha:g}: on the probes" in found.sentence()
         # Without scores of the base model, those of alpha 0 are taken.
-        again = choose_alpha(Interpolation(tuned, base.model.state_dict()), pool, validation, alphas=[0.5], margin=0.5)
+        again = choose_alpha(between, pool, validation, alphas=[0.5], margin=0.5)
         assert [each.alpha for each in again.points] == [0, 0.5, 1]
         assert again.points[1].forgetting == pytest.approx(point.forgetting, abs=1e-6)
         with pytest.raises(ConfigError, match="must not be negative"):
-            choose_alpha(Interpolation(tuned, base.model.state_dict()), pool, validation, margin=-1)
+            choose_alpha(between, pool, validation, margin=-1)
 
 
 class TestCommand:

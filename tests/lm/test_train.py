@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool
-from forgetcast.lm import FineTuner, LanguageModel, Recipe, ReplayMixture, load, score
+from forgetcast.interruption import Interrupted
+from forgetcast.lm import FineTuner, LanguageModel, Recipe, ReplayMixture, load, score, train
 from forgetcast.lm.mixture import spread
 from support.data import make_pool
 from support.dying import tune_with_replay
@@ -163,10 +168,18 @@ def test_a_loss_that_explodes_is_an_error() -> None:
         FineTuner(tiny()).tune(TASK, RECIPE.model_copy(update={"learning_rate": 1e30, "steps": 4}))
 
 
-@pytest.mark.parametrize("text", ["stepz: 3", "steps: 0", "learning_rate: -1", "method: qlora"])
-def test_invalid_recipes_are_rejected(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stepz: 3", "there is no field 'stepz'; did you mean steps?"),
+        ("steps: 0", "steps: must be at least 1, not 0"),
+        ("learning_rate: -1", "learning_rate: must be greater than 0, not -1"),
+        ("method: qlora", "method: must be one of full, lora, not 'qlora'; did you mean lora?"),
+    ],
+)
+def test_invalid_recipes_are_rejected(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "recipe.yaml").write_text(f"batch_size: 4\n{text}\n")
-    with pytest.raises(ConfigError, match=rf"recipe\.yaml: {text.partition(':')[0]}: "):
+    with pytest.raises(ConfigError, match=re.escape(f"recipe.yaml: {said}")):
         Recipe.load(tmp_path / "recipe.yaml")
 
 
@@ -215,6 +228,80 @@ def test_killed_run_resumes_to_the_same_model(tmp_path: Path, method: str) -> No
     straight = FineTuner(tiny()).tune(TASK, recipe, plan=plan, pool=pool)
     assert straight.replayed == found.replayed
     np.testing.assert_allclose(after, score(straight.language_model, pool).nll, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [1, 5, 12])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_ctrl_c_leaves_a_checkpoint_and_the_run_goes_on_to_the_very_same_model(
+    tmp_path: Path, method: str, step: int
+) -> None:
+    recipe, pool = RECIPE.model_copy(update={"method": method}), make_pool(24)
+    given: dict[str, Any] = {"plan": plan_for(pool, "random", 0.5, seed=3), "pool": pool}
+    straight = FineTuner(tiny()).tune(TASK, recipe, **given)
+    expected = {name: value.clone() for name, value in straight.language_model.model.state_dict().items()}
+
+    def interrupt(i: int, _: int) -> None:
+        if i == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=f"^after step {step} of 12$"):
+        FineTuner(tiny()).tune(TASK, recipe, **given, checkpoints=tmp_path, on_step=interrupt)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    steps: list[int] = []
+    tuner = FineTuner(tiny())
+    resumed = tuner.tune(TASK, recipe, **given, checkpoints=tmp_path, on_step=lambda i, _: steps.append(i))
+    assert steps == list(range(step + 1, 13))
+    assert same_weights(resumed.language_model.model, expected)
+    assert (resumed.steps, resumed.replayed) == (straight.steps, straight.replayed)
+    # Kept, it is found by another tuner without a step.
+    tuner.keep(resumed, tmp_path)
+    found = FineTuner(tiny()).tune(TASK, recipe, **given, checkpoints=tmp_path, on_step=lambda i, _: steps.append(i))
+    assert len(steps) == 12 - step
+    assert same_weights(found.language_model.model, expected)
+    assert (found.replayed, found.seconds, found.tokens) == (resumed.replayed, resumed.seconds, resumed.tokens)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_saved_model_says_how_it_was_made(tmp_path: Path, method: str) -> None:
+    recipe, pool = RECIPE.model_copy(update={"method": method, "steps": 2}), make_pool(24)
+    tuned = FineTuner(tiny()).tune(TASK, recipe, plan=plan_for(pool, "random", 0.5, seed=3), pool=pool)
+    tuned.save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "More Information Needed" not in card
+    for said in (f"    method: {method}\n", TASK.fingerprint, tiny().weights_hash, "examples by random, ratio 0.5"):
+        assert said in card
+
+
+def test_the_seconds_of_an_interrupted_run_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by one at every step."""
+    now = 0.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+
+    def tick(i: int, _: int) -> None:
+        nonlocal now
+        now += 1
+        if i == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        FineTuner(tiny()).tune(TASK, RECIPE, checkpoints=tmp_path, on_step=tick)
+    now = 1000.0
+    assert FineTuner(tiny()).tune(TASK, RECIPE, checkpoints=tmp_path, on_step=tick).seconds == 8
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def interrupt(i: int, _: int) -> None:
+        steps.append(i)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        FineTuner(tiny()).tune(TASK, RECIPE, checkpoints=tmp_path, on_step=interrupt)
+    assert not isinstance(raised.value, Interrupted)
+    assert steps == [1]
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_an_example_without_a_token_to_train_on() -> None:

@@ -180,6 +180,8 @@ def test_excluded_runs() -> None:
         one("d", "none", 0.0, 0.4, setup="long"),
         one("d", "random", 0.1, 0.2, setup="short"),
         Run("e", "random", 0, 0.2, 0.4, 1.0, 0, 8, 1.0),
+        one("f", "interpolation", 0.0, 0.1),
+        one("f", "random", 0.1, 0.2),
     ]
     assert ReplayLaw.fit(runs).runs == 0
     law = ReplayLaw.fit([*runs, one("d", "none", 0.0, 0.3, setup="short")])
@@ -227,7 +229,7 @@ def test_the_atlas_keeps_runs(tmp_path: Path) -> None:
     kept.add_replays([first, first | {"seed": 1}])
     kept.add_replays([again])
     assert Atlas.open(kept.path).replays == [first | {"seed": 1}, again], "the one that replaces another is the newest"
-    with pytest.raises(DataError, match=r"replays: 0\.arm: Field required"):
+    with pytest.raises(DataError, match=r"replays: the field '0\.arm' is missing"):
         advise(kept, "random")
     for file in (kept.path / "replays").iterdir():
         file.write_text('{"a": 1}')

@@ -1,4 +1,4 @@
-"""Work that another process begins; all but the last function end that process with code 9 in the middle of it."""
+"""Work that another process begins; most of these end that process with code 9 in the middle of it."""
 
 from __future__ import annotations
 
@@ -111,3 +111,57 @@ def run_cli(words: list[object], connection: Connection) -> None:
     from support.cli import run_command
 
     connection.send(run_command(*words))
+
+
+def hold_claim(path: Path, connection: Connection) -> None:
+    """Claim work, say so, and keep it until a word comes."""
+    from forgetcast.experiments.claims import claimed
+
+    with claimed(path) as ours:
+        assert ours
+        connection.send("claimed")
+        connection.recv()
+
+
+def collect_slowly(path: Path, connection: Connection) -> None:
+    """Collect rows; say so amid the first, wait for a word, and send the names of the rows that were tuned here."""
+    from forgetcast.experiments.collect import collect
+    from forgetcast.lm import FineTuner
+    from support.models import tiny
+    from support.training import TASKS, make_recipe
+
+    tuned: list[str] = []
+
+    def on_progress(what: str, *_: int) -> None:
+        name, _, doing = what.partition(": ")
+        if doing == "fine-tuning" and name not in tuned:
+            tuned.append(name)
+            connection.send("at work")
+            connection.recv()
+
+    collect(FineTuner(tiny()), Atlas.open(path), make_recipe(), TASKS, on_progress=on_progress)
+    connection.send(tuned)
+
+
+def run_cli_signalled(words: list[object], number: int, step: int, folder: Path) -> None:
+    """Run a command as a process of its own; a signal comes at a step of the training. Its output goes to files."""
+    import sys
+
+    from forgetcast.lm import train
+
+    for name, stream in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    kept = open(1, "w"), open(2, "w")  # noqa: SIM115  # which would be closed if nothing else named them
+    sys.stdout, sys.stderr = kept
+    inner = train._Progress.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), number)
+        inner(self, args, state, control, **given)
+
+    train._Progress.on_step_end = on_step_end  # type: ignore[method-assign]
+    sys.argv = ["forgetcast", *map(str, words)]
+    from forgetcast.__main__ import main
+
+    main()

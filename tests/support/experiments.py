@@ -9,8 +9,8 @@ from typing import Any
 
 from forgetcast import Atlas, Pool, Scores, collect, prepare_atlas, verify
 from forgetcast.experiments import ReplayComparison, Verification
-from forgetcast.experiments.collect import collection_units
-from forgetcast.experiments.runs import Stages
+from forgetcast.experiments.collect import collection_work
+from forgetcast.experiments.meter import Meter, Work
 from forgetcast.lm import FineTuner, LanguageModel, Recipe
 
 
@@ -18,11 +18,12 @@ def collect_into(
     path: Path, base: LanguageModel, pool: Pool, tasks: dict[str, Pool], recipe: Recipe, **options: Any
 ) -> Atlas:
     """Prepare an atlas and collect its rows."""
-    stages, answered = Stages(options.pop("on_progress", None)), options.get("exact_match", False)
-    later = collection_units(len(tasks), pool, recipe, answered=answered)
-    atlas = prepare_atlas(path, base, pool, recipe, on_progress=stages.stage(later=later), **options)
+    meter, answered = Meter(options.pop("on_progress", None)), options.get("exact_match", False)
+    meter.later = collection_work(tasks.values(), pool, recipe, base.context, answered=answered)
+    atlas = prepare_atlas(path, base, pool, recipe, on_progress=meter, **options)
+    meter.later = Work()
     metric = options.get("metric")
-    return collect(FineTuner(base), atlas, recipe, tasks, metric=metric, on_progress=stages.stage(later=0))
+    return collect(FineTuner(base), atlas, recipe, tasks, metric=metric, on_progress=meter)
 
 
 def verify_on(

@@ -24,9 +24,9 @@ from forgetcast.atlas.storage import FolderStorage, storage_of, whole_folder
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError
+from forgetcast.faults import in_words
 from forgetcast.files import atomic_path, check_seal, opened_parquet, read_metadata, write_parquet
 from forgetcast.measure.scores import Scores
-from forgetcast.results import first_fault
 from forgetcast.text import markdown_text
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def _info(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         info = json.loads(row["provenance"])
         PartInfo.model_validate({"base": "", "examples": 0, **info})
     except ValidationError as error:
-        raise DataError(f"{where}: {first_fault(error)}") from None
+        raise DataError(f"{where}: {in_words(error)}") from None
     except (TypeError, ValueError, RecursionError):
         raise DataError(f"{where}: its provenance is no JSON object") from None
     if not row["task"] or info["name"] != row["task"]:

@@ -1,13 +1,18 @@
 """The command line: parse, call the library, print.
 
-Exit codes: 0 done, 1 a condition of `diff` holds, 2 bad input (one line on standard error says which), 130 interrupted,
-141 nobody reads the output any more.
+Exit codes: 0 done, 1 a condition of `diff` holds, 2 bad input (one line on standard error says which), 130 interrupted
+(143: by SIGTERM), 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import sys
 import warnings
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -28,6 +33,7 @@ from forgetcast.cli import (  # isort: skip
 )
 from forgetcast.cli.app import app, err, fail, out
 from forgetcast.errors import ForgetcastError
+from forgetcast.text import did_you_mean, visible
 
 __all__ = [
     "app",
@@ -51,12 +57,11 @@ __all__ = [
 
 def main() -> None:
     """Run the command line; errors raised on purpose become one line and exit code 2."""
-    # Between PEFT and Transformers; nothing that a user of the command could act on.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-    warnings.showwarning = lambda message, *_, **__: err.print(f"warning: {message}", markup=False, soft_wrap=True)
+    _quieten()
+    command = _without_types_of_flags(typer.main.get_command(app))
     try:
         # Typer would print the user's words as they are. What a command returns here is the code of its `typer.Exit`.
-        raise SystemExit(app(standalone_mode=False) or 0)
+        raise SystemExit(command(standalone_mode=False) or 0)
     except ForgetcastError as error:
         fail(str(error))
     except OSError as error:
@@ -68,6 +73,41 @@ def main() -> None:
         if (said := _usage(error) or _foreign(error)) is None:
             raise  # a fault of this package, which a traceback helps to find
         fail(said)
+
+
+def _quieten() -> None:
+    """Show the warnings of this package, and of the libraries their errors only, unless Python was asked for more.
+
+    What libraries say below that is for the callers of their functions; what matters of it to who uses the command is
+    said here in other words. `PYTHONWARNINGS=default forgetcast ...` shows everything.
+    """
+    if sys.warnoptions:
+        return
+    logging.disable(logging.WARNING)
+    ours = str(Path(__file__).parents[1])
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+        if filename.startswith(ours) and not issubclass(category, DeprecationWarning | FutureWarning):
+            err.print(f"warning: {message}", markup=False, soft_wrap=True)
+
+    warnings.showwarning = show
+
+
+def _without_types_of_flags(command: Any) -> Any:
+    """Return a command whose help, and that of its sub-commands, does not call options without a value <bool>."""
+    get_params = command.get_params
+
+    def with_empty_names(context: Any) -> list[Any]:
+        parameters: list[Any] = get_params(context)
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return parameters
+
+    command.get_params = with_empty_names
+    for each in getattr(command, "commands", {}).values():
+        _without_types_of_flags(each)
+    return command
 
 
 def _usage(error: Exception) -> str | None:
@@ -82,8 +122,17 @@ def _usage(error: Exception) -> str | None:
     if type(error).__name__ == "NoArgsIsHelpError":  # the help text is printed already
         raise SystemExit(2)
     reason = " ".join(message().split()).removesuffix(".").replace(": Value error, ", ": ", 1)
+    if (given := getattr(error, "option_name", None)) is not None and hasattr(error, "possibilities"):
+        reason = f"there is no option {visible(given)}{did_you_mean(given, error.possibilities or ())}"
+    elif (choice := _CHOICE.search(reason)) is not None:
+        reason += did_you_mean(choice[1], re.findall("'([^']*)'", choice[2]))
+    elif (command := _COMMAND.match(reason)) is not None and context is not None:
+        reason = f"there is no command '{command[1]}'{did_you_mean(command[1], context.command.commands)}"
     return reason if context is None else f"{reason}; see {context.command_path} --help"
 
+
+_CHOICE = re.compile(r"'([^']*)' is not one of (.*)$")
+_COMMAND = re.compile(r"No such command '([^']*)'")
 
 _FOREIGN = (
     "_pickle",

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from forgetcast.cli.options import ATLAS
 from forgetcast.errors import ConfigError
+from forgetcast.interruption import SIGNALS, Interrupted
 from forgetcast.text import visible
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class _Console(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
+
+    def print(self, *parts: Any, **options: Any) -> None:
+        """Print; sentences are wrapped on a terminal only, so that a line of a log is one line."""
+        if not self.is_terminal and all(isinstance(part, str | Text) for part in parts):
+            options.setdefault("soft_wrap", True)
+        super().print(*parts, **options)
 
 
 out, err = _Console(), _Console(stderr=True)
@@ -93,12 +100,21 @@ def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
             err.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
+def import_torch() -> None:
+    """Import what language models need, and say so: it takes seconds, and comes after all checks."""
+    if "forgetcast.lm" not in sys.modules and is_first():
+        err.print("loading PyTorch and Transformers", soft_wrap=True)
+    import forgetcast.lm  # noqa: F401
+
+
 def load_base(
     model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
 ) -> LanguageModel:
     """Load a base model, and check that it is the atlas's; by default, conversations are rendered as for the atlas."""
     from forgetcast.data import Rendering
     from forgetcast.experiments.runs import check_base, rendering_of
+
+    import_torch()
     from forgetcast.lm import load
 
     rendering = rendering or (Rendering() if atlas is None else rendering_of(atlas))
@@ -255,6 +271,23 @@ def print_text(text: str) -> None:
     sys.stdout.flush()
 
 
+class Pace:
+    """Estimates the time left from all the work so far, whose total may change meanwhile."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def left(self, done: int, total: int) -> float | None:
+        """Return the seconds left after a report of finished and all units of work; None if they are not known yet."""
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = now, done
+        since, before = self._first
+        if done == before or now == since or not total:
+            return None
+        return max(total - done, 0) * (now - since) / (done - before)
+
+
 @contextmanager
 def progress(
     *, resumable: bool = True, above: Callable[[], RenderableType] | None = None
@@ -275,48 +308,64 @@ def progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
+        TextColumn("left: {task.fields[left]}"),
     )
-    with Bar(*columns, console=err, transient=True, speed_estimate_period=120, disable=not err.is_terminal) as bar:
-        row = bar.add_task("starting", total=None)
-        printed = time.monotonic()
+    with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        row = bar.add_task("starting", total=None, left="unknown")
+        printed, doing, pace = time.monotonic(), "", Pace()
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal printed
-            bar.update(row, description=visible(what), completed=done, total=total or None)  # a stream's end is unknown
-            if not err.is_terminal and time.monotonic() - printed > SECONDS_BETWEEN_LINES:
-                printed = time.monotonic()
-                remaining = bar.tasks[row].time_remaining
-                estimate = f", {timedelta(seconds=round(remaining))} left" if remaining is not None else ""
-                err.print(f"{done / total:4.0%}{estimate}  {what}" if total else f"{done:,}  {what}", markup=False)
+            nonlocal printed, doing
+            waits = not done and not total and what != doing  # for what a log would say nothing of
+            doing, left = visible(what), pace.left(done, total)
+            shown = str(timedelta(seconds=round(left))) if left is not None else "unknown"
+            bar.update(row, description=doing, completed=done, total=total or None, left=shown)
+            if err.is_terminal or not (waits or time.monotonic() - printed > SECONDS_BETWEEN_LINES):
+                return
+            printed = time.monotonic()
+            if waits:
+                err.print(doing, markup=False)
+            elif total:
+                err.print(f"{done / total:4.0%}, {shown} left  {what}", markup=False)
+            else:  # of a stream
+                err.print(f"{done:,}  {what}", markup=False)
 
         with _interruptible() as interrupted:
             try:
                 yield report
-            except BaseException:  # an import that is interrupted raises something else
-                if not interrupted:
+            except BaseException as error:  # an import that is interrupted raises something else
+                if not (interrupted or isinstance(error, Interrupted)):
                     raise
-                if resumable:
-                    err.print("interrupted; finished work is kept, and the same command continues from there")
-                raise typer.Exit(130) from None
+                bar.stop()
+                if isinstance(error, Interrupted):
+                    said, number = f"interrupted {error}; the same command goes on from there", error.number
+                else:
+                    said, number = "interrupted" + f" in {doing}" * bool(doing), interrupted[-1]
+                    said += "; what was finished is kept, and the same command goes on from there" * resumable
+                err.print(said, markup=False, soft_wrap=True)
+                raise typer.Exit(128 + number) from None
 
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Let Ctrl-C raise KeyboardInterrupt, for work that has something to put in order; yield a list of such signals."""
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt, for work that has something to put in order.
+
+    Yield a list of the signals that came.
+    """
     signals: list[int] = []
 
     def interrupt(number: int, _: object) -> None:
         signals.append(number)
         raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = {number: handler for number, handler in before.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        ours = {}
+    for number in ours:
+        signal.signal(number, interrupt)
     try:
         yield signals
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in ours.items():
+            signal.signal(number, handler)

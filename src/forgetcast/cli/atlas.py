@@ -11,6 +11,7 @@ import typer
 from forgetcast.cli.app import (
     app,
     err,
+    import_torch,
     load_data,
     load_matrix,
     out,
@@ -33,6 +34,7 @@ from forgetcast.cli.options import (
 )
 from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
 from forgetcast.errors import ConfigError, IncompleteError
+from forgetcast.model_files import check_name
 from forgetcast.results import plain
 
 
@@ -66,12 +68,12 @@ def collect(
     from forgetcast.cli.tables import runs_table
     from forgetcast.experiments.collect import FEWEST_FOR_A_SHARE, CollectConfig, run_sweep
     from forgetcast.experiments.on_ray import run_on_ray
-    from forgetcast.lm import load
 
     require_single_process("collect")
     if engine is Engine.LOCAL and (address is not None or gpus or memory):
         raise ConfigError("--address, --gpus and --memory are for --engine ray")
     settings = CollectConfig.load(config)
+    check_name(settings.model, loading.arguments()["model_kwargs"])
     check_writable(settings.atlas)
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
@@ -82,6 +84,10 @@ def collect(
             markup=False,
             soft_wrap=True,
         )
+    settings.sweep(only or ()).rows(tasks, settings.recipe.seed)  # an unknown name is an error at once
+    import_torch()
+    from forgetcast.lm import load
+
     failures: dict[str, str] = {}
     figures: dict[str, dict[str, float]] = {}
     with progress(above=lambda: runs_table(figures)) as report:

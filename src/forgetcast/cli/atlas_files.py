@@ -13,6 +13,7 @@ from forgetcast.cli.app import (
     arguments_as_scored,
     atlas_app,
     err,
+    import_torch,
     load_data,
     out,
     print_all,
@@ -70,11 +71,13 @@ def create(
     """
     from forgetcast.data import Rendering
     from forgetcast.experiments import create_atlas
-    from forgetcast.lm import load
 
     require_single_process("atlas create")
     examples, rendering = load_data(pool, format, column, strict), Rendering(date or Rendering.date, not no_thinking)
-    with progress(resumable=False) as report:
+    import_torch()
+    from forgetcast.lm import load
+
+    with progress() as report:
         atlas = create_atlas(
             output,
             lambda: replace(load(model, **loading.arguments()), rendering=rendering),
@@ -144,6 +147,7 @@ def add(
         if row != Path(model).name:
             err.print(f"{model} is called {row!r}", markup=False, soft_wrap=True)
 
+    import_torch()
     from forgetcast.lm import SharedBase
 
     with progress() as report:

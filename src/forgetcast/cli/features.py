@@ -68,13 +68,14 @@ def features(
     from forgetcast.atlas import Atlas
     from forgetcast.data.reader import Reader, ReadOptions
     from forgetcast.experiments.runs import length_settings
-    from forgetcast.lm.features import feature_settings, write_features
     from forgetcast.measure.features import FeatureFolder
 
     require_single_process("features")
     check_destination(output, folder=True)
     opened = None if atlas is None else Atlas.open(atlas)
     base = load_base(model, loading, opened)
+    from forgetcast.lm.features import feature_settings, write_features
+
     folder = FeatureFolder.begin(
         output,
         feature_settings(
@@ -145,13 +146,15 @@ def preflight(
     from forgetcast.data import Pool
     from forgetcast.data.reader import data_name
     from forgetcast.experiments.collect import task_files
-    from forgetcast.lm.features import task_features
 
     require_single_process("preflight")
     if output is not None:
         check_destination(output)
     opened = Atlas.open(atlas)
-    base, new = load_base(model, loading, opened), load_data(task)
+    new = load_data(task)
+    base = load_base(model, loading, opened)
+    from forgetcast.lm.features import task_features
+
     name = data_name(task)
     past = opened.others(name)
     fitted = Bayesian().fit(opened.stored(past))

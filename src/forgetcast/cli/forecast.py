@@ -15,6 +15,7 @@ from forgetcast.cli.app import (
     app,
     arguments_as_scored,
     err,
+    import_torch,
     load_matrix,
     numbers,
     out,
@@ -42,6 +43,7 @@ from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
 from forgetcast.progress import OnProgress, counted
+from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -331,9 +333,11 @@ def _measure(
     """Load a tuned model and measure its probes."""
     from forgetcast.experiments.runs import rendering_of
     from forgetcast.experiments.until import ProbeScores, measure_until
-    from forgetcast.lm import load
 
     require_single_process("forecast")
+    import_torch()
+    from forgetcast.lm import load
+
     language_model = replace(load(model, **arguments_as_scored(loading, atlas)), rendering=rendering_of(atlas))
     measure = ProbeScores(
         atlas,
@@ -494,7 +498,8 @@ def _method(name: str) -> Completion:
     from forgetcast import completion
 
     if name not in completion.METHODS:
-        raise ConfigError(f"unknown method {name!r}; choose from {', '.join(completion.METHODS)}")
+        hint = did_you_mean(name, completion.METHODS)
+        raise ConfigError(f"unknown method {name!r}; choose from {', '.join(completion.METHODS)}{hint}")
     return completion.METHODS[name]()
 
 

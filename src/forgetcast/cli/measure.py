@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ import typer
 from forgetcast.cli.app import (
     app,
     err,
+    import_torch,
     is_first,
     load_data,
     out,
@@ -89,37 +90,41 @@ def score(
 ) -> None:
     """Measure how well a model predicts each example: nats per target token.
 
-    An interrupted run continues with the same command, also within what `--repeat` and `--reference` add.
+    An interrupted run continues with the same command, also within what --repeat, --reference and --exact-match add.
 
     Example: forgetcast score ./my-model pool.jsonl -o before.parquet
     """
     import numpy as np
 
     from forgetcast.data import Rendering
-    from forgetcast.lm import exact_match, kl_divergence, load, score_again
-    from forgetcast.lm import score as score_pool
+    from forgetcast.experiments.meter import Meter, Work, scoring_work
     from forgetcast.measure import Scores
 
     check_destination(output)
     examples = load_data(pool, format, column, strict)
+    import_torch()
+    from forgetcast.lm import exact_match, kl_divergence, load, score_again
+    from forgetcast.lm import score as score_pool
+
     rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = replace(load(model, **loading.arguments()), rendering=rendering)
     compared = None
     if reference is not None:
         # The base of a model that is quantised while it is loaded is not.
         compared = replace(load(reference, **replace(loading, load_in=None).arguments()), rendering=rendering)
-    settings = {"max_length": max_length, "stride": stride}
+    settings: dict[str, Any] = {"max_length": max_length, "stride": stride}
     # What is added to the scores has files of its own; while they exist, the scores themselves are complete.
-    again, divergence = (output.with_name(f"{output.name}.{name}.partial") for name in ("repeat", "kl"))
-    resumed = output.is_file() and ((repeat > 1 and again.is_file()) or (compared and divergence.is_file()))
-    done = 0
-
+    again, divergence, answered = (
+        output.with_name(f"{output.name}.{name}.partial") for name in ("repeat", "kl", "answers")
+    )
+    added = [file for file, asked in ((again, repeat > 1), (divergence, compared), (answered, answers)) if asked]
+    resumed = output.is_file() and any(file.is_file() for file in added)
     with progress() as report:
+        meter, longest = Meter(report), max_length or language_model.context
 
-        def count(finished: int, what: str = "scoring") -> None:
-            nonlocal done
-            done += finished
-            report(what, done, len(examples))
+        def count(what: str, kind: str = "scoring") -> Callable[[int], None]:
+            meter.begin(Work(**{kind: scoring_work(examples, longest).scoring}))
+            return meter.scored(examples, longest, what, kind)
 
         if resumed:
             scores = Scores.load(output)
@@ -131,23 +136,21 @@ def score(
                 **settings,
                 batch_tokens=batch_tokens,
                 partial=output.with_name(f"{output.name}.partial"),
-                on_progress=count,
+                on_progress=count("scoring"),
             )
         if repeat > 1 and scores.repeats is None:
             _keep(scores, output)
-            done = 0
             repeats = score_again(
                 language_model,
                 examples,
                 scores,
                 batch_tokens=batch_tokens,
                 partial=again,
-                on_progress=lambda n: count(n, "scoring again"),
+                on_progress=count("scoring again"),
             )
             scores = replace(scores, repeats=repeats)
-        if compared is not None:
+        if compared is not None and scores.kl is None:
             _keep(scores, output)
-            done = 0
             kl = kl_divergence(
                 language_model,
                 compared,
@@ -155,14 +158,18 @@ def score(
                 **settings,
                 batch_tokens=batch_tokens,
                 partial=divergence,
-                on_progress=lambda n: count(n, "comparing with the reference"),
+                on_progress=count("comparing with the reference"),
             )
             named = {"reference": compared.name, "reference_hash": compared.weights_hash}
             scores = replace(scores, kl=kl, metadata={**scores.metadata, **named})
         if answers:
-            done = 0
+            _keep(scores, output)
             right, predictions = exact_match(
-                language_model, examples, max_new_tokens=max_new_tokens, on_progress=lambda n: count(n, "answering")
+                language_model,
+                examples,
+                max_new_tokens=max_new_tokens,
+                partial=answered,
+                on_progress=count("answering", "answering"),
             )
             scores = replace(scores, exact_match=right, predictions=predictions)
     if not is_first():
@@ -170,6 +177,8 @@ def score(
     if examples.report is not None and (examples.skipped or examples.report.duplicates):
         scores = replace(scores, metadata={**scores.metadata, "read": examples.report.as_dict()})
     scores.save(output)
+    if answers:
+        answered.unlink(missing_ok=True)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
     right_answers = None if scores.exact_match is None else _mean(scores.exact_match)
     facts = {
@@ -397,8 +406,6 @@ def generate(
 
     Example: forgetcast generate ./my-model --on-policy pool.jsonl --right-only -o own.jsonl
     """
-    from forgetcast.lm import answer_prompts, load, sample_texts
-
     require_single_process("generate")
     check_destination(output)
     if on_policy is None:
@@ -407,7 +414,14 @@ def generate(
                 "--right-only, --most-likely, --keep-unfinished, --pool-format, --pool-column, --strict and --json are "
                 "for --on-policy"
             )
-        language_model = load(model, **loading.arguments())
+    elif count is not None:
+        raise ConfigError("-n is for texts without a prompt; --on-policy answers every prompt of the pool")
+    upstream = load_data(on_policy, pool_format, pool_column, strict) if on_policy is not None else None
+    import_torch()
+    from forgetcast.lm import answer_prompts, load, sample_texts
+
+    language_model = load(model, **loading.arguments())
+    if upstream is None:
         count = count or 1000
         with progress(resumable=False) as report:
             texts = sample_texts(
@@ -423,10 +437,6 @@ def generate(
             f"{len(texts)} texts written to {output}; next: use it as the pool of a sweep, see collect", markup=False
         )
         return
-    if count is not None:
-        raise ConfigError("-n is for texts without a prompt; --on-policy answers every prompt of the pool")
-    upstream = load_data(on_policy, pool_format, pool_column, strict)
-    language_model = load(model, **loading.arguments())
     with progress(resumable=False) as report:
         own = answer_prompts(
             language_model,

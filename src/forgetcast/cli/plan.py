@@ -47,6 +47,7 @@ from forgetcast.cli.options import (
 from forgetcast.defaults import HOLD_OUT, MOST_EXAMPLES, RATIO
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
+from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -388,7 +389,8 @@ def _of_sources(pool: Pool | Candidates, sources: Sequence[str], among: Sequence
     """Return the ids of the examples of these sources, of those in `among`."""
     if unknown := sorted(set(sources) - set(pool.sources)):
         there = ", ".join(sorted(set(pool.sources)))
-        raise ConfigError(f"the pool has no example of the source {unknown[0]!r}; it has {there}")
+        hint = did_you_mean(unknown[0], pool.sources)
+        raise ConfigError(f"the pool has no example of the source {unknown[0]!r}; it has {there}{hint}")
     of_sources = [id_ for id_, source in zip(pool.ids, pool.sources, strict=True) if source in sources]
     return of_sources if among is None else sorted(set(of_sources).intersection(among))
 
@@ -397,9 +399,9 @@ def _gradients(atlas: Atlas, model: str, task: Pool, loading: Loading) -> np.nda
     """Return the gradient product of every example with a base loss, shape (N,); NaN elsewhere."""
     import numpy as np
 
+    base = load_base(model, loading, atlas).merged()
     from forgetcast.lm import gradient_products
 
-    base = load_base(model, loading, atlas).merged()
     scored = np.flatnonzero(~np.isnan(atlas.nll_before))
     products = np.full(len(atlas.examples), np.nan)
     products[scored] = gradient_products(base, task, atlas.subset(atlas.examples[i] for i in scored.tolist()))

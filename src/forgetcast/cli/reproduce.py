@@ -78,8 +78,10 @@ def reproduce(
         split = Path(matrix)
     if split is not None:
         domains = load_split(split, values)
+    elif atlas is None:
+        domains = draw_split(values)
     else:
-        domains = draw_split(values, None if atlas is None else _tasks_of_rows(atlas))
+        domains = draw_split(values, _tasks_of_rows(atlas), atlas.priors)
     side = gather_side(matrix, values, similarity, tasks, model, embedding) if similarity is not None else None
     # The tests of the replay take no time; a fault in an outcome is found before the work that does.
     arms = () if atlas is None else replay_arms(atlas.replays)

@@ -129,7 +129,7 @@ def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[Renderable
 
 
 def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Table:
-    """Return a table of the last runs of a sweep, and the mean forgetting of all; see `experiments.runs.OnFigures`."""
+    """Return a table of the last runs of a sweep, and the mean forgetting of all; see `experiments.meter.OnFigures`."""
     table = Table("task", "training loss", "tokens/s, training", "tokens/s, scoring", "forgetting")
     formats = {"loss": ".3f", "training": ",.0f", "scoring": ",.0f", "forgetting": "+.3f"}
     for name, found in list(figures.items())[-last:]:

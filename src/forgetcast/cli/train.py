@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,14 +60,16 @@ from forgetcast.cli.options import (
 from forgetcast.defaults import ALPHA_PROBES, HOLD_OUT, LOSS_MARGIN, MOST_EXAMPLES, PROBES, RATIO, TEST_SHARE
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
+from forgetcast.interruption import stoppable
 from forgetcast.progress import counted
+from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
     from forgetcast.data import Pool, Recipe
     from forgetcast.experiments import ReplayComparison, Verification
     from forgetcast.experiments.variants import AskedArm
-    from forgetcast.lm import FineTuner, ReplaySelector
+    from forgetcast.lm import FineTuner, ReplaySelector, Tuned
     from forgetcast.replay import ReplayPlan
 
 
@@ -124,7 +127,7 @@ def train(
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
     tuner = load_tuner(model, loading, opened, rendering)
-    with progress() as report:
+    with _alone_in(partial), progress() as report, stoppable("stopping after this step") as stop:
         tuned = tuner.tune(
             examples,
             settings,
@@ -134,14 +137,11 @@ def train(
             checkpoints=partial,
             on_step=lambda i, n: report("fine-tuning", i, n),
         )
+        if is_first():
+            _store(tuned, partial, output)
+        stop.forget()  # too late: everything is done
     if not is_first():
         return
-    tuned.save(partial / "model")
-    shutil.copy(partial / "run.json", partial / "model" / "run.json")  # from which `add` knows the recipe
-    if output.is_dir():
-        output.rmdir()
-    (partial / "model").rename(output)
-    shutil.rmtree(partial)
     facts = {
         "steps": tuned.steps,
         "replayed": len(tuned.replayed),
@@ -150,6 +150,30 @@ def train(
         "output": str(output),
     }
     show(facts, as_json, title="Fine-tuned")
+
+
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """Raise ConfigError if another command trains into a folder; the processes of this one are as one."""
+    from forgetcast.experiments.claims import claimed
+
+    if not is_first():
+        yield
+        return
+    with claimed(partial) as ours:
+        if not ours:
+            raise ConfigError(f"another process is training into {partial}; choose another output, or wait for it")
+        yield
+
+
+def _store(tuned: Tuned, partial: Path, output: Path) -> None:
+    """Write the model, and remove the checkpoints."""
+    tuned.save(partial / "model")
+    shutil.copy(partial / "run.json", partial / "model" / "run.json")  # from which `add` knows the recipe
+    if output.is_dir():
+        output.rmdir()
+    (partial / "model").rename(output)
+    shutil.rmtree(partial)
 
 
 def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> ReplaySelector:
@@ -291,7 +315,8 @@ def _plans_of(given: Sequence[str], tasks: Sequence[str]) -> dict[str, list[Repl
         elif name in plans:
             plans[name].append(ReplayPlan.load(path))
         else:
-            raise ConfigError(f"--plan {text}: there is no task {name!r}; there are {', '.join(tasks)}")
+            hint = did_you_mean(name, tasks)
+            raise ConfigError(f"--plan {text}: there is no task {name!r}; there are {', '.join(tasks)}{hint}")
     if without := [name for name, of_task in plans.items() if not of_task]:
         raise ConfigError(f"the task {without[0]!r} has no plan; give one as --plan {without[0]}=FILE, or one for all")
     return plans
@@ -411,7 +436,8 @@ def interpolate(
     tuned: Annotated[str, typer.Argument(help="Model that was tuned from it, or a LoRA adapter.")],
     output: Output,
     alpha: Annotated[
-        float | None, typer.Option(help="Place between base (0) and tuned model (1); default: chosen on probes.")
+        float | None,
+        typer.Option(min=0, max=1, help="Place between base (0) and tuned model (1); default: chosen on probes."),
     ] = None,
     atlas: Annotated[str | None, typer.Option(help="To choose: an atlas with the pool and its base scores.")] = None,
     pool: Annotated[Path | None, typer.Option(help="To choose, without an atlas: the pool.")] = None,
@@ -445,14 +471,11 @@ def interpolate(
     Example: forgetcast interpolate ./my-model ./adapter --alpha 0.7 -o between
     """
     from forgetcast.files import write_json
-    from forgetcast.lm import Interpolation, load
-    from forgetcast.lm.interpolate import check_alpha
 
     require_single_process("interpolate")
     check_output_directory(output)
     check_destination(output, folder=True)
     if alpha is not None:
-        check_alpha(alpha)
         if atlas is not None or pool is not None or task is not None or plan is not None:
             raise ConfigError("--atlas, --pool, --task and --plan are to choose alpha; leave them out with --alpha")
         upstream, examples, opened = None, None, None
@@ -462,6 +485,8 @@ def interpolate(
         upstream, opened = _probes_of(atlas, pool, plan, hold_out, probes, seed, (pool_format, pool_column, strict))
         examples = load_data(task, format, column, strict)
     start = load_base(base, loading, opened)
+    from forgetcast.lm import Interpolation, load
+
     end = load(tuned, **loading.arguments())
     end = dataclasses.replace(end, rendering=start.rendering)
     between, chosen = Interpolation(end, start.model.state_dict()), None

@@ -12,6 +12,7 @@ from typing import Any
 from forgetcast.data.example import FIELDS, Example, without_nulls
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import decode_json
+from forgetcast.text import did_you_mean
 
 Row = Mapping[str, Any]
 
@@ -251,10 +252,13 @@ class RowReader:
 
     def __init__(self, format: str | None = None, columns: Mapping[str, str] | None = None) -> None:
         if format is not None and format not in FORMATS:
-            raise ConfigError(f"unknown format {format!r}; choose from {', '.join(FORMATS)}")
+            raise ConfigError(
+                f"unknown format {format!r}; choose from {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}"
+            )
         self._columns = dict(columns or {})
         if unknown := self._columns.keys() - set(KNOWN):
-            raise ConfigError(f"--column: no format has the field {min(unknown)!r}; there are {', '.join(KNOWN)}")
+            hint = did_you_mean(min(unknown), KNOWN)
+            raise ConfigError(f"--column: no format has the field {min(unknown)!r}; there are {', '.join(KNOWN)}{hint}")
         self._formats = {format: FORMATS[format]} if format is not None else FORMATS
         self._insisted = format is not None
         self._found: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
@@ -273,7 +277,8 @@ class RowReader:
         names = list(names)
         for field, column in self._columns.items():
             if column and column not in names:
-                raise DataError(f"there is no column {column!r} for {field!r}; {_listed(names)}")
+                hint = did_you_mean(column, names)
+                raise DataError(f"there is no column {column!r} for {field!r}; {_listed(names)}{hint}")
         if not self._matches(self._renamed(dict.fromkeys(names))):
             raise DataError(f"{_listed(names)}; needed are {self._needed()}. Other names: --column prompt=NAME")
 

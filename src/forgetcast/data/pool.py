@@ -143,6 +143,14 @@ class Pool(Sequence[Example]):
         """Source of each example; '' where it has none."""
         return tuple(labels(self._table["source"]))
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Characters of text of each example, shape (N,); of a conversation, as it is written in a file."""
+        import pyarrow.compute as pc
+
+        columns = [self._table[name] for name in ("text", "prompt", "completion", "messages", "tools")]
+        return sum(np.asarray(pc.fill_null(pc.utf8_length(each), 0), dtype=np.int64) for each in columns)  # type: ignore[return-value]
+
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
         """Place and reason of every row that was read and could not be used."""

@@ -18,6 +18,7 @@ from pydantic import (
 from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError
 from forgetcast.settings import Seed, read_settings
+from forgetcast.text import did_you_mean
 
 LATER_FIELDS = {"kl_weight": 0.0, "replay_weight": 1.0, "easy_samples": False, "spacing": "even"}
 """Fields that recipes of earlier versions lack, with their defaults; no other trainer has them."""
@@ -107,5 +108,8 @@ class Recipe(BaseModel):
         if str(name) in names and not Path(name).exists():
             return read_settings(Path(str(shipped / f"{name}.yaml")), cls)
         if not Path(name).exists():
-            raise ConfigError(f"there is no recipe {name}: give a YAML file, or one of {', '.join(names)}")
+            raise ConfigError(
+                f"there is no recipe {name}: give a YAML file, or one of {', '.join(names)}"
+                f"{did_you_mean(str(name), names)}"
+            )
         return read_settings(Path(name), cls)

@@ -20,11 +20,12 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.errors import MismatchError
 from forgetcast.evaluation import ForecastErrors, accuracy, average
-from forgetcast.experiments.collect import collect, collection_units, prepare_atlas
+from forgetcast.experiments.collect import collect, collection_work, prepare_atlas
+from forgetcast.experiments.meter import Meter, Work, scoring_work, training_work
 from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task
-from forgetcast.experiments.runs import OnProgress, Stages, units
 from forgetcast.experiments.verify import ReplayComparison, arms, verify
 from forgetcast.files import read_json, write_json
+from forgetcast.progress import OnProgress
 from forgetcast.replay.plan import make_plan
 from forgetcast.replay.signals import Signals
 
@@ -104,15 +105,19 @@ def run_demo(
     new = NEW_TASKS[: settings.new]
     tuner = FineTuner(base)
     # The later stages are counted from the start, so that the remaining time is that of the complete demo.
-    stages, replay_units = Stages(on_progress), len(new) * settings.seeds * 3 * _replay_units(settings, recipe)
+    meter, context = Meter.of(on_progress), base.context
+    replays = sum((_replay_work(settings, recipe, tasks[name], pool, context) for name in new), Work())
+    meter.later = collection_work(tasks.values(), pool, recipe, context) + replays
     atlas = prepare_atlas(
         directory / "demo.atlas",
         base,
         pool,
         recipe,
-        on_progress=stages.stage(later=collection_units(len(tasks), pool, recipe) + replay_units),
+        on_progress=meter,
     )
-    collect(tuner, atlas, recipe, tasks, on_progress=stages.stage(later=replay_units))
+    meter.later = replays
+    collect(tuner, atlas, recipe, tasks, on_progress=meter)
+    meter.later = Work()
 
     held_out = pool.hold_out(HELD_OUT)
     judged = pool.positions(held_out)
@@ -141,7 +146,7 @@ def run_demo(
         comparisons,
         seeds=range(settings.seeds),
         directory=directory / "runs",
-        on_progress=stages.stage(later=0),
+        on_progress=meter,
     )
     structure = analyze(atlas.matrix())
     summary = {
@@ -203,10 +208,13 @@ def _save_forecast(directory: Path, row: Forecast, pool: Pool, name: str) -> Tas
     return forecast
 
 
-def _replay_units(settings: DemoSettings, recipe: Recipe) -> int:
-    """Count the work of one replay run; the arm without replay has a little less."""
+def _replay_work(settings: DemoSettings, recipe: Recipe, task: Pool, pool: Pool, context: int) -> Work:
+    """Return the work of a task's replay runs; the arm without replay has a little less."""
     replayed = round(settings.steps * settings.ratio) * settings.batch_size
-    return units(recipe, settings.examples // 2 + settings.test_size, replayed)
+    each = training_work(task, settings.steps * settings.batch_size, recipe.max_length)
+    each += training_work(pool, replayed, recipe.max_length)
+    each += scoring_work(pool, context) * (settings.examples // 2 / len(pool))
+    return each * (3 * settings.seeds)
 
 
 def _count(sources: tuple[str, ...]) -> dict[str, int]:

@@ -21,10 +21,10 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, MismatchError
 from forgetcast.experiments.command import CHECKPOINT
+from forgetcast.experiments.meter import Meter, Work, scoring_work
 from forgetcast.experiments.runs import (
-    Meter,
-    OnProgress,
     answer_settings,
+    base_scores_file,
     check_text,
     cost,
     is_final,
@@ -34,6 +34,7 @@ from forgetcast.experiments.runs import (
 )
 from forgetcast.files import read_json
 from forgetcast.measure.scores import Scores, check_tokens, forgetting
+from forgetcast.progress import OnProgress
 from forgetcast.settings import check_settings
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def create_atlas(
     check_free(path)
     check_writable(path)
     language_model = base()
-    before = score_base(language_model, pool, {"max_new_tokens": max_new_tokens} if exact_match else None, on_progress)
+    answers, unfinished = {"max_new_tokens": max_new_tokens} if exact_match else None, base_scores_file(path)
+    before = score_base(language_model, pool, answers, on_progress, unfinished)
     return Atlas.create(path, pool, before, model=language_model.name)
 
 
@@ -255,15 +257,19 @@ def add_models(
                 outcomes[name] = Outcome(name, model, "skipped", reason=_skipped(atlas, job, probes))
         except ForgetcastError as error:
             outcomes[name] = Outcome(name, model, "failed", reason=str(error))
-    meter = Meter(sum(len(job.columns) for job in jobs.values()) * (1 + atlas.has_answers), on_progress)
+    meter = Meter.of(on_progress)
+    work = {
+        name: scoring_work(_examples_of(job, atlas), None, answered=atlas.has_answers) for name, job in jobs.items()
+    }
+    meter.begin(sum(work.values(), Work()))
     # Adapters of one base after another, and whole models last, so that at most one model is in memory.
     for job in sorted(jobs.values(), key=lambda job: (job.base is None, job.base or "")):
-        done = meter.done
+        before = dict(meter.left)
         try:
             outcomes[job.name] = _add_model(atlas, job, loader, choice, allow_different_tokens, meter)
         except ForgetcastError as error:
             outcomes[job.name] = Outcome(job.name, job.model, "failed", reason=str(error))
-            meter.advance(job.name, done + len(job.columns) * (1 + atlas.has_answers) - meter.done)
+        meter.settle(before, work[job.name], f"{job.name}: {outcomes[job.name].status}")
     return [outcomes[name] for name in models]
 
 
@@ -275,6 +281,12 @@ class _Job:
     model: str
     base: str | None
     columns: np.ndarray
+
+
+def _examples_of(job: _Job, atlas: Atlas) -> Pool:
+    """Return the examples that a model is measured on."""
+    whole = len(job.columns) == len(atlas.examples)
+    return atlas.pool if whole else atlas.subset(atlas.examples[i] for i in job.columns.tolist())
 
 
 class _Choice:
@@ -350,8 +362,7 @@ def _add_model(
     atlas: Atlas, job: _Job, loader: SharedBase, choice: _Choice, allow_different_tokens: bool, meter: Meter
 ) -> Outcome:
     """Measure a model, and add the measurements."""
-    whole = len(job.columns) == len(atlas.examples)
-    pool = atlas.pool if whole else atlas.subset(atlas.examples[i] for i in job.columns.tolist())
+    pool = _examples_of(job, atlas)
     notes, started = [], time.monotonic()
     try:
         if job.base is not None and (note := _check_base(atlas, job, loader.base(job.base))):
@@ -362,8 +373,10 @@ def _add_model(
                 check_text(atlas, language_model, pool)
             answers = answer_settings(atlas) if atlas.has_answers else None
             settings, loaded = length_settings(atlas, language_model), time.monotonic()
+            resumed = False
             if choice.probes is None:  # the next time, other probes may be chosen
-                settings["partial"] = atlas.unfinished(job.name)
+                settings["unfinished"] = unfinished = atlas.unfinished(job.name)
+                resumed = unfinished.exists()
             after = score_with_progress(language_model, pool, meter, job.name, answers, **settings)
     except ForgetcastError:
         raise
@@ -380,7 +393,7 @@ def _add_model(
         **({} if recipe is None else {"seed": recipe.seed}),
         # Checkpoints of a run say much about one another, and about where it ended.
         **({"run": path.parent.name} if CHECKPOINT.fullmatch((path := Path(job.model).absolute()).name) else {}),
-        "cost": cost(None, None, scored - loaded, after),
+        "cost": cost(None, None, None if resumed else scored - loaded, after),
     }
     if choice.probes is not None:
         provenance["probes"] = choice.how

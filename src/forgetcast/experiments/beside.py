@@ -105,7 +105,7 @@ def _protocol(found: Reproduction) -> Section:
         f"{split.origin}"
     )
     if split.unused:
-        domains += f"; {split.unused} rows unused, as they are measured in part"
+        domains += f"; {split.unused} rows of other families are measured in part or on another base, and unused"
     same = " (the same)"
     rows = (
         ("matrix", published.MATRICES, _matrix(found)),

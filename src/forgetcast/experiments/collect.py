@@ -1,7 +1,8 @@
 """Collect an atlas: fine-tune the base model on every task in turn, score the pool after each, add a row.
 
-Complete rows are skipped, so an interrupted sweep continues where it stopped. A row does not depend on the others, nor
-on the process that makes it, so the rows may be shared out among any number of processes.
+Complete rows are skipped, so an interrupted sweep continues where it stopped, within the row in hand. A row does not
+depend on the others, nor on the process that makes it, so any number of processes share the rows: each claims the one
+that it makes.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
 from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError
+from forgetcast.experiments.claims import claimed
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
+from forgetcast.experiments.meter import Meter, OnFigures, Work, scoring_work, training_work
 from forgetcast.experiments.runs import (
-    TRAINING_UNITS,
     AtlasRows,
     FineTune,
-    Meter,
-    OnFigures,
-    OnProgress,
-    Stages,
     answer_settings,
+    base_scores_file,
     check_base,
     check_recipe,
+    ensure_all,
     score_base,
-    units,
 )
+from forgetcast.progress import OnProgress
 from forgetcast.settings import read_settings
+from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, LanguageModel
@@ -128,7 +129,8 @@ class Sweep:
                 raise DataError(f"two rows would be called {row.name!r}: rename the file of the task {row.name!r}")
             taken[row.name] = row
         if unknown := [name for name in self.only if name not in names and name not in taken]:
-            raise ConfigError(f"--only {unknown[0]}: there is no such task; there are {', '.join(names)}")
+            hint = did_you_mean(unknown[0], [*names, *taken])
+            raise ConfigError(f"--only {unknown[0]}: there is no such task; there are {', '.join(names)}{hint}")
         return [row for row in rows if not self.only or row.name in self.only or row.task in self.only]
 
 
@@ -278,7 +280,7 @@ def prepare_atlas(
     exact_match: bool = False,
     max_new_tokens: int = ANSWER_TOKENS,
     metric: Metric | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | Meter | None = None,
 ) -> Atlas:
     """Open an atlas and check that it fits, or create it by scoring the base model.
 
@@ -296,7 +298,8 @@ def prepare_atlas(
         Longest answer.
     metric : callable, optional
         Maps an answer and the expected one to 1 or 0; default: exact match.
-    on_progress : callable, optional
+    on_progress : callable or Meter, optional
+        A meter is one that later stages share.
 
     Raises
     ------
@@ -307,15 +310,21 @@ def prepare_atlas(
     """
     check_writable(path)
     if not is_atlas(path):
-        before = score_base(base, pool, _answers(max_new_tokens, metric) if exact_match else None, on_progress)
-        try:
-            return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
-        except MismatchError:
-            raise
-        except DataError:
+        unfinished = base_scores_file(path)
+
+        meter = Meter.of(on_progress)
+        with claimed(unfinished, lambda who: meter.waiting(f"waiting for {who}, which scores the base model")):
             if not is_atlas(path):
-                raise
-            # Another process has created it meanwhile.
+                answers = _answers(max_new_tokens, metric) if exact_match else None
+                before = score_base(base, pool, answers, meter, unfinished)
+                try:
+                    return Atlas.create(path, pool, before, model=base.name, recipe=recipe.model_dump())
+                except MismatchError:
+                    raise
+                except DataError:
+                    if not is_atlas(path):
+                        raise
+                    # A process on another machine, without a common lock, has created it meanwhile.
     atlas = Atlas.open(path)
     check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
     check_base(atlas, base)
@@ -332,7 +341,7 @@ def collect(
     *,
     sweep: Sweep | None = None,
     metric: Metric | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | Meter | None = None,
     on_figures: OnFigures | None = None,
 ) -> Atlas:
     """Measure the base model's forgetting after each task.
@@ -351,7 +360,9 @@ def collect(
         Which rows are made, and how; default: a row per task.
     metric : callable, optional
         As in `prepare_atlas`.
-    on_progress, on_figures : callable, optional
+    on_progress : callable or Meter, optional
+        A meter is one that other stages share.
+    on_figures : callable, optional
 
     Raises
     ------
@@ -377,34 +388,46 @@ def collect(
     if isinstance(tuner, CommandTrainer):
         for row in set(planned) - set(todo):  # of a process that was stopped after it had stored the row
             tuner.discard(row.name)
+    context = None if isinstance(tuner, CommandTrainer) else tuner.base.context
     per_row = {
-        row.name: _training_units(tuner, recipe, tasks[row.task]) + len(judged[row.task]) * (1 + atlas.has_answers)
+        row.name: _row_work(recipe, tasks[row.task], judged[row.task], context, atlas.has_answers, tuner)
         for row in todo
     }
-    meter, failures = Meter(sum(per_row.values()), on_progress, on_figures), dict[str, str]()
+    meter, failures = Meter.of(on_progress, on_figures), dict[str, str]()
+    meter.begin(sum(per_row.values(), Work()))
 
-    def make(row: PlannedRow, settings: dict[str, Any], started: int) -> Scores:
-        meter.done = started
+    def make(row: PlannedRow, settings: dict[str, Any], before: dict[str, float], folder: Path) -> Scores:
+        meter.left = dict(before)  # where it failed before, and is tried again
         task, sample = tasks[row.task], judged[row.task]
         if isinstance(tuner, CommandTrainer):
             after = tuner.run(row.name, task, sample, settings, meter, answers)
         else:
             seeded = recipe.model_copy(update={"seed": row.seed})
-            after = FineTune(row.name, task, seeded, sample, answers=answers).run(tuner, settings, meter)
+            after = FineTune(row.name, task, seeded, sample, answers=answers).run(tuner, settings, meter, folder)
         if on_figures is not None:
             on_figures(row.name, _figures(atlas, after))
         return after
 
-    for row in todo:
-        name, settings, started = row.name, _settings(row, facts, sweep), meter.done
-        make_it = partial(rows.ensure, name, settings, partial(make, row, settings, started))
+    def ensure(name: str, on_wait: Callable[[str], None] | None) -> bool:
+        row, before, finished = by_name[name], dict(meter.left), False
+        settings = _settings(row, facts, sweep)
+
+        def make_it() -> None:
+            nonlocal finished
+            finished = rows.ensure(name, settings, partial(make, row, settings, before), on_wait)
+
         reason = _try(make_it, sweep.retries)
+        if reason is None and not finished:
+            return False
         if reason is not None and not rows.has(name, settings):
             failures[name] = reason
         elif isinstance(tuner, CommandTrainer) and rows.has(name, settings):
             tuner.discard(name)
-        if rest := started + per_row[name] - meter.done:
-            meter.advance(f"{name}: {'failed' if name in failures else 'finished'}", rest)
+        meter.settle(before, per_row[name], f"{name}: {'failed' if name in failures else 'finished'}")
+        return True
+
+    by_name = {row.name: row for row in todo}
+    ensure_all(by_name, ensure, meter.waiting)
     if not isinstance(tuner, CommandTrainer):
         tuner.restore()
     if failures:
@@ -424,8 +447,15 @@ def _figures(atlas: Atlas, after: Scores) -> dict[str, float]:
     return {"forgetting": float(np.nanmean(after.nll - atlas.nll_before[columns])), **speeds}
 
 
-def _training_units(tuner: FineTuner | CommandTrainer | None, recipe: Recipe, task: Pool) -> int:
-    return len(task) * TRAINING_UNITS if isinstance(tuner, CommandTrainer) else units(recipe, 0)
+def _row_work(
+    recipe: Recipe, task: Pool, judged: Pool, context: int | None, answered: bool, tuner: object = None
+) -> Work:
+    """Return the work of a row; of what a command does with the task, once through it."""
+    if isinstance(tuner, CommandTrainer):
+        return training_work(task, len(task), None) + scoring_work(judged, context, answered=answered)
+    longest = recipe.max_length if context is None else min(recipe.max_length, context)
+    training = training_work(task, recipe.steps * recipe.batch_size, longest)
+    return training + scoring_work(judged, context, answered=answered)
 
 
 def _settings(row: PlannedRow, recipe: Mapping[str, Any], sweep: Sweep) -> dict[str, Any]:
@@ -535,10 +565,15 @@ def run_sweep(
     sweep = config.sweep(only)
     rows = sweep.rows(tasks, config.recipe.seed)
     trainer = _command_trainer(config, load)
-    scored = round(config.score_share * len(pool)) * (1 + config.exact_match)
-    stages = Stages(on_progress)
-    later = sum(_training_units(trainer, config.recipe, tasks[row.task]) + scored for row in rows)
-    atlas, base = prepare_sweep(config, pool, load, on_progress=stages.stage(later=later))
+    meter = Meter.of(on_progress, on_figures)
+
+    def later(context: int) -> Work:
+        of_pool = scoring_work(pool, context, answered=config.exact_match) * config.score_share
+        each = [_row_work(config.recipe, tasks[row.task], pool, context, False, trainer) for row in rows]
+        return sum((replace(work, scoring=0.0) + of_pool for work in each), Work())
+
+    meter.waiting(f"loading {config.model}")
+    atlas, base = prepare_sweep(config, pool, load, on_progress=meter, later=later)
     tuner = trainer or FineTuner(base)
     del base  # a command needs the memory
     return collect(
@@ -547,8 +582,7 @@ def run_sweep(
         config.recipe,
         tasks,
         sweep=sweep,
-        on_progress=stages.stage(later=0),
-        on_figures=on_figures,
+        on_progress=meter,
     )
 
 
@@ -557,12 +591,19 @@ def prepare_sweep(
     pool: Pool,
     load: Callable[[str | Path], LanguageModel],
     *,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | Meter | None = None,
+    later: Callable[[int], Work] | None = None,
 ) -> tuple[Atlas, LanguageModel]:
-    """Open or create the atlas of a sweep; return it with the base model. Parameters and errors as for `run_sweep`."""
+    """Open or create the atlas of a sweep; return it with the base model. Parameters and errors as for `run_sweep`.
+
+    `later`, if given, returns the work after it for a model of a context.
+    """
     base = replace(load(config.model), rendering=config.rendering)
     if config.trainer is None:
         base = base.merged()  # as the tuner does
+    meter = Meter.of(on_progress)
+    if later is not None:
+        meter.later = later(base.context)
     atlas = prepare_atlas(
         config.atlas,
         base,
@@ -570,8 +611,9 @@ def prepare_sweep(
         config.trainer or config.recipe,
         exact_match=config.exact_match,
         max_new_tokens=config.max_new_tokens,
-        on_progress=on_progress,
+        on_progress=meter,
     )
+    meter.later = Work()
     return atlas, base
 
 
@@ -589,9 +631,9 @@ def _command_trainer(config: CollectConfig, load: Callable[[str | Path], Languag
     return trainer
 
 
-def collection_units(rows: int, pool: Pool, recipe: Recipe, *, answered: bool = False) -> int:
-    """Return the units of work of `rows` rows."""
-    return rows * units(recipe, len(pool) * (1 + answered))
+def collection_work(tasks: Iterable[Pool], pool: Pool, recipe: Recipe, context: int, *, answered: bool = False) -> Work:
+    """Return the work of a row for each task, with a model of this context."""
+    return sum((_row_work(recipe, task, pool, context, answered) for task in tasks), Work())
 
 
 def _answers(max_new_tokens: int, metric: Metric | None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from forgetcast.data.pool import Pool
 from forgetcast.data.rendering import DEFAULT_RENDERING, Rendering
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.experiments.runs import TRAINING_UNITS, Meter, cost, score_with_progress
+from forgetcast.experiments.meter import Meter, training_work
+from forgetcast.experiments.runs import cost, score_with_progress
 from forgetcast.files import make_folder, read_json, temporary_folder, write_json
 from forgetcast.measure.scores import Scores
 
@@ -124,7 +125,7 @@ class CommandTrainer:
         seed = settings["provenance"]["seed"]
         trained = self._train(name, task, seed)
         seconds = time.monotonic() - started
-        meter.advance(f"{name}: fine-tuning", len(task) * TRAINING_UNITS)
+        meter.advance(f"{name}: fine-tuning", "training", training_work(task, len(task), None).training)
         tuned = replace(self.load(trained), rendering=self.rendering)
         started = time.monotonic()
         after = score_with_progress(tuned, judged, meter, name, answers)

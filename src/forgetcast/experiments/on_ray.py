@@ -13,7 +13,7 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, ForgetcastError, IncompleteError, MissingExtraError
 from forgetcast.experiments.collect import CollectConfig, prepare_sweep, run_sweep, unfinished
-from forgetcast.experiments.runs import OnProgress
+from forgetcast.progress import OnProgress
 
 WORKER_RETRIES = 3
 """How often a row is started again whose worker was lost."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ class TaskSplit:
     origin : str
         How it was made.
     unused : int
-        Rows that are in no part, because they are measured in part.
+        Rows of other families that are not forecast: measured in part, or on another version of the base model.
     """
 
     known: tuple[str, ...]
@@ -150,7 +150,9 @@ def _name(task: int | str, matrix: ForgettingMatrix) -> str:
     return matrix.tasks[task]
 
 
-def draw_split(matrix: ForgettingMatrix, replicates: Mapping[str, str] | None = None) -> TaskSplit:
+def draw_split(
+    matrix: ForgettingMatrix, replicates: Mapping[str, str] | None = None, priors: Collection[str] = ()
+) -> TaskSplit:
     """Split the tasks as the paper does: part of the largest family is known, the rest of it in domain.
 
     The family of a task is what its name has before the first slash; tasks of other families are out of domain. The
@@ -162,6 +164,8 @@ def draw_split(matrix: ForgettingMatrix, replicates: Mapping[str, str] | None = 
     matrix : ForgettingMatrix
     replicates : mapping of str to str, optional
         Task of each row by the row's name, where rows are of the same task with another seed: they stay together.
+    priors : collection of str, optional
+        Rows that were measured on another version of the base model: `Atlas.priors`. They are not forecast.
 
     Raises
     ------
@@ -173,7 +177,7 @@ def draw_split(matrix: ForgettingMatrix, replicates: Mapping[str, str] | None = 
     inside = [name for name in matrix.tasks if family_of(name) == largest]
     observed = matrix.observed
     whole = np.flatnonzero(observed[:, observed.any(axis=0)].all(axis=1))
-    complete = {matrix.tasks[row] for row in whole}
+    complete = {matrix.tasks[row] for row in whole}.difference(priors)
     others = [name for name in matrix.tasks if family_of(name) != largest]
     outside = tuple(name for name in others if name in complete)
     named = f"of the family {largest}" if largest else "without a family in their names"
@@ -187,8 +191,8 @@ def draw_split(matrix: ForgettingMatrix, replicates: Mapping[str, str] | None = 
         usable = [task for task in tasks if task not in partly]
         if len(tasks) < FEWEST_TASKS or not usable:
             raise DataError(
-                f"{len(tasks)} tasks {named} are too few, {len(usable)} of them measured as a whole: completion is "
-                f"judged with at least {FEWEST_TASKS}, one of them whole; name the tasks with --split"
+                f"{len(tasks)} tasks {named} are too few, {len(usable)} of them measured as a whole on this base: "
+                f"completion is judged with at least {FEWEST_TASKS}, one of them whole; name the tasks with --split"
             )
         count = min(max(1, round(TEST_SHARE * len(tasks))), len(usable), len(tasks) - FEWEST_TASKS + 1)
         drawn = {usable[i] for i in np.random.default_rng(0).choice(len(usable), count, replace=False)}

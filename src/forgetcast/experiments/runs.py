@@ -2,69 +2,38 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, Field
 
+from forgetcast.atlas.rows import folder_of
+from forgetcast.atlas.storage import beside
 from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.data.rendering import Rendering
 from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import DataError, MismatchError
-from forgetcast.files import check_destination
+from forgetcast.experiments.claims import claimed
+from forgetcast.experiments.meter import Meter, Work, scoring_work, training_work
+from forgetcast.files import check_destination, make_folder
+from forgetcast.interruption import Interrupted, Stop, stoppable
 from forgetcast.measure.scores import Scores, check_tokens
-from forgetcast.progress import OnProgress as OnProgress  # all drivers take it from here, with the units
+from forgetcast.progress import OnProgress
 from forgetcast.replay.plan import ReplayPlan
 from forgetcast.results import validated
 
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector, Tuned
-
-OnFigures = Callable[[str, Mapping[str, float]], None]
-"""Called with the name of a run and some of its figures: `loss` of the last steps of the training, nats per
-target token; when it has ended, mean `forgetting`, and tokens per second of `training` (if known) and `scoring`."""
-
-TRAINING_UNITS = 3
-"""Of a training step on one example; a unit of work is one example's forward pass."""
-
-
-class Meter:
-    """Adds up units of work for a progress display, and passes figures on to it."""
-
-    def __init__(self, total: int, on_progress: OnProgress | None, on_figures: OnFigures | None = None) -> None:
-        self.total, self.done, self._on_progress = total, 0, on_progress
-        self.on_figures = on_figures
-
-    def advance(self, what: str, units: int) -> None:
-        """Count `units` more as done."""
-        self.done += units
-        if self._on_progress is not None:
-            self._on_progress(what, self.done, self.total)
-
-
-class Stages:
-    """Shows several meters as one progress."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self._on_progress, self._before, self._total = on_progress, 0, 0
-
-    def stage(self, *, later: int) -> OnProgress:
-        """Begin the next stage; `later` is the work of the stages after it."""
-        self._before = self._total
-
-        def report(what: str, done: int, total: int) -> None:
-            self._total = self._before + total
-            if self._on_progress is not None:
-                self._on_progress(what, self._before + done, self._total + later)
-
-        return report
 
 
 @dataclass(frozen=True)
@@ -103,37 +72,106 @@ class FineTune:
     initial: InitialState | None = None
     answers: Mapping[str, Any] | None = None
 
-    def run(self, tuner: FineTuner, settings: Mapping[str, Any], meter: Meter) -> Scores:
-        """Fine-tune, and judge the tuned model: see `judge`."""
-        return self.judge(self.tune(tuner, meter), settings, meter)
+    def work(self, context: int) -> Work:
+        """Return the work of the run with a model of this context, in characters.
 
-    def tune(self, tuner: FineTuner, meter: Meter) -> Tuned:
-        """Fine-tune."""
-        show = meter.on_figures
-        return tuner.tune(
+        Raises
+        ------
+        ConfigError
+            If the plan cannot be replayed under the recipe.
+        """
+        recipe, longest = self.recipe, min(self.recipe.max_length, context)
+        work = training_work(self.task, recipe.steps * recipe.batch_size, longest)
+        if self.plan is not None and (replayed := self.plan.count(recipe.steps, recipe.batch_size)):
+            assert self.pool is not None
+            work += training_work(self.pool, replayed, longest)
+        work += scoring_work(self.judged, context, answered=self.answers is not None)
+        return sum((scoring_work(test, context) for test in self.tests.values()), work)
+
+    def run(self, tuner: FineTuner, settings: Mapping[str, Any], meter: Meter, folder: Path) -> Scores:
+        """Fine-tune, and judge the tuned model.
+
+        Parameters
+        ----------
+        tuner : FineTuner
+        settings : mapping
+            What the outcome depends on; kept in its metadata.
+        meter : Meter
+        folder : Path
+            Keeps what is unfinished, from which the next call goes on.
+
+        Returns
+        -------
+        Scores
+            See `judge`.
+
+        Raises
+        ------
+        Interrupted
+            If Ctrl-C or SIGTERM came, once the training has a checkpoint, or the scores in hand are written.
+        """
+        with self.stopping(folder) as stop:
+            tuned = self.tune(tuner, meter, folder)
+            with keeping(tuner, folder, lambda: tuned):
+                return self.judge(tuned, settings, meter, folder, stop)
+
+    @contextmanager
+    def stopping(self, folder: Path) -> Iterator[Stop]:
+        """Make the folder, and stop the block on a signal where it can go on; the error names the run."""
+        make_folder(folder)
+        with stoppable("stopping after this step") as stop:
+            try:
+                yield stop
+            except Interrupted as stopped:
+                raise stop.interrupted(f"in {self.name}, {stopped}") from None
+
+    def tune(self, tuner: FineTuner, meter: Meter, folder: Path) -> Tuned:
+        """Fine-tune, from what the folder keeps of this run if there is any; that of another run is removed."""
+        show, training = meter.on_figures, self.work(tuner.base.context).training
+        tune = partial(
+            tuner.tune,
             self.task,
             self.recipe,
             plan=self.plan,
             pool=self.pool,
             selector=self.selector,
             initial=self.initial,
-            on_step=lambda *_: meter.advance(f"{self.name}: fine-tuning", self.recipe.batch_size * TRAINING_UNITS),
+            checkpoints=folder,
+            on_step=lambda _, steps: meter.advance(f"{self.name}: fine-tuning", "training", training / steps),
             on_loss=None if show is None else lambda loss: show(self.name, {"loss": loss}),
         )
+        try:
+            return tune()
+        except MismatchError:  # what is unfinished there is of another model, task or recipe, and of no use
+            shutil.rmtree(folder)
+            make_folder(folder)
+            return tune()
 
-    def judge(self, tuned: Tuned, settings: Mapping[str, Any], meter: Meter) -> Scores:
-        """Score the judged examples and the tests.
+    def judge(
+        self, tuned: Tuned, settings: Mapping[str, Any], meter: Meter, folder: Path, stop: Stop | None = None
+    ) -> Scores:
+        """Score the judged examples and the tests; the folder keeps finished scores until the run is stored.
 
         Returns
         -------
         Scores
-            Metadata: the fields of `RunFacts`.
+            Metadata: the fields of `RunFacts`, and 'cost', see `cost`.
+
+        Raises
+        ------
+        Interrupted
+            If `stop` says so.
         """
-        started = time.monotonic()
-        after = score_with_progress(tuned.language_model, self.judged, meter, self.name, self.answers)
-        scoring = time.monotonic() - started
+        measured = tuned.language_model
+        # Of these weights: a training that is repeated on a GPU may not end in the same ones.
+        unfinished = folder / f"scores-{measured.weights_hash[:16]}"
+        resumed, started = unfinished.exists(), time.monotonic()
+        after = score_with_progress(
+            measured, self.judged, meter, self.name, self.answers, unfinished=unfinished, keep=True, stop=stop
+        )
+        scoring = None if resumed else time.monotonic() - started
         tests = {
-            task: score_with_progress(tuned.language_model, test, meter, self.name) for task, test in self.tests.items()
+            task: score_with_progress(measured, test, meter, self.name, stop=stop) for task, test in self.tests.items()
         }
         facts = {
             "settings": dict(settings),
@@ -146,19 +184,24 @@ class FineTune:
         return replace(after, metadata={**after.metadata, **facts})
 
 
+@contextmanager
+def keeping(tuner: FineTuner, folder: Path, tuned: Callable[[], Tuned]) -> Iterator[None]:
+    """Keep the tuned weights in the folder if the block is interrupted, so that they are not trained again."""
+    try:
+        yield
+    except Interrupted:
+        tuner.keep(tuned(), folder)
+        raise
+
+
 def cost(
-    training: float | None, trained: int | None, scoring: float, after: Scores
+    training: float | None, trained: int | None, scoring: float | None, after: Scores
 ) -> dict[str, dict[str, float | None]]:
     """Return what a run took: seconds, and tokens that were trained on or predicted in scoring; None: unknown."""
     return {
         "training": {"seconds": None if training is None else round(training, 3), "tokens": trained},
-        "scoring": {"seconds": round(scoring, 3), "tokens": int(after.tokens.sum())},
+        "scoring": {"seconds": None if scoring is None else round(scoring, 3), "tokens": int(after.tokens.sum())},
     }
-
-
-def units(recipe: Recipe, scored: int, replayed: int = 0) -> int:
-    """Return the units of work of a fine-tune that scores and answers `scored` examples and replays `replayed`."""
-    return (recipe.steps * recipe.batch_size + replayed) * TRAINING_UNITS + scored
 
 
 class RunFacts(BaseModel):
@@ -212,10 +255,62 @@ class RunStore(ABC):
     def save(self, name: str, scores: Scores) -> None:
         """Store a finished run; its settings are in the metadata."""
 
-    def ensure(self, name: str, settings: Mapping[str, Any], run: Callable[[], Scores]) -> None:
-        """Make the run unless it is finished."""
-        if not self.has(name, settings):
-            self.save(name, run())
+    @abstractmethod
+    def unfinished(self, name: str) -> Path:
+        """Return the path of a folder for what is unfinished of a run."""
+
+    def ensure(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        run: Callable[[Path], Scores],
+        on_wait: Callable[[str], None] | None = None,
+    ) -> bool:
+        """Make the run unless it is finished.
+
+        Parameters
+        ----------
+        name : str
+        settings : mapping
+        run : callable
+            Makes it, given a folder for what is unfinished, which is removed once the run is stored.
+        on_wait : callable, optional
+            Called with the process that makes the same run, before it is waited for; default: it is not waited for.
+
+        Returns
+        -------
+        bool
+            Whether it is finished: not if another process makes it and is not waited for.
+        """
+        if self.has(name, settings):
+            return True
+        folder = self.unfinished(name)
+        with claimed(folder, on_wait) as ours:
+            if not ours:
+                return False
+            if not self.has(name, settings):
+                self.save(name, run(folder))
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            folder.parent.rmdir()
+        return True
+
+
+def ensure_all(
+    names: Iterable[str], ensure: Callable[[str, Callable[[str], None] | None], bool], report: Callable[[str], None]
+) -> None:
+    """Make runs that processes share: first those that no other process makes, then what is left of the others.
+
+    Parameters
+    ----------
+    names : iterable of str
+    ensure : callable
+        As `RunStore.ensure`, given a name and what to call before waiting.
+    report : callable
+        Told what is waited for.
+    """
+    for name in [name for name in names if not ensure(name, None)]:
+        ensure(name, lambda who, name=name: report(f"{name}: waiting for {who}, which makes it"))  # type: ignore[misc]
 
 
 class ScoreFiles(RunStore):
@@ -227,6 +322,10 @@ class ScoreFiles(RunStore):
     def path(self, name: str) -> Path:
         """Return the path of a run's file."""
         return self.directory / f"{name}.parquet"
+
+    def unfinished(self, name: str) -> Path:
+        """Return the path of a folder beside the run's file."""
+        return self.directory / f"{name}.partial"
 
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Say whether the run is finished; see `RunStore.has`."""
@@ -277,6 +376,10 @@ class AtlasRows(RunStore):
 
     def __init__(self, atlas: Atlas) -> None:
         self.atlas = atlas
+
+    def unfinished(self, name: str) -> Path:
+        """Return the path of a folder beside the atlas, or in the current folder if it is a URL."""
+        return self.atlas.beside("runs") / f"{folder_of(name)}.partial"
 
     def has(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Say whether the row is complete, by this process or another one; see `RunStore.has`."""
@@ -378,12 +481,25 @@ def rendering_of(atlas: Atlas) -> Rendering:
     return Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
 
 
+def base_scores_file(atlas: str | Path) -> Path:
+    """Return the path of a file for the unfinished base scores of a new atlas: beside it, or here if it is a URL."""
+    return beside(atlas, "before.partial")
+
+
 def score_base(
-    base: LanguageModel, pool: Pool, answers: Mapping[str, Any] | None, on_progress: OnProgress | None
+    base: LanguageModel,
+    pool: Pool,
+    answers: Mapping[str, Any] | None,
+    on_progress: OnProgress | Meter | None,
+    unfinished: Path | None = None,
 ) -> Scores:
     """Score the pool of a new atlas by its base model, as `score_with_progress`."""
-    meter = Meter(len(pool) * (1 if answers is None else 2), on_progress)
-    return score_with_progress(base, pool, meter, "base model", answers)
+    meter, work = Meter.of(on_progress), scoring_work(pool, base.context, answered=answers is not None)
+    meter.begin(work)
+    before = dict(meter.left)
+    scores = score_with_progress(base, pool, meter, "base model", answers, unfinished=unfinished)
+    meter.settle(before, work, "base model: finished")  # examples without a question, too
+    return scores
 
 
 def answer_settings(atlas: Atlas) -> dict[str, Any]:
@@ -397,22 +513,67 @@ def score_with_progress(
     meter: Meter,
     name: str,
     answers: Mapping[str, Any] | None = None,
+    *,
+    unfinished: Path | None = None,
+    keep: bool = False,
+    stop: Stop | None = None,
     **settings: Any,
 ) -> Scores:
-    """Score a pool with `settings` of `lm.score`; answer its prompts if `answers` has arguments of `lm.exact_match`."""
+    """Score a pool, and answer its prompts.
+
+    Parameters
+    ----------
+    language_model : LanguageModel
+    pool : Pool
+    meter : Meter
+    name : str
+        Label in the progress display.
+    answers : mapping, optional
+        Arguments of `lm.exact_match`; default: no answers.
+    unfinished : Path, optional
+        File of finished scores, from which an interrupted call goes on; one for answers is beside it.
+    keep : bool
+        Whether these files stay at the end.
+    stop : Stop, optional
+        Looked at after every batch.
+    **settings
+        Of `lm.score`.
+
+    Raises
+    ------
+    Interrupted
+        If `stop` says so.
+    """
     from forgetcast.lm import exact_match, score
 
-    scores = score(language_model, pool, **settings, on_progress=lambda count: meter.advance(f"{name}: scoring", count))
+    def measured(what: str, kind: str) -> Callable[[int], None]:
+        advance, done = meter.scored(pool, language_model.context, f"{name}: {what}", kind), 0
+
+        def count(finished: int) -> None:
+            nonlocal done
+            done += finished
+            advance(finished)
+            if stop:
+                raise stop.interrupted(f"{what}, after {done} of {len(pool)} examples")
+
+        return count
+
+    scores = score(
+        language_model,
+        pool,
+        **settings,
+        partial=unfinished,
+        keep_partial=keep or answers is not None,
+        on_progress=measured("scoring", "scoring"),
+    )
     if answers is None:
         return scores
-    remaining = len(pool)
-
-    def answered(count: int) -> None:
-        nonlocal remaining
-        remaining -= count
-        meter.advance(f"{name}: answering", count)
-
-    right, predictions = exact_match(language_model, pool, on_progress=answered, **answers)
-    meter.advance(f"{name}: answering", remaining)  # examples without a question
+    file = None if unfinished is None else unfinished.with_name(f"{unfinished.name}.answers")
+    right, predictions = exact_match(
+        language_model, pool, partial=file, on_progress=measured("answering", "answering"), **answers
+    )
+    if unfinished is not None and file is not None and not keep:
+        unfinished.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     metadata = {**scores.metadata, "max_new_tokens": answers["max_new_tokens"]}
     return replace(scores, exact_match=right, predictions=predictions, metadata=metadata)

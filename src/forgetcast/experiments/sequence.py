@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +24,19 @@ from forgetcast.completion import Bayesian, probes
 from forgetcast.data.pool import Pool
 from forgetcast.defaults import PROBES, RATIO
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.experiments.runs import FineTune, Meter, OnProgress, ScoreFiles, check_base, check_unseen, units
+from forgetcast.experiments.claims import claimed
+from forgetcast.experiments.meter import Meter, Work, scoring_work, training_work
+from forgetcast.experiments.runs import (
+    FineTune,
+    ScoreFiles,
+    check_base,
+    check_unseen,
+    ensure_all,
+)
 from forgetcast.experiments.sequence_result import SequenceResult, Stage
+from forgetcast.experiments.verify import arm_label
 from forgetcast.measure.scores import Scores, forgetting
+from forgetcast.progress import OnProgress
 from forgetcast.replay.coverage import correlation_loadings
 from forgetcast.replay.plan import ReplayPlan, make_plan, replay_steps
 from forgetcast.replay.signals import FROM_ATLAS, Signals
@@ -147,11 +158,20 @@ def run_sequence(
     chains = [_Chain(order, arm, names) for order, names in enumerate(orders) for arm in settings.arms]
     finished = [runner.finished(chain) for chain in chains]
     todo = [
-        runner.units(c, i) for c, done in zip(chains, finished, strict=True) for i in range(done + 1, len(tasks) + 1)
+        runner.work(c, i) for c, done in zip(chains, finished, strict=True) for i in range(done + 1, len(tasks) + 1)
     ]
-    meter = Meter(sum(todo), on_progress)
-    for chain, done in zip(chains, finished, strict=True):
-        runner.resume(chain, done, meter)
+    meter = Meter.of(on_progress)
+    meter.begin(sum(todo, Work()))
+    by_name = {f"{chain.arm}.{chain.order}": chain for chain in chains}
+
+    def ensure(name: str, on_wait: Callable[[str], None] | None) -> bool:
+        with claimed(runner.runs.directory / name, on_wait) as ours:
+            if ours:
+                runner.resume(by_name[name], runner.finished(by_name[name]), meter)
+            return ours
+
+    unfinished = [name for name, done in zip(by_name, finished, strict=True) if done < len(tasks)]
+    ensure_all(unfinished, ensure, meter.waiting)
     if todo:
         tuner.restore()
     stages = [runner.outcome(chain, stage) for chain in chains for stage in range(1, len(tasks) + 1)]
@@ -238,12 +258,14 @@ class _SequenceRunner:
             "probes": self.settings.probes if "forecast" in needs else None,
         }
 
-    def units(self, chain: _Chain, stage: int) -> int:
+    def work(self, chain: _Chain, stage: int) -> Work:
         """Work of a stage."""
-        ratio, steps = self.ratio(chain.arm), self.recipe.steps
-        replayed = replay_steps(steps, ratio) * self.recipe.batch_size if ratio else 0
-        tested = sum(len(self.tasks[name][1]) for name in chain.tasks[:stage])
-        return units(self.recipe, len(self.judged) + tested, replayed)
+        ratio, recipe, context = self.ratio(chain.arm), self.recipe, self.tuner.base.context
+        longest, tests = min(recipe.max_length, context), [self.tasks[name][1] for name in chain.tasks[:stage]]
+        work = training_work(self.tasks[chain.tasks[stage - 1]][0], recipe.steps * recipe.batch_size, longest)
+        if ratio:
+            work += training_work(self.atlas.pool, replay_steps(recipe.steps, ratio) * recipe.batch_size, longest)
+        return sum((scoring_work(each, context) for each in (self.judged, *tests)), work)
 
     def finished(self, chain: _Chain) -> int:
         """Count the stages that need not be repeated."""
@@ -265,25 +287,35 @@ class _SequenceRunner:
         weights = load_weights(self.weights_file(chain, done)) if 0 < done < last else None
         replayed = [id_ for i in range(1, done + 1) for id_ in self.runs.load(self.name(chain, i))[1].replayed]
         for stage in range(done + 1, last + 1):
-            scores = self._learn(chain, stage, weights, replayed, meter)
+            folder = self.runs.unfinished(self.name(chain, stage))
+            before = dict(meter.left)
+            scores = self._learn(chain, stage, weights, replayed, meter, folder)
             if stage < last:
                 weights = self.tuner.weights()
                 save_weights(weights, self.weights_file(chain, stage))
             # The weights first: a crash in between costs this stage, but not those before it.
             self.runs.save(self.name(chain, stage), scores)
+            shutil.rmtree(folder)
             self._remove_weights(chain, keep=stage)
             replayed.extend(scores.metadata["replayed"])
+            meter.settle(before, self.work(chain, stage), f"{self.name(chain, stage)}: finished")
         self._remove_weights(chain)
 
     def _learn(
-        self, chain: _Chain, stage: int, weights: Mapping[str, Any] | None, replayed: Sequence[str], meter: Meter
+        self,
+        chain: _Chain,
+        stage: int,
+        weights: Mapping[str, Any] | None,
+        replayed: Sequence[str],
+        meter: Meter,
+        folder: Path,
     ) -> Scores:
-        """Fine-tune on a stage's task, and judge."""
+        """Fine-tune on a stage's task, and judge; the folder keeps what is unfinished."""
         from forgetcast.lm import InitialState
 
         name = chain.tasks[stage - 1]
         job = FineTune(
-            name=f"{name} ({stage} of {len(chain.tasks)}), {chain.arm} replay, order {chain.order}",
+            name=f"{name} ({stage} of {len(chain.tasks)}), {arm_label(chain.arm)}, order {chain.order}",
             task=self.tasks[name][0],
             recipe=self.recipe.model_copy(update={"seed": chain.order}),
             judged=self.judged,
@@ -292,7 +324,7 @@ class _SequenceRunner:
             pool=self.atlas.pool,
             initial=InitialState(weights, tuple(replayed)),
         )
-        return job.run(self.tuner, self.stage_settings(chain, stage), meter)
+        return job.run(self.tuner, self.stage_settings(chain, stage), meter, folder)
 
     def plan(self, chain: _Chain, weights: Mapping[str, Any] | None, replayed: Sequence[str]) -> ReplayPlan:
         """Plan the replay of the next stage from the current model's forecast."""

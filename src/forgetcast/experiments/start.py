@@ -19,10 +19,12 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, MismatchError
-from forgetcast.experiments.collect import Sweep, collect, collection_units, prepare_atlas
+from forgetcast.experiments.collect import Sweep, collect, collection_work, prepare_atlas
+from forgetcast.experiments.meter import Meter, Work
 from forgetcast.experiments.procedural import KNOWN_TASKS, procedural_task
-from forgetcast.experiments.runs import OnProgress, Stages, check_base
+from forgetcast.experiments.runs import check_base
 from forgetcast.files import check_destination, read_json, write_json
+from forgetcast.progress import OnProgress
 from forgetcast.results import validated
 from forgetcast.settings import Seed
 
@@ -349,11 +351,12 @@ def start_atlas(
     size = min(plan.recipe.steps * plan.recipe.batch_size, MOST_QUESTIONS)
     tasks = {name: procedural_task(name, size, seed=settings.seed) for name in plan.tasks}
     write_json(_kept_file(path), _Kept(settings=settings, plan=plan).model_dump())
-    stages = Stages(on_progress)
-    later = collection_units(len(tasks), pool, plan.recipe)
-    atlas = prepare_atlas(path, tuner.base, pool, plan.recipe, on_progress=stages.stage(later=later))
+    meter = Meter.of(on_progress)
+    meter.later = collection_work(tasks.values(), pool, plan.recipe, tuner.base.context)
+    atlas = prepare_atlas(path, tuner.base, pool, plan.recipe, on_progress=meter)
+    meter.later = Work()
     sweep = Sweep(score_share=plan.score_share)
-    return collect(tuner, atlas, plan.recipe, tasks, sweep=sweep, on_progress=stages.stage(later=0))
+    return collect(tuner, atlas, plan.recipe, tasks, sweep=sweep, on_progress=meter)
 
 
 def _kept_file(path: str | Path) -> Path:

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,21 +21,23 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.data.pool import Pool, split_task
 from forgetcast.defaults import LOSS_MARGIN, TEST_SHARE
 from forgetcast.errors import ConfigError, DataError
-from forgetcast.experiments.interpolation import choose_alpha
+from forgetcast.experiments.interpolation import ALPHAS, ChosenAlpha, choose_alpha
+from forgetcast.experiments.meter import Meter, Work, scoring_work
 from forgetcast.experiments.runs import (
     FineTune,
-    Meter,
-    OnProgress,
     RunFacts,
     ScoreFiles,
     answer_settings,
     check_base,
     check_unseen,
-    units,
+    ensure_all,
+    keeping,
 )
 from forgetcast.experiments.tradeoff import RecipeAdvice, Tradeoff, recipe_advice, tradeoffs
-from forgetcast.experiments.variants import Variant
+from forgetcast.experiments.variants import Interpolating, Variant
+from forgetcast.interruption import Stop
 from forgetcast.measure.scores import Scores, count_flips, forgetting
+from forgetcast.progress import OnProgress
 from forgetcast.replay.outcome import METRICS, PARTS, Run
 from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
 from forgetcast.replay.signals import FROM_ATLAS, Signals
@@ -209,6 +211,11 @@ class ReplayComparison:
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
 
+def arm_label(arm: str) -> str:
+    """Return what a progress display calls an arm."""
+    return "no replay" if arm == NoReplay.name else f"{arm} replay"
+
+
 def arms(plans: Sequence[ReplayPlan], pool: Pool) -> dict[str, ReplayPlan]:
     """Return the arms to compare plans in: no replay, random replay at the same ratio, and each plan by its strategy.
 
@@ -286,7 +293,7 @@ def verify(
     seeds: Iterable[int] = (0, 1),
     directory: str | Path,
     margin: float = LOSS_MARGIN,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | Meter | None = None,
 ) -> Verification:
     """Fine-tune on every comparison with every arm and seed, and judge on the examples that its plans hold out.
 
@@ -324,13 +331,28 @@ def verify(
         for seed in seeds
         for arm in comparison.plans
     ]
-    work = {job.name: job.units for job in jobs}  # raises for a plan that cannot be replayed, before any training
+    # Raises for a plan that cannot be replayed, before any training.
+    work = {job.name: job.work(atlas.pool, tuner.base.context) for job in jobs}
     missing = [job for job in jobs if not runs.has(job.name, job.settings(tuner))]
-    meter = Meter(sum(work[job.name] for job in missing), on_progress)
-    last = _LastTuned(tuner)
-    for job in jobs:
-        settings = job.settings(tuner)
-        runs.ensure(job.name, settings, lambda job=job: job.run(last, atlas, meter))  # type: ignore[misc]
+    trained = {job.without_replay for job in missing if job.is_shared}
+    for job in missing:
+        if job.variant.interpolation is not None:
+            if job.without_replay in trained:
+                work[job.name] = replace(work[job.name], training=0.0)
+            trained.add(job.without_replay)
+    last, meter = _LastTuned(tuner), Meter.of(on_progress)
+    meter.begin(sum((work[job.name] for job in missing), Work()))
+    by_name = {job.name: job for job in jobs}
+
+    def ensure(name: str, on_wait: Callable[[str], None] | None) -> bool:
+        job, left = by_name[name], dict(meter.left)
+        if not runs.ensure(name, job.settings(tuner), partial(job.run, last, atlas, meter), on_wait):
+            return False
+        if job in missing:
+            meter.settle(left, work[name], f"{name}: finished")
+        return True
+
+    ensure_all(by_name, ensure, meter.waiting)
     if missing:
         tuner.restore()
     finished = {job.name: runs.load(job.name, tests=[job.comparison.name]) for job in jobs}
@@ -419,13 +441,25 @@ class _Job:
         return self.comparison.variants.get(self.arm, Variant(""))
 
     @property
-    def units(self) -> int:
-        """Work of the run."""
-        replayed = self.plan.count(self.recipe.steps, self.recipe.batch_size)
-        scored = (1 + (self.answers is not None)) * len(self.judged) + len(self.comparison.test)
-        if (how := self.variant.interpolation) is not None:
-            return scored + how.scored
-        return units(self.recipe, scored, replayed)
+    def without_replay(self) -> str:
+        """Name of the fine-tune without replay of the same task and seed."""
+        return f"{self.comparison.name}.{self.recipe.seed}"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is this fine-tune, whose weights interpolations take."""
+        return self.plan.phase == "never" and self.arm not in self.comparison.variants
+
+    def work(self, pool: Pool, context: int) -> Work:
+        """Work of the run, the choice of alpha included; of an interpolation, with the training of the weights."""
+        return self.fine_tune(pool).work(context) + self._choice_work(pool, context)
+
+    def _choice_work(self, pool: Pool, context: int) -> Work:
+        how = self.variant.interpolation
+        if how is None or how.validation is None or not how.scored:
+            return Work()
+        once = scoring_work(pool.subset(how.probes), context) + scoring_work(how.validation, context)
+        return once * len(ALPHAS)
 
     def settings(self, tuner: FineTuner) -> dict[str, Any]:
         """Everything that the outcome depends on."""
@@ -443,50 +477,75 @@ class _Job:
             **self.variant.settings(),  # nothing without a variant, so that runs of earlier versions are taken over
         }
 
-    def run(self, last: _LastTuned, atlas: Atlas, meter: Meter) -> Scores:
-        """Make the run."""
-        how = self.variant.interpolation
-        said = self.arm if self.arm in self.comparison.variants else f"{self.arm} replay"
-        job = FineTune(
+    def fine_tune(self, pool: Pool) -> FineTune:
+        """Return the fine-tune of the run; of an interpolation, the one whose weights it takes."""
+        said = self.arm if self.arm in self.comparison.variants else arm_label(self.arm)
+        return FineTune(
             name=f"{self.comparison.name}, {said}, seed {self.recipe.seed}",
             task=self.comparison.train,
             recipe=self.recipe,
             judged=self.judged,
             tests={self.comparison.name: self.comparison.test},
             plan=replace(self.plan, seed=self.recipe.seed),
-            pool=atlas.pool if self.variant.texts is None else self.variant.texts,
+            pool=pool if self.variant.texts is None else self.variant.texts,
             selector=self.comparison.selectors.get(self.arm),
             answers=self.answers,
         )
-        settings, of = self.settings(last.tuner), f"{self.comparison.name}.{self.recipe.seed}"
-        if how is None:
-            last.keep("", None)
-            tuned = job.tune(last.tuner, meter)
-            scores = job.judge(tuned, settings, meter)
-            if (texts := self.variant.texts) is not None:
-                generated = sum(last.tuner.base.encode(example).targets for example in texts)
-                scores = replace(scores, metadata={**scores.metadata, "generated": generated})
-            if self.plan.phase == "never" and self.arm not in self.comparison.variants:
-                last.keep(of, tuned)
-            return scores
-        # The weights are those of the arm without replay; where that was made earlier, they are made again.
-        again = Meter(0, lambda what, *_: meter.advance(what, 0))
-        tuned, between = last.between(of, lambda: job.tune(last.tuner, again))
-        alpha, facts, started = how.alpha, dict[str, Any](), time.monotonic()
-        if alpha is None:
-            assert how.validation is not None
-            chosen = choose_alpha(
-                between,
-                atlas.subset(how.probes),
-                how.validation,
-                atlas.before.subset(how.probes),
-                margin=how.margin,
-                on_progress=lambda count: meter.advance(f"{job.name}: choosing alpha", count),
-            )
-            alpha, facts = chosen.alpha, {"choice": chosen.as_dict()}
-        seconds = tuned.seconds + time.monotonic() - started
-        scores = job.judge(replace(tuned, language_model=between.at(alpha), seconds=seconds), settings, meter)
+
+    def run(self, last: _LastTuned, atlas: Atlas, meter: Meter, folder: Path) -> Scores:
+        """Make the run; the folder keeps what is unfinished."""
+        job, how, settings = self.fine_tune(atlas.pool), self.variant.interpolation, self.settings(last.tuner)
+        with job.stopping(folder) as stop:
+            if how is None:
+                last.keep("", None)
+                tuned = job.tune(last.tuner, meter, folder)
+                with keeping(last.tuner, folder, lambda: tuned):
+                    scores = job.judge(tuned, settings, meter, folder, stop)
+                if self.is_shared:
+                    last.keep(self.without_replay, tuned)
+                return self._with_generated(scores, last.tuner)
+            # Where the arm without replay was made earlier, its weights are made again.
+            tuned, between = last.between(self.without_replay, lambda: job.tune(last.tuner, meter, folder))
+            with keeping(last.tuner, folder, lambda: replace(tuned, language_model=between.at(1.0))):
+                alpha, facts, started = how.alpha, dict[str, Any](), time.monotonic()
+                if alpha is None:
+                    chosen = self._choose_alpha(how, between, atlas, last.tuner.base.context, meter, stop)
+                    alpha, facts = chosen.alpha, {"choice": chosen.as_dict()}
+                seconds = tuned.seconds + time.monotonic() - started
+                at_alpha = replace(tuned, language_model=between.at(alpha), seconds=seconds)
+                scores = job.judge(at_alpha, settings, meter, folder, stop)
         return replace(scores, metadata={**scores.metadata, **facts})
+
+    def _with_generated(self, scores: Scores, tuner: FineTuner) -> Scores:
+        """Note how many tokens of other texts the model wrote."""
+        if (texts := self.variant.texts) is None:
+            return scores
+        generated = sum(tuner.base.encode(example).targets for example in texts)
+        return replace(scores, metadata={**scores.metadata, "generated": generated})
+
+    def _choose_alpha(
+        self, how: Interpolating, between: Interpolation, atlas: Atlas, context: int, meter: Meter, stop: Stop
+    ) -> ChosenAlpha:
+        """Choose alpha on the probes; raises Interrupted if `stop` says so."""
+        assert how.validation is not None
+        name, done = f"{self.fine_tune(atlas.pool).name}: choosing alpha", 0
+        of_one = self._choice_work(atlas.pool, context).scoring / how.scored
+
+        def count(examples: int) -> None:
+            nonlocal done
+            done += examples
+            meter.advance(name, "scoring", examples * of_one)
+            if stop:
+                raise stop.interrupted(f"choosing alpha, after {done} of {how.scored} scores")
+
+        return choose_alpha(
+            between,
+            atlas.subset(how.probes),
+            how.validation,
+            atlas.before.subset(how.probes),
+            margin=how.margin,
+            on_progress=count,
+        )
 
     def outcome(self, before: Scores, scores: Scores, facts: RunFacts) -> Run:
         """Compute the figures of the finished run."""

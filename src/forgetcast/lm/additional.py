@@ -13,7 +13,7 @@ import forgetcast
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, MismatchError
 from forgetcast.lm.load import LanguageModel
-from forgetcast.lm.score import BATCH_TOKENS, _add_up, _measure, _Partial, default_batch_tokens, prepare, score
+from forgetcast.lm.score import BATCH_TOKENS, Partial, _add_up, _measure, default_batch_tokens, prepare, score
 from forgetcast.measure.scores import Scores
 
 
@@ -127,7 +127,7 @@ def kl_divergence(
             f"the reference {reference.name} reads {len(other)} example(s) as other tokens, e.g. {other[0]!r}; give "
             "both models the same tokenizer and chat template"
         )
-    checkpoint = _Partial(
+    checkpoint = Partial(
         partial,
         {
             "model_hash": language_model.weights_hash,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from forgetcast.errors import ConfigError, DataError
 from forgetcast.lm import processes
 from forgetcast.lm.adapters import is_prompt_learning
 from forgetcast.lm.load import LanguageModel
+from forgetcast.lm.score import Partial
 from forgetcast.lm.tokens import IGNORED_INDEX, Encoded, pad, pad_id, question
 
 Metric = Callable[[str, str], float]
@@ -46,6 +49,7 @@ def exact_match(
     max_new_tokens: int = ANSWER_TOKENS,
     batch_size: int = 16,
     metric: Metric = same_answer,
+    partial: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, tuple[str | None, ...]]:
     """Answer every prompt greedily and compare with the completion or the assistant's last message.
@@ -60,6 +64,8 @@ def exact_match(
     batch_size : int
     metric : callable
         Judges an answer.
+    partial : path, optional
+        File to which finished answers are appended. If it exists, the run resumes from it. It stays at the end.
     on_progress : callable, optional
         Called with the number of prompts answered since the last call.
 
@@ -73,17 +79,36 @@ def exact_match(
     ------
     ConfigError
         If the context has no room for a prompt in addition to the answer.
+    MismatchError
+        If `partial` belongs to another model, pool or settings.
     """
+    _room(language_model, max_new_tokens)  # before there is a file
     right, answers = np.full(len(pool), np.nan), dict[int, str]()
+    checkpoint = Partial(partial, _facts(language_model, pool, max_new_tokens) if partial is not None else {})
+    for i, id_ in enumerate(pool.ids):
+        if (kept := checkpoint.finished.get(id_)) is not None:
+            right[i], answers[i] = kept
+    if on_progress is not None and answers:
+        on_progress(len(answers))
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
-    for written in _answers(language_model, pool, settings, batch_size, on_progress):
-        answer = written.text.lstrip()
-        answers[written.position] = (answer if "\n" in written.expected else answer.split("\n")[0]).rstrip()
-        right[written.position] = metric(answers[written.position], written.expected)
+    for batch in _answers(language_model, pool, settings, batch_size, on_progress, answers.keys()):
+        for written in batch:
+            answer = written.text.lstrip()
+            answers[written.position] = (answer if "\n" in written.expected else answer.split("\n")[0]).rstrip()
+            right[written.position] = metric(answers[written.position], written.expected)
+        checkpoint.write([(pool.ids[i], float(right[i]), answers[i]) for i, *_ in batch])
     for answered in processes.from_all({i: (right[i], answer) for i, answer in answers.items()}):
         for i, (judged, answer) in answered.items():
             right[i], answers[i] = judged, answer
     return right, tuple(answers.get(i) for i in range(len(pool)))
+
+
+def _room(language_model: LanguageModel, max_new_tokens: int) -> int:
+    """Return the tokens that are left for a prompt; ConfigError if there are none."""
+    room = language_model.context - max_new_tokens
+    if max_new_tokens < 1 or room < 1:
+        raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
+    return room
 
 
 class _Answer(NamedTuple):
@@ -114,14 +139,15 @@ def _answers(
     options: Mapping[str, Any],
     batch_size: int,
     on_progress: Callable[[int], None] | None,
-) -> Iterator[_Answer]:
-    """Answer every prompt of a pool, this process's share of them; `options` are those of a `GenerationConfig`."""
+    finished: Set[int] = frozenset(),
+) -> Iterator[list[_Answer]]:
+    """Answer the prompts of a pool, this process's share of them, in batches; those at `finished` are left out.
+
+    `options` are those of a `GenerationConfig`. A batch is reported once the next one is asked for.
+    """
     model: Any = language_model.model
     tokenizer: Any = language_model.tokenizer
-    max_new_tokens = options["max_new_tokens"]
-    room = language_model.context - max_new_tokens
-    if max_new_tokens < 1 or room < 1:
-        raise ConfigError(f"max_new_tokens must be between 1 and {language_model.context - 1}")
+    room = _room(language_model, options["max_new_tokens"])
     questions = {
         i: asked
         for i, example in enumerate(pool)
@@ -140,7 +166,8 @@ def _answers(
         batch_size = 1  # padding would come between the virtual tokens and the prompt, and move their positions apart
     was_training = model.training
     model.eval()
-    order = sorted(questions, key=lambda i: -len(prompts[i].ids))[processes.index() :: processes.count()]
+    order = sorted(questions.keys() - finished, key=lambda i: (-len(prompts[i].ids), i))
+    order = order[processes.index() :: processes.count()]
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         # Padded on the left, so that all answers start at the same position.
@@ -148,12 +175,14 @@ def _answers(
         start_of_answer, expected = padded.shape[1], [questions[i][1] for i in batch]
         line_ends = _StopAtLineEnd(tokenizer, start_of_answer, ["\n" not in text for text in expected])
         output = _generate(model, padded, mask, settings, line_ends)
+        answers = []
         for i, row, wanted in zip(batch, output, expected, strict=True):
             new = row[start_of_answer:].tolist()
             length = next((at for at, token in enumerate(new) if token in over), len(new))
             text = tokenizer.decode(row[start_of_answer:], skip_special_tokens=True)
             ended = length < len(new) or ("\n" not in wanted and "\n" in text.lstrip())
-            yield _Answer(i, wanted, text, length, ended)
+            answers.append(_Answer(i, wanted, text, length, ended))
+        yield answers
         if on_progress is not None:
             on_progress(len(batch))
     model.train(was_training)
@@ -245,7 +274,7 @@ def answer_prompts(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         options = {**sampling, "max_new_tokens": max_new_tokens}
-        for written in _answers(language_model, pool, options, batch_size, on_progress):
+        for written in chain.from_iterable(_answers(language_model, pool, options, batch_size, on_progress)):
             asked, tokens = asked + 1, tokens + written.tokens
             lead = len(written.text) - len(written.text.lstrip())
             rest = written.text[lead:]
@@ -280,6 +309,16 @@ def _with_answer(example: Example, text: str) -> Example:
         return replace(example, completion=text)
     last = {"role": "assistant", "content": text.strip()}
     return replace(example, messages=(*example.messages[:-1], last))
+
+
+def _facts(language_model: LanguageModel, pool: Pool, max_new_tokens: int) -> dict[str, Any]:
+    """Return what unfinished answers are of."""
+    return {
+        "model_hash": language_model.weights_hash,
+        "text": language_model.text_settings,
+        "pool": pool.fingerprint,
+        "max_new_tokens": max_new_tokens,
+    }
 
 
 @torch.inference_mode()

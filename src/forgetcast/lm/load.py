@@ -32,13 +32,10 @@ from forgetcast.errors import ConfigError, DataError, ForgetcastError
 from forgetcast.lm import adapters
 from forgetcast.lm.sizes import check_count, check_sizes
 from forgetcast.lm.tokens import Encoded, encode, template_hash, tokenizer_hash
+from forgetcast.model_files import HUB_OPTIONS, find, has_tokenizer, where_on_hub
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _DEFAULT_CONTEXT = 2048
 """For models without a limit, such as those without positions."""
-
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
-"""Members of `model_kwargs` that say where the files are, and so concern the tokenizer too."""
 
 _OWN_OPTIONS = ("device_map", "dtype", "torch_dtype", "trust_remote_code", "gguf_file", "output_loading_info", "config")
 """Members of `model_kwargs` that other arguments of `load` set."""
@@ -250,7 +247,8 @@ def load(
     Warns
     -----
     UserWarning
-        If quantised weights are dequantised, so that the scores are not those of the quantised model.
+        If quantised weights are dequantised, so that the scores are not those of the quantised model; if weights in the
+        files have no place in the model.
     """
     name, extra = str(model), dict(model_kwargs or {})
     if odd := sorted(set(extra) & set(_OWN_OPTIONS)):
@@ -261,11 +259,17 @@ def load(
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise DataError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
-    hub = {key: extra[key] for key in _HUB_OPTIONS if key in extra}
-    source, file = _find(name)
+    hub = {key: extra[key] for key in HUB_OPTIONS if key in extra}
+    source, file = find(name)
+    hub |= where_on_hub(source, hub)
     with _one_line(name), without_bars():
         adapter = adapters.find(source, hub) if file is None else None
         base = adapter.base if adapter is not None else source
+        if adapter is None:
+            extra |= hub
+        else:  # where its files are says nothing about the base model's
+            extra = {key: value for key, value in extra.items() if key not in HUB_OPTIONS} | where_on_hub(base, {})
+            hub |= where_on_hub(base, {})
         config = PreTrainedConfig.get_config_dict(base, **hub)[0] if file is None else {}
         check_sizes(base, config)
         method = _method(base, file, hub, config)
@@ -274,7 +278,7 @@ def load(
             extra["quantization_config"] = _bits_and_bytes(name, load_in, wanted, method)
         result: Any = AutoModelForCausalLM.from_pretrained(
             base,
-            **extra if adapter is None else {k: v for k, v in extra.items() if k not in _HUB_OPTIONS},
+            **extra,
             **{"gguf_file": file} if file is not None else {},
             dtype="auto" if dtype is None and method not in (None, "gguf") else wanted,
             trust_remote_code=trust_remote_code,
@@ -287,6 +291,12 @@ def load(
             # Transformers only warns, and initialises them at random.
             raise DataError(
                 f"{name}: the weights of {missing[0]} and {len(missing) - 1} other parameter(s) are missing"
+            )
+        if unused := sorted(notes["unexpected_keys"]):
+            warnings.warn(
+                f"{name}: the weights {unused[0]} and {len(unused) - 1} other(s) have no place in the model, and are "
+                "not used",
+                stacklevel=2,
             )
         if file is not None and all(parameter.is_floating_point() for parameter in loaded.parameters()):
             # Transformers goes on to call it quantised, and would neither train nor save it.
@@ -324,9 +334,9 @@ class SharedBase:
     def __init__(self, rendering: Rendering = DEFAULT_RENDERING, **options: Any) -> None:
         self._rendering, self._options = rendering, options
         kwargs = dict(options.get("model_kwargs") or {})
-        self._hub = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+        self._hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         # Where the adapter's files are says nothing about the base model's.
-        self._of_base = options | {"model_kwargs": {k: v for k, v in kwargs.items() if k not in _HUB_OPTIONS}}
+        self._of_base = options | {"model_kwargs": {k: v for k, v in kwargs.items() if k not in HUB_OPTIONS}}
         self._bases: dict[str, LanguageModel] = {}
         self._hashes: dict[Address, str] = {}
 
@@ -342,9 +352,13 @@ class SharedBase:
         return adapter.base if adapter is not None else None
 
     def _adapter(self, model: str) -> adapters.Adapter | None:
-        source, file = _find(model)
+        source, file = find(model)
         with _one_line(model):
-            return adapters.find(source, self._hub) if file is None else None
+            return adapters.find(source, self._at(source)) if file is None else None
+
+    def _at(self, source: str) -> dict[str, Any]:
+        """Return the options by which a model or adapter is found on the Hub, or in its cache alone."""
+        return self._hub | where_on_hub(source, self._hub)
 
     def base(self, name: str) -> LanguageModel:
         """Return a base model by its name; it is loaded unless it is the one in memory.
@@ -376,13 +390,14 @@ class SharedBase:
             return
         _ = base.weights_hash  # of the weights alone
         self._hashes = self._hashes or part_hashes(base.model)
-        options = {**self._hub, "trust_remote_code": self._options.get("trust_remote_code", False)}
+        hub = self._at(adapter.source)
+        options = {**hub, "trust_remote_code": self._options.get("trust_remote_code", False)}
         before = adapters.parameters(base.model)
         adapted: Any = None
         try:
             with _one_line(name), without_bars():
                 tokenizer = _tokenizer(adapter.source, adapter.base, options, None)
-                adapted = adapters.attach(base.model, adapter, tokenizer, self._hub)
+                adapted = adapters.attach(base.model, adapter, tokenizer, hub)
             language_model = LanguageModel(adapted, tokenizer, name, self._rendering, base.loading)
             # A base model that was resized is hashed whole, because memory that it gave back may be in use again.
             known = self._hashes if adapters.shares(adapted, before) else {}
@@ -401,36 +416,6 @@ class SharedBase:
         self._hashes.clear()
 
 
-def _find(name: str) -> tuple[str, str | None]:
-    """Return the directory or hub id of a model, and the name of its GGUF file if it is one.
-
-    Raises
-    ------
-    DataError
-        If there is no such file or directory, or it holds no model.
-    """
-    path = Path(name)
-    if path.suffix == ".gguf":
-        source, _, file = name.rpartition("/")
-        if not path.is_file() and (source.count("/") != 1 or path.is_absolute() or name.startswith(".")):
-            raise DataError(f"{name}: there is no such file")
-        if importlib.util.find_spec("gguf") is None:
-            raise DataError(f"{name}: reading GGUF files needs the package gguf; run: pip install 'forgetcast[gguf]'")
-        return source or ".", file
-    if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-            if found := sorted(path.glob("*.gguf")):
-                raise DataError(f"{name} is not a model directory, but holds GGUF files; name one, such as {found[0]}")
-            raise DataError(f"{name} is not a model directory: config.json is missing")
-        if not _has_tokenizer(path) and (path / "config.json").is_file():
-            raise DataError(f"{name} has no tokenizer; save the model's tokenizer into the same directory")
-    elif path.is_file():
-        raise DataError(f"{name} is a file; give the model's directory, or a GGUF file (.gguf)")
-    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise DataError(f"{name}: there is no such directory")
-    return name, None
-
-
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
     """Turn what the libraries raise for a folder that they cannot load, whatever its class, into one line."""
@@ -446,24 +431,17 @@ def _one_line(name: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, OSError) and not Path(name).exists():
-            reason = (
-                f"there is no such directory, nor a copy in the cache of the hub; run: hf download {name} ({reason})"
-            )
+            reason += f"; for a copy of all of its files in the cache, run: hf download {name}"
         if name.endswith(".gguf"):
             reason += "; use the model that the file was converted from, in safetensors"
         raise DataError(f"{name} cannot be loaded: {reason}") from error
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    """Whether a tokenizer is saved in a directory."""
-    return any((directory / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def _tokenizer(source: str, base: str, options: Mapping[str, Any], file: str | None) -> Any:
     """Load the tokenizer of a model, of a GGUF file, or of an adapter, which may have to be its base model's."""
     if file is not None:
         return AutoTokenizer.from_pretrained(source, gguf_file=file, **options)
-    if base == source or _has_tokenizer(Path(source)):
+    if base == source or has_tokenizer(Path(source)):
         return AutoTokenizer.from_pretrained(source, **options)
     if not Path(source).is_dir():
         try:

@@ -52,6 +52,7 @@ def score(
     stride: int | None = None,
     batch_tokens: int | None = None,
     partial: Path | None = None,
+    keep_partial: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score every example of a pool.
@@ -71,6 +72,8 @@ def score(
         Tokens in a batch, padding included; a batch has at least one example. The default depends on the device.
     partial : path, optional
         File to which finished examples are appended. If it exists, the run resumes from it. It is removed at the end.
+    keep_partial : bool
+        Whether it stays, for a caller that has more to do before the scores are stored.
     on_progress : callable, optional
         Called with the number of examples finished since the last call.
 
@@ -104,10 +107,11 @@ def score(
         "versions": {library: version(library) for library in LIBRARIES},
         **language_model.loading,
     }
-    checkpoint = _Partial(partial, metadata)
+    checkpoint = Partial(partial, metadata)
     batches = partial_function(_measure, language_model, batch_tokens=batch_tokens)
     totals = _add_up(pool.ids, inputs, checkpoint, batches, on_progress)
-    checkpoint.remove()  # where nothing could be scored too: the next model would be refused for it
+    if not keep_partial:
+        checkpoint.remove()  # where nothing could be scored too: the next model would be refused for it
     scores = _to_scores(pool, inputs.encoded, totals, metadata)
     return replace(scores, digests=inputs.digests)
 
@@ -115,7 +119,7 @@ def score(
 def _add_up(
     ids: Sequence[str],
     inputs: Inputs,
-    checkpoint: _Partial,
+    checkpoint: Partial,
     batches: Callable[[Sequence[Encoded]], Iterator[tuple[list[int], list[float | None]]]],
     on_progress: Callable[[int], None] | None,
 ) -> _Totals:
@@ -359,7 +363,7 @@ def default_batch_tokens(language_model: LanguageModel) -> int:
     return GPU_BATCH_TOKENS if language_model.model.device.type == "cuda" else BATCH_TOKENS
 
 
-class _Partial:
+class Partial:
     """Finished examples in a file of JSON lines; the first line is the metadata of the run."""
 
     def __init__(self, path: Path | None, metadata: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import ExportableState
 
+from forgetcast import __version__
 from forgetcast.data.pool import Pool
 from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import atomic_path, read_json, write_json
+from forgetcast.interruption import Stop, stoppable
 from forgetcast.lm import processes
 from forgetcast.lm.interpolate import Interpolation
 from forgetcast.lm.load import LanguageModel, without_bars
@@ -34,12 +37,16 @@ from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score
 from forgetcast.lm.selectors import ReplaySelector
 from forgetcast.replay.plan import ReplayPlan
+from forgetcast.text import markdown_text
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 """Upper limit on lost work. A checkpoint is three times as large as the trained weights."""
 
 STEPS_BETWEEN_LOSSES = 10
-"""Steps whose mean loss is told at once: telling it waits for the device."""
+"""Steps whose mean loss is told at once: telling it waits for the device. So does asking several processes to stop."""
+
+_TRAINED = "trained"
+"""Name of the files in a folder of checkpoints that hold a finished fine-tune until its scores are stored."""
 
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 """Names of modules that choose experts: their training is a subject of its own, and they stay frozen."""
@@ -66,6 +73,8 @@ class Tuned:
         Tokens that were trained on, without padding; those of an example count each time.
     plan : ReplayPlan or None
         What the examples were replayed by.
+    run : mapping
+        What the model depends on: hash of the base model, fingerprint of the task, recipe.
     """
 
     language_model: LanguageModel
@@ -74,6 +83,7 @@ class Tuned:
     seconds: float
     tokens: int = 0
     plan: ReplayPlan | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Tuned(steps={self.steps}, replayed={len(self.replayed)}, seconds={self.seconds:.1f})"
@@ -83,7 +93,7 @@ class Tuned:
 
         An adapter is written merged into its base model if that has no directory or hub id of its own, as a model that
         was itself merged or came from a GGUF file. Beside it, `replayed.json` has the ids of the replayed examples in
-        their order, and the fingerprints of their plan and pool.
+        their order, and the fingerprints of their plan and pool; `README.md` says how the model was made.
         """
         model: Any = self.language_model.model
         if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
@@ -99,6 +109,25 @@ class Tuned:
             "replayed": list(self.replayed),
         }
         write_json(Path(directory) / "replayed.json", facts)
+        (Path(directory) / "README.md").write_text(self._card(), encoding="utf-8")
+
+    def _card(self) -> str:
+        """Return what is known of how the model was made, as Markdown, in place of PEFT's form of questions."""
+        recipe = "".join(f"    {name}: {value}\n" for name, value in self.run.get("recipe", {}).items())
+        replay, name = "none", self.language_model.name.removesuffix(", fine-tuned")
+        if self.plan is not None:
+            strategy = markdown_text(self.plan.strategy)
+            replay = (
+                f"{len(self.replayed)} examples by {strategy}, ratio {self.plan.ratio:g}; `replayed.json` lists them"
+            )
+        facts = {
+            "Base model": f"{markdown_text(name)} (SHA-256 of its weights {self.run.get('base')})",
+            "Task": f"fingerprint {self.run.get('task')}",
+            "Steps": f"{self.steps}, {self.tokens:,} tokens",
+            "Replay": replay,
+        }
+        listed = "".join(f"- {name}: {value}\n" for name, value in facts.items())
+        return f"# A model fine-tuned with forgetcast {__version__}\n\n{listed}- Recipe:\n\n{recipe}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -226,8 +255,8 @@ class FineTuner:
         initial : InitialState, optional
             Where earlier fine-tunes ended; default: the base model, with nothing replayed.
         checkpoints : path, optional
-            Directory for the training state, saved every few minutes. A run of the same model, task, plan and recipe
-            resumes from it, with the same result as without the interruption.
+            Directory for the training state, saved every few minutes, and on Ctrl-C or SIGTERM. A run of the same
+            model, task, plan and recipe resumes from it, with the same result as without the interruption.
         on_step : callable, optional
             Called with the number of finished steps and their total.
         on_loss : callable, optional
@@ -242,6 +271,8 @@ class FineTuner:
             If `checkpoints` holds another run.
         DataError
             If the loss stops being finite.
+        Interrupted
+            If Ctrl-C or SIGTERM came, with a checkpoint written. Without `checkpoints`, they act at once.
         """
         initial = initial or InitialState()
         if self.base.is_quantized:
@@ -271,7 +302,6 @@ class FineTuner:
         torch.manual_seed(recipe.seed)
         if recipe.method == "lora":
             model = self._adapted = _with_lora(model, recipe)
-        started = time.monotonic()
         run = {
             "base": language_model.weights_hash,
             "text": language_model.text_settings,
@@ -285,39 +315,83 @@ class FineTuner:
             _recomputing(self.base.model, recipe),
             without_bars(),
         ):
-            own: dict[str, Any] = {}
-            if has_own_loss(recipe):
-                # Of LoRA, the start is the model without its adapter.
-                start = None if recipe.method == "lora" else dict(initial.weights or self._weights)
-                own = {"mixture": mixture, "recipe": recipe, "start": start}
-            trainer = (WeightedTrainer if own else Trainer)(
-                **own,
-                model=model,
-                args=_arguments(recipe, mixture, model.device, micro, devices, directory, logs=on_loss is not None),
-                train_dataset=mixture,
-                data_collator=mixture.collate,
-                callbacks=[
-                    ReplayCallback(mixture, selector),
-                    _Progress(on_step, on_loss, saves=checkpoints is not None),
-                ],
-            )
-            trainer.remove_callback(_printer())
-            # The Trainer ends with a garbage collection, which need not search all modules.
-            gc.freeze()
-            try:
-                loss = trainer.train(resume_from_checkpoint=latest).training_loss
-            except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
-                _raise_for_checkpoint(error, directory, latest)
-                raise
-            finally:
-                gc.unfreeze()
-        if not loss < float("inf"):
-            raise DataError(
-                f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})"
-            )
+            progress = _Progress(on_step, on_loss, saves=checkpoints is not None)
+            if not _take_trained(model, mixture, progress, Path(directory)):
+                own: dict[str, Any] = {}
+                if has_own_loss(recipe):
+                    # Of LoRA, the start is the model without its adapter.
+                    start = None if recipe.method == "lora" else dict(initial.weights or self._weights)
+                    own = {"mixture": mixture, "recipe": recipe, "start": start}
+                trainer = (WeightedTrainer if own else Trainer)(
+                    **own,
+                    model=model,
+                    args=_arguments(recipe, mixture, model.device, micro, devices, directory, logs=on_loss is not None),
+                    train_dataset=mixture,
+                    data_collator=mixture.collate,
+                    callbacks=[ReplayCallback(mixture, selector), progress],
+                )
+                trainer.remove_callback(_printer())
+                _train(trainer, progress, directory, latest, recipe)
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
         tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
-        return Tuned(tuned, mixture.steps, mixture.replayed, time.monotonic() - started, tokens, plan)
+        return Tuned(tuned, mixture.steps, mixture.replayed, progress.seconds, tokens, plan, run)
+
+    def keep(self, tuned: Tuned, checkpoints: Path) -> None:
+        """Keep a finished fine-tune, the latest of this tuner, where `tune` finds it instead of training again."""
+        trained = {name: value for name, value in tuned.language_model.model.named_parameters() if value.requires_grad}
+        # The folder may be new, or have what is left of another run.
+        (checkpoints / f"{_TRAINED}.json").unlink(missing_ok=True)
+        write_json(checkpoints / "run.json", tuned.run)
+        save_weights(_copy(trained), checkpoints / f"{_TRAINED}.safetensors")
+        # Last, so that the weights are complete where it is.
+        write_json(checkpoints / f"{_TRAINED}.json", {"replayed": list(tuned.replayed), "seconds": tuned.seconds})
+
+
+def _train(trainer: Trainer, progress: _Progress, directory: str, latest: str | None, recipe: Recipe) -> None:
+    """Train from the latest checkpoint on; raise Interrupted after a signal, DataError where the loss is not finite."""
+    # The Trainer ends with a garbage collection, which need not search all modules.
+    gc.freeze()
+    try:
+        if progress.saves:
+            with stoppable("stopping after this step") as progress.stop:
+                loss = trainer.train(resume_from_checkpoint=latest).training_loss
+                if progress.stopped:
+                    raise progress.stop.interrupted(
+                        f"after step {trainer.state.global_step} of {trainer.state.max_steps}"
+                    )
+        else:
+            loss = trainer.train().training_loss
+    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        _raise_for_checkpoint(error, directory, latest)
+        raise
+    finally:
+        gc.unfreeze()
+    if not loss < float("inf"):
+        raise DataError(f"the training loss became {loss}; lower the recipe's learning_rate ({recipe.learning_rate:g})")
+
+
+def _take_trained(model: Any, mixture: ReplayMixture, progress: _Progress, checkpoints: Path) -> bool:
+    """Take over a fine-tune that `FineTuner.keep` kept; return whether there is one.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read.
+    """
+    path = checkpoints / f"{_TRAINED}.json"
+    if not path.exists():
+        return False
+    kept, weights = read_json(path), load_weights(path.with_suffix(".safetensors"))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if not isinstance(kept, dict) or not {"replayed", "seconds"} <= kept.keys() or trained.keys() != weights.keys():
+        raise DataError(f"{path} is damaged; remove it, and the fine-tune goes on from its last checkpoint")
+    with torch.no_grad():
+        for name, value in trained.items():
+            value.copy_(weights[name])
+    if mixture.replayed:
+        mixture.revise(0, kept["replayed"])
+    progress.seconds = float(kept["seconds"])
+    return True
 
 
 def _easy_weights(language_model: LanguageModel, task: Pool, recipe: Recipe) -> dict[str, float]:
@@ -531,21 +605,56 @@ def _printer() -> type[TrainerCallback]:
     return PrinterCallback
 
 
-class _Progress(TrainerCallback):
-    """Report the Trainer's steps and losses, and request a checkpoint at intervals."""
+class _Progress(TrainerCallback, ExportableState):
+    """Report the Trainer's steps and losses, request a checkpoint at intervals, and stop with one when asked to.
+
+    Attributes
+    ----------
+    saves : bool
+        Whether checkpoints are written.
+    seconds : float
+        Of the training, those before an interruption included.
+    stop : Stop
+        What signals ask for.
+    stopped : bool
+        Whether the training was ended for it.
+    """
 
     def __init__(
         self, on_step: Callable[[int, int], None] | None, on_loss: Callable[[float], None] | None, *, saves: bool
     ) -> None:
         self._on_loss = on_loss
-        self._on_step, self._saves, self._saved = on_step, saves, time.monotonic()
+        self._on_step, self.saves, self._saved = on_step, saves, time.monotonic()
+        self.seconds, self._started = 0.0, time.monotonic()
+        self.stop, self.stopped = Stop(), False
+
+    def state(self) -> dict[str, Any]:
+        """Trainer hook: return what to keep in a checkpoint."""
+        return {"args": {}, "attributes": {"seconds": self.seconds + time.monotonic() - self._started}}
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Trainer hook."""
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, {})  # a checkpoint may be an earlier version's
+        self.seconds, self._started = float(kept.get("attributes", {}).get("seconds", 0.0)), time.monotonic()
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Trainer hook."""
+        self.seconds += time.monotonic() - self._started
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Trainer hook."""
         if self._on_step is not None:
             self._on_step(state.global_step, state.max_steps)
-        if self._saves and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS:
+        if self.saves and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS:
             control.should_save = True
+        if self._asked(state.global_step):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _asked(self, step: int) -> bool:
+        """Whether a signal asked any of the processes to stop: all must, or none."""
+        if processes.count() == 1:
+            return bool(self.stop)
+        return step % STEPS_BETWEEN_LOSSES == 0 and any(processes.from_all(bool(self.stop)))
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Trainer hook."""

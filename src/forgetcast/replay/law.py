@@ -16,8 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from forgetcast.atlas.store import Atlas
 from forgetcast.errors import ConfigError, DataError
+from forgetcast.faults import in_words
 from forgetcast.replay.outcome import LAW_METRICS, METRICS, Run
-from forgetcast.results import Result, first_fault, plain
+from forgetcast.replay.strategies import NoReplay
+from forgetcast.results import Result, plain
+from forgetcast.text import did_you_mean
 
 REFERENCE = 1 / 8
 """Replayed examples per new one at which the law's strength is defined."""
@@ -207,7 +210,8 @@ class ReplayLaw:
         elif task in self.tasks:
             deviation = self.draws[:, 1 + len(self.strategies) + self.tasks.index(task)]
         else:
-            raise DataError(f"there is no run with replay of the task {task!r}, only of {', '.join(self.tasks)}")
+            hint = did_you_mean(task, self.tasks)
+            raise DataError(f"there is no run with replay of the task {task!r}, only of {', '.join(self.tasks)}{hint}")
         return np.exp(self.draws[:, 1]), np.exp(self.draws[:, 0] + deviation), np.exp(log_efficiency)
 
     def _remaining(self, strategy: str, ratio: float, task: str | None) -> np.ndarray:
@@ -344,7 +348,7 @@ def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: st
     try:
         runs = TypeAdapter(list[Run]).validate_python(atlas.replays)
     except ValidationError as error:
-        raise DataError(f"{atlas.path}/replays: {first_fault(error)}") from None
+        raise DataError(f"{atlas.path}/replays: {in_words(error)}") from None
     laws = {metric: ReplayLaw.fit(runs, metric) for metric in LAW_METRICS}
     mean = laws["mean"]
     task = task if task in mean.tasks else None
@@ -387,7 +391,12 @@ class _Data:
 
     @classmethod
     def from_runs(cls, runs: Sequence[Run], metric: str) -> _Data:
-        without = {(run.task, run.setup, run.seed): getattr(run, metric) for run in runs if run.ratio == 0}
+        # Other arms that replay nothing, such as interpolated weights, are no baseline.
+        without = {
+            (run.task, run.setup, run.seed): getattr(run, metric)
+            for run in runs
+            if run.ratio == 0 and run.strategy in (None, NoReplay.name)
+        }
         rows = [
             (getattr(run, metric) / before, run.achieved_ratio or run.ratio, run.strategy, run.task)
             for run in runs

@@ -18,6 +18,7 @@ from forgetcast.errors import ConfigError
 from forgetcast.replay.coverage import Diminishing, Facility, coverage, herding
 from forgetcast.replay.sampling import normal_scores, softmax_weights
 from forgetcast.replay.signals import Signals
+from forgetcast.text import did_you_mean
 
 Phase = Literal["never", "planned", "in-training", "padding"]
 """When a strategy acts: it replays nothing; its plan fixes the examples; a selector picks them during training; or it
@@ -128,6 +129,7 @@ def get_strategy(name: str, **settings: Any) -> Strategy:
     if name not in STRATEGIES:
         raise ConfigError(
             f"unknown replay strategy {name!r}; choose one of {', '.join(STRATEGIES)}, or FILE.py:NAME of your own"
+            f"{did_you_mean(name, STRATEGIES)}"
         )
     cls = STRATEGIES[name]
     given = {setting: value for setting, value in settings.items() if value is not None}

@@ -17,6 +17,7 @@ import numpy as np
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
 from forgetcast.progress import OnProgress, counted
+from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
     from forgetcast.lm import LanguageModel
@@ -315,7 +316,8 @@ def compute_similarities(names: Sequence[str], material: Material) -> dict[str, 
     found = {}
     for name in dict.fromkeys(names):
         if name not in SIMILARITIES:
-            raise ConfigError(f"unknown similarity {name!r}; choose from {', '.join(SIMILARITIES)}")
+            hint = did_you_mean(name, SIMILARITIES)
+            raise ConfigError(f"unknown similarity {name!r}; choose from {', '.join(SIMILARITIES)}{hint}")
         options = {"language_model": "--model", "embedding": "--embedding", "losses": "base scores"}
         if missing := sorted(SIMILARITIES[name].needs - material.available()):
             raise ConfigError(f"the similarity {name!r} needs {', '.join(options[each] for each in missing)}")
