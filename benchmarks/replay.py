@@ -108,13 +108,14 @@ class Study:
     learning_rate: float
     replayable: int | None = None
     demo: Path | None = None
+    steps: int | None = None
 
     @property
     def recipe(self) -> Recipe:
         """How all tasks are tuned."""
         if self.demo is not None:
-            return Recipe(**self.atlas.recipe)
-        return Recipe(steps=STEPS, batch_size=BATCH, learning_rate=self.learning_rate, max_length=128)
+            return Recipe(**self.atlas.recipe | ({} if self.steps is None else {"steps": self.steps}))
+        return Recipe(steps=self.steps or STEPS, batch_size=BATCH, learning_rate=self.learning_rate, max_length=128)
 
     @cached_property
     def base(self) -> LanguageModel:
@@ -260,7 +261,7 @@ class Study:
     def directory(self, ratio: Fraction) -> Path:
         """Where the runs of a ratio are kept."""
         regime = f"{len(self.known)}-{self.learning_rate:g}" + (f"-{self.replayable}" if self.replayable else "")
-        regime += "-demo" if self.demo is not None else ""
+        regime += ("-demo" if self.demo is not None else "") + (f"-{self.steps}-steps" if self.steps else "")
         return self.work / f"runs-{regime}" / f"{ratio.numerator}-{ratio.denominator}"
 
     def verify(self, tasks: list[str], ratio: Fraction, names: tuple[str, ...], seeds: range) -> Verification:
@@ -447,6 +448,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="1/8,1/64,1/32,1/16,1/4", help="replayed examples per new one")
     parser.add_argument("--strategies", help="some of them, with none, random and the ceiling always; default: all")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, help=f"steps on new examples; default: {STEPS}, with --demo the demo's")
     parser.add_argument("--replayable", type=int, help="upstream examples that may be replayed; default: 300")
     parser.add_argument("--work", type=Path, default=Path("benchmark-replay"), help="folder for what is finished")
     parser.add_argument("--demo", type=Path, help="what `forgetcast demo --full` wrote: its atlas, pool and tasks")
@@ -474,7 +476,7 @@ def main() -> None:
         raise SystemExit(f"{len(both)} tasks would be known and new; there are {len(NEW_TASKS + KNOWN_TASKS)} in all")
     if options.demo is not None:
         names = tuple(arm for arm in names if not arm.endswith(OWN))  # the demo's pool has no such texts
-    study = Study(options.work, tuple(known), options.learning_rate, options.replayable, options.demo)
+    study = Study(options.work, tuple(known), options.learning_rate, options.replayable, options.demo, options.steps)
     ratios = [Fraction(text) for text in options.ratios.split(",")]
     results = run(study, new, ratios, names, options.seeds, options.curve_seeds)
     console, rows = output(), [row for result in results for row in rows_of(result)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.cells import cell_len
 
 _INVISIBLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
@@ -41,3 +43,61 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     words = {each.casefold(): each for each in known if each != word}
     found = difflib.get_close_matches(word.casefold(), words, n=1)
     return f"; did you mean {words[found[0]]}?" if found else ""
+
+
+def shorten(texts: Sequence[str], width: int) -> list[str]:
+    """Shorten texts in the middle to at most `width` cells of a terminal, and keep them apart where they differ.
+
+    Of a long id, both ends say more than the middle; where they are the same in several, what differs is shown.
+    """
+    distinct = list(dict.fromkeys(texts))
+    looks = {text: _middle_out(text, width) for text in distinct}
+    for same in _alike(looks).values():
+        start, end = _shared(same), _shared([text[::-1] for text in same])
+        looks.update({text: _around(text, min(start, len(text) - end), width) for text in same})
+    for same in _alike(looks).values():
+        for i, text in enumerate(same, 1):
+            looks[text] = f"{_middle_out(text, max(width - len(f' ({i})'), 1))} ({i})"
+    return [looks[text] for text in texts]
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """Return how many of the first characters are the same in all texts."""
+    differ = (i for i, characters in enumerate(zip(*texts, strict=False)) if len(set(characters)) > 1)
+    return next(differ, min(map(len, texts)))
+
+
+def _alike(looks: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the texts of every look that several have."""
+    texts: dict[str, list[str]] = {}
+    for text, short in looks.items():
+        texts.setdefault(short, []).append(text)
+    return {short: same for short, same in texts.items() if len(same) > 1}
+
+
+def _around(text: str, position: int, width: int) -> str:
+    """Return a part of a text around a position, at most `width` cells with the ellipses at its ends."""
+    room = width - 2
+    before = _first_cells(text[:position][::-1], room // 3)[::-1]
+    after = _first_cells(text[position:], room - cell_len(before))
+    before = _first_cells(text[:position][::-1], room - cell_len(after))[::-1]
+    start, end = position - len(before), position + len(after)
+    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
+
+
+def _middle_out(text: str, width: int) -> str:
+    """Return both ends of a text, at most `width` cells with an ellipsis between them."""
+    if cell_len(text) <= width:
+        return text
+    end = _first_cells(text[::-1], (width - 1) // 2)[::-1]
+    return f"{_first_cells(text, width - 1 - cell_len(end))}…{end}"
+
+
+def _first_cells(text: str, width: int) -> str:
+    """Return as many of the first characters as fit into `width` cells; some characters take two."""
+    cells = 0
+    for i, character in enumerate(text):
+        cells += cell_len(character)
+        if cells > width:
+            return text[:i]
+    return text

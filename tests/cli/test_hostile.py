@@ -110,7 +110,7 @@ def test_user_text_does_not_reach_the_terminal(tmp_path: Path, run: RunCommand, 
         assert text == visible(text), "nothing is left to be written out"
     assert "u001b" in out
     if form == ():
-        assert "│ [red]:war" in out
+        assert "[red]:war" in out
 
 
 def test_errors_and_paths_are_shown_as_they_are(tmp_path: Path, run: RunCommand) -> None:

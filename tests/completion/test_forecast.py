@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,3 +54,32 @@ def test_invalid_probe_files_are_rejected(tmp_path: Path, pool: Pool) -> None:
     unscored = replace(make_scores(pool.subset(["e1"]), np.ones(1)), nll=np.array([np.nan]), reasons=["too short"])
     with pytest.raises(DataError, match="'e1' has no score: too short"):
         measured_probes(atlas, unscored)
+
+
+def test_what_is_said_of_an_unlike_task_was_measured(tmp_path: Path, pool: Pool) -> None:
+    atlas = make_atlas(tmp_path / "a.atlas", pool)
+    forecast = TaskForecast.from_forecast(Bayesian().fit(atlas.matrix()).predict([2, 5], [0.3, 0.4]), pool, method="b")
+    assert "no evidence" in replace(forecast, misfit=0.05).likeness()
+    said = replace(forecast, misfit=0.049).likeness()
+    assert "unlike those in the atlas (p = 0.049)" in said
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "unlike.json"
+    measured = [row for row in json.loads(file.read_text())["rows"] if row["who"] == "flagged"]
+    # The families with enough flagged tasks for an interval.
+    sure = {row["what"]: row for row in measured if row["lower"] is not None}
+    assert {row["setting"] for row in sure.values()} == {"olmo-7b-instruct, TruthfulQA left out"}
+    tasks, *gains = map(int, re.findall(r"On (\d+) .* by (\d+) %,.* by (\d+) %;", said)[0])
+    for what, gain in zip(("30 / 10 probes", "60 / 30 probes"), gains, strict=True):
+        assert sure[what]["tasks"] == tasks
+        assert round(100 * (1 - sure[what]["ratio"])) == gain
+        assert sure[what]["upper"] < 1
+    assert all(row["ratio"] in (None, 1.0) for row in measured if row["what"].startswith("auto"))
+
+
+def test_a_worst_tenth_takes_ten_examples(tmp_path: Path) -> None:
+    pool = make_pool(33, 4)
+    atlas = make_atlas(tmp_path / "a.atlas", pool)
+    forecast = TaskForecast.from_forecast(Bayesian().fit(atlas.matrix()).predict([2], [0.3]), atlas, method="bayesian")
+    counts = {each.source: each.examples for each in forecast.whole}
+    assert counts == {None: 33, "s0": 9, "s1": 8, "s2": 8, "s3": 8}
+    assert [each.source for each in forecast.whole if each.figure == "worst_tenth"] == [None]
+    assert {each.source for each in forecast.whole if each.figure == "mean"} == set(counts)

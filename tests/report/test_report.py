@@ -177,7 +177,7 @@ def test_in_a_browser(tmp_path: Path, atlas: Atlas) -> None:
                 page.wait_for_function(
                     "[...document.querySelectorAll('figure')].every(f => f.querySelector('.main-svg'))"
                 )
-                assert page.locator("figure").count() == 6
+                assert page.locator("figure").count() == 7
                 assert page.locator("figure .trace, figure .heatmaplayer image, figure .point").count() > 20
                 page.locator("#risk details").first.click()
                 assert (

@@ -136,11 +136,11 @@ def analyze(
     from forgetcast.cli.tables import association_tables, structure_tables
     from forgetcast.completion.structure import analyze as analyze_matrix
 
-    replicates, priors = dict[str, str](), tuple[str, ...]()
+    replicates, priors, counted = dict[str, str](), tuple[str, ...](), None
     if not Path(matrix).is_file():  # a matrix alone does not say which rows are of one task
         atlas = Atlas.open(matrix)
         replicates = {row: str(atlas.provenance(row).get("task", row)) for row in atlas.tasks}
-        priors = atlas.priors
+        priors, counted = atlas.priors, None if exact_match else atlas.before.tokens
     values = load_matrix(matrix, exact_match=exact_match)
     associations = []
     if similarity is not None:
@@ -150,7 +150,7 @@ def analyze(
         associations = associate(values, side.similarities)
         for note in side.notes:
             err.print(note, markup=False, soft_wrap=True)
-    structure = analyze_matrix(values, replicates=replicates, priors=priors)
+    structure = analyze_matrix(values, replicates=replicates, priors=priors, tokens=counted)
     if as_json:
         found = structure.as_dict()
         print_json(found | {"similarity": plain(associations)} if similarity is not None else found)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from forgetcast.cli.app import (
     app,
@@ -166,6 +164,7 @@ def forecast(
     from forgetcast.cli.tables import priors_line
     from forgetcast.completion.base import MISFIT_THRESHOLD
     from forgetcast.completion.forecast import TaskForecast, answered_probes, measured_probes
+    from forgetcast.completion.influence import mean_per_token
     from forgetcast.completion.whole import FEW_TASKS, check_level, check_threshold
     from forgetcast.experiments.until import Stopped, Width, describe
     from forgetcast.measure import Scores, check_tokens
@@ -249,6 +248,7 @@ def forecast(
     completed.save(output)
     beyond = {} if corpus is None else _of_corpus(opened, corpus, fitted, stopped.forecast, completed, output)
     worst = np.argsort(-completed.mean, kind="stable")[:10]
+    tokens = opened.before.tokens
     facts = {
         "measure": completed.measure,
         "examples": len(completed.ids),
@@ -258,6 +258,7 @@ def forecast(
         "rows": len(known),
         "prior_rows": priors,
         "mean_forgetting": float(completed.mean.mean()),
+        "mean_weighted_by_tokens": None if flips is not None else mean_per_token(completed.mean[None], tokens),
         "level": level,
         "misfit": completed.misfit,
         "calibration_tasks": completed.calibration_tasks,
@@ -284,7 +285,7 @@ def forecast(
         whole = [each.model_dump() for each in completed.whole]
         print_json(facts | {"threshold": threshold, "whole": whole, "until": until, "most_at_risk": rows})
         return
-    from forgetcast.cli.tables import whole_table
+    from forgetcast.cli.tables import risk_table, whole_table
 
     show(facts | {"rows": None, "prior_rows": None}, False, title="Forecast")
     if priors:
@@ -305,16 +306,9 @@ def forecast(
         )
     if not completed.audit:
         out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")
-    table = Table("example", "forecast", f"{level:.0%} interval", title=f"Most at risk ({completed.unit})")
-    for row in rows:
-        interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
-        table.add_row(escape(row["id"]), f"{row['mean']:.3f}", interval)
-    out.print(table)
+    out.print(risk_table(completed, rows))
     if completed.misfit < MISFIT_THRESHOLD:
-        out.print(
-            "The probes say that this task is unlike those in the atlas: measure more before you rely on the forecast"
-            + ("." if method is Method.AUTO else ", or use the method that forecasts unlike tasks best: --method auto.")
-        )
+        out.print(completed.likeness())
 
 
 def _measure(
@@ -443,6 +437,8 @@ def bench(
     from forgetcast.evaluation import bench_left_out
 
     values = load_matrix(matrix, exact_match=exact_match)
+    if not exact_match and not Path(matrix).is_file():
+        _say_few_tokens(matrix, values)
     wanted: dict[str, ComparedMethod] = {name: _method(name) for name in methods.split(",")}
     ks = numbers(k, "-k")
     if output is not None:
@@ -491,6 +487,15 @@ def bench(
         print_json([row.as_dict() for row in rows])
     else:
         print_all([bench_table(rows, baseline), robust_bench_table(rows, baseline)])
+
+
+def _say_few_tokens(atlas: str, values: ForgettingMatrix) -> None:
+    """Say on standard error what examples of few target tokens move."""
+    from forgetcast.atlas import Atlas
+    from forgetcast.completion.influence import few_tokens
+
+    if (found := few_tokens(values.values, Atlas.open(atlas).before.tokens)) is not None:
+        err.print(f"note: {found.sentence(len(values.examples))}", soft_wrap=True)
 
 
 def _method(name: str) -> Completion:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from forgetcast.cli.app import (
     app,
@@ -65,15 +64,16 @@ def strategies(as_json: AsJson = False) -> None:
 
     Example: forgetcast strategies
     """
+    from forgetcast.cli.columns import FigureTable, Name, Words
     from forgetcast.replay import STRATEGIES
 
     rows = {name: {"summary": s.summary, "needs": sorted(s.needs), "phase": s.phase} for name, s in STRATEGIES.items()}
     if as_json:
         print_json(rows)
         return
-    table = Table("strategy", "needs", "what it does")
+    table = FigureTable(Name("strategy"), Words("needs"), Words("what it does"))
     for name, row in rows.items():
-        table.add_row(escape(name), ", ".join(row["needs"]), escape(str(row["summary"])))
+        table.add_row(name, ", ".join(row["needs"]), str(row["summary"]))
     out.print(table)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
+from forgetcast.cli.columns import FigureTable, Name, Words
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast, WholeFigure
 from forgetcast.completion.structure import Structure
 from forgetcast.evaluation import BenchRow
@@ -37,30 +37,50 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def whole_table(forecast: TaskForecast) -> Table:
+def whole_table(forecast: TaskForecast) -> FigureTable:
     """Return the figures of all examples and of the sources, with both kinds of interval."""
-    table = Table("examples", "figure", "value", MODEL_BASED, GUARANTEED)
-    table.title = f"The whole ({forecast.unit}, {forecast.level:.0%} intervals)"
-    if forecast.audit:
-        table.caption = (
-            "The value is the model's; a guaranteed interval has an estimate of its own, and may exclude it."
-        )
+    table = FigureTable(
+        Name("examples"),
+        Words("figure"),
+        "value",
+        MODEL_BASED,
+        GUARANTEED,
+        title=f"The whole ({forecast.unit}, {forecast.level:.0%} intervals)",
+        caption=" ".join(_whole_notes(forecast)),
+    )
 
     def interval(figure: WholeFigure | None) -> str:
         return "" if figure is None else f"{figure.lower:.3f} to {figure.upper:.3f}"
 
     for each in forecast.whole:
         if each.kind == MODEL_BASED:
-            name = "all" if each.source is None else escape(each.source or "no source")
             label = f"share above {forecast.threshold:g}" if each.figure == "share_above" else each.figure
-            guaranteed = forecast.figure(each.figure, GUARANTEED, each.source)
             table.add_row(
-                f"{name} ({each.examples})",
+                Name("all" if each.source is None else each.source or "no source", f" ({each.examples})"),
                 label.replace("_", " "),
                 f"{each.value:.3f}",
                 interval(each),
-                interval(guaranteed),
+                interval(forecast.figure(each.figure, GUARANTEED, each.source)),
             )
+    return table
+
+
+def _whole_notes(forecast: TaskForecast) -> Iterator[str]:
+    """Yield what a reader of the figures should know."""
+    if forecast.audit:
+        yield "The value is the model's; a guaranteed interval has an estimate of its own, and may exclude it."
+    if any(not supports_part(each.examples, 10) for each in forecast.whole):
+        yield "Of fewer than 10 examples there is no worst tenth."
+
+
+def risk_table(forecast: TaskForecast, rows: Sequence[Mapping[str, Any]]) -> FigureTable:
+    """Return the examples with the highest forecasts: id, probed, mean, lower and upper of each."""
+    table = FigureTable(
+        Name("example"), "forecast", f"{forecast.level:.0%} interval", title=f"Most at risk ({forecast.unit})"
+    )
+    for row in rows:
+        interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
+        table.add_row(row["id"], f"{row['mean']:.3f}", interval)
     return table
 
 
@@ -86,18 +106,18 @@ def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield facts_table(info["atlas"], facts | {"bytes": f"{info['bytes']:,}"})
     if not info["rows"]:
         return
-    columns = ["task", "measured", "mean forgetting", "parts", "kind", "added"]
-    table = Table(*columns, *(["prior, of the base"] if info["priors"] else []), title="Rows")
+    columns = [Name("task"), "measured", "mean forgetting", "parts", Words("kind"), "added"]
+    table = FigureTable(*columns, *([Name("prior, of the base")] if info["priors"] else []), title="Rows")
     for row in info["rows"]:
         mean, origin = row["mean_forgetting"], row["provenance"]
         table.add_row(
-            escape(row["task"]),
+            row["task"],
             f"{row['measured']:.1%}",
             "" if mean is None else f"{mean:+.4f}",
             str(row["parts"]),
-            escape(str(origin.get("kind", ""))),
-            escape(str(origin["added"])[:10]),
-            *([escape(_prior_base(origin))] if info["priors"] else []),
+            str(origin.get("kind", "")),
+            str(origin["added"])[:10],
+            *([_prior_base(origin)] if info["priors"] else []),
         )
     yield table
 
@@ -116,24 +136,26 @@ def priors_line(priors: int, rows: int) -> str:
 
 def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
     """Yield what became of each model that was to be added."""
-    table = Table("row", "", "measured", "mean forgetting", "seconds", title=f"Added to {escape(atlas)}")
+    table = FigureTable(
+        Name("row"), "measured", "mean forgetting", "seconds", Words("outcome"), title=f"Added to {atlas}"
+    )
     for outcome in outcomes:
         table.add_row(
-            escape(outcome.name),
-            escape(outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}"),
+            outcome.name,
             str(outcome.measured) if outcome.measured else "",
             "" if outcome.mean is None else f"{outcome.mean:+.4f}",
             "" if outcome.seconds is None else f"{outcome.seconds:.1f}",
+            outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}",
         )
     yield table
 
 
-def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Table:
+def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> FigureTable:
     """Return a table of the last runs of a sweep, and the mean forgetting of all; see `experiments.meter.OnFigures`."""
-    table = Table("task", "training loss", "tokens/s, training", "tokens/s, scoring", "forgetting")
+    table = FigureTable(Name("task"), "training loss", "tokens/s, training", "tokens/s, scoring", "forgetting")
     formats = {"loss": ".3f", "training": ",.0f", "scoring": ",.0f", "forgetting": "+.3f"}
     for name, found in list(figures.items())[-last:]:
-        table.add_row(escape(name), *(f"{found[key]:{form}}" if key in found else "" for key, form in formats.items()))
+        table.add_row(name, *(f"{found[key]:{form}}" if key in found else "" for key, form in formats.items()))
     if so_far := [found["forgetting"] for found in figures.values() if "forgetting" in found]:
         table.caption = f"mean forgetting of {len(so_far)} rows so far: {np.mean(so_far):+.3f} nats per token"
     return table
@@ -145,16 +167,27 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
         f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
     )
+    if structure.mean_per_token is not None:
+        yield f"Weighted by target tokens, the mean forgetting is {structure.mean_per_token:.3f}."
+    if structure.few_tokens is not None:
+        yield structure.few_tokens.sentence(structure.examples)
     if structure.priors:
         yield priors_line(structure.priors, structure.tasks)
-    fits = Table("fit", "R^2", "held out", "rank correlation", title="How much of the forgetting each fit explains")
+    fits = FigureTable(Name("fit"), "R^2", "held out", "rank corr.", "median error", Words(""))
+    fits.title = "How much of the forgetting each fit explains"
     fits.add_row("task means", f"{structure.row_r2:.3f}")
     fits.add_row("example means", f"{structure.column_r2:.3f}")
     fits.add_row("additive", f"{structure.additive_r2:.3f}")
     for rank, r2 in enumerate(structure.rank_r2, 1):
-        held_out = structure.held_out_r2[rank - 1 : rank]
-        held_out += structure.rank_correlation[rank - 1 : rank]
-        fits.add_row(f"rank {rank}", f"{r2:.3f}", *(f"{value:.3f}" for value in held_out))
+        figures = (structure.held_out_r2, structure.rank_correlation, structure.median_error)
+        held_out = [each[rank - 1] if each else None for each in figures]
+        worse = held_out[0] is not None and held_out[0] < 0
+        cells = ("" if value is None else f"{value:.3f}" for value in held_out)
+        fits.add_row(f"rank {rank}", f"{r2:.3f}", *cells, "worse than the mean" if worse else "")
+    if structure.held_out_r2:
+        fits.caption = (
+            "From the third column on: on a tenth of the entries, which the fit did not see; the error is absolute."
+        )
     yield fits
     if (without := structure.without) is not None:
         best = f" of {max(structure.held_out_r2):.3f} held out" if structure.held_out_r2 else ""
@@ -169,10 +202,10 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
             f"seeds){share} the best rank leaves"
         )
     components = structure.components
-    loadings = Table("source", *(f"component {i}" for i in range(1, len(components) + 1)))
+    loadings = FigureTable(Name("source"), *(f"component {i}" for i in range(1, len(components) + 1)))
     loadings.title = "Mean loading by source (1 is that of a typical example)"
     for source in components[0].by_source:
-        loadings.add_row(escape(source) or "(none)", *(f"{c.by_source[source]:+.2f}" for c in components))
+        loadings.add_row(source or "(none)", *(f"{c.by_source[source]:+.2f}" for c in components))
     loadings.add_section()
     loadings.add_row("fraction of the fit", *(f"{c.share:.0%}" for c in components))
     loadings.add_row("variance between sources", *(f"{c.between_sources:.0%}" for c in components))
@@ -190,7 +223,7 @@ def _interval(part: Summary) -> str:
 
 def _part(value: float, examples: int, parts: int) -> str:
     """Return the mean of the worst part, or how many examples it takes."""
-    return f"{value:+.4f}" if supports_part(examples, parts) else f"takes {parts} examples"
+    return f"{value:+.4f}" if supports_part(examples, parts) else f"takes {parts}"
 
 
 def _difference_rows(result: Difference) -> Iterator[tuple[str, str]]:
@@ -265,23 +298,25 @@ def _worst_rows(result: Difference) -> Iterator[tuple[str, ...]]:
         yield row["id"], f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['change']:+.3f}"
 
 
-def difference_tables(result: Difference) -> Iterator[Table]:
+def difference_tables(result: Difference) -> Iterator[RenderableType]:
     """Yield tables of the difference, its values by source, and the most forgotten examples."""
-    table = Table(
-        "statistic", "after minus before", title=f"Change of the loss ({escape(result.unit)}; positive is forgotten)"
+    table = FigureTable(
+        Words("statistic"),
+        Words("after minus before"),
+        title=f"Change of the loss ({result.unit}; positive is forgotten)",
     )
-    for name, figure in _difference_rows(result):
-        table.add_row(name, escape(figure))
+    for row in _difference_rows(result):
+        table.add_row(*row)
     yield table
     if result.by_source:
-        table = Table(*SOURCE_COLUMNS, title="By source")
+        table = FigureTable(Name(SOURCE_COLUMNS[0]), *SOURCE_COLUMNS[1:], title="By source")
         for name, *figures in _source_rows(result):
-            table.add_row(escape(name) or "(none)", *figures)
+            table.add_row(name or "(none)", *figures)
         yield table
     if result.worst:
-        table = Table("example", "before", "after", "change", title="Most forgotten")
-        for name, *figures in _worst_rows(result):
-            table.add_row(escape(name), *figures)
+        table = FigureTable(Name("example"), "before", "after", "change", title="Most forgotten")
+        for row in _worst_rows(result):
+            table.add_row(*row)
         yield table
 
 
@@ -308,15 +343,15 @@ def difference_markdown(result: Difference, judgement: Judgement) -> str:
     return "\n".join(lines)
 
 
-def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
+def bench_table(rows: Sequence[BenchRow], baseline: str) -> FigureTable:
     """Return a table with a row per method, number and selection of probes."""
-    table = Table(Column("method", no_wrap=True), "probes", "RMSE", "ratio (95 %)", "corr.", "recall", "in 90%", "ms")
-    table.box, table.pad_edge = SIMPLE, False
-    table.title = f"Forecast of left-out tasks, on examples that were not probed; ratio to {baseline}, random probes"
     binary = any(not np.isnan(row.f1) for row in rows)
-    if binary:
-        table.add_column("F1")
-    for row in sorted(rows, key=lambda row: (row.k, row.probes == "chosen")):
+    table = FigureTable(
+        *(Name("method"), "probes", "RMSE", "ratio (95 %)", "corr.", "recall", "in 90%", "ms"),
+        *(["F1"] if binary else []),
+        title=f"Forecast of left-out tasks, on examples that were not probed; ratio to {baseline}, random probes",
+    )
+    for row in _sorted_by_probes(rows):
         figures = [
             row.method,
             f"{row.k} {row.probes}",
@@ -331,34 +366,32 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
     return table
 
 
-def robust_bench_table(rows: Sequence[BenchRow], baseline: str) -> Table:
+def robust_bench_table(rows: Sequence[BenchRow], baseline: str) -> FigureTable:
     """Return a table of figures that a few examples or one source cannot carry, for rows of `bench_table`."""
-    table = Table(Column("method", no_wrap=True), "probes", "median error", "ratio", "without source", "ratio then")
-    table.box, table.pad_edge = SIMPLE, False
+    table = FigureTable(Name("method"), "probes", "median error", "ratio", Name("without source"), "ratio then")
     table.title = f"The same without the source that changes the ratio to {baseline} most; median absolute error"
-    for row in sorted(rows, key=lambda row: (row.k, row.probes == "chosen")):
+    for row in _sorted_by_probes(rows):
         other = row.without
-        named = "" if other is None else f"{escape(other.source) or '(none)'} ({other.examples})"
+        named = "" if other is None else Name(other.source or "(none)", f" ({other.examples})")
         ratio = "" if other is None else f"{other.value:.2f}"
         table.add_row(row.method, f"{row.k} {row.probes}", f"{row.median_error:.4f}", f"{row.ratio:.2f}", named, ratio)
     return table
 
 
+def _sorted_by_probes(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    return sorted(rows, key=lambda row: (row.k, row.probes == "chosen"))
+
+
 def association_tables(associations: Sequence[Association]) -> Iterator[RenderableType]:
     """Yield the correlations of similarities with forgetting."""
     titles = ("all cells", "within tasks", "within examples", "given the additive fit")
-    table = Table(Column("similarity", no_wrap=True), *titles, box=SIMPLE)
-    table.title = "Correlation with forgetting: Pearson's, then Spearman's (95 % over tasks)"
-    for each in associations:
-        pairs = (
-            (each.cells, each.cells_spearman),
-            (each.within_tasks, each.within_tasks_spearman),
-            (each.within_examples, each.within_examples_spearman),
-            (each.partial, each.partial_spearman),
-        )
-        cells = [f"{_correlation(pearson)}\n{_correlation(spearman)}" for pearson, spearman in pairs]
-        table.add_row(escape(each.name), *cells)
-    yield table
+    for kind, suffix in (("Pearson's", ""), ("Spearman's", "_spearman")):
+        table = FigureTable(Name("similarity"), *titles)
+        table.title = f"Correlation with forgetting, {kind} (95 % over tasks)"
+        for each in associations:
+            found = (getattr(each, name + suffix) for name in ("cells", "within_tasks", "within_examples", "partial"))
+            table.add_row(each.name, *map(_correlation, found))
+        yield table
 
 
 def _correlation(found: Correlation) -> str:
@@ -371,13 +404,13 @@ def study_tables(found: SimilarityStudy) -> Iterator[RenderableType]:
     """Yield what similarities correlate with, what they forecast beside completion, and which baselines it beats."""
     yield from association_tables(found.associations)
     yield from map(escape, found.notes)
-    table = Table(Column("arm", no_wrap=True), "k", "RMSE", "difference", "rank corr.", "difference", box=SIMPLE)
+    table = FigureTable(Name("arm"), "k", "RMSE", "difference", "rank corr.", "difference")
     table.title = "Forecasts minus bayesian's with k chosen probes (95 % over tasks)"
     for each in sorted(found.versus, key=lambda each: each.k):
         rmse = _signed(each.rmse_difference, each.rmse_lower, each.rmse_upper, 4)
         ranks = _signed(each.spearman_difference, each.spearman_lower, each.spearman_upper, 3)
         spearman = "-" if each.spearman is None else f"{each.spearman:.3f}"
-        table.add_row(escape(each.arm), str(each.k), f"{each.rmse:.4f}", rmse, spearman, ranks)
+        table.add_row(each.arm, str(each.k), f"{each.rmse:.4f}", rmse, spearman, ranks)
     yield table
     if not found.winners:
         yield "Completion beats every baseline in RMSE and rank correlation, with intervals clear of zero."
@@ -396,13 +429,11 @@ def _signed(value: float | None, lower: float | None, upper: float | None, digit
 
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
     """Yield a table of the arms, and their differences with verdicts."""
-    table = Table("replay", *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
+    table = FigureTable(Name("replay"), *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
     table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
     for arm in result.arms:
         figures = (f"{result.average(arm, metric):.3f}" for metric in result.metrics)
-        table.add_row(
-            escape(arm), *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}"
-        )
+        table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
     yield table
     yield escape(result.audit())
     yield from result.notes()
@@ -414,15 +445,15 @@ def tradeoff_tables(result: Verification) -> Iterator[RenderableType]:
     """Yield a table of what each arm saves and costs against no replay, and the advice."""
     if not result.tradeoffs:
         return
-    table = Table(Column("arm", no_wrap=True), box=SIMPLE)
-    for name in ("new-task loss", "equal", "mean forgetting", "worst tenth", *COSTS.values()):
-        table.add_column(name)
+    table = FigureTable(
+        *(Name("arm"), "new-task loss", "equal", "mean forgetting", "worst tenth", *COSTS.values()),
+    )
     table.title = "Against no replay, nats per token (95 % intervals, corrected); * : no arm is better in both"
     for each in result.tradeoffs:
         estimates = [_estimated(e) for e in (each.new_task_loss, each.mean, each.worst_tenth)]
         equal = "-" if each.equal is None else "yes" if each.equal else "not shown"
         costs = ["-" if cost is None else f"{cost:,.0f}" for cost in each.cost.values()]
-        table.add_row(escape(each.arm) + " *" * each.on_front, estimates[0], equal, *estimates[1:], *costs)
+        table.add_row(Name(each.arm, " *" * each.on_front), estimates[0], equal, *estimates[1:], *costs)
     yield table
     yield from map(escape, result.advice.sentences)
 
@@ -442,13 +473,13 @@ def _comparison_tables(comparisons: Sequence[Comparison], units: tuple[str, str]
         return
     count = comparisons[0].difference.pairs
     between = f"{count} {units[comparisons[0].tasks > 1]}"
-    gaps = Table("metric", "difference", "mean", "95 % interval", "p")
+    gaps = FigureTable(Name("difference"), Words("metric"), "mean", "95 % interval", "p")
     gaps.title = f"Differences over {between}; negative is better; corrected for the number of arms (Student's t)"
     for c in comparisons:
         gap = c.difference
         interval = f"{gap.lower:+.3f} to {gap.upper:+.3f}"
-        arms, corrected = f"{escape(c.arm)} - {escape(c.baseline)}", f"{c.corrected_p:.2g}"
-        gaps.add_row(METRICS[c.metric], arms, f"{gap.mean:+.3f}", interval, corrected)
+        arms, corrected = f"{c.arm} - {c.baseline}", f"{c.corrected_p:.2g}"
+        gaps.add_row(arms, METRICS[c.metric], f"{gap.mean:+.3f}", interval, corrected)
     yield gaps
     for c in comparisons:
         if c.metric != "new_task_loss":
@@ -463,16 +494,16 @@ def _comparison_tables(comparisons: Sequence[Comparison], units: tuple[str, str]
 def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
     """Yield tables of the arms after the last task and after each, and their differences with verdicts."""
     orders = max(len(result.orders(arm)) for arm in result.arms)
-    table = Table("replay", *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
+    table = FigureTable(Name("replay"), *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
     table.title = (
         f"After {result.length} tasks one after another, mean over {orders} order{'s' if orders > 1 else ''} (nats per "
         f"token; upstream: {result.judged} examples that were never replayed)"
     )
     for arm in result.arms:
         figures = [f"{result.average(arm, metric):.3f}" for metric in result.metrics]
-        table.add_row(escape(arm), *figures, *(f"{result.total(arm, name):.0f}" for name in ("replayed", "seconds")))
+        table.add_row(arm, *figures, *(f"{result.total(arm, name):.0f}" for name in ("replayed", "seconds")))
     yield table
-    by_position = Table("tasks learned", *map(escape, result.arms))
+    by_position = FigureTable(Name("tasks learned"), *result.arms)
     by_position.title = "Upstream forgetting after each task: mean (worst tenth)"
     for position in range(1, result.length + 1):
         both = ([result.average(arm, metric, position) for metric in ("mean", "worst_tenth")] for arm in result.arms)
@@ -483,9 +514,9 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
         yield "With one order, arms cannot be compared: use at least two."
 
 
-def alpha_table(chosen: ChosenAlpha) -> Table:
+def alpha_table(chosen: ChosenAlpha) -> FigureTable:
     """Return a table of the places between base and tuned model that were tried."""
-    table = Table("alpha", "forgetting of the probes", "new-task loss", "above the tuned model's by at most", "")
+    table = FigureTable("alpha", "forgetting of the probes", "new-task loss", "above the tuned model's by at most", "")
     table.title = "Between base (0) and tuned model (1), nats per token"
     for point in chosen.points:
         mark = "chosen" if point.alpha == chosen.alpha else ""
@@ -496,13 +527,15 @@ def alpha_table(chosen: ChosenAlpha) -> Table:
 
 def advice_tables(advice: Advice) -> Iterator[RenderableType]:
     """Yield a table of the expected remaining forgetting by ratio and strategy, and the advice."""
-    strategies = list(dict.fromkeys(strategy for strategy, _ in advice.remaining))
-    columns = [(strategy, metric) for strategy in strategies for metric in LAW_METRICS]
-    table = Table("ratio", *(f"{escape(strategy)}, {METRICS[metric]}" for strategy, metric in columns))
-    table.title = "Remaining forgetting as a fraction (90 % interval of a run)"
-    for ratio in dict.fromkeys(ratio for _, ratio in advice.remaining):
-        cells = (advice.remaining[strategy, ratio][metric] for strategy, metric in columns)
-        table.add_row(f"1/{1 / ratio:.0f}", *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells))
+    table = FigureTable(
+        *(Name("replay"), "ratio", *(METRICS[metric] for metric in LAW_METRICS)),
+        title="Remaining forgetting as a fraction (90 % interval of a run)",
+    )
+    for (strategy, ratio), remaining in advice.remaining.items():
+        cells = (remaining[metric] for metric in LAW_METRICS)
+        table.add_row(
+            strategy, f"1/{1 / ratio:.0f}", *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells)
+        )
     yield table
     for sentence in advice.sentences():
         yield escape(sentence)
@@ -515,13 +548,17 @@ def demo_tables(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         f"{structure['tasks']} fine-tunes of the demo model, each scored on {structure['examples']} upstream examples; "
         f"loss before: {summary['base_loss']:.2f} nats per token"
     )
-    tasks = Table("task", "mean forgetting", title=f"Forgetting: {forgetting['mean']:.3f} nats per token on average")
+    tasks = FigureTable(
+        Name("task"), "mean forgetting", title=f"Forgetting: {forgetting['mean']:.3f} nats per token on average"
+    )
     for name, mean in sorted(forgetting["by_task"].items(), key=lambda item: -item[1]):
-        tasks.add_row(escape(name) + (" (new)" if name in forecast["by_task"] else ""), f"{mean:.3f}")
+        tasks.add_row(Name(name, " (new)" if name in forecast["by_task"] else ""), f"{mean:.3f}")
     yield tasks
     ranks = ", ".join(f"{r2:.2f}" for r2 in structure["rank_r2"][:3])
     yield f"Structure: R^2 {ranks} at ranks 1, 2, 3 (additive {structure['additive_r2']:.2f})"
-    table = Table("method", "RMSE", "rank correlation", "top-tenth recall", f"in the {forecast['level']:.0%} interval")
+    table = FigureTable(
+        Name("method"), "RMSE", "rank correlation", "top-tenth recall", f"in the {forecast['level']:.0%} interval"
+    )
     table.title = (
         f"Forecast of {len(forecast['by_task'])} new tasks from {summary['settings']['probes']} probes, "
         f"judged on {summary['examples']['judged']} other examples"

@@ -33,6 +33,8 @@ class Auto(Completion):
     third of the others. A new task that is unlike the atlas (misfit below 0.05) is forecast by the second winner. With
     fewer than four tasks the first candidate is used, because no comparison is possible.
 
+    On the five left-out families of `benchmarks/unlike.py` it forecast every task as `Bayesian` does.
+
     Parameters
     ----------
     candidates : sequence of Completion, optional

@@ -13,12 +13,14 @@ from pydantic import BaseModel, Field, FiniteFloat
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.atlas.store import Atlas, Measure
 from forgetcast.completion import Forecast
+from forgetcast.completion.base import MISFIT_THRESHOLD
 from forgetcast.completion.whole import LEAST_AUDIT, Above, Interval, MeanOf, Statistic, Tail
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.files import read_table, write_table
 from forgetcast.measure.scores import Scores, flips, forgetting
 from forgetcast.results import validated
+from forgetcast.stats import supports_part
 
 _NUMBERS = ("mean", "std", "lower", "upper")
 _COLUMNS = (*_NUMBERS, "probed")
@@ -113,7 +115,7 @@ class TaskForecast:
         Of the figure 'share_above', nats per token.
     whole : tuple of WholeFigure
         All examples, then the largest sources; of each, the figures with a model-based interval, and with a guaranteed
-        one where at least five random probes are among the examples.
+        one where at least five random probes are among the examples. Of fewer than ten there is no worst tenth.
     rows, prior_rows : int or None
         How many rows it was learned from, and how many of them were measured on another version of the base model; None
         if that is unknown.
@@ -243,6 +245,23 @@ class TaskForecast:
         """Unit of the forecast."""
         return UNITS[self.measure]
 
+    def likeness(self) -> str:
+        """Say whether the probes show the task to be unlike the atlas, and what helps then: `benchmarks/unlike.py`."""
+        probes = len(self.probes)
+        if not probes:
+            return "No probe was measured for this task: this is the forecast for any new task."
+        if self.misfit >= MISFIT_THRESHOLD:
+            return (
+                f"The {probes} probes give no evidence that this task is unlike those in the atlas "
+                f"(p = {self.misfit:.2f})."
+            )
+        return (
+            f"The {probes} probes suggest that this task is unlike those in the atlas (p = {self.misfit:.3f}): trust "
+            "the forecast less, and measure more probes. On 32 such tasks, 30 instead of 10 lowered the error by 7 %, "
+            "and 60 instead of 30 by 3 %; a method chosen on left-out tasks (auto) did not lower it. Guaranteed "
+            "intervals hold for any task."
+        )
+
     def figure(self, figure: str, kind: str = MODEL_BASED, source: str | None = None) -> WholeFigure | None:
         """Return a figure of all examples or of a source; None if there is none of this kind."""
         wanted = (figure, kind, source)
@@ -297,7 +316,6 @@ def _figures(
     if not forecast.wholes:
         return
     whole = forecast.wholes[0]
-    computed = list(statistics.values())
     columns = np.arange(whole.size) if whole.population is None else whole.population
     named, codes, counts = np.unique(
         np.asarray(sources, dtype=object)[columns], return_inverse=True, return_counts=True
@@ -309,13 +327,19 @@ def _figures(
     for source, among in parts:
         least = 2 if source is None else LEAST_AUDIT
         random = int(np.isin(drawn, among).sum())
+        supported = {
+            figure: statistic
+            for figure, statistic in statistics.items()
+            if figure != "worst_tenth" or supports_part(len(among), 10)
+        }
+        computed = list(supported.values())
         kinds: list[tuple[Literal["model-based", "guaranteed"], list[Interval]]] = [
             (MODEL_BASED, whole.model_based(computed, level, among=among))
         ]
         if random >= least:
             kinds.append((GUARANTEED, whole.guaranteed(computed, level, among=among)))
         for kind, intervals in kinds:
-            for figure, (value, lower, upper) in zip(statistics, intervals, strict=True):
+            for figure, (value, lower, upper) in zip(supported, intervals, strict=True):
                 ends = {"value": value, "lower": lower, "upper": upper}
                 yield WholeFigure(figure=figure, source=source, examples=len(among), kind=kind, **ends)
 

@@ -1,4 +1,4 @@
-"""How much of a figure one source carries: the same figure without the most influential source."""
+"""What carries a figure: the same figure without the most influential source, and what examples of few tokens move."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from forgetcast.measure.diff import FEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,54 @@ class WithoutSource:
     examples: int
     value: float
     share: float | None = None
+
+
+@dataclass(frozen=True)
+class FewTokens:
+    """Examples with fewer than `FEW_TOKENS` target tokens: their mean losses move far, and count as much as others.
+
+    Attributes
+    ----------
+    examples : int
+    mean : float
+        Mean forgetting of these, over tasks too; nats per token.
+    share : float
+        Of the variation that these have: of the sum of squares around the grand mean.
+    """
+
+    examples: int
+    mean: float
+    share: float
+
+    def sentence(self, of: int) -> str:
+        """Say it, for a matrix with so many examples."""
+        return (
+            f"{self.examples} of {of} examples have fewer than {FEW_TOKENS} target tokens: mean forgetting "
+            f"{self.mean:.3f}, and {self.share:.0%} of the variation."
+        )
+
+
+def few_tokens(values: np.ndarray, tokens: np.ndarray) -> FewTokens | None:
+    """Return what the examples of few tokens move in a matrix (M, N), by the tokens (N,); None if there are none."""
+    few = (tokens > 0) & (tokens < FEW_TOKENS)
+    squares = (values - np.nanmean(values)) ** 2
+    if not few.any() or np.isnan(values[:, few]).all() or not np.nansum(squares):
+        return None
+    return FewTokens(
+        int(few.sum()), float(np.nanmean(values[:, few])), float(np.nansum(squares[:, few]) / np.nansum(squares))
+    )
+
+
+def mean_per_token(values: np.ndarray, tokens: np.ndarray) -> float | None:
+    """Return the mean of a matrix (M, N) with examples weighted by their tokens (N,), then over tasks.
+
+    None where a number of tokens is not known.
+    """
+    measured = ~np.isnan(values)
+    if not (tokens[measured.any(axis=0)] > 0).all():
+        return None
+    weights = measured * tokens
+    return float(np.mean(np.where(measured, values * tokens, 0.0).sum(axis=1) / weights.sum(axis=1)))
 
 
 def largest_share(labels: Sequence[str], squares: np.ndarray) -> WithoutSource | None:

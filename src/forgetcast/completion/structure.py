@@ -12,7 +12,7 @@ import scipy  # submodules load lazily, so that starting is fast
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.factorisation import held_out_entries
-from forgetcast.completion.influence import WithoutSource, largest_share
+from forgetcast.completion.influence import FewTokens, WithoutSource, few_tokens, largest_share, mean_per_token
 from forgetcast.completion.logistic import f1, factor_logistic, is_binary
 from forgetcast.completion.low_rank import fit_low_rank, sum_of
 from forgetcast.errors import DataError
@@ -96,6 +96,12 @@ class Structure(Result):
         variation; None where the examples have one source.
     rank_correlation : tuple of float
         Of the held-out entries with their fit by rank 1, 2, ... (Spearman): a few large entries cannot carry it.
+    median_error : tuple of float
+        Median absolute error of the held-out entries by rank 1, 2, ..., nats per token: nor can they carry this.
+    mean_per_token : float or None
+        Mean forgetting with examples weighted by their target tokens; None where these are not known.
+    few_tokens : FewTokens or None
+        None where no example is known to have so few target tokens.
     """
 
     kind: ClassVar[str] = "structure"
@@ -115,6 +121,9 @@ class Structure(Result):
     priors: int = 0
     without: WithoutSource | None = None
     rank_correlation: tuple[float, ...] = ()
+    median_error: tuple[float, ...] = ()
+    mean_per_token: float | None = None
+    few_tokens: FewTokens | None = None
 
     def __repr__(self) -> str:
         return (
@@ -131,6 +140,7 @@ def analyze(
     components: int = 3,
     replicates: Mapping[str, str] | None = None,
     priors: Collection[str] = (),
+    tokens: np.ndarray | None = None,
 ) -> Structure:
     """Measure the structure of a forgetting matrix.
 
@@ -146,6 +156,8 @@ def analyze(
         Task of each row by the row's name, where rows are of the same task with another seed.
     priors : collection of str, optional
         Names of the rows that were measured on another version of the base model, to be counted: `Atlas.priors`.
+    tokens : array of int, shape (N,), optional
+        Target tokens of each example; for forgetting of the loss.
 
     Raises
     ------
@@ -169,7 +181,8 @@ def analyze(
     fits = [fit_low_rank(values, rank, centred=False) for rank in ranks]
     described = fits[min(components, len(fits)) - 1]
     tasks, sources = [matrix.tasks[i] for i in rows], [matrix.sources[j] for j in columns]
-    held_out, correlations = _held_out(values, len(fits))
+    held_out, correlations, medians = _held_out(values, len(fits))
+    counts = None if tokens is None else np.asarray(tokens)[columns]
     best = int(np.argmax(held_out)) + 1 if held_out else 1
     return Structure(
         tasks=len(values),
@@ -187,6 +200,9 @@ def analyze(
         priors=len(set(priors).intersection(tasks)),
         without=_without(values, sources, best),
         rank_correlation=correlations,
+        median_error=medians,
+        mean_per_token=None if counts is None else mean_per_token(values, counts),
+        few_tokens=None if counts is None else few_tokens(values, counts),
     )
 
 
@@ -225,15 +241,19 @@ def reconstruction_f1(values: np.ndarray, ranks: int = F1_RANKS) -> tuple[float,
     return tuple(scores)
 
 
-def _held_out(values: np.ndarray, ranks: int, lowest: int = 1) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return R^2 and rank correlation of held-out entries with their fit by each rank; none if none can be held out."""
+def _held_out(values: np.ndarray, ranks: int, lowest: int = 1) -> tuple[tuple[float, ...], ...]:
+    """Return R^2, rank correlation and median absolute error of held-out entries by their fit of each rank.
+
+    None if none can be held out.
+    """
     truth, fits = _held_out_fits(values, ranks, lowest)
     total = float(truth.var()) if len(fits) else 0.0
     r2 = tuple(1 - float(((fit - truth) ** 2).mean()) / (total or 1.0) for fit in fits)
+    medians = tuple(float(np.median(np.abs(fit - truth))) for fit in fits)
     if not total:
-        return r2, ()
+        return r2, (), medians
     ranked = (float(scipy.stats.spearmanr(fit, truth).statistic) if np.ptp(fit) else 0.0 for fit in fits)
-    return r2, tuple(ranked)
+    return r2, tuple(ranked), medians
 
 
 def _held_out_errors(values: np.ndarray, ranks: int) -> list[float]:

@@ -6,7 +6,6 @@ Every string from data goes through `labels` before it reaches plotly, which ren
 from __future__ import annotations
 
 import html
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,6 +19,7 @@ from forgetcast.completion.structure import Structure
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
 from forgetcast.replay.outcome import METRICS
+from forgetcast.text import shorten
 
 MOST_COLUMNS = 2_000
 """Limit on the columns of a plot; beyond it, neighbouring examples of one source are averaged."""
@@ -28,15 +28,22 @@ SHOWN_METRICS = ("mean", "worst_tenth", "new_task_loss")
 """Those of `METRICS` that every verification has."""
 
 BLUE, ORANGE, GREY = "#2f6690", "#d1603d", "#8a8f98"
-LONGEST_LABEL = 40
+
+LONGEST_LABEL = 22
+"""So that on a telephone, where all of a plot is 380 pixels wide, more than half of it is left to the plot."""
+
+LONGEST_ID = 60
+"""What is shown under the pointer may be longer."""
+
+LEAST_SHARE = 0.09
+"""Of a plot's width, that a source needs so that its number stands beside that of the next."""
 
 
-def labels(texts: Sequence[str]) -> list[str]:
+def labels(texts: Sequence[str], longest: int = LONGEST_LABEL) -> list[str]:
     """Return labels for strings from data: escaped, shortened in the middle if long, and all different."""
-    half = LONGEST_LABEL // 2
-    short = [text if len(text) <= LONGEST_LABEL else f"{text[:half]}…{text[-half:]}" for text in texts]
-    repeated = {text for text, count in Counter(short).items() if count > 1}
-    return [html.escape(f"{text} ({i})" if text in repeated else text) for i, text in enumerate(short, 1)]
+    if len(set(texts)) < len(texts):
+        texts = [f"{text} ({i})" for i, text in enumerate(texts, 1)]
+    return [html.escape(text) for text in shorten(texts, longest)]
 
 
 def forgetting_by_task(means: Mapping[str, float], new: Sequence[str]) -> str:
@@ -60,12 +67,15 @@ def forgetting_by_task(means: Mapping[str, float], new: Sequence[str]) -> str:
     figure.update_yaxes(
         type="category", categoryorder="array", categoryarray=list(label_of.values()), autorange="reversed"
     )
-    figure.update_xaxes(title="mean forgetting (nats per token)", zeroline=True)
-    return _html(figure, height=90 + 22 * len(names), legend=bool(new), label="Mean forgetting by task")
+    figure.update_xaxes(title="mean forgetting<br>(nats per token)", zeroline=True)
+    return _html(figure, height=110 + 22 * len(names), legend=bool(new), label="Mean forgetting by task")
 
 
 def heatmap(matrix: ForgettingMatrix) -> str:
-    """Plot the matrix: tasks by mean forgetting, examples by source and within it by mean forgetting."""
+    """Plot the matrix: tasks by mean forgetting, examples by source and within it by mean forgetting.
+
+    On the axis, sources have their numbers in `matrix_sources`; those too narrow for it have none.
+    """
     values = matrix.values
     column_means = mean_of_observed(values, 0)
     source_of = np.array(matrix.sources)
@@ -74,15 +84,14 @@ def heatmap(matrix: ForgettingMatrix) -> str:
     step = -(-len(order) // MOST_COLUMNS)
     blocks: list[np.ndarray] = []
     edges = [0]
-    sources = sorted(set(matrix.sources))
-    for source in sources:
+    for source in matrix_sources(matrix):
         members = order[source_of[order] == source]
         blocks += [members[i : i + step] for i in range(0, len(members), step)]
         edges.append(len(blocks))
     shown = np.column_stack([mean_of_observed(values[np.ix_(rows, block)], 1) for block in blocks])
     measured = np.abs(shown[~np.isnan(shown)])
     limit = float(np.quantile(measured, 0.99)) if measured.size else 1.0
-    first = labels([matrix.examples[int(block[0])] for block in blocks])
+    first = labels([matrix.examples[int(block[0])] for block in blocks], LONGEST_ID)
     names = [
         name + (f" and {len(block) - 1} more" if len(block) > 1 else "")
         for name, block in zip(first, blocks, strict=True)
@@ -96,16 +105,44 @@ def heatmap(matrix: ForgettingMatrix) -> str:
             zmid=0,
             zmin=-(limit or 1.0),
             zmax=limit or 1.0,
-            colorbar={"title": {"text": "nats per<br>token"}, "thickness": 12},
+            colorbar={
+                "title": {"text": "nats per token", "side": "top"},
+                "orientation": "h",
+                "thickness": 10,
+                "len": 0.9,
+                "y": 1.02,
+                "yanchor": "bottom",
+            },
             hovertemplate="%{y}<br>%{x}<br>%{z:.3f} nats per token<extra></extra>",
         )
     )
     for edge in edges[1:-1]:
         figure.add_vline(x=edge - 0.5, line_width=1, line_color="#333")
-    middles = [names[(start + end) // 2] for start, end in pairwise(edges)]
-    figure.update_xaxes(type="category", tickvals=middles, ticktext=_source_labels(sources), tickangle=-30)
+    middles = [((start + end) // 2, number) for number, (start, end) in enumerate(pairwise(edges), 1)]
+    numbered = _apart(middles, LEAST_SHARE * edges[-1])
+    figure.update_xaxes(
+        type="category",
+        tickvals=[names[middle] for middle, _ in numbered],
+        ticktext=[str(number) for _, number in numbered],
+        tickangle=0,
+        title="examples, by source",
+    )
     figure.update_yaxes(type="category", autorange="reversed")
-    return _html(figure, height=150 + max(18 * len(rows), 120), label="The forgetting matrix", grid=False)
+    return _html(figure, height=170 + max(18 * len(rows), 120), label="The forgetting matrix", grid=False)
+
+
+def matrix_sources(matrix: ForgettingMatrix) -> list[str]:
+    """Return the sources in the order of the heatmap, from left to right."""
+    return sorted(set(matrix.sources))
+
+
+def _apart(positions: Sequence[tuple[float, int]], gap: float) -> list[tuple[Any, int]]:
+    """Return the positions that are at least a gap from the one before that is kept."""
+    kept: list[tuple[float, int]] = []
+    for position, number in positions:
+        if not kept or position - kept[-1][0] >= gap:
+            kept.append((position, number))
+    return kept
 
 
 def spectrum(structure: Structure) -> str:
@@ -130,19 +167,38 @@ def spectrum(structure: Structure) -> str:
             name="held-out entries",
             hovertemplate="rank %{x}, held out: %{y:.3f}<extra></extra>",
         )
-    # The lowest line has its name below it if the next line is close, so that the names do not overlap.
     lines = sorted(
         ((structure.row_r2, "task means"), (structure.column_r2, "example means"), (structure.additive_r2, "their sum"))
     )
-    for i, (r2, name) in enumerate(lines):
-        place = "bottom right" if i == 0 and len(lines) > 1 and lines[1][0] - r2 < 0.08 else "top right"
-        figure.add_hline(
-            y=r2, line_dash="dot", line_color=GREY, annotation_text=f"{name}: {r2:.2f}", annotation_position=place
+    lowest, highest = max(min(0.0, lines[0][0], *structure.held_out_r2), -0.5) - 0.08, 1.1
+    heights = _spread([r2 for r2, _ in lines], (highest - lowest) / 13, highest)
+    for (r2, name), height in zip(lines, heights, strict=True):
+        figure.add_hline(y=r2, line_dash="dot", line_color=GREY)
+        figure.add_annotation(
+            text=f"{name}: {r2:.2f}",
+            y=height,
+            yanchor="bottom",
+            x=1,
+            xref="paper",
+            xanchor="right",
+            showarrow=False,
+            bgcolor="rgba(255,255,255,.8)",
         )
     figure.update_xaxes(title="rank", dtick=1)
-    lowest = max(min(0.0, lines[0][0], *structure.held_out_r2), -0.5)
-    figure.update_yaxes(title="fraction explained (R²)", range=[lowest - 0.08, 1.04])
-    return _html(figure, height=340, legend=True, label="How much of the forgetting each rank explains")
+    figure.update_yaxes(title="fraction explained (R²)", range=[lowest, highest])
+    return _html(figure, height=380, legend=True, label="How much of the forgetting each rank explains")
+
+
+def _spread(heights: Sequence[float], gap: float, highest: float) -> list[float]:
+    """Move ascending heights up as far as there is less than a gap between two, and down below the highest."""
+    spread: list[float] = []
+    for height in heights:
+        spread.append(max(height, spread[-1] + gap) if spread else height)
+    top = highest - gap
+    for i in reversed(range(len(spread))):
+        spread[i] = min(spread[i], top)
+        top = spread[i] - gap
+    return spread
 
 
 def loadings(structure: Structure) -> str:
@@ -160,8 +216,8 @@ def loadings(structure: Structure) -> str:
             hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         )
     figure.update_yaxes(type="category", autorange="reversed")
-    figure.update_xaxes(title="mean loading (1 = a typical example's)", zeroline=True)
-    height = max(340, 90 + 15 * len(sources) * len(values))
+    figure.update_xaxes(title="mean loading<br>(1: a typical example's)", zeroline=True)
+    height = max(380, 110 + 15 * len(sources) * len(values))
     return _html(figure, height=height, legend=True, label="What the components load on")
 
 
@@ -200,7 +256,7 @@ def forecast_and_truth(forecast: TaskForecast, truth: np.ndarray) -> str:
         name="probes",
         hovertemplate="%{customdata} (probe): %{x:.3f}<extra></extra>",
     )
-    figure.update_xaxes(title="measured (nats per token)", range=ends)
+    figure.update_xaxes(title="measured (nats per token)", range=ends, nticks=6)
     figure.update_yaxes(title="forecast (nats per token)")
     return _html(figure, height=380, legend=True, label=f"Forecast and measurement for {forecast.task}")
 
@@ -225,13 +281,14 @@ def forecast_only(forecast: TaskForecast) -> str:
     figure.add_scatter(
         x=rank,
         y=forecast.mean[order],
-        customdata=labels([forecast.ids[int(i)] for i in order]),
+        customdata=labels([forecast.ids[int(i)] for i in order], LONGEST_ID),
         mode="lines",
         line_color=BLUE,
         name="forecast",
         hovertemplate="%{customdata}: %{y:.3f}<extra></extra>",
     )
-    figure.update_xaxes(title="examples, most at risk first")
+    margin = 0.03 * len(order)  # or the first label of this axis would be below the last of the other
+    figure.update_xaxes(title="examples, most at risk first", range=[-margin, len(order) - 1 + margin])
     figure.update_yaxes(title="forecast (nats per token)", zeroline=True)
     return _html(figure, height=340, legend=True, label="Forecast of every example")
 
@@ -258,9 +315,10 @@ def replay_differences(verification: Verification) -> str:
         )
     figure.add_vline(x=0, line_width=1, line_color="#333")
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels(names), autorange="reversed")
-    figure.update_xaxes(title="difference (nats per token; below zero is better)")
-    height = max(320, 90 + 26 * len(names))
-    return _html(figure, height=height, legend=True, label="Differences between the replay strategies")
+    figure.update_xaxes(title="difference (nats per token;<br>below zero is better)")
+    return _html(
+        figure, height=max(320, 130 + 45 * len(names)), legend=True, label="Differences between the replay strategies"
+    )
 
 
 def tradeoff(verification: Verification) -> str:
@@ -338,12 +396,12 @@ def forgetting_by_position(sequence: SequenceResult) -> str:
             hovertemplate="%{y:.3f} after %{x}<extra>" + name + "</extra>",
         )
     figure.update_xaxes(title="tasks learned", dtick=1)
-    figure.update_yaxes(title="upstream forgetting (nats per token)", zeroline=True)
-    return _html(figure, height=340, legend=True, label="Upstream forgetting after each task of a sequence")
+    figure.update_yaxes(title="upstream forgetting<br>(nats per token)", zeroline=True)
+    return _html(figure, height=360, legend=True, label="Upstream forgetting after each task of a sequence")
 
 
 def _ids(forecast: TaskForecast, mask: np.ndarray) -> list[str]:
-    return labels([id_ for id_, selected in zip(forecast.ids, mask, strict=True) if selected])
+    return labels([id_ for id_, selected in zip(forecast.ids, mask, strict=True) if selected], LONGEST_ID)
 
 
 def _source_labels(sources: Sequence[str]) -> list[str]:

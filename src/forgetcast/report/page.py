@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -15,8 +16,8 @@ import plotly.offline
 import forgetcast
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.store import Atlas
-from forgetcast.completion.base import MISFIT_THRESHOLD
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast
+from forgetcast.completion.influence import most_influential
 from forgetcast.completion.structure import Structure, analyze
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
@@ -26,10 +27,11 @@ from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.tradeoff import COSTS
 from forgetcast.experiments.verify import Verification
 from forgetcast.files import atomic_path
+from forgetcast.measure.diff import FEW_TOKENS
 from forgetcast.replay.outcome import METRICS
 from forgetcast.report import figures
 from forgetcast.similarity import SimilarityStudy
-from forgetcast.stats import Comparison
+from forgetcast.stats import Comparison, supports_part
 
 AT_RISK = 10
 """Number of examples listed with their text, per forecast."""
@@ -90,12 +92,13 @@ def write_report(
     if accuracies is None:
         accuracies = _accuracies(forecasts, truths)
     averages = _averages(accuracies)
-    structure = _analyze(matrix)
+    structure = _analyze(matrix, atlas.before.tokens)
     means = {
         name: mean for name, row in zip(matrix.tasks, matrix.values, strict=True) if (mean := _mean(row)) is not None
     }
+    sources = dict(zip(matrix.examples, matrix.sources, strict=True))
     findings = (
-        _measured_finding(matrix, means),
+        _measured_finding(matrix, means, structure),
         _structure_finding(structure) if structure is not None else None,
         _forecast_finding(forecasts, averages) if forecasts else None,
         _replay_finding(verification) if verification is not None else None,
@@ -106,10 +109,10 @@ def write_report(
         plotlyjs=plotly.offline.get_plotlyjs(),
         atlas=atlas,
         findings=[finding for finding in findings if finding is not None],
-        measured=_measured(atlas, matrix, means, forecasts),
+        measured=_measured(atlas, matrix, means, forecasts) | _of_tokens(structure),
         matrix=_matrix(matrix),
         structure=_structure(structure) if structure is not None else None,
-        forecast=_forecast(forecasts, truths, accuracies, averages) if forecasts else None,
+        forecast=_forecast(forecasts, truths, accuracies, averages, sources) if forecasts else None,
         risks=_risks(atlas, matrix, forecasts, truths),
         replay=_replay(verification) if verification is not None else None,
         sequence=_sequence(sequence) if sequence is not None else None,
@@ -146,11 +149,13 @@ def _mean(values: np.ndarray) -> float | None:
 # What was measured
 
 
-def _measured_finding(matrix: ForgettingMatrix, means: Mapping[str, float]) -> str:
+def _measured_finding(matrix: ForgettingMatrix, means: Mapping[str, float], structure: Structure | None) -> str:
+    weighted = None if structure is None else structure.mean_per_token
+    by_token = "" if weighted is None else f" ({weighted:.3f} with examples weighted by their target tokens)"
     most, least = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
     return (
-        f"On average a fine-tune costs {np.mean(list(means.values())):.3f} nats per token on the upstream examples: "
-        f"the most after {most} ({means[most]:.3f}), the least after {least} ({means[least]:.3f}). "
+        f"On average a fine-tune costs {np.mean(list(means.values())):.3f} nats per token on the upstream examples"
+        f"{by_token}: the most after {most} ({means[most]:.3f}), the least after {least} ({means[least]:.3f}). "
         f"The worst tenth of all measurements averages {worst_tenth(matrix.values[matrix.observed]):.3f}."
     )
 
@@ -170,10 +175,17 @@ def _measured(
                 "examples": len(before),
                 "before": _mean(before),
                 "forgetting": forgetting,
-                "worst": worst_tenth(values) if forgetting is not None else None,
+                # Of all entries, but so few examples are no sample of a source.
+                "worst": worst_tenth(values) if forgetting is not None and supports_part(len(before), 10) else None,
             }
         )
     return {"by_task": figures.forgetting_by_task(means, new), "sources": sources}
+
+
+def _of_tokens(structure: Structure | None) -> dict[str, Any]:
+    """Return a sentence on the examples with few target tokens; None if there are none."""
+    few = None if structure is None else structure.few_tokens
+    return {"few_tokens": None if few is None or structure is None else few.sentence(structure.examples)}
 
 
 # The matrix and its structure
@@ -182,13 +194,15 @@ def _measured(
 def _matrix(matrix: ForgettingMatrix) -> dict[str, Any]:
     examples = matrix.shape[1]
     averaged = -(-examples // figures.MOST_COLUMNS) if examples > figures.MOST_COLUMNS else 0
-    return {"heatmap": figures.heatmap(matrix), "averaged": averaged}
+    counts = Counter(matrix.sources)
+    sources = [(source or "(no source)", counts[source]) for source in figures.matrix_sources(matrix)]
+    return {"heatmap": figures.heatmap(matrix), "averaged": averaged, "sources": sources}
 
 
-def _analyze(matrix: ForgettingMatrix) -> Structure | None:
+def _analyze(matrix: ForgettingMatrix, tokens: np.ndarray) -> Structure | None:
     """Structure of the matrix; None if it has too few entries for one."""
     try:
-        return analyze(matrix) if len(matrix.tasks) > 1 else None
+        return analyze(matrix, tokens=tokens) if len(matrix.tasks) > 1 else None
     except DataError:
         return None
 
@@ -207,9 +221,19 @@ def _without_finding(structure: Structure) -> str:
     without = structure.without
     if without is None or not structure.held_out_r2:
         return ""
+    best = int(np.argmax(structure.held_out_r2))
+    robust = [
+        f"{name} {figures[best]:.{digits}f}"
+        for name, figures, digits in (
+            ("rank correlation", structure.rank_correlation, 2),
+            ("median absolute error", structure.median_error, 3),
+        )
+        if figures
+    ]
     return (
-        f" On entries that were held out, R² is at best {max(structure.held_out_r2):.2f}, and {without.value:.2f} "
-        f"without the source with most of the variation, {without.source or '(none)'} ({without.examples} examples)."
+        f" On entries that were held out, R² is at best {structure.held_out_r2[best]:.2f} "
+        f"({', '.join(robust)}), and {without.value:.2f} without the source with most of the variation, "
+        f"{without.source or '(none)'} ({without.examples} examples)."
     )
 
 
@@ -275,6 +299,7 @@ def _forecast(
     truths: Sequence[np.ndarray | None],
     accuracies: Mapping[str, Mapping[str, ForecastErrors]],
     averages: list[dict[str, Any]],
+    sources: Mapping[str, str],
 ) -> dict[str, Any]:
     by_task = [
         {"task": task, "method": method} | asdict(errors)
@@ -285,35 +310,45 @@ def _forecast(
         "level": forecasts[0].level,
         "any_truth": any(truth is not None for truth in truths),
         "errors": averages + (by_task if len(accuracies) > 1 else []),
-        "tasks": [_forecast_of(forecast, truth) for forecast, truth in zip(forecasts, truths, strict=True)],
+        "tasks": [_forecast_of(forecast, truth, sources) for forecast, truth in zip(forecasts, truths, strict=True)],
     }
 
 
-def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None) -> dict[str, Any]:
+def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None, sources: Mapping[str, str]) -> dict[str, Any]:
     figure = figures.forecast_only(forecast) if truth is None else figures.forecast_and_truth(forecast, truth)
-    if not forecast.probed.any():
-        misfit = "No probe was measured for this task: this is the forecast for any new task."
-    elif forecast.misfit < MISFIT_THRESHOLD:
-        misfit = (
-            f"The {int(forecast.probed.sum())} probes suggest that this task is unlike those in the atlas "
-            f"(p = {forecast.misfit:.3f}): trust the forecast less, and measure more examples."
-        )
-    else:
-        misfit = (
-            f"The {int(forecast.probed.sum())} probes give no evidence that this task is unlike those in the atlas "
-            f"(p = {forecast.misfit:.2f})."
-        )
     return {
         "name": forecast.task or "the new task",
         "figure": figure,
-        "misfit": misfit,
+        "robust": None if truth is None else _robust(forecast, truth, [sources[id_] for id_ in forecast.ids]),
+        "misfit": forecast.likeness(),
         "threshold": forecast.threshold,
         "whole": [
             {"estimate": each, "guaranteed": forecast.figure(each.figure, GUARANTEED, each.source)}
             for each in forecast.whole
             if each.kind == MODEL_BASED
         ],
+        "guaranteed": any(each.kind == GUARANTEED for each in forecast.whole),
+        "by_source": any(each.source is not None for each in forecast.whole),
     }
+
+
+def _robust(forecast: TaskForecast, truth: np.ndarray, sources: Sequence[str]) -> str:
+    """State the errors that a few examples or one source cannot carry."""
+    judged = ~forecast.probed & ~np.isnan(truth)
+    errors = np.abs(forecast.mean - truth)[judged]
+
+    def rmse(kept: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(errors[kept] ** 2))) if kept.any() else float("nan")
+
+    whole = rmse(np.ones(len(errors), dtype=bool))
+    said = f"Median absolute error {np.median(errors):.3f}, root mean squared error {whole:.3f}"
+    named = [source for source, kept in zip(sources, judged.tolist(), strict=True) if kept]
+    if (without := most_influential(named, whole, rmse)) is None:
+        return f"{said}."
+    return (
+        f"{said}; {without.value:.3f} without the source that changes it most, {without.source or '(none)'} "
+        f"({without.examples} examples)."
+    )
 
 
 def _risks(
@@ -340,10 +375,13 @@ def _risks(
 
 
 def _example(atlas: Atlas, id_: str) -> dict[str, Any]:
-    example = atlas.pool[int(atlas.pool.positions([id_])[0])]
+    position = int(atlas.pool.positions([id_])[0])
+    example = atlas.pool[position]
     text = example.full_text
     shown = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
-    return {"id": id_, "source": example.source or "", "text": shown}
+    tokens = int(atlas.before.tokens[position])
+    few = f"{tokens} target token{'s' if tokens > 1 else ''}" if 0 < tokens < FEW_TOKENS else ""
+    return {"id": id_, "source": example.source or "", "text": shown, "few": few}
 
 
 # Replay, in one fine-tune and in a sequence of them
