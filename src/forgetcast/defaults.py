@@ -26,3 +26,6 @@ MOST_EXAMPLES = 10**8
 
 ANSWER_TOKENS = 32
 """Longest answer to a prompt, in tokens, where exact match is measured."""
+
+WATCH_EVERY = 50
+"""Optimiser steps between two looks at a model in training."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Scores
 from forgetcast.cli.tables import runs_table
@@ -484,3 +485,49 @@ def test_figures_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert f"{figures['naming']['forgetting']:+.3f}" in text
     assert "mean forgetting of 3 rows so far" in text
+
+
+def test_checkpoints_measure_the_model_on_the_way(tmp_path: Path, run: RunCommand, straight: Atlas) -> None:
+    config = configure(tmp_path, "curves.atlas", checkpoints=[0.7, 0.3])
+    code, _, err = run("collect", config)
+    assert code == 0, err
+    atlas = Atlas.open(tmp_path / "curves.atlas")
+    same(atlas, straight)  # the rows are to the last bit those of fine-tunes that were not looked at
+    assert atlas.shares == (0.3, 0.7)
+    assert [atlas.at(share).tasks for share in atlas.shares] == [tuple(TASKS)] * 2
+
+    class Copy(TrainerCallback):
+        def __init__(self) -> None:
+            self.weights: dict[int, dict[str, torch.Tensor]] = {}
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+            self.weights[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
+
+    copy = Copy()
+    FineTuner(tiny()).tune(TASKS["naming"], RECIPE, callbacks=[copy])
+    for share, step in ((0.3, 1), (0.7, 2)):  # of three steps
+        then = tiny()
+        then.model.load_state_dict(copy.weights[step])
+        expected = score(then, make_pool()).nll - atlas.nll_before
+        np.testing.assert_allclose(atlas.at(share).matrix(["naming"]).values[0], expected, atol=1e-5)
+    assert run("collect", config)[0] == 0  # there is nothing left to do
+    atlas.at(0.3).drop("naming")
+    before = atlas.matrix().values
+    assert run("collect", config)[0] == 0
+    atlas = Atlas.open(atlas.path)
+    assert set(atlas.at(0.3).tasks) == set(TASKS)
+    np.testing.assert_array_equal(atlas.matrix().values, before)
+    code, out, _ = run("atlas", "info", atlas.path)
+    assert code == 0
+    assert "0.3: 3, 0.7: 3" in out
+
+
+def test_checkpoints_that_cannot_be_are_refused(tmp_path: Path, run: RunCommand) -> None:
+    code, _, err = run("collect", configure(tmp_path, "a.atlas", checkpoints=[0.5, 1.5]))
+    assert code == 2
+    assert "checkpoints" in err
+    assert "a share of the steps is above 0 and below 1" in err
+    trainer = {"trainer": '{"command": "train {task} {output} {model} {seed}"}'}
+    code, _, err = run("collect", configure(tmp_path, "b.atlas", checkpoints=[0.5], **trainer))
+    assert code == 2
+    assert "checkpoints: nothing is known of a trainer's command before it ends" in err

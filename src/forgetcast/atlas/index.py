@@ -119,7 +119,7 @@ def check_writable(path: str | Path) -> None:
     with storage.write(probe) as file:
         file.touch()
     storage.remove(probe)
-    for folder in ("rows", "receipts", "replays"):  # of a shared folder, another user may own them
+    for folder in ("rows", "receipts", "replays", "curves"):  # of a shared folder, another user may own them
         place = storage.location
         if isinstance(place, Path) and (place / folder).exists() and not os.access(place / folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place / folder))

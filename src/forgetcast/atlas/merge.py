@@ -80,6 +80,7 @@ def merge(
             for task in atlas.tasks:
                 rows.add(task, atlas, columns, keep_both)
             merged.add_replays(atlas.replays)
+            rows.add_curves(atlas, columns)
         for atlas in older:
             _add_prior(rows, atlas, opened[0], pool)
     return Atlas.open(target)
@@ -118,6 +119,22 @@ class _Rows:
                 if all(np.isnan(column).all() for column in values.values()):
                     return
         self.write(info, values, atlas, order)
+
+    def add_curves(self, atlas: Atlas, columns: np.ndarray) -> None:
+        """Write what an atlas has of the learning curves of the rows that were taken from it."""
+        for share in atlas.shares:
+            source, target = atlas.at(share), self.merged.at(share)
+            for task in source.tasks:
+                name = next((each for each in (_name(task, atlas), task) if each in self.origins), None)
+                if name is None:
+                    continue
+                info, values = source.read_row(task)
+                values = {column: self._spread(found, columns) for column, found in values.items()}
+                if name in target:
+                    for column, found in target.read_row(name)[1].items():
+                        values[column][~np.isnan(found)] = np.nan
+                if not all(np.isnan(found).all() for found in values.values()):
+                    target.write_row({**info, "name": name}, values, self.origins[name][1])
 
     def write(self, info: dict[str, Any], values: dict[str, np.ndarray], atlas: Atlas, order: int) -> None:
         """Write a row, or entries of one, with the atlas that it comes from."""

@@ -202,7 +202,7 @@ class Row:
         if self.lost:
             raise DataError(
                 f"the row {self.task!r} of {self.storage} has lost rows/{self.folder}/{self.lost[0]}; put back a copy "
-                f"of the file, or give the row up with: forgetcast atlas drop {self.storage} {self.task}"
+                f"of the file, or give the row up with: forgetcast atlas drop {atlas_of(self.storage)} {self.task}"
             )
         return sorted(self.parts, key=lambda part: (part.info.added, part.file)) if len(self.parts) > 1 else self.parts
 
@@ -222,6 +222,11 @@ class Row:
         for part in reversed(self.by_time):  # what was added first is written last
             part.overlay(column, first, values)
         return values
+
+
+def atlas_of(storage: Storage) -> str:
+    """Return what the user calls the atlas that has a storage of rows; that of a learning curve is a folder of it."""
+    return re.sub(r"/curves/[^/]+$", "", str(storage))
 
 
 def list_rows(storage: Storage, base: str, folder: str = "") -> list[Row]:

@@ -60,6 +60,10 @@ class Storage(ABC):
     def size(self) -> int:
         """Return the bytes of all files."""
 
+    def below(self, folder: str) -> Storage:
+        """Return the storage that a folder of this one is."""
+        return storage_of(f"{self.location}/{folder}")
+
     def __str__(self) -> str:
         return str(self.location)
 

@@ -5,6 +5,7 @@
       pool.parquet     the upstream examples
       before.parquet   scores of the base model
       rows/TASK/       immutable parts of a row (see `atlas.rows`), and receipts/, by which a lost part is noticed
+      curves/SHARE/    the same two folders for the same fine-tunes after a share of their steps
       replays/         outcomes of fine-tunes with and without replay, one file each, the basis of advised ratios
 
 There is no index that changes: a row is added by one atomic operation, so writers of different rows need no lock, in
@@ -14,7 +15,8 @@ a folder, on a shared file system or in an object store.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +32,7 @@ from forgetcast.atlas.storage import Storage, beside, storage_of
 from forgetcast.data.formats import read_example
 from forgetcast.data.ids import ExampleIndex, labels
 from forgetcast.data.pool import Pool
-from forgetcast.errors import DataError, MismatchError, MissingExtraError
+from forgetcast.errors import ConfigError, DataError, MismatchError, MissingExtraError
 from forgetcast.files import check_seal, json_bytes, opened_parquet, read_metadata, with_digest
 from forgetcast.measure.scores import Baseline, Scores, check_tokens, flips, forgetting
 
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Measure = Literal["loss", "exact_match"]
+
+CURVES = "curves"
+"""Folder of what was measured after shares of the fine-tunes' steps."""
 
 
 class Atlas:
@@ -52,6 +57,7 @@ class Atlas:
 
     def __init__(self, storage: Storage, index: Index) -> None:
         self._storage, self._index = storage, index
+        self._rows_in = storage
         self.path = storage.location
         self._checked: set[str] = set()
 
@@ -267,12 +273,40 @@ class Atlas:
     def _by_task(self) -> dict[str, Row | zarr_format.ZarrRow]:
         if self.format == zarr_format.FORMAT:
             return dict(zarr_format.list_rows(self._storage))
-        return {row.task: row for row in rows.list_rows(self._storage, self._base) if row.exists}
+        return {row.task: row for row in rows.list_rows(self._rows_in, self._base) if row.exists}
 
     @property
     def _base(self) -> str:
         """Seal of the base scores, which each part names."""
         return self._index.seals[BEFORE]
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of their steps after which fine-tunes were measured too, ascending; see `at`.
+
+        Raises
+        ------
+        DataError
+            If a folder of `curves/` is not named after a share.
+        """
+        return tuple(sorted(parse_share(self._storage, folder) for folder in self._storage.folders(CURVES)))
+
+    def at(self, share: float) -> Atlas:
+        """Return the same fine-tunes as they were after a share of their steps, in (0, 1): an atlas of its own rows.
+
+        It has the same pool and base scores. A task may be missing in it, and there may be none.
+
+        Raises
+        ------
+        ConfigError
+            If it is no such share.
+        """
+        check_share(share)
+        self._require_this_format()
+        view = copy(self)
+        view._rows_in = self._storage.below(f"{CURVES}/{share:g}")
+        view.refresh()
+        return view
 
     def refresh(self) -> None:
         """Look again which rows there are: other processes may have added some."""
@@ -307,7 +341,7 @@ class Atlas:
                     "provenance": row.provenance,
                 }
             )
-        all_rows = rows.list_rows(self._storage, self._base) if self.format == FORMAT else []
+        all_rows = rows.list_rows(self._rows_in, self._base) if self.format == FORMAT else []
         return {
             "atlas": str(self.path),
             "format": self.format,
@@ -322,6 +356,7 @@ class Atlas:
             "created": self.created,
             "tasks": len(found),
             "priors": len(self.priors),
+            "curves": {f"{share:g}": len(self.at(share).tasks) for share in self.shares},
             "bytes": self._storage.size(),
             "dropped": sum(len(row.dropped) for row in all_rows),
             "rows": found,
@@ -329,7 +364,7 @@ class Atlas:
 
     def unfinished(self, task: str) -> Path:
         """Return the path of a file on this machine for what is measured of a row before it can be added."""
-        return self._storage.scratch(f"{rows.folder_of(task)}.partial")
+        return self._rows_in.scratch(f"{rows.folder_of(task)}.partial")
 
     def beside(self, what: str) -> Path:
         """Return the path of a folder for runs: next to the atlas, or in the current folder if the atlas is a URL."""
@@ -347,7 +382,7 @@ class Atlas:
         """Return a row as it is on disk now, None if there is none; of the others, nothing is listed."""
         if self.format == zarr_format.FORMAT:
             return zarr_format.list_rows(self._storage).get(task)
-        found = rows.list_rows(self._storage, self._base, rows.folder_of(task))
+        found = rows.list_rows(self._rows_in, self._base, rows.folder_of(task))
         return next((row for row in found if row.exists), None)
 
     def _row(self, task: str) -> Row | zarr_format.ZarrRow:
@@ -443,7 +478,7 @@ class Atlas:
         # Where they are not allowed, there are none.
         if allow_different_tokens and (different := check_tokens(self.baseline, after, allow_different=True)):
             info["different_tokens"] = different
-        rows.write_part(self._storage, info, order, row)
+        rows.write_part(self._rows_in, info, order, row)
         self.refresh()
         return int((~np.isnan(row[FORGETTING])).sum())
 
@@ -470,11 +505,13 @@ class Atlas:
 
     def write_row(self, info: Mapping[str, Any], values: Mapping[str, np.ndarray], order: int) -> None:
         """Store a row, or entries of one, as `read_row` of another atlas returned them; nothing is checked."""
-        rows.write_part(self._storage, {**info, "base": self._base, "examples": self._index.examples}, order, values)
+        rows.write_part(self._rows_in, {**info, "base": self._base, "examples": self._index.examples}, order, values)
         self.refresh()
 
     def drop(self, task: str, *, reason: str = "") -> None:
-        """Let a row not count any more, so that its name is free; its files stay until `compact`.
+        """Let a row not count any more, so that its name is free, and its learning curve with it.
+
+        The files stay until `compact`.
 
         Raises
         ------
@@ -486,8 +523,11 @@ class Atlas:
         row = self._row(task)
         assert isinstance(row, Row)
         parts = [*(part.file for part in row.parts), *row.lost]
-        rows.drop_parts(self._storage, row.folder, parts, {"dropped": now(), "reason": reason})
+        rows.drop_parts(self._rows_in, row.folder, parts, {"dropped": now(), "reason": reason})
         self.refresh()
+        for view in self._curves():
+            if task in view:
+                view.drop(task, reason=reason)
 
     def compact(self) -> int:
         """Join the parts of each row, and remove what does not count any more; return how many files were removed."""
@@ -499,11 +539,17 @@ class Atlas:
                 continue
             self.write_row(*self._read_row(row), row.order[0])
             rows.drop_parts(
-                self._storage, row.folder, [p.file for p in row.parts], {"dropped": now(), "reason": "joined"}
+                self._rows_in, row.folder, [p.file for p in row.parts], {"dropped": now(), "reason": "joined"}
             )
-        removed = sum(map(rows.remove_dropped, rows.list_rows(self._storage, self._base)))
+        removed = sum(map(rows.remove_dropped, rows.list_rows(self._rows_in, self._base)))
         self.refresh()
+        removed += sum(view.compact() for view in self._curves())
         return removed + zarr_format.remove(self._storage)
+
+    def _curves(self) -> Iterator[Atlas]:
+        """Yield the atlas at each share; of one that is such a view itself, nothing."""
+        if self._rows_in is self._storage:
+            yield from map(self.at, self.shares)
 
     def _require_this_format(self) -> None:
         """Convert an atlas of an earlier version before it is changed."""
@@ -750,6 +796,23 @@ def check_name(task: str) -> None:
         task.encode()
     except UnicodeEncodeError:
         raise DataError(f"the name of the task {task!r} is not Unicode text; rename it") from None
+
+
+def check_share(share: float) -> None:
+    """Raise ConfigError if a share of a fine-tune's steps is not between 0 and 1, or is no number of six digits."""
+    if not 0 < share < 1 or float(f"{share:g}") != share:
+        raise ConfigError(f"a share of the steps is above 0 and below 1, of six digits at most, not {share}")
+
+
+def parse_share(storage: Storage, folder: str) -> float:
+    """Return the share that a folder of `curves/` is of; raise DataError if its name is none."""
+    try:
+        check_share(share := float(folder))
+    except (ValueError, ConfigError):
+        share = 0.0
+    if f"{share:g}" != folder:
+        raise DataError(f"{storage}/{CURVES}/{folder} is not named after a share of a fine-tune; move it elsewhere")
+    return share
 
 
 def _as_float32(what: str, values: np.ndarray, ids: Sequence[str]) -> np.ndarray:

@@ -7,7 +7,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from forgetcast.atlas.index import BEFORE, INDEX, POOL, parse_index
 from forgetcast.atlas.replays import lost_replays, read_replay
 from forgetcast.atlas.rows import BLOCK, FLIPPED, FORGETTING, POSITION, Part
 from forgetcast.atlas.storage import FolderStorage, storage_of
+from forgetcast.atlas.store import CURVES, parse_share
 from forgetcast.data.pool import Pool
 from forgetcast.errors import DataError, ForgetcastError
 from forgetcast.files import SECONDS_UNTIL_ABANDONED, TEMPORARY, check_seal, opened_parquet
@@ -107,7 +108,9 @@ class _Check:
         if old:
             self.check_arrays()
         else:
-            self.check_rows(seals.get(BEFORE) or self.seal_of_base())
+            base = seals.get(BEFORE) or self.seal_of_base()
+            self.check_rows(base)
+            self.check_curves(base)
             for name, receipt in lost_replays(self.storage):
                 self.add(name, f"was stored and is lost; put back a copy, or remove {receipt} to do without it")
             for name in self.storage.names("replays"):
@@ -168,6 +171,15 @@ class _Check:
         for folder in sorted({*present, *receipts}):
             self.check_row(folder, present[folder], receipts[folder], base)
 
+    def check_curves(self, base: str | None) -> None:
+        """Check the rows of each share of the fine-tunes as those of the atlas."""
+        for folder in self.storage.folders(CURVES):
+            with self.checking(f"{CURVES}/{folder}"):
+                parse_share(self.storage, folder)
+                below = _Check(FolderStorage(self.storage.location / CURVES / folder), examples=self.examples)
+                below.check_rows(base)
+                self.findings += [replace(each, file=f"{CURVES}/{folder}/{each.file}") for each in below.findings]
+
     def check_row(self, folder: str, present: set[str], receipts: set[str], base: str | None) -> None:
         dropped: set[str] = set()
         for file in sorted(present):
@@ -185,7 +197,7 @@ class _Check:
             self.add(
                 f"rows/{folder}/{file}",
                 "was stored and is lost; put back a copy of it, or give the row up with: "
-                f"forgetcast atlas drop {self.storage} {folder}",
+                f"forgetcast atlas drop {rows.atlas_of(self.storage)} {folder}",
             )
 
     def check_part(self, folder: str, file: str, base: str | None) -> None:
@@ -246,5 +258,5 @@ class _Check:
                     self.add(
                         top, "is of the atlas before its conversion; `forgetcast atlas compact` removes it", "note"
                     )
-                elif not leftover and top not in (INDEX, POOL, BEFORE, "rows", "receipts", "replays"):
+                elif not leftover and top not in (INDEX, POOL, BEFORE, "rows", "receipts", "replays", CURVES):
                     self.add(name, "is no part of an atlas; nothing reads it", "note")

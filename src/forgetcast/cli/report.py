@@ -21,6 +21,7 @@ def report(
     sequence: Annotated[Path | None, typer.Option(help="Output of `sequence`.")] = None,
     similarity: Annotated[Path | None, typer.Option(help="Output of `bench --similarity`.")] = None,
     reproduction: Annotated[Path | None, typer.Option(help="Output of `reproduce --json`.")] = None,
+    watch: Annotated[list[Path] | None, typer.Option(help="forgetting.json of `train --watch`; repeatable.")] = None,
 ) -> None:
     """Write one HTML file with what was measured, what is forecast, and whether replay helped.
 
@@ -28,6 +29,7 @@ def report(
     """
     from forgetcast.atlas import Atlas
     from forgetcast.completion.forecast import TaskForecast
+    from forgetcast.completion.watch import WatchedRun
     from forgetcast.experiments import Reproduction, SequenceResult, Verification
     from forgetcast.report import write_report
     from forgetcast.similarity import SimilarityStudy
@@ -38,6 +40,7 @@ def report(
     verified = Verification.load(verification) if verification is not None else None
     sequence_result = SequenceResult.load(sequence) if sequence is not None else None
     study = SimilarityStudy.load(similarity) if similarity is not None else None
+    watched = [WatchedRun.load(path) for path in watch or ()]
     write_report(
         output,
         opened,
@@ -46,6 +49,7 @@ def report(
         sequence=sequence_result,
         similarity=study,
         reproduction=Reproduction.load(reproduction) if reproduction is not None else None,
+        watched=watched,
     )
     out.print(f"report written to {output}", markup=False)
 

@@ -103,6 +103,8 @@ def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
     for name in ("dropped", "priors"):
         if not info[name]:
             del facts[name]
+    if info["curves"]:
+        facts["rows at shares of the steps"] = ", ".join(f"{share}: {tasks}" for share, tasks in info["curves"].items())
     yield facts_table(info["atlas"], facts | {"bytes": f"{info['bytes']:,}"})
     if not info["rows"]:
         return

@@ -57,7 +57,16 @@ from forgetcast.cli.options import (
     TestShare,
     loads_a_model,
 )
-from forgetcast.defaults import ALPHA_PROBES, HOLD_OUT, LOSS_MARGIN, MOST_EXAMPLES, PROBES, RATIO, TEST_SHARE
+from forgetcast.defaults import (
+    ALPHA_PROBES,
+    HOLD_OUT,
+    LOSS_MARGIN,
+    MOST_EXAMPLES,
+    PROBES,
+    RATIO,
+    TEST_SHARE,
+    WATCH_EVERY,
+)
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
 from forgetcast.interruption import stoppable
@@ -66,10 +75,11 @@ from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas
+    from forgetcast.completion.watch import WatchedRun
     from forgetcast.data import Pool, Recipe
     from forgetcast.experiments import ReplayComparison, Verification
     from forgetcast.experiments.variants import AskedArm
-    from forgetcast.lm import FineTuner, ReplaySelector, Tuned
+    from forgetcast.lm import FineTuner, ForgettingMonitor, ReplaySelector, Tuned
     from forgetcast.replay import ReplayPlan
 
 
@@ -85,6 +95,13 @@ def train(
     atlas: Annotated[str | None, typer.Option(help="For --online and plans that select during training.")] = None,
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
+    watch: Annotated[
+        str | None, typer.Option(help="Atlas of the model: measure probes during the training, write forgetting.json.")
+    ] = None,
+    watch_every: Annotated[int, typer.Option(min=1, help="Steps from one look to the next.")] = WATCH_EVERY,
+    stop_if: Annotated[
+        str | None, typer.Option(help='With --watch: end the training where this holds, such as "lower > .1".')
+    ] = None,
     format: Format = None,
     column: Columns = None,
     pool_format: PoolFormat = None,
@@ -99,6 +116,8 @@ def train(
     """Fine-tune a model, with or without replay. An interrupted run resumes from its checkpoint in OUTPUT.partial.
 
     Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
+
+    Example: forgetcast train ./my-model task.jsonl --watch runs.atlas --stop-if "lower > .1" -o tuned
     """
     from forgetcast.atlas import Atlas
     from forgetcast.data import Recipe, Rendering
@@ -124,9 +143,13 @@ def train(
         if replay is None or opened is None:
             raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
         selector = _selector(opened, replay, online, probes)
+    if watch is None and stop_if is not None:
+        raise ConfigError("--stop-if is about what is forgotten: give an atlas with --watch too")
+    watched = Atlas.open(watch) if watch is not None else None
+    monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
-    tuner = load_tuner(model, loading, opened, rendering)
+    tuner = load_tuner(model, loading, opened or watched, rendering)
     with _alone_in(partial), progress() as report, stoppable("stopping after this step") as stop:
         tuned = tuner.tune(
             examples,
@@ -136,9 +159,10 @@ def train(
             selector=selector,
             checkpoints=partial,
             on_step=lambda i, n: report("fine-tuning", i, n),
+            callbacks=() if monitor is None else [monitor],
         )
         if is_first():
-            _store(tuned, partial, output)
+            _store(tuned, partial, output, None if monitor is None else monitor.run(data_name(task)))
         stop.forget()  # too late: everything is done
     if not is_first():
         return
@@ -149,6 +173,8 @@ def train(
         "seconds": round(tuned.seconds, 1),
         "output": str(output),
     }
+    if monitor is not None:
+        facts |= _watched_facts(monitor)
     show(facts, as_json, title="Fine-tuned")
 
 
@@ -166,14 +192,29 @@ def _alone_in(partial: Path) -> Iterator[None]:
         yield
 
 
-def _store(tuned: Tuned, partial: Path, output: Path) -> None:
-    """Write the model, and remove the checkpoints."""
+def _store(tuned: Tuned, partial: Path, output: Path, watched: WatchedRun | None) -> None:
+    """Write the model, and what was seen of its training; remove the checkpoints."""
     tuned.save(partial / "model")
+    if watched is not None:
+        watched.save(partial / "model" / "forgetting.json")
     shutil.copy(partial / "run.json", partial / "model" / "run.json")  # from which `add` knows the recipe
     if output.is_dir():
         output.rmdir()
     (partial / "model").rename(output)
     shutil.rmtree(partial)
+
+
+def _monitor(atlas: Atlas, probes: int, every: int, stop_if: str | None) -> ForgettingMonitor:
+    from forgetcast.lm import ForgettingMonitor
+
+    return ForgettingMonitor(atlas, probes=probes, every=every, stop_if=stop_if)
+
+
+def _watched_facts(monitor: ForgettingMonitor) -> dict[str, Any]:
+    """Return the mean forgetting at the last look, with its interval, and why the training ended early."""
+    last = monitor.readings[-1].figures["mean"]
+    facts: dict[str, Any] = {"forgetting": last.value, "forgetting_lower": last.lower, "forgetting_upper": last.upper}
+    return facts if monitor.stopped is None else facts | {"stopped": monitor.stopped}
 
 
 def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> ReplaySelector:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from forgetcast.atlas.index import check_writable, is_atlas
 from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.storage import beside, is_url
-from forgetcast.atlas.store import Atlas, check_name
+from forgetcast.atlas.store import Atlas, check_name, check_share
 from forgetcast.data.pool import Pool, load_task
 from forgetcast.data.reader import SUFFIXES, data_name, is_data_file
 from forgetcast.data.recipe import Recipe
@@ -41,6 +41,7 @@ from forgetcast.experiments.runs import (
     check_recipe,
     ensure_all,
     score_base,
+    without_curve,
 )
 from forgetcast.progress import OnProgress
 from forgetcast.settings import read_settings
@@ -93,12 +94,15 @@ class Sweep:
         Share of the pool, in (0, 1], that is scored for a task: a random sample, the same for all seeds.
     retries : int
         How often a row is tried again after a failure that may pass: of memory, or of a file system.
+    checkpoints : sequence of float
+        Shares of the steps, in (0, 1), after which the examples are scored too. A row is complete with these.
     """
 
     seeds: Sequence[int] = ()
     only: Collection[str] = ()
     score_share: float = 1.0
     retries: int = 1
+    checkpoints: Sequence[float] = ()
 
     def rows(self, tasks: Iterable[str], seed: int = 0) -> list[PlannedRow]:
         """Return the rows to make.
@@ -162,6 +166,8 @@ class CollectConfig(BaseModel):
         How often a row is tried again after a failure that may pass.
     trainer : TrainerSettings, optional
         A command that fine-tunes, instead of a recipe.
+    checkpoints : list of float
+        Shares of the steps, in (0, 1), after which the pool is scored too: the learning curves.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -178,9 +184,22 @@ class CollectConfig(BaseModel):
     score_share: float = Field(default=1.0, gt=0, le=1)
     retries: int = Field(default=1, ge=0)
     trainer: TrainerSettings | None = None
+    checkpoints: list[float] = []
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _shares(cls, values: list[float]) -> list[float]:
+        for share in values:
+            try:
+                check_share(share)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return sorted(set(values))
 
     @model_validator(mode="after")
     def _one_way_to_train(self) -> Self:
+        if self.trainer is not None and self.checkpoints:
+            raise ValueError("checkpoints: nothing is known of a trainer's command before it ends; leave them out")
         if self.trainer is not None and "recipe" in self.model_fields_set:
             raise ValueError("recipe: the trainer's command does not use it; leave one of the two out")
         if self.trainer is not None and len(self.seeds) > 1 and not self.trainer.has_seed:
@@ -216,7 +235,7 @@ class CollectConfig(BaseModel):
 
     def sweep(self, only: Collection[str] = ()) -> Sweep:
         """Return which rows are made, and how."""
-        return Sweep(tuple(self.seeds), tuple(only), self.score_share, self.retries)
+        return Sweep(tuple(self.seeds), tuple(only), self.score_share, self.retries, tuple(self.checkpoints))
 
     def load_tasks(self, read: Callable[[Path], Pool] = load_task) -> dict[str, Pool]:
         """Read every task, by the name of its file without the ending.
@@ -375,6 +394,8 @@ def collect(
     """
     sweep = sweep or Sweep()
     if isinstance(tuner, CommandTrainer):
+        if sweep.checkpoints:
+            raise ConfigError("checkpoints need a recipe: nothing is known of a trainer's command before it ends")
         tuner.check()
         facts = tuner.recipe
     else:
@@ -391,6 +412,7 @@ def collect(
     context = None if isinstance(tuner, CommandTrainer) else tuner.base.context
     per_row = {
         row.name: _row_work(recipe, tasks[row.task], judged[row.task], context, atlas.has_answers, tuner)
+        + scoring_work(judged[row.task], context) * len(sweep.checkpoints)
         for row in todo
     }
     meter, failures = Meter.of(on_progress, on_figures), dict[str, str]()
@@ -403,7 +425,8 @@ def collect(
             after = tuner.run(row.name, task, sample, settings, meter, answers)
         else:
             seeded = recipe.model_copy(update={"seed": row.seed})
-            after = FineTune(row.name, task, seeded, sample, answers=answers).run(tuner, settings, meter, folder)
+            fine_tune = FineTune(row.name, task, seeded, sample, answers=answers)
+            after = fine_tune.run(tuner, settings, meter, folder, _curve(atlas, row.name, settings))
         if on_figures is not None:
             on_figures(row.name, _figures(atlas, after))
         return after
@@ -434,6 +457,16 @@ def collect(
         done = f"{atlas.path}: {len(todo) - len(failures)} of {len(todo)} rows were made"
         raise IncompleteError(done, failures)
     return atlas
+
+
+def _curve(atlas: Atlas, name: str, settings: Mapping[str, Any]) -> dict[float, Callable[[Scores], None]]:
+    """Return what to do with the scores at each share of the steps that is not measured yet: store them."""
+
+    def store(curves: AtlasRows) -> Callable[[Scores], None]:
+        return lambda scores: curves.save(name, replace(scores, metadata={**scores.metadata, "settings": settings}))
+
+    at = {share: AtlasRows(atlas.at(share)) for share in settings.get("checkpoints", ())}
+    return {share: store(curves) for share, curves in at.items() if not curves.has(name, without_curve(settings))}
 
 
 def _figures(atlas: Atlas, after: Scores) -> dict[str, float]:
@@ -468,6 +501,7 @@ def _settings(row: PlannedRow, recipe: Mapping[str, Any], sweep: Sweep) -> dict[
         "share": sweep.score_share,
         "order": row.order,
         "provenance": provenance,
+        "checkpoints": list(sweep.checkpoints),
     }
 
 
@@ -569,6 +603,7 @@ def run_sweep(
 
     def later(context: int) -> Work:
         of_pool = scoring_work(pool, context, answered=config.exact_match) * config.score_share
+        of_pool += scoring_work(pool, context) * (config.score_share * len(config.checkpoints))
         each = [_row_work(config.recipe, tasks[row.task], pool, context, False, trainer) for row in rows]
         return sum((replace(work, scoring=0.0) + of_pool for work in each), Work())
 

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector, Tuned
 
 
+Curve = Mapping[float, Callable[[Scores], None]]
+"""Shares of the steps after which the judged examples are scored too, and what is done with the scores."""
+
+
 @dataclass(frozen=True)
 class FineTune:
     """A fine-tune to make, and what to score after it.
@@ -88,7 +92,14 @@ class FineTune:
         work += scoring_work(self.judged, context, answered=self.answers is not None)
         return sum((scoring_work(test, context) for test in self.tests.values()), work)
 
-    def run(self, tuner: FineTuner, settings: Mapping[str, Any], meter: Meter, folder: Path) -> Scores:
+    def run(
+        self,
+        tuner: FineTuner,
+        settings: Mapping[str, Any],
+        meter: Meter,
+        folder: Path,
+        curve: Curve | None = None,
+    ) -> Scores:
         """Fine-tune, and judge the tuned model.
 
         Parameters
@@ -99,6 +110,8 @@ class FineTune:
         meter : Meter
         folder : Path
             Keeps what is unfinished, from which the next call goes on.
+        curve : Curve, optional
+            What is done with the scores of the judged examples after shares of the steps.
 
         Returns
         -------
@@ -111,7 +124,7 @@ class FineTune:
             If Ctrl-C or SIGTERM came, once the training has a checkpoint, or the scores in hand are written.
         """
         with self.stopping(folder) as stop:
-            tuned = self.tune(tuner, meter, folder)
+            tuned = self.tune(tuner, meter, folder, curve)
             with keeping(tuner, folder, lambda: tuned):
                 return self.judge(tuned, settings, meter, folder, stop)
 
@@ -125,8 +138,14 @@ class FineTune:
             except Interrupted as stopped:
                 raise stop.interrupted(f"in {self.name}, {stopped}") from None
 
-    def tune(self, tuner: FineTuner, meter: Meter, folder: Path) -> Tuned:
+    def tune(self, tuner: FineTuner, meter: Meter, folder: Path, curve: Curve | None = None) -> Tuned:
         """Fine-tune, from what the folder keeps of this run if there is any; that of another run is removed."""
+        from forgetcast.lm.curve import LearningCurve
+
+        def measure(language_model: LanguageModel, share: float) -> None:
+            scores = score_with_progress(language_model, self.judged, meter, f"{self.name}: {share:.0%} of the steps")
+            (curve or {})[share](scores)
+
         show, training = meter.on_figures, self.work(tuner.base.context).training
         tune = partial(
             tuner.tune,
@@ -139,6 +158,7 @@ class FineTune:
             checkpoints=folder,
             on_step=lambda _, steps: meter.advance(f"{self.name}: fine-tuning", "training", training / steps),
             on_loss=None if show is None else lambda loss: show(self.name, {"loss": loss}),
+            callbacks=[LearningCurve(tuner.base, curve, measure)] if curve else (),
         )
         try:
             return tune()
@@ -371,7 +391,8 @@ class AtlasRows(RunStore):
     """The rows of an atlas, one per task, and per seed where there are several.
 
     The settings of a row are its `recipe`, and where given: `share`, the share of the pool that is scored; `order`, its
-    place among the rows; `provenance`, what else is known of it.
+    place among the rows; `provenance`, what else is known of it; `checkpoints`, the shares of the steps after which it
+    is measured too.
     """
 
     def __init__(self, atlas: Atlas) -> None:
@@ -388,7 +409,9 @@ class AtlasRows(RunStore):
             return False
         stored = self.atlas.provenance(name)
         check_recipe(f"the row {name!r} of {self.atlas.path}", stored["recipe"], settings["recipe"])
-        return self.atlas.is_complete(name, share=settings.get("share", 1.0))
+        share = settings.get("share", 1.0)
+        views = [self.atlas, *(self.atlas.at(each) for each in settings.get("checkpoints", ()))]
+        return all(view.is_complete(name, share=share) for view in views)
 
     def save(self, name: str, scores: Scores) -> None:
         """Add the row."""
@@ -400,6 +423,11 @@ class AtlasRows(RunStore):
         if is_final(scores):
             facts["finished"] = settings.get("share", 1.0)
         self.atlas.add(name, scores, recipe=settings["recipe"], order=settings.get("order"), provenance=facts)
+
+
+def without_curve(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a row at a share of the steps, which has no such shares itself."""
+    return {name: value for name, value in settings.items() if name != "checkpoints"}
 
 
 def is_final(scores: Scores) -> bool:

@@ -19,12 +19,14 @@ from forgetcast.lm.gradients import gradient_products
 from forgetcast.lm.interpolate import Interpolation
 from forgetcast.lm.load import LanguageModel, SharedBase, load
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
+from forgetcast.lm.monitor import ForgettingMonitor
 from forgetcast.lm.score import score, token_digests
 from forgetcast.lm.selectors import MostForgottenSelector, OnlineSelector, ReplaySelector
 from forgetcast.lm.train import FineTuner, InitialState, Tuned
 
 __all__ = [
     "FineTuner",
+    "ForgettingMonitor",
     "InitialState",
     "Interpolation",
     "LanguageModel",

@@ -306,6 +306,21 @@ def losses(language_model: LanguageModel, examples: Iterable[Example], max_lengt
     return nll
 
 
+@torch.no_grad()
+def prepared_losses(language_model: LanguageModel, inputs: Inputs) -> np.ndarray:
+    """Return the loss of every example, shape (n,), nats per target token: as `losses`, of inputs made once.
+
+    NaN where there is no target token, the loss is not finite, or memory does not suffice for an example alone.
+    """
+    sums = np.zeros(len(inputs.encoded))
+    for batch, totals in _measure(language_model, [piece for _, piece in inputs.pieces], None):
+        for at, total in zip(batch, totals, strict=True):
+            sums[inputs.pieces[at][0]] += np.nan if total is None else total
+    targets = np.array([example.targets for example in inputs.encoded])
+    nll = np.divide(sums, targets, out=np.full(len(sums), np.nan), where=targets > 0)
+    return np.where(np.isfinite(nll), nll, np.nan)
+
+
 def _measure(
     language_model: LanguageModel,
     pieces: Sequence[Encoded],

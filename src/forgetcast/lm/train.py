@@ -241,6 +241,7 @@ class FineTuner:
         checkpoints: Path | None = None,
         on_step: Callable[[int, int], None] | None = None,
         on_loss: Callable[[float], None] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> Tuned:
         """Fine-tune the base model on a task.
 
@@ -261,6 +262,8 @@ class FineTuner:
             Called with the number of finished steps and their total.
         on_loss : callable, optional
             Called every few steps with their mean training loss.
+        callbacks : sequence of TrainerCallback
+            Callbacks of the Trainer, such as a `ForgettingMonitor`.
 
         Raises
         ------
@@ -315,7 +318,7 @@ class FineTuner:
             _recomputing(self.base.model, recipe),
             without_bars(),
         ):
-            progress = _Progress(on_step, on_loss, saves=checkpoints is not None)
+            progress, steps = _Progress(on_step, on_loss, saves=checkpoints is not None), mixture.steps
             if not _take_trained(model, mixture, progress, Path(directory)):
                 own: dict[str, Any] = {}
                 if has_own_loss(recipe):
@@ -328,13 +331,14 @@ class FineTuner:
                     args=_arguments(recipe, mixture, model.device, micro, devices, directory, logs=on_loss is not None),
                     train_dataset=mixture,
                     data_collator=mixture.collate,
-                    callbacks=[ReplayCallback(mixture, selector), progress],
+                    callbacks=[ReplayCallback(mixture, selector), progress, *callbacks],
                 )
                 trainer.remove_callback(_printer())
                 _train(trainer, progress, directory, latest, recipe)
+                steps = trainer.state.global_step  # a callback may have stopped it early
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
-        tokens = sum(len(mixture[i].ids) for i in range(len(mixture)))
-        return Tuned(tuned, mixture.steps, mixture.replayed, progress.seconds, tokens, plan, run)
+        tokens = sum(len(mixture[i].ids) for i in range(steps * mixture.batch_size))
+        return Tuned(tuned, steps, mixture.replayed_before(steps), progress.seconds, tokens, plan, run)
 
     def keep(self, tuned: Tuned, checkpoints: Path) -> None:
         """Keep a finished fine-tune, the latest of this tuner, where `tune` finds it instead of training again."""

@@ -47,7 +47,7 @@ class Gate:
         ConfigError
             If the text is something else, or the number is not finite: such a condition would never hold, or always.
         """
-        parts = re.fullmatch(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
+        parts = re.fullmatch(r"\s*([^<>=]+?)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
         try:
             if parts is None:
                 raise ValueError

@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.completion.forecast import TaskForecast
 from forgetcast.completion.structure import Structure
+from forgetcast.completion.watch import WatchedRun
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
 from forgetcast.replay.outcome import METRICS
@@ -398,6 +399,55 @@ def forgetting_by_position(sequence: SequenceResult) -> str:
     figure.update_xaxes(title="tasks learned", dtick=1)
     figure.update_yaxes(title="upstream forgetting<br>(nats per token)", zeroline=True)
     return _html(figure, height=360, legend=True, label="Upstream forgetting after each task of a sequence")
+
+
+def watched_run(run: WatchedRun) -> str:
+    """Plot mean and worst tenth against the steps, and what was forecast for the end; bands and bars are intervals."""
+    figure = go.Figure()
+    mean = [(reading.step, reading.figures["mean"]) for reading in run.readings]
+    steps = [step for step, _ in mean]
+    for end in ("upper", "lower"):
+        figure.add_scatter(
+            x=steps,
+            y=[getattr(estimate, end) for _, estimate in mean],
+            mode="lines",
+            line_width=0,
+            fill="tonexty" if end == "lower" else None,
+            fillcolor="rgba(47,102,144,.2)",
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    for name, legend, colour, dash in (
+        ("mean", "mean", BLUE, "solid"),
+        ("worst_tenth", "worst tenth", ORANGE, "dash"),
+        ("end_of_run", f"forecast of the mean at step {run.steps}", GREY, "dot"),
+    ):
+        found = [(reading.step, reading.figures[name]) for reading in run.readings if name in reading.figures]
+        if not found:
+            continue
+        value = np.array([estimate.value for _, estimate in found])
+        lower = np.array([np.nan if estimate.lower is None else estimate.lower for _, estimate in found])
+        upper = np.array([np.nan if estimate.upper is None else estimate.upper for _, estimate in found])
+        figure.add_scatter(
+            x=[step for step, _ in found],
+            y=value,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": upper - value,
+                "arrayminus": value - lower,
+                "thickness": 1,
+                "width": 3,
+                "visible": name == "end_of_run",
+            },
+            mode="lines+markers",
+            line={"color": colour, "dash": dash},
+            name=legend,
+            hovertemplate="%{y:.3f} after %{x}<extra>" + legend + "</extra>",
+        )
+    figure.update_xaxes(title="steps", range=[0, run.steps])
+    figure.update_yaxes(title="forgetting (nats per token)", zeroline=True)
+    return _html(figure, height=340, legend=True, label="Forgetting during a fine-tune")
 
 
 def _ids(forecast: TaskForecast, mask: np.ndarray) -> list[str]:

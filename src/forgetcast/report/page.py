@@ -14,11 +14,12 @@ import numpy as np
 import plotly.offline
 
 import forgetcast
-from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast
 from forgetcast.completion.influence import most_influential
 from forgetcast.completion.structure import Structure, analyze
+from forgetcast.completion.watch import WatchedRun
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
 from forgetcast.experiments import beside
@@ -53,6 +54,7 @@ def write_report(
     sequence: SequenceResult | None = None,
     similarity: SimilarityStudy | None = None,
     reproduction: Reproduction | None = None,
+    watched: Sequence[WatchedRun] = (),
     title: str = "What fine-tuning makes the model forget",
 ) -> None:
     """Write the report as one HTML file.
@@ -70,6 +72,8 @@ def write_report(
     sequence : SequenceResult, optional
     similarity : SimilarityStudy, optional
     reproduction : Reproduction, optional
+    watched : sequence of WatchedRun
+        Fine-tunes that were watched while they ran.
     title : str
 
     Raises
@@ -77,7 +81,7 @@ def write_report(
     DataError
         If the atlas has no measurements.
     MismatchError
-        If a forecast belongs to another pool.
+        If a forecast, or what completed the looks at a fine-tune, belongs to another pool.
     """
     matrix = atlas.matrix()
     if not matrix.observed.any():
@@ -88,6 +92,9 @@ def write_report(
             raise MismatchError(
                 f"the forecast of {forecast.task or 'the new task'} is of exact match; the report needs one of the loss"
             )
+    for run in watched:
+        if run.atlas is not None:
+            check_fingerprint(f"the watched run {run.name!r}", run.pool, atlas.pool)
     truths = [_truth(matrix, forecast) for forecast in forecasts]
     if accuracies is None:
         accuracies = _accuracies(forecasts, truths)
@@ -118,6 +125,7 @@ def write_report(
         sequence=_sequence(sequence) if sequence is not None else None,
         similarity=similarity,
         reproduction=_reproduction(reproduction, alone=False) if reproduction is not None else "",
+        watched=[{"run": run, "figure": figures.watched_run(run)} for run in watched],
         provenance=_provenance(atlas, matrix),
     )
     with atomic_path(Path(path)) as temporary:
