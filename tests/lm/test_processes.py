@@ -6,26 +6,32 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from forgetcast import Pool, Scores
-from forgetcast.lm import processes, score
+from forgetcast import ConfigError, Pool, Scores
+from forgetcast.lm import FineTuner, LanguageModel, MostForgottenSelector, processes, score
 from support.cli import RunCommand
 from support.data import make_pool
 from support.models import save, tiny
 from support.plans import plan_for
-from support.training import TASK
+from support.training import TASK, make_recipe
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "forgetcast.cli"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 RECIPE = "steps: 6\nlearning_rate: 5.0e-3\nbatch_size: 4\nmicro_batch_size: 1\nmax_length: 64\n"
 
 
-def launch(*words: object) -> subprocess.CompletedProcess[str]:
+def launch(*words: object, program: Sequence[str] = ("-m", "forgetcast.cli")) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*LAUNCH, *map(str, words)], capture_output=True, text=True, check=False, env=settings)
+    return subprocess.run(
+        [*LAUNCH, *program, *map(str, words)], capture_output=True, text=True, check=False, env=settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     save(tiny(), folder / "model")
     save(tiny(seed=1), folder / "other")
+    save(tiny("gpt2"), folder / "tied")  # its output layer has the weights of the embeddings
     pool = make_pool(13)
     pool.save(folder / "pool.jsonl")
     TASK.save(folder / "task.jsonl")
@@ -96,6 +103,82 @@ def test_training_is_that_of_one_process(folder: Path, run: RunCommand) -> None:
         losses.append(Scores.load(folder / f"{name}.parquet").nll)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
     assert losses[0].mean() < losses[2].mean() - 0.3
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("tied", "fused_loss: chunked"),
+        pytest.param("model", "method: lora\ngradient_checkpointing: true", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_training_is_that_of_one_process(
+    folder: Path, run: RunCommand, tmp_path: Path, model: str, changes: str
+) -> None:
+    """FSDP2: weights, gradients and optimiser are shared; the state is gathered once, by the first process."""
+    (tmp_path / "recipe.yaml").write_text(f"{RECIPE}{changes}\n")
+    words = ("train", folder / model, folder / "task.jsonl", "--recipe", tmp_path / "recipe.yaml", "--json")
+    words += ("--plan", folder / "plan.parquet", "--pool", folder / "pool.jsonl")
+    assert run(*words, "-o", tmp_path / "one")[0] == 0
+    done = launch(*words, "--fsdp", "-o", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 9
+    one, two = (
+        {file.name: load_file(file) for file in (tmp_path / name).glob("*.safetensors")} for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for file, weights in one.items():
+        assert weights.keys() == two[file].keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(two[file][name], value, rtol=1e-4, atol=2e-5)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    config = next(iter((tmp_path / "two").glob("*config.json"))).read_text()
+    assert "FSDP" not in config
+    assert not (tmp_path / "two.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_interrupted_sharded_training_resumes(folder: Path, run: RunCommand, tmp_path: Path, method: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"{RECIPE}method: {method}\n")
+    words = ("train", folder / "model", folder / "task.jsonl", "--recipe", tmp_path / "recipe.yaml", "--json")
+    program = (str(Path(__file__).parents[1] / "support" / "interrupted.py"),)
+    done = launch(*words, "--fsdp", "-o", tmp_path / "two", program=program)
+    assert done.returncode != 0
+    assert [path.name for path in (tmp_path / "two.partial").glob("checkpoint-*")] == ["checkpoint-3"]
+    done = launch(*words, "--fsdp", "-o", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert run(*words, "-o", tmp_path / "one")[0] == 0
+    one, two = (load_file(next(iter((tmp_path / name).glob("*.safetensors")))) for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_what_cannot_be_sharded(folder: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ("train", folder / "model", folder / "task.jsonl", "--recipe", folder / "recipe.yaml", "-o", tmp_path / "t")
+    code, _, err = run(*words, "--fsdp")
+    assert code == 2
+    assert "--fsdp shares a model among processes, and there is one; start several: torchrun" in err
+    for variable, reason in {
+        "ACCELERATE_USE_FSDP": "give `train` --fsdp",
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "true")
+            code, _, err = run(*words)
+            assert code == 2
+            assert reason in err
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(LanguageModel, "is_quantized", property(lambda _: True))
+    with pytest.raises(ConfigError, match="is quantised, so its weights cannot be sharded"):
+        FineTuner(tiny(), sharded=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ConfigError, match="--compile and --fsdp"):
+        FineTuner(replace(tiny(), loading={"compiled": True}), sharded=True)
+    tuner = FineTuner(tiny(), sharded=True)
+    with pytest.raises(ConfigError, match="selected during a sharded training"):
+        tuner.tune(TASK, make_recipe(), selector=MostForgottenSelector(TASK, np.zeros(len(TASK))))
 
 
 def test_other_commands_refuse_several_processes(

@@ -133,12 +133,17 @@ def arguments_as_scored(loading: Loading, atlas: Atlas) -> dict[str, Any]:
 
 
 def load_tuner(
-    model: str, loading: Loading, atlas: Atlas | None = None, rendering: Rendering | None = None
+    model: str,
+    loading: Loading,
+    atlas: Atlas | None = None,
+    rendering: Rendering | None = None,
+    *,
+    sharded: bool = False,
 ) -> FineTuner:
     """Load a base model for fine-tuning, as `load_base`."""
     from forgetcast.lm import FineTuner
 
-    return FineTuner(load_base(model, loading, atlas, rendering))
+    return FineTuner(load_base(model, loading, atlas, rendering), sharded=sharded)
 
 
 def load_matrix(location: str, *, exact_match: bool) -> ForgettingMatrix:

@@ -171,6 +171,9 @@ class Loading:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model's blocks: faster after the first batches.")
+    ] = False
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `lm.load`.
@@ -192,6 +195,7 @@ class Loading:
             "load_in": self.load_in.value if self.load_in is not None else None,
             "model_kwargs": further,
             "trust_remote_code": self.trust_remote_code,
+            "compile": self.compile,
         }
 
 

@@ -109,6 +109,9 @@ def train(
     strict: Strict = False,
     date: Date = None,
     no_thinking: NoThinking = False,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Share weights and optimiser among the processes (FSDP2); see torchrun.")
+    ] = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -121,6 +124,7 @@ def train(
     """
     from forgetcast.atlas import Atlas
     from forgetcast.data import Recipe, Rendering
+    from forgetcast.data.reader import data_name
     from forgetcast.replay import ReplayPlan
 
     check_output_directory(output)
@@ -149,7 +153,7 @@ def train(
     monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
-    tuner = load_tuner(model, loading, opened or watched, rendering)
+    tuner = load_tuner(model, loading, opened or watched, rendering, sharded=fsdp)
     with _alone_in(partial), progress() as report, stoppable("stopping after this step") as stop:
         tuned = tuner.tune(
             examples,

@@ -45,6 +45,12 @@ class Recipe(BaseModel):
     schedule : 'linear', 'cosine' or 'constant'
     warmup_steps : int
     weight_decay : float
+    precision : 'auto', 'float32' or 'bfloat16'
+        What the passes compute in; weights and optimiser keep their type. auto: bfloat16 on a GPU that has it, else
+        float32. It changes the result like another seed does.
+    fused_loss : 'chunked', 'liger' or None
+        Compute the loss without the logits of a whole batch: much less memory where the vocabulary is large, the same
+        up to rounding. liger: by the kernel of the package liger-kernel, on a GPU.
     gradient_checkpointing : bool
         Recompute activations in the backward pass: less memory, about a third more time, the same result.
     lora_rank, lora_alpha : int
@@ -71,6 +77,8 @@ class Recipe(BaseModel):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = Field(default=0, ge=0, le=MOST_EXAMPLES)
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    fused_loss: Literal["chunked", "liger"] | None = None
     gradient_checkpointing: bool = False
     lora_rank: int = Field(default=16, ge=1, le=2**16)
     lora_alpha: int = Field(default=32, ge=1, le=2**31 - 1)
@@ -83,7 +91,7 @@ class Recipe(BaseModel):
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out fields of later versions at their defaults: what was stored before stays equal."""
         fields: dict[str, Any] = write(self)
-        later = LATER_FIELDS
+        later = {**LATER_FIELDS, "precision": "auto", "fused_loss": None}
         return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
     @model_validator(mode="after")
@@ -92,6 +100,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"{self.steps:,} steps of {self.batch_size:,} examples are more than {MOST_EXAMPLES:,} examples"
             )
+        if self.fused_loss is not None and (self.kl_weight or self.replay_weight != 1 or self.easy_samples):
+            raise ValueError("fused_loss: kl_weight, replay_weight and easy_samples need the logits; leave one side out")
         return self
 
     @classmethod

@@ -198,6 +198,7 @@ class FineTune:
             "losses": {task: float(np.nanmean(scores.nll)) for task, scores in tests.items()},
             "replayed": list(tuned.replayed),
             "steps": tuned.steps,
+            "precision": tuned.precision,
             "seconds": tuned.seconds,
             "cost": cost(tuned.seconds, tuned.tokens, scoring, after),
         }
@@ -418,7 +419,11 @@ class AtlasRows(RunStore):
         settings = scores.metadata["settings"]
         facts = {
             **settings.get("provenance", {}),
-            **{what: scores.metadata[what] for what in ("cost", "text", "versions") if what in scores.metadata},
+            **{
+                what: scores.metadata[what]
+                for what in ("cost", "precision", "text", "versions")
+                if what in scores.metadata
+            },
         }
         if is_final(scores):
             facts["finished"] = settings.get("share", 1.0)

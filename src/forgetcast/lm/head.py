@@ -32,8 +32,8 @@ class Head:
     ----------
     model : PreTrainedModel
         In evaluation mode; may have a PEFT adapter.
-    sample : tensor of int, shape (1, L)
-        Tokens for the comparison, L >= 2.
+    sample : tensor of int, shape (1, L), or None
+        Tokens for the comparison, L >= 2; None: the caller compares.
 
     Attributes
     ----------
@@ -41,21 +41,26 @@ class Head:
         Number of tokens whose logits are computed at once.
     chunked : bool
         Whether decoder and output layer run separately; otherwise all logits of a batch are in memory at once.
+    decoder, output : Module
+    scale : float
+        What the logits are multiplied by.
+    cap : float or None
+        What the logits are soft-capped to.
     """
 
-    def __init__(self, model: PreTrainedModel, sample: torch.Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, sample: torch.Tensor | None) -> None:
         untyped: Any = model
         self._model = untyped
         inner = base_model(model)
-        self._decoder: Any = getattr(inner, inner.base_model_prefix, None)
-        self._output: Any = inner.get_output_embeddings()
+        self.decoder: Any = getattr(inner, inner.base_model_prefix, None)
+        self.output: Any = inner.get_output_embeddings()
         config = inner.config.get_text_config()
-        self._cap = getattr(config, "final_logit_softcapping", None)
-        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.chunk = max(CHUNK_LOGITS // embedding_rows(model), 1)
         # Virtual tokens are added by the adapter's forward pass, which is around the model's own.
-        self.chunked = self._decoder is not None and self._output is not None and not is_prompt_learning(model)
-        if self.chunked and not self._agrees(sample):
+        self.chunked = self.decoder is not None and self.output is not None and not is_prompt_learning(model)
+        if self.chunked and sample is not None and not self._agrees(sample):
             warnings.warn(
                 f"{type(inner).__name__} changes its logits in an unknown way; its own forward pass is used, which "
                 "takes more memory",
@@ -75,9 +80,12 @@ class Head:
         return self._nll(self._run(ids, mask), labels)
 
     def _nll(self, output: Any, labels: torch.Tensor) -> torch.Tensor:
-        targets = labels[:, 1:][_predicted(labels)].split(self.chunk)
-        parts = zip(self._chunks(output, labels, self.chunk), targets, strict=True)
-        return _by_token(labels, (_losses(logits, expected) for logits, expected in parts))
+        # On the device at once, and back at once: each way makes the processor wait for all work so far.
+        targets = labels[:, 1:][_predicted(labels)].to(self._model.device).split(self.chunk)
+        chunks = zip(self._chunks(output, labels, self.chunk), targets, strict=True)
+        parts = torch.cat([_parts_of_losses(logits, expected) for logits, expected in chunks]).cpu().double()
+        chosen, largest, total = parts.unbind(dim=1)
+        return _by_token(labels, [total.log() + largest - chosen])
 
     def nll_and_states(
         self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, layers: Sequence[int]
@@ -116,23 +124,25 @@ class Head:
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, *, states: bool = False) -> Any:
         """Output of the decoder, or of the whole model where they cannot be separated; on request with all states."""
         device = self._model.device
-        run = self._decoder if self.chunked else self._model
+        # In training with mixed precision, the decoder is still that of the weights' type, and the model is not.
+        run = self.decoder if self.chunked else vars(self._model).get("_original_forward", self._model)
         further = {"output_hidden_states": True} if states else {}
         return run(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **further)
 
     def _chunks(self, output: Any, labels: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
         # The logits of virtual tokens, if there are any, come first.
         hidden = output.last_hidden_state if self.chunked else output.logits[:, -labels.shape[1] :]
-        for part in hidden[:, :-1][_predicted(labels).to(hidden.device)].split(chunk):
-            yield self._logits(part) if self.chunked else part
+        # A mask on the device would be counted there, and waited for.
+        rows, columns = (at.to(hidden.device) for at in _predicted(labels).nonzero(as_tuple=True))
+        for part in hidden[rows, columns].split(chunk):
+            yield self.finish(self.output(part)) if self.chunked else part
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (T, V) of hidden states (T, D)."""
-        logits = self._output(hidden)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        if self._cap is not None:
-            logits = torch.tanh(logits / self._cap) * self._cap
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale and soft-cap what the output layer gives, as the model does; any shape."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
         return logits
 
     def _agrees(self, sample: torch.Tensor) -> bool:
@@ -189,14 +199,15 @@ def _kl(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return terms.sum(dim=1).clamp(min=0).cpu()  # rounding may give -1e-17
 
 
-def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses (T,) of logits (T, V) and tokens (T,), on the CPU in double precision; overwrites the logits.
+def _parts_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What the losses are computed from, float32 of shape (T, 3), of logits (T, V) and tokens (T,), on their device.
 
+    The target's logit, the largest, and the sum of the exponentials of all less the largest. Overwrites the logits.
     Not PyTorch's cross entropy: on the CPU it adds the words one after the other, and what the rare ones of a large
     vocabulary have in common gets lost.
     """
     logits = logits.float()
-    chosen = logits.gather(1, targets.to(logits.device)[:, None])[:, 0].double()
+    chosen = logits.gather(1, targets.to(logits.device)[:, None])
     largest = logits.amax(dim=1, keepdim=True)
-    total = logits.sub_(largest).exp_().sum(dim=1)
-    return (total.double().log() + largest[:, 0].double() - chosen).cpu()
+    total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    return torch.cat([chosen, largest, total], dim=1)

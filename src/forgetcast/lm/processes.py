@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 T = TypeVar("T")
 
@@ -39,6 +39,15 @@ def from_all(value: T) -> list[T]:
         return [value]
     _join()
     return list(gather_object([value]))
+
+
+def let_shard() -> None:
+    """Have Accelerate shard among the processes of a CPU as among GPUs, as tests need; by itself it would not.
+
+    To be called after `TrainingArguments` are made, which join the processes again.
+    """
+    if PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 @cache

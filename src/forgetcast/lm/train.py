@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,8 @@ from forgetcast.data.recipe import Recipe
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.files import atomic_path, read_json, write_json
 from forgetcast.interruption import Stop, stoppable
-from forgetcast.lm import processes
+from forgetcast.lm import adapters, processes
+from forgetcast.lm.fused import fused_loss, keeping_forward
 from forgetcast.lm.interpolate import Interpolation
 from forgetcast.lm.load import LanguageModel, without_bars
 from forgetcast.lm.loss import WeightedTrainer, easy_weights, has_own_loss
@@ -75,6 +78,8 @@ class Tuned:
         What the examples were replayed by.
     run : mapping
         What the model depends on: hash of the base model, fingerprint of the task, recipe.
+    precision : 'float32' or 'bfloat16'
+        What the passes computed in.
     """
 
     language_model: LanguageModel
@@ -84,6 +89,7 @@ class Tuned:
     tokens: int = 0
     plan: ReplayPlan | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "float32"
 
     def __repr__(self) -> str:
         return f"Tuned(steps={self.steps}, replayed={len(self.replayed)}, seconds={self.seconds:.1f})"
@@ -104,6 +110,7 @@ class Tuned:
         plan = self.plan
         facts = {
             "steps": self.steps,
+            "precision": self.precision,
             "plan": None if plan is None else plan.fingerprint,
             "pool": None if plan is None else plan.pool_fingerprint,
             "replayed": list(self.replayed),
@@ -159,6 +166,9 @@ class FineTuner:
     base : LanguageModel
         Changed by `tune` and reset by `restore`. An adapter is merged into its weights. A quantised model can be tuned
         with LoRA only.
+    sharded : bool
+        Whether several processes share the weights, gradients and optimiser of one fine-tune (FSDP2), instead of
+        each having all of them. Weights that were loaded on the CPU are sharded onto the GPUs, if there are any.
 
     Attributes
     ----------
@@ -168,14 +178,17 @@ class FineTuner:
     Raises
     ------
     ConfigError
-        If the base model has an adapter that cannot be merged.
+        If the base model has an adapter that cannot be merged, or cannot be sharded.
     """
 
-    def __init__(self, base: LanguageModel) -> None:
-        self.base_hash = base.weights_hash
+    def __init__(self, base: LanguageModel, *, sharded: bool = False) -> None:
+        if sharded:
+            _check_shardable(base)
+        self.base_hash, self.sharded = base.weights_hash, sharded
         self.base = base.merged()
         # LoRA leaves quantised weights as they are, and not all kinds of them can be copied into a model.
-        self._weights = {} if self.base.is_quantized else _copy(self.base.model.state_dict())
+        kept = not (self.base.is_quantized or sharded)
+        self._weights = _copy(self.base.model.state_dict()) if kept else {}
         self._adapted: PeftModel | None = None
 
     def __repr__(self) -> str:
@@ -186,7 +199,10 @@ class FineTuner:
         if self._adapted is not None:
             self._adapted.unload()
             self._adapted = None
-        if not self.base.is_quantized:
+        if self.sharded:
+            if weights is not None or any(hasattr(value, "full_tensor") for value in self.base.model.parameters()):
+                raise ConfigError("a sharded model is tuned once, from its own weights; load it again")
+        elif not self.base.is_quantized:
             self.base.model.load_state_dict(self._weights if weights is None else weights)
             self.base.model.requires_grad_(True)
         if weights is None:
@@ -221,7 +237,7 @@ class FineTuner:
                 lora: Any = layer
                 weight: Any = merged[f"{_unwrapped(name)}.{getattr(lora, 'parameter_name', 'weight')}"]
                 for adapter in lora.active_adapters:
-                    weight += lora.get_delta_weight(adapter).detach()
+                    weight += lora.get_delta_weight(adapter).detach().to(weight.device)
         return merged
 
     def interpolation(self, tuned: Tuned) -> Interpolation:
@@ -265,11 +281,17 @@ class FineTuner:
         callbacks : sequence of TrainerCallback
             Callbacks of the Trainer, such as a `ForgettingMonitor`.
 
+        Returns
+        -------
+        Tuned
+            Of a sharded fine-tune, the model is on the CPU; only in the first process it has weights.
+
         Raises
         ------
         ConfigError
             If the recipe's batch sizes do not divide, the plan is incompatible with the selector, or the weights are
-            quantised and the method is not LoRA, or the kind of quantisation cannot be trained.
+            quantised and the method is not LoRA, or the kind of quantisation cannot be trained; if the precision or the
+            fused loss cannot be had, or a sharded model was tuned before.
         MismatchError
             If `checkpoints` holds another run.
         DataError
@@ -280,6 +302,9 @@ class FineTuner:
         initial = initial or InitialState()
         if self.base.is_quantized:
             _check_trainable(self.base, recipe)
+        if self.sharded and selector is not None:
+            raise ConfigError("what is replayed cannot be selected during a sharded training; leave out one of the two")
+        _check_launcher(sharded=self.sharded)
         language_model, already_replayed = self.restore(initial.weights), list(initial.already_replayed)
         devices = processes.count()
         micro = recipe.micro_batch_size or max(recipe.batch_size // devices, 1)
@@ -302,33 +327,60 @@ class FineTuner:
         if plan is not None and already_replayed and mixture.replayed:
             mixture.revise(0, plan.order(len(mixture.replayed), already_replayed=already_replayed))
         model: Any = language_model.model
+        device = model.device
+        if self.sharded and device.type == "cpu" and torch.cuda.is_available():
+            device = torch.device("cuda")  # where its shards will be
+        precision = _precision(recipe, device)
+        if recipe.method == "full" and model.dtype != torch.float32:
+            warnings.warn(
+                f"the weights are in {str(model.dtype).removeprefix('torch.')}, which rounds small updates away; load "
+                "them in float32, and let the recipe's precision save time and memory",
+                stacklevel=2,
+            )
         torch.manual_seed(recipe.seed)
         if recipe.method == "lora":
             model = self._adapted = _with_lora(model, recipe)
-        run = {
+        run: dict[str, Any] = {
             "base": language_model.weights_hash,
             "text": language_model.text_settings,
             "task": task.fingerprint,
             "plan": [plan.fingerprint, plan.ratio, plan.seed] if plan is not None else None,
             "selector": selector.settings() if selector is not None else None,
             "recipe": recipe.model_dump(),
-        } | ({"already_replayed": already_replayed} if already_replayed else {})
+            "precision": precision,
+        }
+        further = {
+            "already_replayed": already_replayed,
+            "compiled": language_model.loading.get("compiled"),
+            "sharded": self.sharded,
+        }
+        run |= {name: value for name, value in further.items() if value}
+        hollow = _hollow(model) if self.sharded else None
         with (
             _checkpoints(checkpoints, run) as (directory, latest),
             _recomputing(self.base.model, recipe),
+            keeping_forward(model),
+            fused_loss(model, recipe.fused_loss, mixture.collate([mixture[0]])),
             without_bars(),
         ):
             progress, steps = _Progress(on_step, on_loss, saves=checkpoints is not None), mixture.steps
             if not _take_trained(model, mixture, progress, Path(directory)):
                 own: dict[str, Any] = {}
                 if has_own_loss(recipe):
+                    if self.sharded:
+                        raise ConfigError("kl_weight, replay_weight and easy_samples are not for a sharded model")
                     # Of LoRA, the start is the model without its adapter.
                     start = None if recipe.method == "lora" else dict(initial.weights or self._weights)
                     own = {"mixture": mixture, "recipe": recipe, "start": start}
+                arguments = _arguments(
+                    recipe, mixture, device, micro, directory, precision, logs=on_loss is not None, sharded=self.sharded
+                )
+                if self.sharded:
+                    processes.let_shard()
                 trainer = (WeightedTrainer if own else Trainer)(
                     **own,
                     model=model,
-                    args=_arguments(recipe, mixture, model.device, micro, devices, directory, logs=on_loss is not None),
+                    args=arguments,
                     train_dataset=mixture,
                     data_collator=mixture.collate,
                     callbacks=[ReplayCallback(mixture, selector), progress, *callbacks],
@@ -336,9 +388,11 @@ class FineTuner:
                 trainer.remove_callback(_printer())
                 _train(trainer, progress, directory, latest, recipe)
                 steps = trainer.state.global_step  # a callback may have stopped it early
+                if hollow is not None:
+                    model = _filled(hollow, trainer.accelerator.get_state_dict(trainer.model_wrapped))
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
         tokens = sum(len(mixture[i].ids) for i in range(steps * mixture.batch_size))
-        return Tuned(tuned, steps, mixture.replayed_before(steps), progress.seconds, tokens, plan, run)
+        return Tuned(tuned, steps, mixture.replayed_before(steps), progress.seconds, tokens, plan, run, precision)
 
     def keep(self, tuned: Tuned, checkpoints: Path) -> None:
         """Keep a finished fine-tune, the latest of this tuner, where `tune` finds it instead of training again."""
@@ -418,12 +472,78 @@ def _learning_rates(recipe: Recipe, steps: int) -> list[float]:
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.detach().clone() for name, value in state.items()}
+    """Copy a state into CPU memory: on a GPU, a fine-tune needs the place."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def _unwrapped(name: str) -> str:
     """Return a module's or parameter's name without PEFT's wrappers, which nest where a module has two parameters."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _check_shardable(base: LanguageModel) -> None:
+    """Raise ConfigError unless several processes can share a model's weights."""
+    if processes.count() < 2:
+        raise ConfigError(
+            "--fsdp shares a model among processes, and there is one; start several: torchrun --nproc-per-node 2 -m "
+            "forgetcast.cli train ..."
+        )
+    if base.is_quantized:
+        raise ConfigError(f"{base.name} is quantised, so its weights cannot be sharded; leave out --fsdp")
+    if (
+        getattr(adapters.base_model(base.model), "hf_device_map", None)
+        and len({p.device for p in base.model.parameters()}) > 1
+    ):
+        raise ConfigError(
+            "--device auto spreads the layers over the devices, --fsdp shards them; leave out one of the two"
+        )
+    if "compiled" in base.loading:
+        raise ConfigError("--compile and --fsdp were not made to work together; leave out one of the two")
+
+
+def _check_launcher(*, sharded: bool) -> None:
+    """Raise ConfigError if `accelerate launch` was configured to wrap the model in a way that is not supported."""
+    wanted = {
+        name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+    }
+    if "DEEPSPEED" in wanted:
+        raise ConfigError("the configuration of accelerate asks for DeepSpeed, which is not supported; leave it out")
+    if "FSDP" in wanted and not sharded:
+        raise ConfigError("the configuration of accelerate asks for FSDP; leave it out there, and give `train` --fsdp")
+
+
+def _hollow(model: Any) -> Any:
+    """Copy a model without its weights."""
+    without: dict[int, Any] = {
+        id(value): torch.nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+        for value in model.parameters()
+    }
+    return copy.deepcopy(model, without)
+
+
+def _filled(hollow: Any, state: Mapping[str, torch.Tensor]) -> Any:
+    """Give a hollow copy the weights that were gathered; in all processes but the first there are none."""
+    if state:
+        hollow.load_state_dict(state, assign=True)
+        adapters.base_model(hollow).tie_weights()
+    return hollow
+
+
+def _precision(recipe: Recipe, device: torch.device) -> str:
+    """Return what the passes of a fine-tune compute in.
+
+    Raises
+    ------
+    ConfigError
+        If the GPU has not what the recipe asks for.
+    """
+    # PyTorch imitates it on older GPUs, slowly.
+    has_it = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if recipe.precision == "auto":
+        return "bfloat16" if device.type == "cuda" and has_it else "float32"
+    if recipe.precision == "bfloat16" and not has_it:
+        raise ConfigError("precision: this GPU does not compute in bfloat16; use float32, or auto")
+    return recipe.precision
 
 
 def _check_trainable(base: LanguageModel, recipe: Recipe) -> None:
@@ -568,23 +688,25 @@ def _arguments(
     mixture: ReplayMixture,
     device: torch.device,
     micro: int,
-    devices: int,
     directory: str,
+    precision: str,
     *,
     logs: bool,
+    sharded: bool,
 ) -> TrainingArguments:
     on_gpu = device.type == "cuda"
+    sharding: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if sharded else {}
     arguments = TrainingArguments(
         output_dir=directory,
         max_steps=mixture.steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch_size // (micro * devices),
+        gradient_accumulation_steps=recipe.batch_size // (micro * processes.count()),
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         seed=recipe.seed,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        bf16=precision == "bfloat16",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=on_gpu,
         train_sampling_strategy="sequential",
@@ -596,6 +718,7 @@ def _arguments(
         logging_nan_inf_filter=False,  # the default hides a loss that is not finite, which is an error here
         report_to="none",
         disable_tqdm=True,
+        **sharding,
     )
     if arguments.n_gpu > 1:
         # Otherwise the Trainer gives every GPU a batch, and a step has more examples than the recipe says.
@@ -649,7 +772,10 @@ class _Progress(TrainerCallback, ExportableState):
         """Trainer hook."""
         if self._on_step is not None:
             self._on_step(state.global_step, state.max_steps)
-        if self.saves and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS:
+        due = self.saves and time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
+        if processes.count() > 1:  # all save the same step, whatever their clocks say
+            due = state.global_step % STEPS_BETWEEN_LOSSES == 0 and processes.from_first(due)
+        if due:
             control.should_save = True
         if self._asked(state.global_step):
             self.stopped = control.should_save = control.should_training_stop = True

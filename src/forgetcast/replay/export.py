@@ -174,6 +174,8 @@ def export_axolotl(
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "seed": recipe.seed,
     }
+    if recipe.precision != "auto":
+        settings["bf16"] = recipe.precision == "bfloat16"
     if recipe.method == "lora":
         settings |= {"adapter": "lora", "lora_r": recipe.lora_rank, "lora_alpha": recipe.lora_alpha}
         settings |= {"lora_dropout": 0.0, "lora_target_linear": True}
@@ -238,6 +240,8 @@ def export_llama_factory(
         "disable_gradient_checkpointing": not recipe.gradient_checkpointing,
         "seed": recipe.seed,
     }
+    if recipe.precision != "auto":
+        settings["bf16"] = recipe.precision == "bfloat16"
     if recipe.method == "lora":
         settings |= {"lora_rank": recipe.lora_rank, "lora_alpha": recipe.lora_alpha, "lora_target": "all"}
     _write_yaml(folder / "llama-factory.yaml", settings)
