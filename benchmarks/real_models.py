@@ -46,7 +46,7 @@ from forgetcast import Example, Pool
 from forgetcast.lm import LanguageModel, load, score
 from forgetcast.lm.tokens import IGNORED_INDEX, encode
 from scoring import harness, ours, packed, texts
-from shared import conclude, output, target
+from shared import conclude, default_cache, output, target
 
 Rows = list[dict[str, Any]]
 
@@ -84,12 +84,6 @@ MODELS = {
         },
     ),
 }
-
-
-def default_cache() -> Path:
-    """Where the models are kept."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FORGETCAST_MODELS") or caches / "forgetcast" / "real-models")
 
 
 def get(name: str, cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where they print, how they draw, the table of targets, and a JSON file of all figures."""
+"""What the benchmarks share: where they print and keep real models, how they draw, the targets, a JSON file of all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def default_cache() -> Path:
+    """Where real models, and texts for them, are kept."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("FORGETCAST_MODELS") or caches / "forgetcast" / "real-models")
 
 
 def output() -> Console:
