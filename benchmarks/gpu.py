@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,7 +97,8 @@ class Bench:
 
     def model(self, dtype: str, *, compiled: bool) -> LanguageModel:
         """A copy of the model on the device."""
-        moved: Any = copy.deepcopy(self.base.model).to(self.device, getattr(torch, dtype))
+        moved: Any = copy.deepcopy(self.base.model)
+        moved.to(self.device, getattr(torch, dtype))
         if compiled:
             compile_blocks(moved)
         return replace(self.base, model=moved)
@@ -138,7 +140,7 @@ class Bench:
             model = self.model(dtype, compiled=compiled)
             error = float(np.abs(score(model, few).nll - exact).max())
             score(model, self.pool)  # whatever is done once
-            scores, figures = self.measure(lambda model=model: score(model, self.pool))
+            scores, figures = self.measure(partial(score, model, self.pool))
             tokens = int(np.sum(scores.tokens)) + len(scores)
             speed = tokens / figures["seconds"]
             self.rows.append({"part": "scoring", "way": way, "tokens_per_second": speed, "error": error, **figures})
@@ -152,7 +154,7 @@ class Bench:
             tuner = FineTuner(self.model("float32", compiled=compiled))
             run = self.plain if way.startswith("plain") else self.ours
             run(tuner, recipe.model_copy(update={"steps": 2}))  # whatever is done once
-            (tokens, tuned), figures = self.measure(lambda run=run, tuner=tuner, recipe=recipe: run(tuner, recipe))
+            (tokens, tuned), figures = self.measure(partial(run, tuner, recipe))
             loss = float(np.nanmean(score(tuned, self.task).nll))
             speed = tokens / figures["seconds"]
             self.rows.append({"part": "training", "way": way, "tokens_per_second": speed, "loss": loss, **figures})

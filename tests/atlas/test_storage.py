@@ -82,7 +82,8 @@ def test_names_reads_and_removal(location: str) -> None:
     storage.mark("x/y/empty")
     assert storage.names() == ["x/a.txt", "x/y/empty"]
     assert storage.names("x/y") == ["x/y/empty"]
-    assert storage.names("z") == []
+    assert storage.names("z") == storage.folders("z") == []
+    assert storage.folders("x") == ["y"]
     assert storage.read("x/a.txt") == storage.local("x/a.txt").read_bytes() == b"one"
     with pytest.raises(FileExistsError), storage.write("x/a.txt", exclusive=True) as path:
         path.write_text("two")

@@ -108,7 +108,7 @@ def test_an_interrupted_conversion_is_repeated(old: tuple[Path, np.ndarray], mon
     ("field", "value", "message"),
     [
         ("tasks", None, "tasks: must be a list, not null"),
-        ("tasks", [{"name": 3}], r"tasks.0.name: must be text, not 3"),
+        ("tasks", [{"name": 3, "added": ""}], r"tasks.0.name: must be text, not 3"),
         ("tasks", [{"name": "a", "added": ""}] * 2, "tasks: a name is empty or occurs twice"),
         ("model", 3, "model: must be text, not 3"),
         ("created", None, "created: must be text, not null"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from forgetcast import Atlas, ConfigError, Pool, Scores
 from forgetcast.experiments import Interpolating, Variant, add_arms, arms, parse_arm
 from forgetcast.experiments.interpolation import draw_probes
 from forgetcast.experiments.verify import ReplayComparison, Verification
+from forgetcast.interruption import Interrupted
 from forgetcast.lm import FineTuner, score
 from support.cli import RunCommand
 from support.data import make_pool, make_task
@@ -43,6 +46,7 @@ class TestNames:
         ("text", "reason"),
         [
             ("replay", "there is no arm 'replay'; there are interpolation, "),
+            ("learning_rate=0.3", "did you mean learning-rate"),
             ("learning-rate", "needs a number, as learning-rate=0.3"),
             ("interpolation=2", "takes alpha, from 0 to 1, not '2'"),
             ("steps=1", "below 1, not '1'"),
@@ -169,6 +173,39 @@ class TestVerification:
         runs = {run.arm: run for run in result.runs}
         assert runs["interpolation 0"].mean == pytest.approx(0, abs=1e-7)
         assert runs["interpolation 1"].mean == runs["none"].mean != 0
+
+    @pytest.mark.parametrize("method", ["full", "lora"])
+    def test_an_interrupted_interpolation_is_not_trained_again(self, tmp_path: Path, method: str) -> None:
+        """While alpha is chosen, and while a model between the two is judged, whose weights are not the tuned ones."""
+        pool, recipe = make_pool(), make_recipe(method=method)
+        before, compared = score(tiny(), pool), comparison(pool, "interpolation", "interpolation=0.5")
+        trained: list[str] = []
+
+        def verify_in(folder: str, stop: str = "never") -> Verification:
+            def report(what: str, *_: int) -> None:
+                if "fine-tuning" in what:
+                    trained.append(what)
+                if stop in what:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            given = {"seeds": [1], "directory": tmp_path / folder}
+            return verify_on(pool, before, FineTuner(tiny()), [compared], recipe, **given, on_progress=report)
+
+        whole, handler = verify_in("whole"), signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(Interrupted, match=r"interpolation, seed 1, choosing alpha, after \d+ of 110"):
+                verify_in("runs", "interpolation, seed 1: choosing alpha")
+            trained.clear()
+            with pytest.raises(Interrupted, match=r"in naming, interpolation 0\.5, seed 1, scoring"):
+                verify_in("runs", "interpolation 0.5, seed 1: scoring")
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        assert trained == []
+        result = verify_in("runs")
+        assert trained
+        assert not [what for what in trained if "interpolation" in what]
+        assert [replace(run, seconds=0) for run in result.runs] == [replace(run, seconds=0) for run in whole.runs]
+        assert {file.suffix for file in (tmp_path / "runs").iterdir()} == {".parquet"}
 
     def test_a_run_without_a_variant_is_stored_as_in_earlier_versions(self) -> None:
         assert Variant("as it is").settings() == {}

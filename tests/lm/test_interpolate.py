@@ -172,7 +172,7 @@ class TestCommand:
         pool = ("--pool", tmp_path / "pool.jsonl", "--task", tmp_path / "task.jsonl")
         for given, reason in (
             (("--alpha", 0.5), "take models of one shape"),
-            (("--alpha", -1), "alpha must be between 0"),
+            (("--alpha", -1), "for '--alpha'"),
             ((), "give --alpha; or --task with --atlas or --pool"),
             (("--alpha", 0.5, *pool), "leave them out with --alpha"),
             ((*pool, "--margin", "nan"), "margin"),

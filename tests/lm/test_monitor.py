@@ -344,3 +344,18 @@ def test_tensorboard_has_the_figures(atlas: Atlas, tmp_path: Path, monkeypatch: 
     assert {f"train/forgetting/{name}" for name in monitor.readings[-1].named()} <= scalars
     found = [(event.step, event.value) for event in events.Scalars("train/forgetting/mean")]
     assert found == [(r.step, pytest.approx(r.figures["mean"].value)) for r in monitor.readings]
+
+
+# What its callback imports at the end of a training.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_trackio_has_the_figures(atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monitor = ForgettingMonitor(atlas, probes=8, every=2)
+    plain_trainer(tiny(), tmp_path, [monitor], report_to="trackio", project="p", run_name="r").train()
+    logs = [log for log in SQLiteStorage.get_logs("p", "r") if "train/forgetting/mean" in log]
+    assert [(log["train/global_step"], log["train/forgetting/mean"]) for log in logs] == [
+        (r.step, pytest.approx(r.figures["mean"].value)) for r in monitor.readings
+    ]

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forgetcast import ConfigError, Pool, Scores
+from forgetcast import Atlas, ConfigError, Pool, Scores
+from forgetcast.completion.watch import WatchedRun
 from forgetcast.lm import FineTuner, LanguageModel, MostForgottenSelector, processes, score
 from support.cli import RunCommand
-from support.data import make_pool
+from support.data import make_pool, planted
 from support.models import save, tiny
 from support.plans import plan_for
 from support.training import TASK, make_recipe
@@ -137,23 +138,6 @@ def test_sharded_training_is_that_of_one_process(
     assert not (tmp_path / "two.partial").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_an_interrupted_sharded_training_resumes(folder: Path, run: RunCommand, tmp_path: Path, method: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(f"{RECIPE}method: {method}\n")
-    words = ("train", folder / "model", folder / "task.jsonl", "--recipe", tmp_path / "recipe.yaml", "--json")
-    program = (str(Path(__file__).parents[1] / "support" / "interrupted.py"),)
-    done = launch(*words, "--fsdp", "-o", tmp_path / "two", program=program)
-    assert done.returncode != 0
-    assert [path.name for path in (tmp_path / "two.partial").glob("checkpoint-*")] == ["checkpoint-3"]
-    done = launch(*words, "--fsdp", "-o", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert run(*words, "-o", tmp_path / "one")[0] == 0
-    one, two = (load_file(next(iter((tmp_path / name).glob("*.safetensors")))) for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=2e-5)
-
-
 def test_what_cannot_be_sharded(folder: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ("train", folder / "model", folder / "task.jsonl", "--recipe", folder / "recipe.yaml", "-o", tmp_path / "t")
     code, _, err = run(*words, "--fsdp")
@@ -179,6 +163,27 @@ def test_what_cannot_be_sharded(folder: Path, run: RunCommand, monkeypatch: pyte
     tuner = FineTuner(tiny(), sharded=True)
     with pytest.raises(ConfigError, match="selected during a sharded training"):
         tuner.tune(TASK, make_recipe(), selector=MostForgottenSelector(TASK, np.zeros(len(TASK))))
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_a_watched_training_stops_in_all_processes(folder: Path, run: RunCommand) -> None:
+    pool = Pool.load(folder / "pool.jsonl")
+    before = score(tiny(), pool)
+    atlas = Atlas.create(folder / "a.atlas", pool, before, model="tiny")
+    for i, row in enumerate(np.abs(planted(4, len(pool), 1, 0.05))):
+        atlas.add(f"t{i}", replace(before, nll=before.nll + row))
+    words = ("train", folder / "model", folder / "task.jsonl", "--recipe", folder / "recipe.yaml", "--json")
+    words += ("--watch", atlas.path, "--watch-every", 2, "--probes", 8, "--stop-if", "upper > -9")
+    assert run(*words, "-o", folder / "watched")[0] == 0
+    done = launch(*words, "-o", folder / "watched2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    assert done.stderr.count("the training is stopped at step 2: forgetting upper > -9") == 1
+    one, two = (WatchedRun.load(folder / name / "forgetting.json") for name in ("watched", "watched2"))
+    assert [reading.step for reading in two.readings] == [0, 2]
+    assert two.readings[1].named() == pytest.approx(one.readings[1].named(), abs=1e-4)
+    weights = [load_file(folder / name / "model.safetensors") for name in ("watched", "watched2")]
+    assert all(torch.allclose(value, weights[0][name], atol=1e-4) for name, value in weights[1].items())
 
 
 def test_other_commands_refuse_several_processes(

@@ -37,7 +37,7 @@ AXOLOTL = {
     *("base_model", "datasets", "shuffle_merged_datasets", "train_on_inputs", "val_set_size", "output_dir"),
     *("sequence_len", "micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "seed"),
     *("excess_length_strategy", "sample_packing", "max_steps", "optimizer", "lr_scheduler", "warmup_steps"),
-    *("weight_decay", "gradient_checkpointing"),
+    *("weight_decay", "gradient_checkpointing", "bf16"),
     *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_linear"),
 }
 AXOLOTL_DATASET = {"path", "ds_type", "type", "field", "data_files", "split", "name"}
@@ -49,7 +49,7 @@ LLAMA_FACTORY = {
     *("model_name_or_path", "stage", "do_train", "finetuning_type", "dataset", "dataset_dir", "mix_strategy"),
     *("interleave_probs", "template", "cutoff_len", "output_dir", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "num_train_epochs", "learning_rate", "seed", "packing", "max_steps", "optim"),
-    *("lr_scheduler_type", "warmup_steps", "weight_decay", "disable_gradient_checkpointing"),
+    *("lr_scheduler_type", "warmup_steps", "weight_decay", "disable_gradient_checkpointing", "bf16"),
     *("lora_rank", "lora_alpha", "lora_target"),
 }
 LLAMA_FACTORY_COLUMNS = {"prompt", "query", "response", "history", "system"}
@@ -116,7 +116,16 @@ def test_mixture_is_evenly_spread(tmp_path: Path, pool: Pool, plan: ReplayPlan, 
 
 RECIPES = {
     "full": Recipe(steps=5, batch_size=4, micro_batch_size=2, max_length=99, schedule="constant", warmup_steps=3),
-    "lora": Recipe(method="lora", steps=9, batch_size=3, learning_rate=5e-4, lora_rank=4, lora_alpha=7, seed=6),
+    "lora": Recipe(
+        method="lora",
+        steps=9,
+        batch_size=3,
+        learning_rate=5e-4,
+        lora_rank=4,
+        lora_alpha=7,
+        seed=6,
+        precision="bfloat16",
+    ),
 }
 
 
@@ -168,6 +177,7 @@ def test_axolotl(
     assert (settings["learning_rate"], settings["sequence_len"]) == (recipe.learning_rate, recipe.max_length)
     assert (settings["warmup_steps"], settings["seed"]) == (recipe.warmup_steps, recipe.seed)
     assert settings["lr_scheduler"] == ("linear" if recipe.method == "lora" else "constant_with_warmup")
+    assert settings.get("bf16") is (True if recipe.precision == "bfloat16" else None)
     lora = (settings.get("adapter"), settings.get("lora_r"), settings.get("lora_alpha"))
     assert lora == (("lora", 4, 7) if recipe.method == "lora" else (None, None, None))
 
@@ -208,6 +218,7 @@ def test_llama_factory(
         recipe.max_length,
         "linear" if recipe.method == "lora" else "constant_with_warmup",
     )
+    assert settings.get("bf16") is (True if recipe.precision == "bfloat16" else None)
     lora = (settings.get("lora_rank"), settings.get("lora_alpha"), settings.get("lora_target"))
     assert lora == ((4, 7, "all") if recipe.method == "lora" else (None, None, None))
 

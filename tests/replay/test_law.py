@@ -296,7 +296,7 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     assert advised["advice"] == advise(atlas, "top", target=0.1, task="task").as_dict()
     code, out, err = run(*plan, "--target-retention", "0.1", "-o", tmp_path / "p.parquet")
     assert "To avoid 10% of the forgetting with top replay, expect a ratio of" in " ".join(out.split()), err
-    assert "--ratio or --target-retention, not both" in run(*target, "--ratio", "0.5")[2]
+    assert "give one of --ratio, --share-of-set" in run(*target, "--ratio", "0.5")[2]
     assert "between 0 and 1, not 2" in run(*plan, "--target-retention", "2")[2]
     code, _, err = run(*plan, "--target-retention", "0.9999", "-o", tmp_path / "q.parquet")
     assert (code, "no ratio up to 1 is expected to keep 100%" in err) == (2, True)

@@ -27,6 +27,10 @@ class Storage(ABC):
         """Return the names of all files in a folder and below it; an empty list if there is no such folder."""
 
     @abstractmethod
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder; an empty list if there is no such folder."""
+
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """Return the content of a file; raise FileNotFoundError if there is none."""
 
@@ -137,6 +141,13 @@ class FolderStorage(Storage):
             found += [(below / file).as_posix() for file in files if not file.startswith(".")]
         return sorted(found)
 
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder."""
+        if not (path := self.location / folder).is_dir():
+            return []
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+
     def read(self, name: str) -> bytes:
         """Return the content of a file."""
         return (self.location / name).read_bytes()
@@ -215,6 +226,16 @@ class RemoteStorage(Storage):
             except FileNotFoundError:
                 return []
         return sorted(path.removeprefix(self._root).lstrip("/") for path in found)
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder."""
+        with self._reaching():
+            self._files.invalidate_cache()
+            try:
+                found = self._files.ls(self._path(folder), detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
 
     def read(self, name: str) -> bytes:
         """Return the content of a file."""

@@ -28,6 +28,7 @@ from rich.text import Text
 from forgetcast.cli.options import ATLAS
 from forgetcast.errors import ConfigError
 from forgetcast.interruption import SIGNALS, Interrupted
+from forgetcast.model_files import check_name
 from forgetcast.text import visible
 
 if TYPE_CHECKING:
@@ -100,8 +101,10 @@ def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
             err.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def import_torch() -> None:
-    """Import what language models need, and say so: it takes seconds, and comes after all checks."""
+def import_torch(loading: Loading, *models: str) -> None:
+    """Check the names of models, and import what they need: it takes seconds, so it is said, and comes last."""
+    for name in models:
+        check_name(name, loading.arguments()["model_kwargs"])
     if "forgetcast.lm" not in sys.modules and is_first():
         err.print("loading PyTorch and Transformers", soft_wrap=True)
     import forgetcast.lm  # noqa: F401
@@ -114,7 +117,7 @@ def load_base(
     from forgetcast.data import Rendering
     from forgetcast.experiments.runs import check_base, rendering_of
 
-    import_torch()
+    import_torch(loading, model)
     from forgetcast.lm import load
 
     rendering = rendering or (Rendering() if atlas is None else rendering_of(atlas))

@@ -73,8 +73,8 @@ def collect(
     if engine is Engine.LOCAL and (address is not None or gpus or memory):
         raise ConfigError("--address, --gpus and --memory are for --engine ray")
     settings = CollectConfig.load(config)
-    check_name(settings.model, loading.arguments()["model_kwargs"])
     check_writable(settings.atlas)
+    check_name(settings.model, loading.arguments()["model_kwargs"])
     pool = load_data(settings.pool, strict=strict)
     tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
     if settings.score_share < 1 and len(tasks) < FEWEST_FOR_A_SHARE:
@@ -85,7 +85,7 @@ def collect(
             soft_wrap=True,
         )
     settings.sweep(only or ()).rows(tasks, settings.recipe.seed)  # an unknown name is an error at once
-    import_torch()
+    import_torch(loading, settings.model)
     from forgetcast.lm import load
 
     failures: dict[str, str] = {}

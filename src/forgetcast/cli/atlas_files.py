@@ -74,7 +74,7 @@ def create(
 
     require_single_process("atlas create")
     examples, rendering = load_data(pool, format, column, strict), Rendering(date or Rendering.date, not no_thinking)
-    import_torch()
+    import_torch(loading, model)
     from forgetcast.lm import load
 
     with progress() as report:
@@ -147,7 +147,7 @@ def add(
         if row != Path(model).name:
             err.print(f"{model} is called {row!r}", markup=False, soft_wrap=True)
 
-    import_torch()
+    import_torch(loading)
     from forgetcast.lm import SharedBase
 
     with progress() as report:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -135,7 +135,7 @@ class FigureTable:
         shown = []
         for column, width in zip(columns, widths, strict=True):
             cells, names = self._cells(column), isinstance(self.headings[column], Name)
-            justify = "left" if self._flexible(column) else "right"
+            justify: JustifyMethod = "left" if self._flexible(column) else "right"
             table.add_column(Text(self.headings[column]), width=width, overflow="fold", justify=justify)
             shown.append(_fitted(cells, width) if names else cells)
         for i, row in enumerate(zip(*shown, strict=True)):

@@ -329,7 +329,7 @@ def _measure(
     from forgetcast.experiments.until import ProbeScores, measure_until
 
     require_single_process("forecast")
-    import_torch()
+    import_torch(loading, model)
     from forgetcast.lm import load
 
     language_model = replace(load(model, **arguments_as_scored(loading, atlas)), rendering=rendering_of(atlas))

@@ -102,7 +102,7 @@ def score(
 
     check_destination(output)
     examples = load_data(pool, format, column, strict)
-    import_torch()
+    import_torch(loading, *(name for name in (model, reference) if name is not None))
     from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
 
@@ -417,7 +417,7 @@ def generate(
     elif count is not None:
         raise ConfigError("-n is for texts without a prompt; --on-policy answers every prompt of the pool")
     upstream = load_data(on_policy, pool_format, pool_column, strict) if on_policy is not None else None
-    import_torch()
+    import_torch(loading, model)
     from forgetcast.lm import answer_prompts, load, sample_texts
 
     language_model = load(model, **loading.arguments())

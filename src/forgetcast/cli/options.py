@@ -15,7 +15,6 @@ import typer
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
 from forgetcast.files import decode_json
-from forgetcast.model_files import check_name
 
 
 class Method(StrEnum):
@@ -218,11 +217,6 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def with_options(**given: Any) -> None:
         loading = Loading(**{option.name: given.pop(option.name) for option in options})
-        # Before anything that takes seconds is imported.
-        kwargs = loading.arguments()["model_kwargs"]
-        for name in (given.get("model"), given.get("reference")):
-            if name is not None:
-                check_name(name, kwargs)
         command(loading=loading, **given)
 
     parameters = [*others, *options]

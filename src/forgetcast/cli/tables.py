@@ -317,8 +317,8 @@ def difference_tables(result: Difference) -> Iterator[RenderableType]:
         yield table
     if result.worst:
         table = FigureTable(Name("example"), "before", "after", "change", title="Most forgotten")
-        for row in _worst_rows(result):
-            table.add_row(*row)
+        for cells in _worst_rows(result):
+            table.add_row(*cells)
         yield table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from forgetcast.cli.app import (
     app,
     check_output_directory,
     fractions,
+    import_torch,
     is_first,
     load_base,
     load_data,
@@ -69,7 +70,7 @@ from forgetcast.defaults import (
 )
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
-from forgetcast.interruption import stoppable
+from forgetcast.interruption import Stop, stoppable
 from forgetcast.progress import counted
 from forgetcast.text import did_you_mean
 
@@ -154,7 +155,9 @@ def train(
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
     tuner = load_tuner(model, loading, opened or watched, rendering, sharded=fsdp)
-    with _alone_in(partial), progress() as report, stoppable("stopping after this step") as stop:
+    # A sharded training saves no checkpoint to stop at.
+    stopping = nullcontext(Stop()) if fsdp else stoppable("stopping after this step")
+    with _alone_in(partial), progress() as report, stopping as stop:
         tuned = tuner.tune(
             examples,
             settings,
@@ -529,9 +532,10 @@ def interpolate(
             raise ConfigError("give --alpha; or --task with --atlas or --pool, to choose it")
         upstream, opened = _probes_of(atlas, pool, plan, hold_out, probes, seed, (pool_format, pool_column, strict))
         examples = load_data(task, format, column, strict)
-    start = load_base(base, loading, opened)
+    import_torch(loading, base, tuned)
     from forgetcast.lm import Interpolation, load
 
+    start = load_base(base, loading, opened)
     end = load(tuned, **loading.arguments())
     end = dataclasses.replace(end, rendering=start.rendering)
     between, chosen = Interpolation(end, start.model.state_dict()), None

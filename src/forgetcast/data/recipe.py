@@ -101,7 +101,7 @@ class Recipe(BaseModel):
                 f"{self.steps:,} steps of {self.batch_size:,} examples are more than {MOST_EXAMPLES:,} examples"
             )
         if self.fused_loss is not None and (self.kl_weight or self.replay_weight != 1 or self.easy_samples):
-            raise ValueError("fused_loss: kl_weight, replay_weight and easy_samples need the logits; leave one side out")
+            raise ValueError("fused_loss: kl_weight, replay_weight and easy_samples need the logits; leave one out")
         return self
 
     @classmethod

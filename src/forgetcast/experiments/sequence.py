@@ -238,6 +238,10 @@ class _SequenceRunner:
         """Name of a stage's score file."""
         return f"{chain.arm}.{chain.order}.{stage}"
 
+    def label(self, chain: _Chain, stage: int) -> str:
+        """Return what a progress display calls a stage."""
+        return f"{chain.tasks[stage - 1]} ({stage} of {len(chain.tasks)}), {arm_label(chain.arm)}, order {chain.order}"
+
     def weights_file(self, chain: _Chain, stage: int) -> Path:
         """Return the path of the weights after a stage."""
         return self.runs.directory / f"{self.name(chain, stage)}.safetensors"
@@ -298,7 +302,7 @@ class _SequenceRunner:
             shutil.rmtree(folder)
             self._remove_weights(chain, keep=stage)
             replayed.extend(scores.metadata["replayed"])
-            meter.settle(before, self.work(chain, stage), f"{self.name(chain, stage)}: finished")
+            meter.settle(before, self.work(chain, stage), f"{self.label(chain, stage)}: finished")
         self._remove_weights(chain)
 
     def _learn(
@@ -315,7 +319,7 @@ class _SequenceRunner:
 
         name = chain.tasks[stage - 1]
         job = FineTune(
-            name=f"{name} ({stage} of {len(chain.tasks)}), {arm_label(chain.arm)}, order {chain.order}",
+            name=self.label(chain, stage),
             task=self.tasks[name][0],
             recipe=self.recipe.model_copy(update={"seed": chain.order}),
             judged=self.judged,

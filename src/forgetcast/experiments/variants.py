@@ -14,6 +14,7 @@ from forgetcast.experiments.interpolation import ALPHAS
 from forgetcast.replay.plan import ReplayPlan
 from forgetcast.replay.strategies import NoReplay, Random
 from forgetcast.settings import check_settings
+from forgetcast.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def parse_arm(text: str) -> AskedArm:
     """
     kind, sign, number = text.partition("=")
     if kind not in KINDS:
-        raise ConfigError(f"there is no arm {kind!r}; there are {', '.join(KINDS)}")
+        raise ConfigError(f"there is no arm {kind!r}; there are {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     rule = KINDS[kind]
     if not sign:
         if rule.number is not None and not rule.optional:

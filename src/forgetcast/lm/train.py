@@ -273,7 +273,8 @@ class FineTuner:
             Where earlier fine-tunes ended; default: the base model, with nothing replayed.
         checkpoints : path, optional
             Directory for the training state, saved every few minutes, and on Ctrl-C or SIGTERM. A run of the same
-            model, task, plan and recipe resumes from it, with the same result as without the interruption.
+            model, task, plan and recipe resumes from it, with the same result as without the interruption. A
+            sharded run saves none.
         on_step : callable, optional
             Called with the number of finished steps and their total.
         on_loss : callable, optional
@@ -363,7 +364,10 @@ class FineTuner:
             fused_loss(model, recipe.fused_loss, mixture.collate([mixture[0]])),
             without_bars(),
         ):
-            progress, steps = _Progress(on_step, on_loss, saves=checkpoints is not None), mixture.steps
+            progress, steps = (
+                _Progress(on_step, on_loss, saves=checkpoints is not None and not self.sharded),
+                mixture.steps,
+            )
             if not _take_trained(model, mixture, progress, Path(directory)):
                 own: dict[str, Any] = {}
                 if has_own_loss(recipe):
