@@ -52,7 +52,7 @@ def atlas(tmp_path: Path) -> Atlas:
 def test_an_atlas_with_everything(run: RunCommand, atlas: Atlas, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     page, html, file = (tmp_path / f"r.{suffix}" for suffix in ("md", "html", "json"))
-    words = ["reproduce", atlas.path, *QUICK, "-o", page, "--html", html, "--json", file]
+    words = ["reproduce", atlas.path, *QUICK, "-o", page, "--html", html, "--result", file]
     code, out, err = run(*words)
     assert code == 0, err
     assert f"reproduction written to {page}" in out
@@ -87,7 +87,7 @@ def test_similarities_of_an_atlas_with_texts(run: RunCommand, tmp_path: Path) ->
         Pool(examples).save(tmp_path / "tasks" / f"{name}.jsonl")
     similarity = ["--similarity", "tfidf,length", "--tasks", tmp_path / "tasks"]
     code, _, err = run(
-        "reproduce", atlas.path, *QUICK, *similarity, "-o", tmp_path / "r.md", "--json", tmp_path / "r.json"
+        "reproduce", atlas.path, *QUICK, *similarity, "-o", tmp_path / "r.md", "--result", tmp_path / "r.json"
     )
     assert code == 0, err
     assert "left out: losses out of domain: no task is out of domain" in err
@@ -104,7 +104,7 @@ def test_a_matrix_with_a_split(run: RunCommand, tmp_path: Path) -> None:
     matrix, split = tmp_path / "<i>z|`x`.json", tmp_path / "split.json"
     matrix.write_text(json.dumps(content))
     split.write_text(json.dumps({"known": [0, 1, 2], "in_domain": [names[3]], "out_of_domain": [4]}))
-    code, _, err = run("reproduce", matrix, "--split", split, *QUICK, "-o", tmp_path / "r.md", "--json", tmp_path / "j")
+    code, _, err = run("reproduce", matrix, "--split", split, *QUICK, "-o", tmp_path / "r.md", "--result", tmp_path / "j")
     assert code == 0, err
     assert Reproduction.load(tmp_path / "j").split.in_domain == (names[3],)
     assert not re.search(r"(?<!\\)<", (tmp_path / "r.md").read_text())
@@ -123,7 +123,7 @@ def test_a_matrix_with_a_split(run: RunCommand, tmp_path: Path) -> None:
         (["--split", "none.json"], "none.json: No such file"),
         (["--split", "split.json"], "split.json: the matrix has no task 'nobody'"),
         (["-k", "99"], "99 probes cannot be taken from half of the 20 examples"),
-        (["--json", "r.md"], "--output, --html and --json need different files"),
+        (["--result", "r.md"], "--output, --html and --result need different files"),
         (["--html", "folder"], "folder is a folder"),
         (["--threshold", "nan"], "a finite threshold"),
         (["--similarity", "tfidf"], "--similarity needs an atlas"),

@@ -20,7 +20,7 @@ def report(
     verification: Annotated[Path | None, typer.Option(help="Output of `verify`.")] = None,
     sequence: Annotated[Path | None, typer.Option(help="Output of `sequence`.")] = None,
     similarity: Annotated[Path | None, typer.Option(help="Output of `bench --similarity`.")] = None,
-    reproduction: Annotated[Path | None, typer.Option(help="Output of `reproduce --json`.")] = None,
+    reproduction: Annotated[Path | None, typer.Option(help="Output of `reproduce --result`.")] = None,
     watch: Annotated[list[Path] | None, typer.Option(help="forgetting.json of `train --watch`; repeatable.")] = None,
 ) -> None:
     """Write one HTML file with what was measured, what is forecast, and whether replay helped.

@@ -39,7 +39,7 @@ def reproduce(
     embedding: EmbeddingOption = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write too.")] = None,
     json: Annotated[
-        Path | None, typer.Option("--json", help="JSON file to write too, for `report --reproduction`.")
+        Path | None, typer.Option("--result", help="JSON file to write too, for `report --reproduction`.")
     ] = None,
 ) -> None:
     """Do the paper's analyses of an atlas or a matrix, beside its published numbers, as one Markdown page. Resumable.
@@ -47,14 +47,14 @@ def reproduce(
     R^2 by rank, correlations, completion of new tasks in and out of domain against all baselines, and the replay that
     an atlas has runs of. What cannot be computed is left out, and the page says why.
 
-    Example: forgetcast reproduce runs.atlas -o reproduction.md --json reproduction.json
+    Example: forgetcast reproduce runs.atlas -o reproduction.md --result reproduction.json
     """
     require_single_process("reproduce")
     for path in (output, html, json):
         if path is not None:
             check_destination(path)
     if len({path.resolve() for path in (output, html, json) if path is not None}) < 3 - (html, json).count(None):
-        raise ConfigError("--output, --html and --json need different files")
+        raise ConfigError("--output, --html and --result need different files")
     if html is not None:
         from forgetcast.report import write_reproduction  # before the work: it may not be installed
 
