@@ -74,7 +74,7 @@ def test_lost_files_are_errors(tmp_path: Path, pool: Pool) -> None:
     read = Atlas.open(atlas.path)
     assert set(read.tasks) == {"t0", "t1", "t2"}
     for use in (read.matrix, lambda: read.is_complete("t1"), lambda: read.provenance("t1")):
-        with pytest.raises(DataError, match=r"row 't1' of .*a.atlas has lost rows/t1/0+1-.*put back a copy"):
+        with pytest.raises(DataError, match=r"row 't1' of .*a.atlas has lost rows/t1/\d+-.*put back a copy"):
             use()
     assert read.matrix(["t0", "t2"]).shape == (2, len(pool)), "the other rows can be read"
     shutil.rmtree(part.parent)

@@ -46,6 +46,7 @@ COMMANDS = (
     "sequence",
     "bench",
     "report",
+    "reproduce",
     "demo",
 )
 

@@ -238,4 +238,4 @@ def test_preflight_refuses_a_task_without_examples(model: Path, atlas: Path, tmp
         "preflight", model, tmp_path / "task.jsonl", "--atlas", atlas, "--tasks", tmp_path / "no"
     )
     assert code == 2
-    assert "no file of a task" in err
+    assert "holds no task" in " ".join(err.split())

@@ -104,7 +104,9 @@ def test_a_matrix_with_a_split(run: RunCommand, tmp_path: Path) -> None:
     matrix, split = tmp_path / "<i>z|`x`.json", tmp_path / "split.json"
     matrix.write_text(json.dumps(content))
     split.write_text(json.dumps({"known": [0, 1, 2], "in_domain": [names[3]], "out_of_domain": [4]}))
-    code, _, err = run("reproduce", matrix, "--split", split, *QUICK, "-o", tmp_path / "r.md", "--result", tmp_path / "j")
+    code, _, err = run(
+        "reproduce", matrix, "--split", split, *QUICK, "-o", tmp_path / "r.md", "--result", tmp_path / "j"
+    )
     assert code == 0, err
     assert Reproduction.load(tmp_path / "j").split.in_domain == (names[3],)
     assert not re.search(r"(?<!\\)<", (tmp_path / "r.md").read_text())

@@ -16,12 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 
 from forgetcast import Atlas, Example, Pool, probes
 from forgetcast.cli import tables
 from forgetcast.cli.app import _Console, out
 from forgetcast.cli.columns import FigureTable, Name
 from forgetcast.completion import Bayesian
+from forgetcast.experiments import AlphaPoint, ChosenAlpha
 from forgetcast.experiments.add import Outcome
 from forgetcast.replay.law import Advice, Expected
 from forgetcast.text import shorten
@@ -128,10 +130,17 @@ VIEWS: dict[str, Callable[[Path], Sequence[object]] | Callable[[], Iterable[Any]
     ],
     "verification_tables": lambda: tables.verification_tables(verification()),
     "sequence_tables": lambda: tables.sequence_tables(sequence()),
+    "alpha_table": lambda: [
+        tables.alpha_table(
+            ChosenAlpha(
+                0.5, tuple(AlphaPoint(a, 0.123 * a, 2.5 - a, None if a == 1 else 0.01) for a in (0.5, 1.0)), 0.02, 99
+            )
+        )
+    ],
     "advice_tables": lambda: tables.advice_tables(advice()),
     "demo_tables": lambda: tables.demo_tables(demo_summary()),
 }
-WITH = {"robust_bench_table": "bench_table", "risk_table": "whole_table"}
+WITH = {"robust_bench_table": "bench_table", "risk_table": "whole_table", "tradeoff_tables": "verification_tables"}
 """Tables that are printed by the view of another."""
 
 
@@ -153,7 +162,7 @@ def shown(folder: Path) -> Callable[[str, int], list[str]]:
         console = _Console()
         console.width, console.file = width, io.StringIO()
         for call in printed(view):
-            console.print(*call.args, **call.kwargs)
+            Console.print(console, *call.args, **call.kwargs)  # sentences are wrapped, as on a terminal
         return console.file.getvalue().splitlines()
 
     return lines

@@ -22,7 +22,7 @@ from forgetcast.completion.additive import additive_effects
 from forgetcast.completion.base import LEVELS, clone, task_splits
 from forgetcast.completion.bayesian import shrink_variances
 from forgetcast.completion.low_rank import fit_low_rank, truncated_svd
-from forgetcast.evaluation import accuracy, bench, bench_left_out
+from forgetcast.evaluation import accuracy, bench_left_out
 from support.completion import dense_mixture
 from support.data import planted
 
@@ -438,8 +438,6 @@ class TestGroups:
         assert matrix.select(["5", "2"]).groups == ("2", "1")
         with pytest.raises(DataError, match="24 tasks but 1 groups"):
             ForgettingMatrix(matrix.values, groups=["a"])
-        with pytest.raises(DataError, match="the task '0' is known and unseen"):
-            bench(matrix.select(["0", "2"]), matrix.select(["1"]), {"knn": KNN()}, ks=[2], baseline="knn")
 
     def test_without_groups_each_row_is_a_task(self, values: np.ndarray) -> None:
         alone = [split.left_out.tolist() for split in task_splits(values)]

@@ -237,8 +237,8 @@ def test_splits_in_files(tmp_path: Path) -> None:
         ({"known": [0, 1]}, "at least two known tasks, and one to forecast", DataError),
         ({"known": [0, 99], "in_domain": [1]}, "there is no row 99", DataError),
         ({"known": [0, 2], "in_domain": ["nobody"]}, "no task 'nobody'", MismatchError),
-        ({"known": [0, 2], "test": [1]}, "test: ", DataError),
-        ({"in_domain": [1]}, "lacks 'known'", DataError),
+        ({"known": [0, 2], "test": [1]}, "no field 'test'", DataError),
+        ({"in_domain": [1]}, "the field 'known' is missing", DataError),
         ({"known": [True, 2], "in_domain": [1]}, "known.0", DataError),
     ):
         file.write_text(json.dumps(content))

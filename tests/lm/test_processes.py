@@ -40,7 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     save(tiny(), folder / "model")
     save(tiny(seed=1), folder / "other")
-    save(tiny("gpt2"), folder / "tied")  # its output layer has the weights of the embeddings
+    tied = tiny("gpt2")  # its output layer has the weights of the embeddings
+    for part in ("resid", "embd", "attn"):  # dropout would differ between the processes
+        setattr(tied.model.config, f"{part}_pdrop", 0.0)
+    save(tied, folder / "tied")
     pool = make_pool(13)
     pool.save(folder / "pool.jsonl")
     TASK.save(folder / "task.jsonl")
@@ -131,6 +134,11 @@ def test_sharded_training_is_that_of_one_process(
     for file, weights in one.items():
         assert weights.keys() == two[file].keys()
         for name, value in weights.items():
+            if name.endswith("attn.c_attn.bias"):
+                # The biases of the keys have no gradient but rounding errors, which Adam makes large.
+                value[value.numel() // 3 : 2 * value.numel() // 3] = two[file][name][
+                    value.numel() // 3 : 2 * value.numel() // 3
+                ]
             torch.testing.assert_close(two[file][name], value, rtol=1e-4, atol=2e-5)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     config = next(iter((tmp_path / "two").glob("*config.json"))).read_text()

@@ -389,5 +389,5 @@ def test_an_adapter_without_its_base(tmp_path: Path) -> None:
 
 
 def test_model_missing_from_the_cache_is_an_error() -> None:
-    with pytest.raises(DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="no such directory, nor a copy in the cache of the Hub"):
         load("nobody/no-such-model")

@@ -84,7 +84,7 @@ def drawn(browser: Browser, file: Path, width: int) -> Page:
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.set_default_timeout(600_000)  # milliseconds; a busy machine is no failure
     page.goto(file.as_uri())
-    page.wait_for_function("document.documentElement.dataset.drawn === 'true'")
+    page.wait_for_selector("html[data-drawn=true]", state="attached")
     return page
 
 
@@ -112,13 +112,13 @@ def test_boxes_by_hand() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_label_overlaps_or_is_cut(browser: Browser, report: Path, width: int) -> None:
     page = drawn(browser, report, width)
-    assert page.locator("figure").count() == 8
+    assert page.locator("figure").count() == 9
     found: list[dict[str, Any]] = page.evaluate(TEXTS)
     if folder := os.environ.get("FORGETCAST_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"report-{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
-    assert len({text["figure"] for text in found}) == 8
+    assert len({text["figure"] for text in found}) == 9
     assert len(found) > 100
     cut = [
         (text["figure"], text["text"])

@@ -463,6 +463,8 @@ def bench(
     )
     if both := set(tested).intersection(known):
         raise ConfigError(f"the task {min(both)!r} is in --train and in --test")
+    if same := apart.intersection(group_of[name] for name in known):
+        raise ConfigError(f"rows of the task {min(same)!r} are in --train and in --test; leave out all of them in one")
     if tested:
         if exclude_similar:
             raise ConfigError("--exclude-similar is for leaving out each task in turn; give it without --test")

@@ -105,6 +105,7 @@ def score(
     import_torch(loading, *(name for name in (model, reference) if name is not None))
     from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
+    from forgetcast.lm.score import partial_files
 
     rendering = Rendering(date or Rendering.date, not no_thinking)
     language_model = replace(load(model, **loading.arguments()), rendering=rendering)
@@ -178,7 +179,8 @@ def score(
         scores = replace(scores, metadata={**scores.metadata, "read": examples.report.as_dict()})
     scores.save(output)
     if answers:
-        answered.unlink(missing_ok=True)
+        for file in partial_files(answered):
+            file.unlink(missing_ok=True)
     unscored = [id_ for id_, reason in zip(scores.ids, scores.reasons, strict=True) if reason]
     right_answers = None if scores.exact_match is None else _mean(scores.exact_match)
     facts = {

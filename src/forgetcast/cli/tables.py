@@ -518,12 +518,14 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
 
 def alpha_table(chosen: ChosenAlpha) -> FigureTable:
     """Return a table of the places between base and tuned model that were tried."""
-    table = FigureTable("alpha", "forgetting of the probes", "new-task loss", "above the tuned model's by at most", "")
+    table = FigureTable(
+        Name("model"), "forgetting of the probes", "new-task loss", "above the tuned model's by at most", ""
+    )
     table.title = "Between base (0) and tuned model (1), nats per token"
     for point in chosen.points:
         mark = "chosen" if point.alpha == chosen.alpha else ""
         excess = "-" if point.excess is None else f"{point.excess:+.4f}"
-        table.add_row(f"{point.alpha:g}", f"{point.forgetting:+.4f}", f"{point.new_task_loss:.4f}", excess, mark)
+        table.add_row(f"alpha {point.alpha:g}", f"{point.forgetting:+.4f}", f"{point.new_task_loss:.4f}", excess, mark)
     return table
 
 

@@ -127,13 +127,10 @@ def bench(
     Raises
     ------
     DataError
-        If the examples differ, a task is in both, `baseline` is not among `methods`, or too few examples are measured
-        for all test tasks.
+        If the examples differ, `baseline` is not among `methods`, or too few examples are measured for all test tasks.
     """
     if train.examples != test.examples:
         raise DataError("the known and the unseen tasks must be measured on the same examples")
-    if common := set(train.groups) & set(test.groups):
-        raise DataError(f"the task {min(common)!r} is known and unseen: rows of it are in both matrices")
     return _bench([(train, test)], methods, ks, seeds, baseline)
 
 

@@ -388,12 +388,11 @@ class Partial:
             return
         rank = processes.index()
         if rank == 0:
-            # An interrupted run may have had another number of processes, each with a file.
-            others = [file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdigit()]
-            for file in (path, *others):
+            # An interrupted run may have had another number of processes.
+            for file in (files := partial_files(path)):
                 self.finished |= _finished(file, metadata)
             self._rewrite(metadata)
-            for file in others:
+            for file in files[1:]:
                 file.unlink()
         self.finished = processes.from_first(self.finished)
         if rank > 0:
@@ -419,6 +418,11 @@ class Partial:
         """Delete the file."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def partial_files(path: Path) -> list[Path]:
+    """Return the file of the first process, whether it exists or not, and those of the others, each with its own."""
+    return [path, *(file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdigit())]
 
 
 def _finished(path: Path, metadata: dict[str, Any]) -> dict[str, tuple[float, str]]:

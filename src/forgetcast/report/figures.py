@@ -322,6 +322,9 @@ def replay_differences(verification: Verification) -> str:
     )
 
 
+SIGNS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon", "pentagon")
+
+
 def tradeoff(verification: Verification) -> str:
     """Plot new-task loss against mean forgetting, both relative to no replay, an arm a point with its intervals."""
     arms = verification.tradeoffs
@@ -335,37 +338,31 @@ def tradeoff(verification: Verification) -> str:
         name="no arm is better in both",
         hoverinfo="skip",
     )
-    for legend, colour, equal in (("equal new-task loss", BLUE, True), ("not shown to be equal", ORANGE, False)):
-        shown = [
-            (a, label) for a, label in zip(arms, labels([a.arm for a in arms]), strict=True) if bool(a.equal) is equal
-        ]
-        if not shown:
-            continue
+    for i, (arm, label) in enumerate(zip(arms, labels([a.arm for a in arms]), strict=True)):
         bars = {}
         for axis, name in (("error_x", "new_task_loss"), ("error_y", "mean")):
-            estimates = [getattr(a, name) for a, _ in shown]
+            e = getattr(arm, name)
             bars[axis] = {
                 "type": "data",
                 "symmetric": False,
-                "array": [0 if e.upper is None else e.upper - e.mean for e in estimates],
-                "arrayminus": [0 if e.lower is None else e.mean - e.lower for e in estimates],
+                "array": [0 if e.upper is None else e.upper - e.mean],
+                "arrayminus": [0 if e.lower is None else e.mean - e.lower],
                 "thickness": 1,
                 "width": 2,
             }
+        # Names beside the points would overlap; they are in the legend, and an arm is told by its sign.
         figure.add_scatter(
-            x=[a.new_task_loss.mean for a, _ in shown],
-            y=[a.mean.mean for a, _ in shown],
-            text=[label for _, label in shown],
-            mode="markers+text",
-            textposition="top right",
-            marker={"color": colour, "size": 9},
-            name=legend,
-            hovertemplate="%{text}: loss %{x:+.3f}, forgetting %{y:+.3f}<extra></extra>",
+            x=[arm.new_task_loss.mean],
+            y=[arm.mean.mean],
+            mode="markers",
+            marker={"color": BLUE if arm.equal else ORANGE, "size": 9, "symbol": SIGNS[i % len(SIGNS)]},
+            name=label,
+            hovertemplate=f"{label}: loss %{{x:+.3f}}, forgetting %{{y:+.3f}}<extra></extra>",
             **bars,
         )
     figure.add_vline(x=verification.margin, line_width=1, line_dash="dash", line_color="#333")
     figure.update_xaxes(
-        title="new-task loss minus that without replay (nats per token; dashed: the margin)", zeroline=True
+        title="new-task loss minus that without replay<br>(nats per token; dashed: the margin)", zeroline=True
     )
     figure.update_yaxes(title="mean forgetting, likewise", zeroline=True)
     return _html(figure, height=420, legend=True, label="New-task loss against forgetting, by arm")
