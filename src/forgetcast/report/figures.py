@@ -357,6 +357,8 @@ def tradeoff(verification: Verification) -> str:
             mode="markers",
             marker={"color": BLUE if arm.equal else ORANGE, "size": 9, "symbol": SIGNS[i % len(SIGNS)]},
             name=label,
+            legendgroup=str(bool(arm.equal)),
+            legendgrouptitle_text="equal new-task loss" if arm.equal else "not shown to be equal",
             hovertemplate=f"{label}: loss %{{x:+.3f}}, forgetting %{{y:+.3f}}<extra></extra>",
             **bars,
         )
