@@ -82,7 +82,11 @@ def test_a_signal_at_any_stage_loses_nothing(
                 collect_into(path, tiny(), pool, tasks, RECIPE, **options, on_progress=interrupt(place))
     finally:
         signal.signal(signal.SIGTERM, before)
-    atlas = collect_into(path, tiny(), pool, tasks, RECIPE, **options, on_progress=interrupt("nowhere"))
+    figures: dict[str, float] = {}
+    shown = {"on_progress": interrupt("nowhere"), "on_figures": lambda _, found: figures.update(found)}
+    atlas = collect_into(path, tiny(), pool, tasks, RECIPE, **options, **shown)
+    assert {"forgetting", "training"} <= figures.keys()
+    assert "scoring" not in figures  # how long the rest took says no speed
     assert seen.count("adding: fine-tuning") == RECIPE.steps  # none was taken twice
     assert atlas.provenance("adding")["cost"]["scoring"]["seconds"] is None  # known of a part of them only
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.atlas"]

@@ -18,7 +18,8 @@ def collect_into(
     path: Path, base: LanguageModel, pool: Pool, tasks: dict[str, Pool], recipe: Recipe, **options: Any
 ) -> Atlas:
     """Prepare an atlas and collect its rows."""
-    meter, answered = Meter(options.pop("on_progress", None)), options.get("exact_match", False)
+    meter = Meter(options.pop("on_progress", None), options.pop("on_figures", None))
+    answered = options.get("exact_match", False)
     meter.later = collection_work(tasks.values(), pool, recipe, base.context, answered=answered)
     atlas = prepare_atlas(path, base, pool, recipe, on_progress=meter, **options)
     meter.later = Work()

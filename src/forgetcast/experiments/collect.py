@@ -427,8 +427,8 @@ def collect(
             seeded = recipe.model_copy(update={"seed": row.seed})
             fine_tune = FineTune(row.name, task, seeded, sample, answers=answers)
             after = fine_tune.run(tuner, settings, meter, folder, _curve(atlas, row.name, settings))
-        if on_figures is not None:
-            on_figures(row.name, _figures(atlas, after))
+        if meter.on_figures is not None:
+            meter.on_figures(row.name, _figures(atlas, after))
         return after
 
     def ensure(name: str, on_wait: Callable[[str], None] | None) -> bool:
@@ -475,7 +475,7 @@ def _figures(atlas: Atlas, after: Scores) -> dict[str, float]:
     speeds = {
         part: spent["tokens"] / spent["seconds"]
         for part, spent in after.metadata["cost"].items()
-        if spent["tokens"] is not None and spent["seconds"] > 0
+        if spent["tokens"] is not None and spent["seconds"]
     }
     return {"forgetting": float(np.nanmean(after.nll - atlas.nll_before[columns])), **speeds}
 
