@@ -25,7 +25,8 @@ from rich.table import Table
 from forgetcast import Atlas, ForgettingMatrix, Recipe
 from forgetcast.completion import Bayesian
 from forgetcast.completion.growth import Growth
-from forgetcast.completion.watch import CHOSEN_SHARE, LEVEL
+from forgetcast.completion.watch import LEVEL
+from forgetcast.defaults import CHOSEN_SHARE
 from forgetcast.demo.corpus import demo_pool
 from forgetcast.experiments.collect import Sweep, collect, prepare_atlas
 from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task

@@ -15,6 +15,9 @@ LOSS_MARGIN = 0.02
 PROBES = 30
 """Probes of a forecast that is made during an experiment."""
 
+CHOSEN_SHARE = 1 / 6
+"""Share of the first probes that are chosen; the others are random. `benchmarks/forecast.py` compares shares."""
+
 ALPHA_PROBES = 60
 """Upstream examples by which a place between base and tuned model is chosen."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy
@@ -306,6 +306,26 @@ class Compared(ABC):
         wanted = [(arm, baseline) for baseline in ("none", "random") for arm in self._rivals(baseline)]
         results = (self.compare(arm, baseline, metric) for arm, baseline in wanted for metric in self.metrics)
         return tuple(comparison for comparison in results if comparison is not None)
+
+
+Shared = TypeVar("Shared")
+"""What the two runs of a pair share."""
+
+
+def differences_by_task(values: Mapping[tuple[str, Shared, str], float], arm: str, baseline: str) -> list[np.ndarray]:
+    """Return arm minus baseline of every pair, a group for each task.
+
+    Parameters
+    ----------
+    values : mapping
+        A figure by task, by what two runs of a pair share, such as the seed, and by arm.
+    arm, baseline : str
+    """
+    groups: dict[str, list[float]] = {}
+    for (task, shared, name), value in values.items():
+        if name == arm and (other := values.get((task, shared, baseline))) is not None:
+            groups.setdefault(task, []).append(value - other)
+    return [np.array(group) for group in groups.values()]
 
 
 def _independent(groups: Sequence[np.ndarray]) -> np.ndarray:

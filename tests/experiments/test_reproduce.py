@@ -204,8 +204,8 @@ def test_a_drawn_split_keeps_the_share_and_is_always_the_same() -> None:
 
 
 def test_rows_of_one_task_stay_together() -> None:
-    matrix = ForgettingMatrix(planted(12, 20, 1, 0.1), tasks=[f"{task}-{seed}" for task in "abcdef" for seed in "01"])
-    split = draw_split(matrix, {name: name[0] for name in matrix.tasks})
+    names = [f"{task}-{seed}" for task in "abcdef" for seed in "01"]
+    split = draw_split(ForgettingMatrix(planted(12, 20, 1, 0.1), tasks=names, groups=[name[0] for name in names]))
     assert len(split.in_domain) == 4
     assert not {name[0] for name in split.in_domain} & {name[0] for name in split.known}
 

@@ -67,8 +67,8 @@ def features(
     """
     from forgetcast.atlas import Atlas
     from forgetcast.data.reader import Reader, ReadOptions
-    from forgetcast.experiments.runs import length_settings
     from forgetcast.measure.features import FeatureFolder
+    from forgetcast.measure.scores import length_settings
 
     require_single_process("features")
     check_destination(output, folder=True)
@@ -81,7 +81,7 @@ def features(
         feature_settings(
             base,
             layers=None if layers is None else numbers(layers, "--layers"),
-            **({} if opened is None else length_settings(opened, base)),
+            **({} if opened is None else length_settings(opened.scored_with, base.context)),
         ),
     )
     facts: dict[str, Any] = {"layers": list(folder.settings.layers), "numbers": folder.settings.dimensions}

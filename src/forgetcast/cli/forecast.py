@@ -40,7 +40,7 @@ from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities,
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
-from forgetcast.progress import OnProgress, counted
+from forgetcast.progress import OnProgress
 from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def _measure(
         path,
         flips=flips,
         allow_different_tokens=allow_different_tokens,
-        on_progress=counted(report, "scoring probes"),
+        on_progress=report,
     )
     stopped = measure_until(fitted, measure, population, **settings)
     return stopped, measure.keep(stopped.forecast.probes, stopped.forecast.audit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from forgetcast.cli.options import REPORT, MatrixPath, Output
 from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
-
-if TYPE_CHECKING:
-    from forgetcast.atlas import Atlas
 
 
 @app.command(rich_help_panel=REPORT)
@@ -60,6 +57,7 @@ def reproduce(
 
     from dataclasses import replace
 
+    from forgetcast.atlas import Atlas
     from forgetcast.atlas.released import PICKLES
     from forgetcast.experiments.beside import markdown
     from forgetcast.experiments.reproduce import (
@@ -72,16 +70,14 @@ def reproduce(
     from forgetcast.files import atomic_path
 
     settings = ReproductionSettings(k=k, seeds=seeds, threshold=threshold)
-    atlas = None if Path(matrix).is_file() else _open(matrix)
+    atlas = None if Path(matrix).is_file() else Atlas.open(matrix)
     values = load_matrix(matrix, exact_match=False)
     if split is None and Path(matrix).suffix in PICKLES:
         split = Path(matrix)
     if split is not None:
         domains = load_split(split, values)
-    elif atlas is None:
-        domains = draw_split(values)
     else:
-        domains = draw_split(values, _tasks_of_rows(atlas), atlas.priors)
+        domains = draw_split(values, () if atlas is None else atlas.priors)
     side = gather_side(matrix, values, similarity, tasks, model, embedding) if similarity is not None else None
     # The tests of the replay take no time; a fault in an outcome is found before the work that does.
     arms = () if atlas is None else replay_arms(atlas.replays)
@@ -109,14 +105,3 @@ def reproduce(
     for reason in found.left_out:
         err.print(f"left out: {reason}", markup=False, soft_wrap=True)
     out.print(f"reproduction written to {output}", markup=False, soft_wrap=True)
-
-
-def _open(location: str) -> Atlas:
-    from forgetcast.atlas import Atlas
-
-    return Atlas.open(location)
-
-
-def _tasks_of_rows(atlas: Atlas) -> dict[str, str]:
-    """Return the task of each row, where rows are of one task with several seeds."""
-    return {row: str(atlas.provenance(row).get("task", row)) for row in atlas.tasks}

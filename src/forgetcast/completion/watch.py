@@ -19,14 +19,12 @@ from forgetcast.completion.growth import Growth
 from forgetcast.completion.probes import choose
 from forgetcast.completion.whole import LEAST_AUDIT
 from forgetcast.data.pool import Pool
+from forgetcast.defaults import CHOSEN_SHARE
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.results import Result
 
 LEVEL = 0.9
 """Level of all intervals."""
-
-CHOSEN_SHARE = 1 / 6
-"""Share of the probes that are chosen, as in `forecast`; the others are random."""
 
 MEAN, WORST_TENTH, END = "mean", "worst_tenth", "end_of_run"
 FIGURES = (MEAN, WORST_TENTH, END)

@@ -20,8 +20,11 @@ from forgetcast.errors import ConfigError
 from forgetcast.settings import Seed, read_settings
 from forgetcast.text import did_you_mean
 
-LATER_FIELDS = {"kl_weight": 0.0, "replay_weight": 1.0, "easy_samples": False, "spacing": "even"}
-"""Fields that recipes of earlier versions lack, with their defaults; no other trainer has them."""
+OWN_FIELDS = ("kl_weight", "replay_weight", "easy_samples", "spacing")
+"""Fields that no other trainer has."""
+
+_LATER_FIELDS = (*OWN_FIELDS, "precision", "fused_loss")
+"""Fields that recipes of earlier versions lack."""
 
 
 class Recipe(BaseModel):
@@ -91,8 +94,16 @@ class Recipe(BaseModel):
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out fields of later versions at their defaults: what was stored before stays equal."""
         fields: dict[str, Any] = write(self)
-        later = {**LATER_FIELDS, "precision": "auto", "fused_loss": None}
-        return {name: value for name, value in fields.items() if name not in later or value != later[name]}
+        return {name: value for name, value in fields.items() if name not in _LATER_FIELDS or self.changes(name)}
+
+    def changes(self, name: str) -> bool:
+        """Whether a field has another value than its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether it asks for another loss than the model's own."""
+        return any(map(self.changes, ("kl_weight", "replay_weight", "easy_samples")))
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
@@ -100,7 +111,7 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"{self.steps:,} steps of {self.batch_size:,} examples are more than {MOST_EXAMPLES:,} examples"
             )
-        if self.fused_loss is not None and (self.kl_weight or self.replay_weight != 1 or self.easy_samples):
+        if self.fused_loss is not None and self.has_own_loss:
             raise ValueError("fused_loss: kl_weight, replay_weight and easy_samples need the logits; leave one out")
         return self
 

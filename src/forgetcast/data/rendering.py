@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import Any, Self
 
 from forgetcast.errors import DataError
 
@@ -34,6 +36,12 @@ class Rendering:
             date.fromisoformat(self.date)
         except ValueError:
             raise DataError(f"the date must be of the form 2024-07-26, not {self.date!r}") from None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Self:
+        """Return the rendering that scores with this metadata were made with; the default where they do not say."""
+        text = metadata.get("text", {})
+        return cls(**{name: text[name] for name in ("date", "thinking") if name in text})
 
 
 DEFAULT_RENDERING = Rendering()

@@ -21,7 +21,7 @@ from forgetcast.demo.corpus import demo_pool
 from forgetcast.errors import MismatchError
 from forgetcast.evaluation import ForecastErrors, accuracy, average
 from forgetcast.experiments.collect import collect, collection_work, prepare_atlas
-from forgetcast.experiments.meter import Meter, Work, scoring_work, training_work
+from forgetcast.experiments.meter import Meter, Work, scoring_work, tuning_work
 from forgetcast.experiments.procedural import KNOWN_TASKS, NEW_TASKS, procedural_task
 from forgetcast.experiments.verify import ReplayComparison, arms, verify
 from forgetcast.files import read_json, write_json
@@ -211,8 +211,7 @@ def _save_forecast(directory: Path, row: Forecast, pool: Pool, name: str) -> Tas
 def _replay_work(settings: DemoSettings, recipe: Recipe, task: Pool, pool: Pool, context: int) -> Work:
     """Return the work of a task's replay runs; the arm without replay has a little less."""
     replayed = round(settings.steps * settings.ratio) * settings.batch_size
-    each = training_work(task, settings.steps * settings.batch_size, recipe.max_length)
-    each += training_work(pool, replayed, recipe.max_length)
+    each = tuning_work(task, recipe, context, pool=pool, replayed=replayed)
     each += scoring_work(pool, context) * (settings.examples // 2 / len(pool))
     return each * (3 * settings.seeds)
 

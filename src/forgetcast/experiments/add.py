@@ -28,12 +28,11 @@ from forgetcast.experiments.runs import (
     check_text,
     cost,
     is_final,
-    length_settings,
     score_base,
     score_with_progress,
 )
 from forgetcast.files import read_json
-from forgetcast.measure.scores import Scores, check_tokens, forgetting
+from forgetcast.measure.scores import Scores, check_tokens, forgetting, length_settings
 from forgetcast.progress import OnProgress
 from forgetcast.settings import check_settings
 
@@ -372,7 +371,7 @@ def _add_model(
             if not allow_different_tokens:
                 check_text(atlas, language_model, pool)
             answers = answer_settings(atlas) if atlas.has_answers else None
-            settings, loaded = length_settings(atlas, language_model), time.monotonic()
+            settings, loaded = length_settings(atlas.scored_with, language_model.context), time.monotonic()
             resumed = False
             if choice.probes is None:  # the next time, other probes may be chosen
                 settings["unfinished"] = unfinished = atlas.unfinished(job.name)

@@ -31,7 +31,7 @@ from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError
 from forgetcast.experiments.claims import claimed
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
-from forgetcast.experiments.meter import Meter, OnFigures, Work, scoring_work, training_work
+from forgetcast.experiments.meter import Meter, OnFigures, Work, scoring_work, training_work, tuning_work
 from forgetcast.experiments.runs import (
     AtlasRows,
     FineTune,
@@ -486,9 +486,8 @@ def _row_work(
     """Return the work of a row; of what a command does with the task, once through it."""
     if isinstance(tuner, CommandTrainer):
         return training_work(task, len(task), None) + scoring_work(judged, context, answered=answered)
-    longest = recipe.max_length if context is None else min(recipe.max_length, context)
-    training = training_work(task, recipe.steps * recipe.batch_size, longest)
-    return training + scoring_work(judged, context, answered=answered)
+    assert context is not None
+    return tuning_work(task, recipe, context) + scoring_work(judged, context, answered=answered)
 
 
 def _settings(row: PlannedRow, recipe: Mapping[str, Any], sweep: Sweep) -> dict[str, Any]:

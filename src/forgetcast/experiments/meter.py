@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from forgetcast.data.pool import Pool
+from forgetcast.data.recipe import Recipe
 from forgetcast.progress import OnProgress
 
 OnFigures = Callable[[str, Mapping[str, float]], None]
@@ -48,6 +49,13 @@ def scoring_work(pool: Pool, max_length: int | None, *, answered: bool = False) 
 def training_work(task: Pool, examples: int, max_length: int | None) -> Work:
     """Return the work of training on so many examples of a task."""
     return Work(training=examples * float(_lengths(task, max_length).mean()))
+
+
+def tuning_work(task: Pool, recipe: Recipe, context: int, *, pool: Pool | None = None, replayed: int = 0) -> Work:
+    """Return the work of a fine-tune of a model of this context, which replays so many examples of a pool."""
+    longest = min(recipe.max_length, context)
+    work = training_work(task, recipe.steps * recipe.batch_size, longest)
+    return work if pool is None or not replayed else work + training_work(pool, replayed, longest)
 
 
 def _lengths(pool: Pool, max_length: int | None) -> np.ndarray:

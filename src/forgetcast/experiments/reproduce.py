@@ -34,7 +34,7 @@ from forgetcast.replay.outcome import Run
 from forgetcast.replay.strategies import NoReplay
 from forgetcast.results import Result, plain, validated
 from forgetcast.similarity import SideInformation, SimilarityStudy, arms_of, study
-from forgetcast.stats import Compared
+from forgetcast.stats import Compared, differences_by_task
 
 IN_DOMAIN, OUT_OF_DOMAIN = "in domain", "out of domain"
 
@@ -150,9 +150,7 @@ def _name(task: int | str, matrix: ForgettingMatrix) -> str:
     return matrix.tasks[task]
 
 
-def draw_split(
-    matrix: ForgettingMatrix, replicates: Mapping[str, str] | None = None, priors: Collection[str] = ()
-) -> TaskSplit:
+def draw_split(matrix: ForgettingMatrix, priors: Collection[str] = ()) -> TaskSplit:
     """Split the tasks as the paper does: part of the largest family is known, the rest of it in domain.
 
     The family of a task is what its name has before the first slash; tasks of other families are out of domain. The
@@ -162,8 +160,7 @@ def draw_split(
     Parameters
     ----------
     matrix : ForgettingMatrix
-    replicates : mapping of str to str, optional
-        Task of each row by the row's name, where rows are of the same task with another seed: they stay together.
+        Rows of one group stay together.
     priors : collection of str, optional
         Rows that were measured on another version of the base model: `Atlas.priors`. They are not forecast.
 
@@ -185,8 +182,8 @@ def draw_split(
         tested = {inside[row] for row in published.IN_DOMAIN_ROWS}
         origin = f"the published rows {named}"
     else:
-        task_of = {name: (replicates or {}).get(name, name) for name in inside}
-        tasks = list(dict.fromkeys(task_of.values()))
+        task_of = dict(zip(matrix.tasks, matrix.groups, strict=True))
+        tasks = list(dict.fromkeys(task_of[name] for name in inside))
         partly = {task_of[name] for name in inside if name not in complete}
         usable = [task for task in tasks if task not in partly]
         if len(tasks) < FEWEST_TASKS or not usable:
@@ -312,12 +309,8 @@ class ReplayArms(Compared):
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Return the paired differences of each task."""
-        values = {(run.task, run.setup, run.seed, run.strategy): getattr(run, metric) for run in self.runs}
-        groups: dict[str, list[float]] = {}
-        for (task, setup, seed, strategy), value in values.items():
-            if strategy == arm and (other := values.get((task, setup, seed, baseline))) is not None:
-                groups.setdefault(task, []).append(value - other)
-        return [np.array(group) for group in groups.values()]
+        values = {(run.task, (run.setup, run.seed), str(run.strategy)): getattr(run, metric) for run in self.runs}
+        return differences_by_task(values, arm, baseline)
 
 
 @dataclass(frozen=True)
@@ -505,7 +498,9 @@ def reproduce(
 def _above(matrix: ForgettingMatrix, threshold: float) -> ForgettingMatrix:
     """Return 1 where a loss is above the threshold, else 0, and NaN where it was not measured."""
     values = np.where(matrix.observed, matrix.values > threshold, np.nan)
-    return ForgettingMatrix(values, tasks=matrix.tasks, examples=matrix.examples, sources=matrix.sources)
+    return ForgettingMatrix(
+        values, tasks=matrix.tasks, examples=matrix.examples, sources=matrix.sources, groups=matrix.groups
+    )
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from forgetcast.data.rendering import Rendering
 from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.experiments.claims import claimed
-from forgetcast.experiments.meter import Meter, Work, scoring_work, training_work
+from forgetcast.experiments.meter import Meter, Work, scoring_work, tuning_work
 from forgetcast.files import check_destination, make_folder
 from forgetcast.interruption import Interrupted, Stop, stoppable
-from forgetcast.measure.scores import Scores, check_tokens
+from forgetcast.measure.scores import Scores, check_tokens, length_settings
 from forgetcast.progress import OnProgress
 from forgetcast.replay.plan import ReplayPlan
 from forgetcast.results import validated
@@ -84,11 +84,8 @@ class FineTune:
         ConfigError
             If the plan cannot be replayed under the recipe.
         """
-        recipe, longest = self.recipe, min(self.recipe.max_length, context)
-        work = training_work(self.task, recipe.steps * recipe.batch_size, longest)
-        if self.plan is not None and (replayed := self.plan.count(recipe.steps, recipe.batch_size)):
-            assert self.pool is not None
-            work += training_work(self.pool, replayed, longest)
+        replayed = 0 if self.plan is None else self.plan.count(self.recipe.steps, self.recipe.batch_size)
+        work = tuning_work(self.task, self.recipe, context, pool=self.pool, replayed=replayed)
         work += scoring_work(self.judged, context, answered=self.answers is not None)
         return sum((scoring_work(test, context) for test in self.tests.values()), work)
 
@@ -489,7 +486,7 @@ def check_text(atlas: Atlas, language_model: LanguageModel, pool: Pool) -> None:
     """
     from forgetcast.lm import token_digests
 
-    settings, text = length_settings(atlas, language_model), language_model.text_settings
+    settings, text = length_settings(atlas.scored_with, language_model.context), language_model.text_settings
     scored_with = atlas.scored_with
     if scored_with.get("text", text) == text and settings["max_length"] == scored_with.get("max_length"):
         return
@@ -499,19 +496,9 @@ def check_text(atlas: Atlas, language_model: LanguageModel, pool: Pool) -> None:
     check_tokens(before, replace(before, digests=digests, metadata={"text": text, **settings}))
 
 
-def length_settings(atlas: Atlas, language_model: LanguageModel) -> dict[str, Any]:
-    """Return the arguments of `lm.score` that the atlas's base was scored with, as far as a model's context allows."""
-    longest, stride = (atlas.scored_with.get(name) for name in ("max_length", "stride"))
-    return {
-        "max_length": None if longest is None else min(longest, language_model.context),
-        "stride": stride,
-    }
-
-
 def rendering_of(atlas: Atlas) -> Rendering:
     """Return how conversations were rendered for the base scores of an atlas."""
-    stored = atlas.scored_with.get("text", {})
-    return Rendering(**{name: stored[name] for name in ("date", "thinking") if name in stored})
+    return Rendering.of(atlas.scored_with)
 
 
 def base_scores_file(atlas: str | Path) -> Path:

@@ -25,7 +25,7 @@ from forgetcast.data.pool import Pool
 from forgetcast.defaults import PROBES, RATIO
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.experiments.claims import claimed
-from forgetcast.experiments.meter import Meter, Work, scoring_work, training_work
+from forgetcast.experiments.meter import Meter, Work, scoring_work, tuning_work
 from forgetcast.experiments.runs import (
     FineTune,
     ScoreFiles,
@@ -265,10 +265,10 @@ class _SequenceRunner:
     def work(self, chain: _Chain, stage: int) -> Work:
         """Work of a stage."""
         ratio, recipe, context = self.ratio(chain.arm), self.recipe, self.tuner.base.context
-        longest, tests = min(recipe.max_length, context), [self.tasks[name][1] for name in chain.tasks[:stage]]
-        work = training_work(self.tasks[chain.tasks[stage - 1]][0], recipe.steps * recipe.batch_size, longest)
-        if ratio:
-            work += training_work(self.atlas.pool, replay_steps(recipe.steps, ratio) * recipe.batch_size, longest)
+        tests = [self.tasks[name][1] for name in chain.tasks[:stage]]
+        replayed = replay_steps(recipe.steps, ratio) * recipe.batch_size if ratio else 0
+        task = self.tasks[chain.tasks[stage - 1]][0]
+        work = tuning_work(task, recipe, context, pool=self.atlas.pool, replayed=replayed)
         return sum((scoring_work(each, context) for each in (self.judged, *tests)), work)
 
     def finished(self, chain: _Chain) -> int:

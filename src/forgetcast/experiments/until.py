@@ -15,16 +15,15 @@ from forgetcast.atlas.store import Atlas
 from forgetcast.completion.base import Completion, Forecast
 from forgetcast.completion.forecast import answered_probes, measured_probes
 from forgetcast.completion.probes import choose
+from forgetcast.defaults import CHOSEN_SHARE
 from forgetcast.errors import ConfigError, DataError, MismatchError
-from forgetcast.experiments.runs import answer_settings, check_text, length_settings
-from forgetcast.measure.scores import Scores
+from forgetcast.experiments.meter import Meter, scoring_work
+from forgetcast.experiments.runs import answer_settings, check_text, score_with_progress
+from forgetcast.measure.scores import Scores, length_settings
+from forgetcast.progress import OnProgress
 
 if TYPE_CHECKING:
-    from forgetcast.data.pool import Pool
     from forgetcast.lm import LanguageModel
-
-CHOSEN_SHARE = 1 / 6
-"""Share of the first probes that are chosen; the others are random. `benchmarks/forecast.py` compares shares."""
 
 GROWTH = 2
 """Each look has so many times the examples of the one before."""
@@ -242,7 +241,7 @@ class ProbeScores:
     allow_different_tokens : bool
         Whether the model may read examples as other tokens than the base did.
     on_progress : callable, optional
-        Called with the number of examples finished since the last call.
+        Gets the progress of each measurement.
 
     Raises
     ------
@@ -259,12 +258,13 @@ class ProbeScores:
         *,
         flips: ForgettingMatrix | None = None,
         allow_different_tokens: bool = False,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self._atlas, self._model, self._path, self._flips = atlas, language_model, path, flips
         self._examples = atlas.examples if flips is None else flips.examples
-        self._allow, self._on_progress = allow_different_tokens, on_progress
-        self._settings = length_settings(atlas, language_model)
+        self._allow, self._meter = allow_different_tokens, Meter.of(on_progress)
+        self._answers = None if flips is None else answer_settings(atlas)
+        self._settings = length_settings(atlas.scored_with, language_model.context)
         if language_model.weights_hash == atlas.model_hash:
             raise MismatchError(
                 f"{language_model.name} is the base model of {atlas.path} itself; give a fine-tuned one"
@@ -286,7 +286,11 @@ class ProbeScores:
             pool = self._atlas.subset(missing)
             if not self._allow:
                 check_text(self._atlas, self._model, pool)
-            new = self._score(pool)
+            self._meter.begin(scoring_work(pool, self._model.context, answered=self._answers is not None))
+            partial = self._path.with_name(f"{self._path.name}.partial")
+            new = score_with_progress(
+                self._model, pool, self._meter, "probes", self._answers, unfinished=partial, **self._settings
+            )
             self.scores = new if self.scores is None else _joined(self.scores, new)
             self.scores.save(self._path)
         assert self.scores is not None
@@ -298,17 +302,6 @@ class ProbeScores:
         )
         assert np.array_equal(at, columns)
         return forgetting
-
-    def _score(self, pool: Pool) -> Scores:
-        from forgetcast.lm import exact_match, score
-
-        partial = self._path.with_name(f"{self._path.name}.partial")
-        scores = score(self._model, pool, **self._settings, partial=partial, on_progress=self._on_progress)
-        if self._flips is None:
-            return scores
-        answers = answer_settings(self._atlas)
-        right, predictions = exact_match(self._model, pool, **answers)
-        return replace(scores, exact_match=right, predictions=predictions, metadata={**scores.metadata, **answers})
 
     def keep(self, probes: np.ndarray, audit: int) -> Scores:
         """Write the probes in their order, with the number of random ones, which `forecast --scores` reads."""

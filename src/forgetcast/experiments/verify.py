@@ -43,7 +43,7 @@ from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
 from forgetcast.results import Result, plain
-from forgetcast.stats import Compared, Comparison, supports_part, worst_part, worst_tenth
+from forgetcast.stats import Compared, Comparison, differences_by_task, supports_part, worst_part, worst_tenth
 
 if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
@@ -169,12 +169,8 @@ class Verification(Result, Compared):
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
         """Return the paired differences of each task, one per seed."""
-        value = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
-        groups: dict[str, list[float]] = {}
-        for task, seed, name in value:
-            if name == arm and (task, seed, baseline) in value:
-                groups.setdefault(task, []).append(value[task, seed, arm] - value[task, seed, baseline])
-        return [np.array(group) for group in groups.values()]
+        values = {(run.task, run.seed, run.arm): getattr(run, metric) for run in self.runs}
+        return differences_by_task(values, arm, baseline)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the runs, each arm's averages and the comparisons, ready for JSON."""

@@ -35,6 +35,11 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def unwrapped(name: str) -> str:
+    """Return a module's or parameter's name without PEFT's wrappers, which nest where a module has two parameters."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
 def is_prompt_learning(model: Any) -> bool:
     """Whether the model has an adapter that adds virtual tokens: prompt tuning, prefix tuning, p-tuning."""
     return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)

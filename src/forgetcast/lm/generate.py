@@ -93,8 +93,7 @@ def exact_match(
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
     for batch in _answers(language_model, pool, settings, batch_size, on_progress, answers.keys()):
         for written in batch:
-            answer = written.text.lstrip()
-            answers[written.position] = (answer if "\n" in written.expected else answer.split("\n")[0]).rstrip()
+            answers[written.position] = written.answer
             right[written.position] = metric(answers[written.position], written.expected)
         checkpoint.write([(pool.ids[i], float(right[i]), answers[i]) for i, *_ in batch])
     for answered in processes.from_all({i: (right[i], answer) for i, answer in answers.items()}):
@@ -131,6 +130,12 @@ class _Answer(NamedTuple):
     text: str
     tokens: int
     ended: bool
+
+    @property
+    def answer(self) -> str:
+        """What is judged: without space around it, and of several lines the first, where one is expected."""
+        text = self.text.lstrip()
+        return (text if "\n" in self.expected else text.split("\n")[0]).rstrip()
 
 
 def _answers(
@@ -276,16 +281,15 @@ def answer_prompts(
         options = {**sampling, "max_new_tokens": max_new_tokens}
         for written in chain.from_iterable(_answers(language_model, pool, options, batch_size, on_progress)):
             asked, tokens = asked + 1, tokens + written.tokens
-            lead = len(written.text) - len(written.text.lstrip())
-            rest = written.text[lead:]
-            text = written.text[:lead] + (rest if "\n" in written.expected else rest.split("\n")[0]).rstrip()
-            if not text.strip():
+            if not written.answer:
                 empty += 1
             elif not written.ended and not keep_unfinished:
                 unfinished += 1
-            elif right_only and not metric(text.strip(), written.expected):
+            elif right_only and not metric(written.answer, written.expected):
                 wrong += 1
             else:
+                begin = len(written.text) - len(written.text.lstrip())
+                text = written.text[:begin] + written.answer  # a completion has its space before it
                 kept[written.position] = _with_answer(pool[written.position], text)
     if not asked:
         raise DataError(

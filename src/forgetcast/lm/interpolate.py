@@ -128,10 +128,6 @@ def _is_scaled(name: str) -> bool:
     return any(part in name for part in _SCALED)
 
 
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "base_layer")
-
-
 def _check_adapter(model: PeftModel, name: str) -> None:
     """Raise ConfigError unless all that the adapter changes is scaled by one of its factors."""
     config: Any = model.active_peft_config
@@ -150,7 +146,7 @@ def _check_adapter(model: PeftModel, name: str) -> None:
 def _check_base(model: PeftModel, base: Mapping[str, torch.Tensor], name: str) -> None:
     """Raise MismatchError unless an adapter is around this base model."""
     named = model.get_base_model().state_dict().items()
-    inner = {_unwrapped(key): value for key, value in named if ".lora_" not in key}
+    inner = {adapters.unwrapped(key): value for key, value in named if ".lora_" not in key}
     _check_shapes(inner, base, name)
     if (other := next((key for key in base if not torch.equal(inner[key], base[key])), None)) is not None:
         raise MismatchError(f"{name} is an adapter of another base model: {other} has other values there")

@@ -17,11 +17,6 @@ from forgetcast.lm.mixture import ReplayMixture
 from forgetcast.lm.tokens import IGNORED_INDEX
 
 
-def has_own_loss(recipe: Recipe) -> bool:
-    """Whether a recipe needs `WeightedTrainer`."""
-    return bool(recipe.kl_weight or recipe.easy_samples or recipe.replay_weight != 1)
-
-
 def easy_weights(losses: np.ndarray) -> np.ndarray:
     """Return weights exp(-loss / median loss), scaled to a mean of one, shape (n,); a NaN counts as the median.
 

@@ -26,7 +26,7 @@ from forgetcast.lm.curve import same_randomness, undisturbed
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import Inputs, prepare, prepared_losses
 from forgetcast.measure.gates import Gate
-from forgetcast.measure.scores import Scores, check_tokens
+from forgetcast.measure.scores import Scores, check_tokens, length_settings
 
 SAME_LOSS = 1e-3
 """Nats per token, on the average of the probes, by which two measurements of the base may differ in single precision;
@@ -180,19 +180,15 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ConfigError("the monitor needs the tokenizer: give it to the Trainer as processing_class")
         stored = {} if self._atlas is None else self._atlas.scored_with
-        text = stored.get("text", {})
-        rendering = Rendering(**{name: text[name] for name in ("date", "thinking") if name in text})
-        language_model = LanguageModel(model, tokenizer, "the model in training", rendering)
-        examples = self._gauge.examples
-        longest = stored.get("max_length")
-        longest = None if longest is None else min(longest, language_model.context)
-        inputs = prepare(language_model, examples, longest, stored.get("stride"))
+        language_model = LanguageModel(model, tokenizer, "the model in training", Rendering.of(stored))
+        examples, lengths = self._gauge.examples, length_settings(stored, language_model.context)
+        inputs = prepare(language_model, examples, **lengths)
         if self._atlas is not None:
             _check_inputs(self._atlas, examples, inputs)
         elif unusable := [id_ for id_, reason in zip(examples.ids, inputs.reasons, strict=True) if reason]:
             self._say(f"{len(unusable)} of {len(examples)} sampled examples have no token to predict, and are left out")
             examples = self._gauge.without(unusable)
-            inputs = prepare(language_model, examples, longest, stored.get("stride"))
+            inputs = prepare(language_model, examples, **lengths)
         if isinstance(self._gauge, AtlasGauge) and self._gauge.growth is None:
             self._say(
                 f"nothing is said of the end of the run: {self._settings['atlas']} has too few learning curves; "

@@ -35,7 +35,7 @@ from forgetcast.lm import adapters, processes
 from forgetcast.lm.fused import fused_loss, keeping_forward
 from forgetcast.lm.interpolate import Interpolation
 from forgetcast.lm.load import LanguageModel, without_bars
-from forgetcast.lm.loss import WeightedTrainer, easy_weights, has_own_loss
+from forgetcast.lm.loss import WeightedTrainer, easy_weights
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.score import score
 from forgetcast.lm.selectors import ReplaySelector
@@ -231,11 +231,11 @@ class FineTuner:
         state = self.base.model.state_dict()
         if self._adapted is None:
             return _copy(state)
-        merged = {_unwrapped(name): value for name, value in _copy(state).items() if ".lora_" not in name}
+        merged = {adapters.unwrapped(name): value for name, value in _copy(state).items() if ".lora_" not in name}
         for name, layer in self.base.model.named_modules():
             if isinstance(layer, LoraLayer):
                 lora: Any = layer
-                weight: Any = merged[f"{_unwrapped(name)}.{getattr(lora, 'parameter_name', 'weight')}"]
+                weight: Any = merged[f"{adapters.unwrapped(name)}.{getattr(lora, 'parameter_name', 'weight')}"]
                 for adapter in lora.active_adapters:
                     weight += lora.get_delta_weight(adapter).detach().to(weight.device)
         return merged
@@ -364,13 +364,11 @@ class FineTuner:
             fused_loss(model, recipe.fused_loss, mixture.collate([mixture[0]])),
             without_bars(),
         ):
-            progress, steps = (
-                _Progress(on_step, on_loss, saves=checkpoints is not None and not self.sharded),
-                mixture.steps,
-            )
+            progress = _Progress(on_step, on_loss, saves=checkpoints is not None and not self.sharded)
+            steps = mixture.steps
             if not _take_trained(model, mixture, progress, Path(directory)):
                 own: dict[str, Any] = {}
-                if has_own_loss(recipe):
+                if recipe.has_own_loss:
                     if self.sharded:
                         raise ConfigError("kl_weight, replay_weight and easy_samples are not for a sharded model")
                     # Of LoRA, the start is the model without its adapter.
@@ -478,11 +476,6 @@ def _learning_rates(recipe: Recipe, steps: int) -> list[float]:
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
     """Copy a state into CPU memory: on a GPU, a fine-tune needs the place."""
     return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
-
-
-def _unwrapped(name: str) -> str:
-    """Return a module's or parameter's name without PEFT's wrappers, which nest where a module has two parameters."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _check_shardable(base: LanguageModel) -> None:

@@ -308,6 +308,20 @@ def check_units(before: Mapping[str, Any], after: Mapping[str, Any], where: str 
                 raise MismatchError(f"{where}: {task} is measured in {other}, and in {unit} before; log both alike")
 
 
+def length_settings(metadata: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """Return the lengths, as arguments of `lm.score`, that scores were made with, as far as a model's context allows.
+
+    Parameters
+    ----------
+    metadata : mapping
+        Of the scores.
+    context : int
+        Longest input of the model, in tokens.
+    """
+    longest = metadata.get("max_length")
+    return {"max_length": None if longest is None else min(longest, context), "stride": metadata.get("stride")}
+
+
 def check_tokens(before: Scores | Baseline, after: Scores, *, allow_different: bool = False) -> int | None:
     """Return how many examples of `after` were scored on other tokens or targets than before.
 

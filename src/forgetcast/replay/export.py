@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from forgetcast.data.pool import FIELDS, STRUCTURED, Example, Pool
-from forgetcast.data.recipe import LATER_FIELDS, Recipe
+from forgetcast.data.recipe import OWN_FIELDS, Recipe
 from forgetcast.errors import ConfigError, DataError, MissingExtraError
 from forgetcast.files import atomic_path, write_json
 from forgetcast.replay.plan import ReplayPlan
@@ -258,7 +258,7 @@ FORMATS = ("jsonl", "parquet", "datasets", *TRAINERS)
 
 def _of_recipe(plan: ReplayPlan, pool: Pool, task: Pool, recipe: Recipe) -> dict[str, list[Example]]:
     """Return the new and the replayed examples of a fine-tune by the recipe, each as often as it is trained on."""
-    if odd := [name for name, usual in LATER_FIELDS.items() if getattr(recipe, name) != usual]:
+    if odd := [name for name in OWN_FIELDS if recipe.changes(name)]:
         raise ConfigError(f"the recipe's {odd[0]} cannot be exported: only `forgetcast train` has it; leave it out")
     plan.check_pool(pool)
     _micro_batch_size(recipe)
