@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +76,7 @@ class Growth:
         if count < FEWEST or examples < 2:
             return None
         truth = rows[-1].mean(axis=1)
-        now = np.array(list(_watched(rows, min(k, examples // 2)))).T  # (S + 1, M)
+        now = _watched(rows, min(k, examples // 2))
         factors, floors, scales, widths = [], [], [], []
         for x in now:
             floor = FLOOR * float(np.sqrt(np.mean(x**2))) or 1e-6
@@ -112,12 +111,12 @@ def _factor(now: np.ndarray, end: np.ndarray, size: np.ndarray) -> float:
     return float((x @ y) / max(x @ x, 1e-12))
 
 
-def _watched(rows: np.ndarray, k: int) -> Iterator[np.ndarray]:
-    """Yield, for each task, its mean at each share as random probes give it, by a model fitted to the other tasks."""
+def _watched(rows: np.ndarray, k: int) -> np.ndarray:
+    """Return the means (S + 1, M) of the tasks at each share as random probes give them, by a model of other tasks."""
     rng = np.random.default_rng(0)
     ends = rows[-1]
     count, examples = ends.shape
-    means = np.empty((count, len(rows)))
+    means = np.empty((len(rows), count))
     model = Bayesian()
     model.prepare(ends)
     for fold in np.array_split(rng.permutation(count), min(count, CALIBRATION_FOLDS)):
@@ -126,5 +125,5 @@ def _watched(rows: np.ndarray, k: int) -> Iterator[np.ndarray]:
             probes = rng.permutation(examples)[:k]
             mean, _, _ = state.posterior(probes, rows[:, task][:, probes])
             mean[:, probes] = rows[:, task][:, probes]
-            means[task] = mean.mean(axis=1)
-    yield from means
+            means[:, task] = mean.mean(axis=1)
+    return means

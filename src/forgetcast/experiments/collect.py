@@ -330,7 +330,6 @@ def prepare_atlas(
     check_writable(path)
     if not is_atlas(path):
         unfinished = base_scores_file(path)
-
         meter = Meter.of(on_progress)
         with claimed(unfinished, lambda who: meter.waiting(f"waiting for {who}, which scores the base model")):
             if not is_atlas(path):
