@@ -25,9 +25,9 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,11 @@ from forgetcast.completion.structure import analyze
 from forgetcast.experiments.collect import Sweep, collect, prepare_atlas
 from forgetcast.experiments.procedural import KNOWN_TASKS, procedural_task
 from forgetcast.experiments.runs import ScoreFiles
+from forgetcast.experiments.variants import Interpolating, Variant
 from forgetcast.experiments.verify import ReplayComparison, Verification, run_name, verify
+from forgetcast.replay.outcome import Run
 from forgetcast.replay.signals import Signals
-from forgetcast.stats import paired_difference, worst_tenth
+from forgetcast.stats import worst_tenth
 from real_texts import NATURAL, Texts, get_texts
 from shared import conclude, default_cache, figure_of, output, save_figure, target
 
@@ -59,16 +61,19 @@ PROCEDURAL = tuple(name for name in KNOWN_TASKS if name not in LONG)[: len(NATUR
 """The first tasks of `forgetcast start` whose questions fit into 128 tokens."""
 
 TASKS = tuple(name for pair in zip(PROCEDURAL, NATURAL, strict=True) for name in pair)
-TRAINED, TESTED = 80, 24
-"""Examples of a task that it is tuned on, once, and that its loss is measured on."""
+TRAINED, VALIDATED, TESTED = 80, 8, 16
+"""Examples of a task: to tune on, once; to choose an interpolation by; to measure the loss on."""
 
 RATES: dict[str, tuple[float, ...]] = {"lora": (3e-3, 1e-3), "full": (3e-4, 1e-4)}
 RATE_TASKS, RATE_EVERY = ("chain_sum", "define-sign"), 4
 """Tasks that learning rates are compared on, and one of how many upstream examples is scored then."""
 
 SWEEP = ("lora", 2e-3)
-ORDINARY, REPLAY_TASKS, REPLAY_SEEDS, RATIO, REPLAY_PROBES = (0.02, 0.2), 4, 2, 0.25, 10
-"""Replay is compared on the first tasks whose mean forgetting is ordinary, of both kinds by turns."""
+ORDINARY = "ordinary"
+LEVELS = {"low": (-np.inf, 0.02, 3), ORDINARY: (0.02, 0.2, 6), "high": (0.2, np.inf, 3)}
+"""Replay is compared at three levels of a task's mean forgetting, in nats per token, on so many tasks of each."""
+
+RATIO, REPLAY_PROBES, KL = 0.25, 10, 1.0
 
 SEEDS, KS = 10, (10, 30)
 OTHER_SCRIPTS = (
@@ -108,7 +113,7 @@ class Study:
         for name in scale.tasks:
             file = work / "tasks" / f"{name}.jsonl"
             if not file.exists():
-                size = TRAINED + TESTED
+                size = TRAINED + VALIDATED + TESTED
                 (texts.task(name, size) if name in NATURAL else procedural_task(name, size)).save(file)
             self.tasks[name] = Pool.load(file)
 
@@ -157,9 +162,10 @@ class Study:
         self.collect("sweep", *SWEEP, self.scale.tasks[share])
 
     def comparison(self, task: str) -> ReplayComparison:
-        """Arms of a task: random, the highest mean of the other rows, the highest forecasts from probes.
+        """Arms of a task, the simplest first.
 
-        The run without replay is the sweep's row.
+        No replay, and between its weights and the base model's; replay of random examples, of the highest mean of the
+        other rows, of the highest forecasts from probes, and of these with the divergence from the base model as loss.
         """
         atlas = Atlas.open(self.path("sweep", *SWEEP))
         history = atlas.matrix([name for name in atlas.tasks if name != task])
@@ -169,33 +175,46 @@ class Study:
         usable = np.setdiff1d(np.arange(len(self.pool)), self.pool.positions(held_out))
         at = probes.choose(model, REPLAY_PROBES, usable)
         expected = {"atlas-mean": history.values.mean(axis=0), "forecast": model.predict(at, truth[at]).mean}
-        plans = {"random": make_plan(self.pool, "random", ratio=RATIO, held_out=held_out)}
+        none = make_plan(self.pool, "none", ratio=0.0, held_out=held_out)
+        plans = {"none": none, "interpolation": none}
+        plans["random"] = make_plan(self.pool, "random", ratio=RATIO, held_out=held_out)
         for arm, values in expected.items():
             signals = Signals(self.pool.ids, forecast=values)
             plans[arm] = make_plan(self.pool, "top", signals, ratio=RATIO, held_out=held_out)
-        return ReplayComparison(task, self.train(task), Pool(self.tasks[task][TRAINED:]), plans)
+        plans["forecast kl"] = plans["forecast"]
+        examples = self.tasks[task]
+        validation = Pool(examples[TRAINED : TRAINED + VALIDATED])
+        choosing = Interpolating(None, [self.pool.ids[i] for i in at], validation)
+        variants = {
+            "interpolation": Variant("nothing; weights between base and tuned model", interpolation=choosing),
+            "forecast kl": Variant(f"{plans['forecast'].summary}; divergence as loss", recipe={"kl_weight": KL}),
+        }
+        test = Pool(examples[TRAINED + VALIDATED :])
+        return ReplayComparison(task, self.train(task), test, plans, variants=variants)
 
-    def replay_jobs(self) -> list[tuple[int, str]]:
-        """Seeds and tasks, in the order in which they are run: kinds by turns, the first seed of all first."""
+    def replayed_tasks(self) -> list[str]:
+        """Tasks that replay is compared on, in the order in which they are run: levels by turns, then kinds."""
         atlas = Atlas.open(self.path("sweep", *SWEEP))
-        means = {name: float(atlas.matrix([name]).values.mean()) for name in self.scale.tasks}
-        ordinary = [name for name, mean in means.items() if ORDINARY[0] <= mean <= ORDINARY[1]]
-        by_kind = [[name for name in ordinary if kind_of(name) == kind] for kind in ("natural", "procedural")]
-        tasks = [name for pair in zip_longest(*by_kind) for name in pair if name is not None][:REPLAY_TASKS]
-        return [(seed, task) for seed in range(REPLAY_SEEDS) for task in tasks]
+        by_level: dict[str, list[str]] = {level: [] for level in LEVELS}
+        for name in self.scale.tasks:
+            by_level[level_of(atlas.matrix([name]).values)].append(name)
+        columns = []
+        for level, names in by_level.items():
+            kinds = [[name for name in names if kind_of(name) == kind] for kind in ("natural", "procedural")]
+            columns.append(_by_turns(kinds)[: LEVELS[level][2]])
+        return _by_turns(columns)
 
     def replay(self, share: slice) -> None:
         """Tune with each arm."""
-        for seed, task in self.replay_jobs()[share]:
-            self.verified(seed, task)
-            seconds = time.monotonic() - self.started
-            self.console.print(f"{seconds:6.0f} s  replay of {task}, seed {seed}")
+        for task in self.replayed_tasks()[share]:
+            self.verified(task)
+            self.console.print(f"{time.monotonic() - self.started:6.0f} s  replay of {task}")
 
-    def verified(self, seed: int, task: str) -> Verification:
-        """Make the runs of a task and seed that are missing."""
+    def verified(self, task: str) -> Verification:
+        """Make the runs of a task that are missing."""
         atlas, settings = Atlas.open(self.path("sweep", *SWEEP)), recipe(*SWEEP, self.scale.steps)
-        directory = self.work / "runs"
-        return verify(self.tuner, atlas, settings, [self.comparison(task)], seeds=[seed], directory=directory)
+        comparisons, directory = [self.comparison(task)], self.work / "runs"
+        return verify(self.tuner, atlas, settings, comparisons, seeds=[0], directory=directory)
 
     def measured(self) -> Rows:
         """Everything that is there, as rows of the JSON file."""
@@ -214,18 +233,24 @@ class Study:
                 texts = " ".join(f"{v:.5f}" for v in values)
                 rows.append({"part": what, **facts, "kind": kind_of(name), "forgetting": texts})
         runs = ScoreFiles(self.work / "runs")
-        for seed, task in self.replay_jobs() if runs.directory.is_dir() else ():
-            if all(runs.path(run_name(task, arm, seed)).exists() for arm in ARMS):
-                runs_of = self.verified(seed, task).runs
-                rows += [{"part": "replay", **{key: getattr(run, key) for key in RUN}} for run in runs_of]
+        for task in self.replayed_tasks() if runs.directory.is_dir() else ():
+            if all(runs.path(run_name(task, arm, 0)).exists() for arm in ARMS):
+                rows += [{"part": "replay", **asdict(run)} for run in self.verified(task).runs]
         return rows
 
 
-ARMS = ("random", "atlas-mean", "forecast")
-"""Random replay, and the highest expected forgetting by the mean of the other rows and by the forecast from probes."""
-
+ARMS = ("none", "interpolation", "random", "atlas-mean", "forecast", "forecast kl")
 METRICS = ("mean", "worst_tenth", "new_task_loss")
-RUN = ("task", "arm", "seed", *METRICS, "replayed", "steps")
+
+
+def _by_turns(columns: Iterable[Sequence[str]]) -> list[str]:
+    return [name for row in zip_longest(*columns) for name in row if name is not None]
+
+
+def level_of(forgetting: np.ndarray) -> str:
+    """Return the level of a task's forgetting."""
+    mean = float(forgetting.mean())
+    return next(level for level, (low, high, _) in LEVELS.items() if low <= mean < high)
 
 
 def kind_of(task: str) -> str:
@@ -268,17 +293,14 @@ class Measured:
         )
 
     @cached_property
-    def runs(self) -> dict[str, dict[tuple[str, int], Mapping[str, float]]]:
-        """Figures of each arm of replay on the held-out examples, by task and seed; of "none", the sweep's."""
-        found: dict[str, dict[tuple[str, int], Mapping[str, float]]] = {"none": {}, **{arm: {} for arm in ARMS}}
-        for row in self.of("replay"):
-            found[row["arm"]][row["task"], row["seed"]] = row
-        judged = np.array([row["held_out"] for row in self.of("example")])
-        for row in self.of("sweep"):
-            if (row["task"], 0) in found["random"]:
-                values = parsed(row)[judged]
-                found["none"][row["task"], 0] = {"mean": float(values.mean()), "worst_tenth": worst_tenth(values)}
-        return found
+    def verifications(self) -> dict[str, Verification]:
+        """Runs with and without replay, of the tasks of each level and of all."""
+        judged = sum(row["held_out"] for row in self.of("example"))
+        levels = {row["task"]: level_of(parsed(row)) for row in self.of("sweep")}
+        runs = [Run(**{key: value for key, value in row.items() if key != "part"}) for row in self.of("replay")]
+        found = {level: tuple(run for run in runs if levels[run.task] == level) for level in LEVELS}
+        found |= {"all": tuple(runs)}
+        return {level: Verification(of, judged, RATIO) for level, of in found.items() if of}
 
 
 def parsed(row: Mapping[str, Any]) -> np.ndarray:
@@ -408,19 +430,19 @@ def group_rows(measured: Measured) -> Rows:
 
 
 def replay_rows(measured: Measured) -> Rows:
-    """Return each arm's figures, and its paired differences to random replay over runs of the same task and seed."""
-    rows, random = Rows(), measured.runs["random"]
-    for arm, runs in measured.runs.items():
-        if not runs:
-            continue
-        row: dict[str, Any] = {"part": "arm", "arm": arm, "runs": len(runs), "tasks": len({task for task, _ in runs})}
-        for metric in METRICS[: 2 if arm == "none" else 3]:
-            own, others = np.array([[each[key][metric] for key in runs] for each in (runs, random)])
-            row |= {metric: float(own.mean()), f"{metric}_gap": float((own - others).mean())}
-            if arm != "random" and len(own) > 1:
-                gap = paired_difference(own, others)
-                row |= {f"{metric}_lower": gap.lower, f"{metric}_upper": gap.upper}
-        rows.append(row)
+    """Return each arm's figures at each level, its differences to other arms over tasks, and what is advised."""
+    rows = Rows()
+    for level, result in measured.verifications.items():
+        tasks = len({run.task for run in result.runs})
+        for arm in result.arms:
+            averages = {metric: result.average(arm, metric) for metric in METRICS}
+            rows.append({"part": "arm", "level": level, "tasks": tasks, "arm": arm, **averages})
+        pairs = [(arm, "none") for arm in ARMS[1:]]
+        pairs += [(arm, "random") for arm in ARMS[3:]] + [("forecast", "atlas-mean"), ("forecast kl", "forecast")]
+        for (arm, baseline), metric in product(pairs, METRICS):
+            if (found := result.compare(arm, baseline, metric)) is not None:
+                rows.append({"part": "difference", "level": level, **found.as_dict()})
+        rows.append({"part": "advice", "level": level, **result.advice.as_dict()})
     return rows
 
 
@@ -441,14 +463,16 @@ def targets(rows: Rows) -> Rows:
         goals.append(
             target("10 chosen probes: coverage in each source", min(r["coverage"] for r in groups), 0.8, least=True)
         )
-    # One task, or one run of each arm, is no evidence either way.
-    arms = {r["arm"]: r for r in rows if r["part"] == "arm" and r["tasks"] > 1}
-    if "forecast" in arms:
-        name, row, random = "replay by forecast", arms["forecast"], arms["random"]
+    ordinary = [r for r in rows if r.get("level") == ORDINARY]
+    found = {(r["arm"], r["baseline"], r["metric"]): r for r in ordinary if r["part"] == "difference"}
+    if found:
+        arms = {r["arm"]: r for r in ordinary if r["part"] == "arm"}
+        name, row, random = "replay by forecast, ordinary forgetting", arms["forecast"], arms["random"]
+        worst, mean = (found["forecast", "random", metric] for metric in ("worst_tenth", "mean"))
         goals += [
             target(f"{name}: worst tenth to random's", row["worst_tenth"] / random["worst_tenth"], 0.9),
-            target(f"{name}: worst tenth less random's, upper end", row["worst_tenth_upper"], 0.0),
-            target(f"{name}: mean less random's", row["mean_gap"], 0.0),
+            target(f"{name}: worst tenth less random's, upper end", worst["upper"], 0.0),
+            target(f"{name}: mean less random's", mean["mean"], 0.0),
             target(f"{name}: new-task loss to random's", row["new_task_loss"] / random["new_task_loss"], 1.01),
         ]
     return goals
@@ -495,21 +519,17 @@ def show(rows: Rows, measured: Measured, console: Console) -> None:
         sizes = (f"{r['rmse']:.4f}", f"{r['between_tasks']:.4f}", f"{r['coverage']:.1%}")
         table.add_row(r["figure"], r["method"], f"{r['k']}", *sizes)
     console.print(table)
-    table = Table("arm", "runs", title=f"Replay at ratio {RATIO:g}; differences to random over task and seed, 95 %")
-    for metric in METRICS:
-        table.add_column(metric.replace("_", " "))
-        table.add_column("less random's")
+    table = Table("level", "tasks", "arm", *METRICS, title=f"Replay at ratio {RATIO:g}, held-out examples")
     for r in of("arm"):
-        cells: list[str] = []
-        for metric in METRICS:
-            cells += [f"{r[metric]:.4f}" if metric in r else "not measured", ""]
-            if f"{metric}_gap" in r and r["arm"] != "random":
-                cells[-1] = f"{r[f'{metric}_gap']:+.4f}"
-            if f"{metric}_lower" in r:
-                cells[-1] += f" ({r[f'{metric}_lower']:+.4f} to {r[f'{metric}_upper']:+.4f})"
-        table.add_row(r["arm"], f"{r['runs']}", *cells)
-    if of("arm"):
-        console.print(table)
+        table.add_row(r["level"], f"{r['tasks']}", r["arm"], *(f"{r[metric]:.4f}" for metric in METRICS))
+    console.print(table)
+    table = Table("level", "arm", "less", "metric", "difference", "interval", title="Differences over tasks, 95 %")
+    for r in of("difference"):
+        interval = f"{r['lower']:+.4f} to {r['upper']:+.4f}"
+        table.add_row(r["level"], r["arm"], r["baseline"], r["metric"], f"{r['mean']:+.4f}", interval)
+    console.print(table)
+    for r in of("advice"):
+        console.print(f"{r['level']}: {' '.join(r['sentences'])}")
 
 
 def draw(rows: Rows, measured: Measured, path: Path) -> None:

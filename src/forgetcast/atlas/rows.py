@@ -147,8 +147,7 @@ class Part:
         found = table[column].to_numpy()
         if dense:
             found = found[first - groups[0] * BLOCK :][: len(values)] if groups else found
-            use = ~np.isnan(found)
-            values[use] = found[use]
+            np.copyto(values[: len(found)], found, where=~np.isnan(found))
         else:
             positions = table[POSITION].to_numpy()
             use = (positions >= first) & (positions < last) & ~np.isnan(found)
