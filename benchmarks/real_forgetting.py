@@ -201,7 +201,8 @@ class Study:
         columns = []
         for level, names in by_level.items():
             kinds = [[name for name in names if kind_of(name) == kind] for kind in ("natural", "procedural")]
-            columns.append(_by_turns(kinds)[: LEVELS[level][2]])
+            chosen = _by_turns(kinds)[: LEVELS[level][2]]
+            columns += [chosen[i::2] for i in range(2)] if level == ORDINARY else [chosen]
         return _by_turns(columns)
 
     def replay(self, share: slice) -> None:
