@@ -490,8 +490,8 @@ def _is_of(arrow: pa.DataType, type_: type) -> bool:
 
 
 @contextmanager
-def opened_parquet(path: Path, **options: Any) -> Iterator[Any]:
-    """Open a Parquet file as a `pyarrow.parquet.ParquetFile`, page checksums being checked.
+def opened_parquet(path: Path, *, pages: bool = True, **options: Any) -> Iterator[Any]:
+    """Open a Parquet file as a `pyarrow.parquet.ParquetFile`; unless `pages` is False, page checksums are checked.
 
     Raises
     ------
@@ -502,7 +502,7 @@ def opened_parquet(path: Path, **options: Any) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
+        with pq.ParquetFile(path, page_checksum_verification=pages, **options) as file:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -130,7 +130,8 @@ class Part:
         """Write what the part has of a column into `values`, shape (n,): the examples from `first` on."""
         _ = self.info
         last = first + len(values)
-        with opened_parquet(self.path, metadata=self._footer) as file:
+        # Row groups of a large part are checked below, which covers their pages.
+        with opened_parquet(self.path, pages=self._whole, metadata=self._footer) as file:
             self._footer = file.metadata
             names = file.schema_arrow.names
             if column not in names:
