@@ -90,6 +90,7 @@ def test_a_cluster_that_asks_for_a_token(tmp_path: Path, run: RunCommand, monkey
     )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(tmp_path: Path, run: RunCommand) -> None:
     """On this machine, for the time of the command: the trainer kills the worker that called it, once."""
     killed = tmp_path / "killed"

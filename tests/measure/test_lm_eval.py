@@ -111,6 +111,7 @@ class TestHarness:
             with pytest.raises(DataError, match=message):
                 read_lm_eval(tmp_path)
 
+    @pytest.mark.slow
     def test_files_written_by_lm_eval(self, tmp_path: Path, run: RunCommand) -> None:
         pytest.importorskip("lm_eval")
         rows = [
