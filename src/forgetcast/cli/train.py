@@ -103,6 +103,9 @@ def train(
     stop_if: Annotated[
         str | None, typer.Option(help='With --watch: end the training where this holds, such as "lower > .1".')
     ] = None,
+    revise: Annotated[
+        bool, typer.Option("--revise", help="With --watch and --plan: choose what is replayed anew at each look.")
+    ] = False,
     format: Format = None,
     column: Columns = None,
     pool_format: PoolFormat = None,
@@ -122,6 +125,9 @@ def train(
     Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
 
     Example: forgetcast train ./my-model task.jsonl --watch runs.atlas --stop-if "lower > .1" -o tuned
+
+    Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl --watch runs.atlas --revise
+    -o tuned
     """
     from forgetcast.atlas import Atlas
     from forgetcast.data import Recipe, Rendering
@@ -152,6 +158,13 @@ def train(
         raise ConfigError("--stop-if is about what is forgotten: give an atlas with --watch too")
     watched = Atlas.open(watch) if watch is not None else None
     monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
+    if revise:
+        if watched is None or monitor is None or replay is None or selector is not None:
+            raise ConfigError(
+                "--revise needs --watch, and --plan with --pool; without --online, or a plan that selects by itself"
+            )
+        replay.check_pool(watched.pool)
+        selector = _revising(monitor)
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
     tuner = load_tuner(model, loading, opened or watched, rendering, sharded=fsdp)
@@ -215,6 +228,12 @@ def _monitor(atlas: Atlas, probes: int, every: int, stop_if: str | None) -> Forg
     from forgetcast.lm import ForgettingMonitor
 
     return ForgettingMonitor(atlas, probes=probes, every=every, stop_if=stop_if)
+
+
+def _revising(monitor: ForgettingMonitor) -> ReplaySelector:
+    from forgetcast.lm import MonitorSelector
+
+    return MonitorSelector(monitor)
 
 
 def _watched_facts(monitor: ForgettingMonitor) -> dict[str, Any]:
