@@ -62,7 +62,9 @@ from forgetcast.defaults import (
     ALPHA_PROBES,
     HOLD_OUT,
     LOSS_MARGIN,
+    MEMORY,
     MOST_EXAMPLES,
+    ORDERS,
     PROBES,
     RATIO,
     TEST_SHARE,
@@ -624,8 +626,11 @@ def sequence(
     strategy: Strategies = None,
     ratio: Ratio = RATIO,
     orders: Annotated[
-        int, typer.Option(help="Random orders of the tasks for every arm; a comparison needs about six.")
-    ] = 2,
+        int, typer.Option(help="Random orders of the tasks for every arm; with fewer than six, little can be shown.")
+    ] = ORDERS,
+    memory: Annotated[
+        int, typer.Option(help="Training examples of each learned task that later ones may replay, too; 0: none.")
+    ] = MEMORY,
     recipe: RecipeName = None,
     probes: NumberOfProbes = PROBES,
     hold_out: HoldOut = 0.5,
@@ -640,8 +645,9 @@ def sequence(
 ) -> None:
     """Fine-tune on tasks one after another: without replay, with random replay, and with a new forecast before each.
 
-    After every task, the held-out upstream examples and all tasks learned so far are judged. The strategy defaults to
-    top, the recipe to the atlas's. Finished stages are kept next to the output and not repeated.
+    After every task, the held-out upstream examples and all tasks learned so far are judged. Replayed are examples of
+    the pool and, from the second task on, --memory training examples of each task before. The strategy defaults to top,
+    the recipe to the atlas's. Finished stages are kept next to the output and not repeated; more --orders add to them.
 
     Example: forgetcast sequence ./my-model tasks/ --atlas runs.atlas -o sequence.json
     """
@@ -656,7 +662,8 @@ def sequence(
     require_single_process("sequence")
     check_destination(output)
     check_destination(output.with_suffix(".runs"), folder=True)
-    given: dict[str, Any] = {"ratio": ratio, "orders": orders, "probes": probes, "hold_out": hold_out, "repeat": repeat}
+    given: dict[str, Any] = {"ratio": ratio, "orders": orders, "probes": probes, "hold_out": hold_out}
+    given |= {"memory": memory, "repeat": repeat}
     settings = check_settings(
         given | ({"strategies": strategy} if strategy else {}), SequenceSettings, where="the sequence"
     )
