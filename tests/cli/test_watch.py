@@ -20,6 +20,8 @@ from support.models import save, tiny
 from support.plans import plan_for
 from support.training import POOL, TASK, make_recipe, measured_atlas
 
+PLANNED = ("--recipe", "recipe.yaml", "--revise")
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -79,9 +81,12 @@ def test_a_training_is_watched_stopped_and_shown(work: Path, run: RunCommand) ->
         ),
         (("--watch", "none.atlas"), "is not an atlas"),
         (("--watch", "a.atlas", "--revise"), "--revise needs --watch, and --plan with --pool"),
-        (("--plan", "plan.parquet", "--pool", "pool.jsonl", "--revise"), "--revise needs --watch"),
         (
-            ("--plan", "other.parquet", "--pool", "other.jsonl", "--watch", "a.atlas", "--revise"),
+            (*PLANNED, "--plan", "plan.parquet", "--pool", "pool.jsonl"),
+            "--revise needs --watch",
+        ),
+        (
+            (*PLANNED, "--plan", "other.parquet", "--pool", "other.jsonl", "--watch", "a.atlas"),
             "the replay plan belongs to another pool",
         ),
     ],
