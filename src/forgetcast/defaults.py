@@ -18,6 +18,12 @@ PROBES = 30
 CHOSEN_SHARE = 1 / 6
 """Share of the first probes that are chosen; the others are random. `benchmarks/forecast.py` compares shares."""
 
+ORDERS = 6
+"""Random orders of a sequence's tasks: with fewer pairs, a test of ranks can show nothing at 5 % (2 / 2^5 = 6 %)."""
+
+MEMORY = 100
+"""Training examples of each learned task that a sequence keeps, to replay them in later tasks."""
+
 ALPHA_PROBES = 60
 """Upstream examples by which a place between base and tuned model is chosen."""
 

@@ -173,6 +173,10 @@ FEWEST_RANKS = 6
 """With fewer differences, Wilcoxon's p-value cannot be below `LEVEL`: the smallest is 2 / 2^n."""
 
 
+MOST_PAIRS = 1000
+"""So many pairs nobody makes."""
+
+
 def supports_part(examples: int, parts: int) -> bool:
     """Say whether the worst 1/`parts` of so many examples is at least one example."""
     return examples >= parts
@@ -239,6 +243,19 @@ class Comparison:
         if self.worse:
             return f"{arm} is worse than {self.baseline}"
         return f"{arm} is not shown to be better than {self.baseline} (the interval includes zero)"
+
+    def pairs_needed(self) -> int | None:
+        """Return how many pairs would show a difference as large and as scattered as this one, with an even chance.
+
+        None if they were more than `MOST_PAIRS`.
+        """
+        seen, level = self.difference, LEVEL
+        if self.corrected_p > 0:
+            level *= seen.p_value / self.corrected_p
+        effect = scipy.stats.t.isf(seen.p_value / 2, seen.pairs - 1) / np.sqrt(seen.pairs)
+        pairs = np.arange(2, MOST_PAIRS + 1)
+        enough = effect * np.sqrt(pairs) > scipy.stats.t.isf(level / 2, pairs - 1)
+        return int(pairs[enough.argmax()]) if enough.any() else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures on one level, and the verdict."""

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from forgetcast import Atlas, ReplayPlan
+from forgetcast.completion import Bayesian
 from forgetcast.completion.watch import WatchedRun
+from forgetcast.lm import FineTuner, ForgettingMonitor, MonitorSelector, Recipe
 from support.cli import RunCommand
+from support.data import make_pool
 from support.models import save, tiny
-from support.training import TASK, make_recipe, measured_atlas
+from support.plans import plan_for
+from support.training import POOL, TASK, make_recipe, measured_atlas
+
+PLANNED = ("--recipe", "recipe.yaml", "--revise")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +30,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(tiny(seed=1), folder / "other")
     TASK.save(folder / "task.jsonl")
     (folder / "recipe.yaml").write_text(make_recipe(steps=6, max_length=96, learning_rate=1e-2).model_dump_json())
-    measured_atlas(folder)
+    atlas, other = measured_atlas(folder), make_pool(41)
+    forecast = Bayesian().fit(atlas).predict([], []).mean
+    plan_for(POOL, "top", 0.5, held_out=POOL.ids[:8], forecast=forecast).save(folder / "plan.parquet")
+    plan_for(other, "top", 0.5, forecast=np.zeros(41)).save(folder / "other.parquet")
+    POOL.save(folder / "pool.jsonl")
+    other.save(folder / "other.jsonl")
     return folder
 
 
@@ -67,6 +80,15 @@ def test_a_training_is_watched_stopped_and_shown(work: Path, run: RunCommand) ->
             "'most > .1': there is no figure 'most' here; there are lower",
         ),
         (("--watch", "none.atlas"), "is not an atlas"),
+        (("--watch", "a.atlas", "--revise"), "--revise needs --watch, and --plan with --pool"),
+        (
+            (*PLANNED, "--plan", "plan.parquet", "--pool", "pool.jsonl"),
+            "--revise needs --watch",
+        ),
+        (
+            (*PLANNED, "--plan", "other.parquet", "--pool", "other.jsonl", "--watch", "a.atlas"),
+            "the replay plan belongs to another pool",
+        ),
     ],
 )
 def test_what_cannot_be_watched_is_refused_before_the_model_is_loaded(
@@ -76,6 +98,28 @@ def test_what_cannot_be_watched_is_refused_before_the_model_is_loaded(
     code, _, err = run("train", "no-model", "task.jsonl", *words, "-o", "refused")
     assert code == 2
     assert message in err
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_replay_is_revised_at_every_look(work: Path, run: RunCommand) -> None:
+    words = ("train", work / "model", work / "task.jsonl", "--recipe", work / "recipe.yaml", "--json")
+    words += ("--plan", work / "plan.parquet", "--pool", work / "pool.jsonl", "--watch", work / "a.atlas")
+    code, out, err = run(*words, "--watch-every", 3, "--probes", 12, "--revise", "-o", work / "revised")
+    assert code == 0, err
+    assert json.loads(out)["held_out_replayed"] == 0
+    atlas, plan = Atlas.open(work / "a.atlas"), ReplayPlan.load(work / "plan.parquet")
+    monitor = ForgettingMonitor(atlas, probes=12, every=3)
+    tuned = FineTuner(tiny()).tune(
+        TASK,
+        Recipe.load(work / "recipe.yaml"),
+        plan=plan,
+        pool=POOL,
+        selector=MonitorSelector(monitor),
+        callbacks=[monitor],
+    )
+    facts = json.loads((work / "revised" / "replayed.json").read_text())
+    assert facts["replayed"] == list(tuned.replayed) != list(plan.order(len(tuned.replayed)))
+    assert not set(facts["replayed"]) & set(WatchedRun.load(work / "revised" / "forgetting.json").probes)
 
 
 def test_another_base_is_refused(work: Path, run: RunCommand) -> None:

@@ -357,3 +357,14 @@ class TestMessages:
             "a", messages=calling({"b": 1, "a": None})
         )
         assert Example("a", messages=calling("")) == Example("a", messages=calling({}))
+
+
+def test_a_pool_is_extended_by_examples_that_come_last() -> None:
+    pool = Pool([Example(f"e{i}", text=f"text {i}") for i in range(5)])
+    more = [Example("new/0", prompt="a", completion="b", source="later"), Example("new/1", text="c")]
+    found = pool.extended(more)
+    assert list(found) == [*pool, *more]
+    assert found.fingerprint == Pool([*more, *pool]).fingerprint != pool.fingerprint
+    assert list(pool.extended([])) == list(pool)
+    with pytest.raises(DataError, match="both: the id 'e0' occurs 2 times"):
+        pool.extended([Example("e0", text="again")], where="both")

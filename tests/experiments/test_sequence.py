@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from scipy import stats
 
 from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, probes
 from forgetcast.cli.tables import sequence_tables
 from forgetcast.completion import Bayesian
 from forgetcast.data.pool import split_task
 from forgetcast.evaluation import worst_tenth
-from forgetcast.experiments.sequence import SequenceSettings, task_orders
+from forgetcast.experiments.runs import RunFacts, ScoreFiles
+from forgetcast.experiments.sequence import EARLIER_TASKS, SequenceSettings, _Chain, _SequenceRunner, task_orders
 from forgetcast.experiments.sequence_result import SEQUENCE_METRICS, SequenceResult, Stage
 from forgetcast.lm import FineTuner, InitialState, LanguageModel, Recipe, score
 from forgetcast.lm.train import load_weights, save_weights
@@ -56,26 +60,37 @@ def whole(tmp_path_factory: pytest.TempPathFactory, atlas: Atlas) -> tuple[Path,
 def by_hand(atlas: Atlas, arm: str, recipe: Recipe) -> list[dict[str, Any]]:
     """Each stage on a tuner of its own, whose base is what the last one left; PEFT merges its adapter itself."""
     model, before, base = Bayesian().fit(atlas), atlas.nll_before, tiny()
-    held_out = POOL.hold_out(0.5)
-    free = [id_ for id_ in POOL.ids if id_ not in held_out]
+    held_out, expected = POOL.hold_out(0.5), model.predict([], []).mean
+    pool, replayed = POOL, list[str]()
     stages: list[dict[str, Any]] = []
     learned: dict[str, Pool] = {}
+    kept: dict[str, Pool] = {}
+    then: dict[str, np.ndarray] = {}
     for name in task_orders(NAMES, 1)[0]:
         plan = None
         if arm == "top":
-            forecast = model.predict([], []).mean
+            forecast = expected
             if stages:
-                chosen = probes.choose(model, 6, [POOL.ids.index(id_) for id_ in free])
+                free = [i for i, id_ in enumerate(POOL.ids) if id_ not in {*held_out, *replayed}]
+                chosen = probes.choose(model, 6, free)
                 measured = score(base, POOL.subset(POOL.ids[i] for i in chosen)).nll - before[chosen]
                 forecast = model.predict(chosen, measured).mean
-            plan = plan_for(POOL, "top", 0.5, held_out=held_out, among=free, forecast=forecast)
-            best = sorted(free, key=lambda id_: -forecast[POOL.ids.index(id_)])[:4]
-        tuned = FineTuner(base).tune(TASKS[name][0], recipe, plan=plan, pool=POOL)
+            # What the earlier tasks have lost; of the last one, which has lost nothing yet, the atlas's mean.
+            lost = [score(base, kept[task]).nll - then[task] for task in list(kept)[:-1]]
+            lost += [np.full(4, expected.mean()) for _ in list(kept)[-1:]]
+            forecast = np.concatenate([forecast, *lost])
+            pool = Pool([*POOL, *(example for examples in kept.values() for example in examples)])
+            among = [id_ for id_ in pool.ids if id_ not in {*held_out, *replayed}]
+            plan = plan_for(pool, "top", 0.5, held_out=held_out, among=among, forecast=forecast)
+            best = sorted(among, key=lambda id_: -forecast[pool.ids.index(id_)])[:4]
+        tuned = FineTuner(base).tune(TASKS[name][0], recipe, plan=plan, pool=pool)
         assert list(tuned.replayed) == (best if arm == "top" else [])
-        free = [id_ for id_ in free if id_ not in tuned.replayed]
+        replayed += tuned.replayed
         learned[name] = TASKS[name][1]
         model_: Any = tuned.language_model.model
         base = LanguageModel(model_.merge_and_unload() if recipe.method == "lora" else model_, base.tokenizer)
+        kept[name] = Pool([replace(each, id=f"{name}/{each.id}") for each in TASKS[name][0].sample(4, seed=0)])
+        then[name] = score(base, kept[name]).nll
         forgetting = score(base, POOL.subset(held_out)).nll - atlas.before.at(held_out)
         stages.append(
             {
@@ -135,6 +150,82 @@ def test_held_out_examples_are_never_replayed_and_others_once(whole: tuple[Path,
         assert not held_out.intersection(replayed)
     assert set(Scores.load(folder / "none.0.3.parquet").ids) == held_out
     assert list(folder.glob("*.safetensors")) == []
+
+
+def test_earlier_tasks_are_a_source_of_replay(whole: tuple[Path, SequenceResult]) -> None:
+    folder, result = whole
+    assert result.memory == 4
+    earlier = 0
+    for arm in ("none", "random", "top"):
+        stages = [stage for stage in result.stages if stage.arm == arm]
+        for i, stage in enumerate(stages):
+            replayed = Scores.load(folder / f"{arm}.0.{i + 1}.parquet").metadata["replayed"]
+            own = {
+                f"{task}/{id_}" for task in [each.task for each in stages[:i]] for id_ in TASKS[task][0].ids
+            }  # fmt: skip
+            of_tasks = [id_ for id_ in replayed if id_ not in POOL.ids]
+            assert set(of_tasks) <= own
+            assert not {f"{task}/{id_}" for task in NAMES for id_ in TASKS[task][1].ids} & set(of_tasks)
+            assert stage.replayed_earlier == len(of_tasks)
+            earlier += len(of_tasks)
+    assert earlier
+    assert result.total("none", "replayed_earlier") == 0
+    # Only what a forecast needs is scored: not after the last task, and not where none is made.
+    stored = {file.stem: RunFacts.model_validate(Scores.load(file).metadata) for file in folder.glob("*.parquet")}
+    assert {name: len(facts.memory) for name, facts in stored.items() if facts.memory} == {"top.0.1": 4, "top.0.2": 8}
+
+
+def test_without_a_memory_only_the_pool_is_replayed(atlas: Atlas, tmp_path: Path) -> None:
+    result = run_in(tmp_path, atlas, SETTINGS.model_copy(update={"memory": 0}))
+    replayed = [id_ for file in tmp_path.glob("*.parquet") for id_ in Scores.load(file).metadata["replayed"]]
+    assert len(replayed) == 24
+    assert set(replayed) <= set(POOL.ids)
+    assert sum(stage.replayed_earlier for stage in result.stages) == 0
+    # As files of earlier versions, which had none.
+    assert all("memory" not in Scores.load(file).metadata["settings"] for file in tmp_path.glob("*.parquet"))
+
+
+@pytest.mark.parametrize("strategy", ["top", "forecast", "coverage"])
+def test_what_a_task_has_lost_is_replayed(tmp_path: Path, atlas: Atlas, strategy: str) -> None:
+    """Planted: after the second task, some examples of the first are lost, others are not."""
+    runs, order = ScoreFiles(tmp_path), NAMES
+    settings = SequenceSettings(strategies=(strategy,), ratio=0.5, memory=5, hold_out=0.5)
+    runner = _SequenceRunner(FineTuner(tiny()), TASKS, atlas, RECIPE, settings, runs)
+    chain = _Chain(0, strategy, order)
+    first, second = ([example.id for example in runner.memories[name]] for name in order[:2])
+    planted_loss = dict(zip(first, [4.0, 0.0, 9.0, -2.0, 6.0], strict=True))
+    facts: dict[str, Any] = {"settings": {}, "losses": {}, "replayed": [], "steps": 1, "seconds": 1.0}
+    for stage, memory in (
+        (1, dict.fromkeys(first, 1.5)),
+        (2, {id_: 1.5 + planted_loss[id_] for id_ in first} | dict.fromkeys(second, 0.5)),
+    ):
+        judged = score(tiny(), runner.judged)
+        runs.save(runner.name(chain, stage), replace(judged, metadata=judged.metadata | facts | {"memory": memory}))
+    pool = runner.pool(order[:2])
+    assert pool.ids[len(POOL) :] == (*first, *second)
+    assert set(pool.sources[len(POOL) :]) == {EARLIER_TASKS}
+    plan = runner.plan(chain, pool, None, (), order[:2])
+    plan.check_pool(pool)
+    by_loss = sorted(first, key=lambda id_: -planted_loss[id_])
+    if strategy == "top":
+        assert plan.order(3) == tuple(by_loss[:3])
+        # Of the task learned last, each counts as an average example of the pool in an average fine-tune.
+        expected = dict(zip(POOL.ids, runner.model.predict([], []).mean.tolist(), strict=True))
+        usual = float(np.mean(list(expected.values())))
+        above = [id_ for id_ in POOL.ids if id_ not in runner.judged.ids and expected[id_] > usual]
+        assert set(plan.order(3 + len(above))) == {*by_loss[:3], *above}
+        assert plan.order(8 + len(above))[3 + len(above) :] == tuple(second)
+    elif strategy == "forecast":
+        weights = dict(zip(pool.ids, plan.weights.tolist(), strict=True))
+        assert sorted(first, key=lambda id_: -weights[id_]) == by_loss
+        assert len({weights[id_] for id_ in second}) == 1
+    else:  # examples of one task protect each other, so that the first replayed one is of the task
+        assert plan.order(1)[0] in first
+    lost = json.loads(json.dumps(memory | {first[0]: None}))
+    judged = score(tiny(), runner.judged)
+    runs.save(runner.name(chain, 2), replace(judged, metadata=judged.metadata | facts | {"memory": lost}))
+    with pytest.raises(DataError, match=f"the forecast of '{first[0]}' is not a finite number"):
+        runner.plan(chain, pool, None, (), order[:2])
 
 
 def test_checkpoint_of_other_weights_or_replay_is_rejected(tmp_path: Path) -> None:
@@ -228,6 +319,7 @@ def test_runs_with_other_settings_are_not_reused(
         {"settings": SETTINGS.model_copy(update={"ratio": 1.0})},
         {"settings": SETTINGS.model_copy(update={"hold_out": 0.4})},
         {"settings": SETTINGS.model_copy(update={"probes": 7})},
+        {"settings": SETTINGS.model_copy(update={"memory": 3})},
         {"tasks": {**TASKS, "naming": split_task(make_task("naming", 9), 0.25)}},
     ]
     for other in others:
@@ -266,12 +358,17 @@ def test_every_arm_has_the_same_orders(tmp_path: Path, atlas: Atlas) -> None:
     }
     assert all(came[arm, i] == came["none", i] for arm, i in came)
     assert set(came.values()) == {NAMES[:2], NAMES[1::-1]}
-    # What was replayed is the base model's highest losses, and then the next ones.
-    held_out = set(POOL.hold_out(0.5))
-    by_loss = [POOL.ids[i] for i in np.argsort(-atlas.nll_before, kind="stable") if POOL.ids[i] not in held_out]
+    # What was replayed is the base model's highest losses, and then the next ones, with those of the first task.
+    held_out, name = set(POOL.hold_out(0.5)), came["loss", 1][0]
+    base_losses = dict(zip(POOL.ids, atlas.nll_before.tolist(), strict=True))
+    free = [id_ for id_ in POOL.ids if id_ not in held_out]
+    first = sorted(free, key=lambda id_: -base_losses[id_])[:2]
+    own = TASKS[name][0]
+    base_losses |= dict(zip((f"{name}/{id_}" for id_ in own.ids), score(tiny(), own).nll.tolist(), strict=True))
+    left = [id_ for id_ in base_losses if id_ not in {*held_out, *first}]
     assert [Scores.load(tmp_path / f"loss.1.{i}.parquet").metadata["replayed"] for i in (1, 2)] == [
-        by_loss[:2],
-        by_loss[2:4],
+        first,
+        sorted(left, key=lambda id_: -base_losses[id_])[:2],
     ]
 
 
@@ -325,6 +422,27 @@ def test_arms_are_compared_at_the_end_paired_by_order() -> None:
     assert compared.difference == paired_difference(ENDS["top"][:3], ENDS["random"][:3])
 
 
+def test_the_orders_that_would_be_needed_are_said() -> None:
+    result = made(**(ENDS | {"top": [0.27, 0.41, 0.37, 0.35]}))
+    compared = result.compare("top", "random", "mean")
+    assert compared is not None
+    gaps = np.subtract([0.27, 0.41, 0.37, 0.35], ENDS["random"])
+    needed = compared.pairs_needed()
+    assert needed is not None
+    assert needed > 4
+    for count in (needed - 1, needed):
+        rng = np.random.default_rng(count)
+        like = stats.zscore(rng.normal(size=count), ddof=1) * gaps.std(ddof=1) + gaps.mean()
+        assert (stats.ttest_1samp(like, 0.0).pvalue < 0.05) == (count == needed)
+    none = made(**(ENDS | {"top": ENDS["random"]})).compare("top", "random", "mean")
+    assert none is not None
+    assert none.pairs_needed() is None
+    console = Console(width=200, file=StringIO(), record=True)
+    for part in sequence_tables(result):
+        console.print(part)
+    assert f"top - random, mean forgetting, {needed};" in " ".join(console.export_text().split())
+
+
 def test_a_result_as_a_file() -> None:
     result = made(**ENDS)
     content = json.loads(json.dumps(result.as_dict(), allow_nan=False))
@@ -374,6 +492,7 @@ def test_a_result_as_a_file() -> None:
         ),
         ({"strategies": ("top", "padding")}, "'padding' cannot be used in a sequence: it replays no upstream example"),
         ({"orders": 0}, "orders: must be at least 1, not 0"),
+        ({"memory": -1}, "memory: must be at least 0, not -1"),
         ({"probes": 0}, "probes: must be at least 1, not 0"),
         ({"ratio": 0.0}, "ratio: must be greater than 0, not 0"),
         ({"ratio": float("inf")}, "ratio: must be a finite number, not inf"),
@@ -387,6 +506,9 @@ def test_invalid_settings_are_rejected(wrong: dict[str, Any], message: str) -> N
 
 def test_invalid_sequences_are_rejected_before_training(tmp_path: Path, atlas: Atlas) -> None:
     empty = Atlas.create(tmp_path / "empty.atlas", POOL, atlas.before, model="tiny")
+    own = [replace(POOL[0], id=f"naming/{id_}") for id_ in TASKS["naming"][0].ids]
+    pool = Pool([*POOL, *own])
+    taken = Atlas.create(tmp_path / "taken.atlas", pool, score(tiny(), pool), model="tiny")
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (DataError, "at least two tasks, not 1", {"tasks": {"adding": TASKS["adding"]}}),
         (ConfigError, "replays no batch", {"settings": SETTINGS.model_copy(update={"ratio": 0.01})}),
@@ -398,6 +520,7 @@ def test_invalid_sequences_are_rejected_before_training(tmp_path: Path, atlas: A
         (ConfigError, "leaves none to judge on", {"settings": SETTINGS.model_copy(update={"hold_out": 0.01})}),
         (ConfigError, "every example is held out", {"settings": SETTINGS.model_copy(update={"hold_out": 0.999})}),
         (DataError, "at least two measured tasks; the matrix has 0", {"atlas": empty}),
+        (DataError, "the pool with the tasks' examples: the id 'naming/.*' occurs 2 times", {"atlas": taken}),
     ]
     for error, message, given in refused:
         with pytest.raises(error, match=message):
@@ -424,6 +547,7 @@ def files(tmp_path: Path, atlas: Atlas) -> Callable[..., list[object]]:
 
 def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     more = ["--ratio", 0.5, "--test-share", 0.25, "--strategy", "top", "--strategy", "ranked", "--probes", 5]
+    more += ["--orders", 2, "--memory", 3]
     code, out, err = run(*files(), *more, "--json")
     assert code == 0, err
     content = json.loads(out)
@@ -432,7 +556,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     assert len(content["stages"]) == 16
     result = SequenceResult.from_dict(content)
     # The library gives the same, from the same arguments and the atlas's recipe.
-    settings = SequenceSettings(strategies=("top", "ranked"), ratio=0.5, orders=2, probes=5)
+    settings = SequenceSettings(strategies=("top", "ranked"), ratio=0.5, orders=2, probes=5, memory=3)
     parts = {name: split_task(make_task(name, 8), 0.25) for name in NAMES[:2]}
     assert run_in(tmp_path / "sequence.runs", atlas, settings, tasks=parts, on_progress=stop_at("")) == result
 
@@ -451,7 +575,9 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
     assert "Several tasks one after another" in page.text
     for arm in result.arms:
         ends = " ".join(f"{result.average(arm, metric):.3f}" for metric in SEQUENCE_METRICS)
-        assert f"{arm} {ends} {result.total(arm, 'replayed'):.0f}" in page.text
+        counts = f"{result.total(arm, 'replayed'):.0f} {result.total(arm, 'replayed_earlier'):.0f}"
+        assert f"{arm} {ends} {counts}" in page.text
+    assert "of 3 training examples kept of each task before" in page.text
     upstream = ", ".join(f"{arm} {result.average(arm, 'mean'):.3f}" for arm in result.arms)
     assert f"After 2 tasks one after another, held-out forgetting by replay strategy is {upstream} nats" in page.text
 
@@ -476,7 +602,7 @@ def test_the_command_and_the_report(files: Any, atlas: Atlas, tmp_path: Path, ru
 
 def test_one_order_gives_no_comparison() -> None:
     shown = list(sequence_tables(made(none=[0.5], random=[0.3])))
-    assert shown[-1] == "With one order, arms cannot be compared: use at least two."
+    assert shown[-1] == "With one order, arms cannot be compared: use at least two, better 6."
 
 
 def test_strings_from_a_result_are_escaped_in_the_report(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from forgetcast import Atlas, ConfigError, DataError, MismatchError, Pool, Repla
 from forgetcast.completion.forecast import measured_probes
 from forgetcast.lm import (
     FineTuner,
+    ForgettingMonitor,
     LanguageModel,
+    MonitorSelector,
     MostForgottenSelector,
     OnlineSelector,
     Recipe,
@@ -25,9 +27,10 @@ from forgetcast.lm import (
     sample_texts,
     score,
 )
-from forgetcast.lm.score import losses
+from forgetcast.lm.score import losses, prepared_losses
 from forgetcast.lm.tokens import encode
 from forgetcast.measure.scores import Scores
+from forgetcast.replay.coverage import correlation_loadings
 from support.cli import RunCommand
 from support.data import make_pool
 from support.dying import tune_with_selector
@@ -71,10 +74,14 @@ def test_the_forecast_in_training_is_the_one_made_offline(atlas: Atlas, tmp_path
     np.testing.assert_allclose(online.forecast(tuned, asked.ids).mean, online.model.predict([], []).mean)
 
 
+QUIET = pytest.mark.filterwarnings("ignore:nothing is said of the end of the run:UserWarning")
+Selector = OnlineSelector | MostForgottenSelector | MonitorSelector
+
+
 class Recorded:
     """What a selector was asked and said, with the weights of the model at the time."""
 
-    def __init__(self, selector: OnlineSelector | MostForgottenSelector) -> None:
+    def __init__(self, selector: Selector) -> None:
         self.inner = selector
         self.calls: list[tuple[tuple[str, ...], tuple[str, ...], dict[str, torch.Tensor]]] = []
         self.settings, self.check, self.due = selector.settings, selector.check, selector.due
@@ -200,7 +207,8 @@ def test_most_forgotten_selects_the_worst_of_its_candidates(atlas: Atlas, tmp_pa
     assert better >= 6  # of 8; at random half would be
 
 
-@pytest.mark.parametrize("kind", ["online", "most-forgotten"])
+@QUIET
+@pytest.mark.parametrize("kind", ["online", "most-forgotten", "monitor"])
 def test_killed_run_resumes_in_the_same_order(atlas: Atlas, tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "out.partial"
     assert exit_code(tune_with_selector, kind, atlas.path, folder) == 9
@@ -211,7 +219,7 @@ def test_killed_run_resumes_in_the_same_order(atlas: Atlas, tmp_path: Path, kind
         TASK, RECIPE, **(given | {"selector": recorded}), checkpoints=folder, on_step=lambda i, _: asked.append(i)
     )
     assert asked[0] == 12
-    assert kind == "most-forgotten" or not recorded.calls  # what was decided before the kill is not decided again
+    assert kind != "online" or not recorded.calls  # what was decided before the kill is not decided again
     straight = FineTuner(tiny()).tune(TASK, RECIPE, **given)
     offline = given["plan"].order(12)
     assert resumed.replayed == straight.replayed != offline
@@ -221,12 +229,123 @@ def test_killed_run_resumes_in_the_same_order(atlas: Atlas, tmp_path: Path, kind
         )
 
 
-def other_chooser(selector: OnlineSelector | MostForgottenSelector) -> OnlineSelector | MostForgottenSelector:
-    return (
-        replace(selector, candidates=3)
-        if isinstance(selector, MostForgottenSelector)
-        else replace(selector, at=(0.25,))
-    )
+def other_chooser(selector: Selector) -> Selector:
+    if isinstance(selector, MonitorSelector):
+        return replace(selector, temperature=0.5)
+    if isinstance(selector, MostForgottenSelector):
+        return replace(selector, candidates=3)
+    return replace(selector, at=(0.25,))
+
+
+@QUIET
+@pytest.mark.parametrize("strategy", ["forecast", "top", "coverage-herding"])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_monitor_revises_what_is_replayed(atlas: Atlas, tmp_path: Path, strategy: str, place: str) -> None:
+    base, model = tiny(), completion.Bayesian().fit(atlas)
+    given: dict[str, Any] = {"held_out": HELD_OUT, "loadings": correlation_loadings(model), "seed": 3}
+    plan = plan_for(POOL, strategy, 0.5, forecast=model.predict([], []).mean, **given)
+    mixture = ReplayMixture(TASK, base.tokenizer, steps=12, batch_size=2, max_length=96, plan=plan, pool=POOL)
+    laid_out = mixture.replayed
+    monitor = ForgettingMonitor(atlas, probes=8, every=5)
+    selector = Recorded(MonitorSelector(monitor))
+    seen = batches(base, mixture, tmp_path / "run", selector, learning_rate=1e-2, **{place: [monitor]})
+    probes = monitor.run().probes
+    assert set(laid_out) & set(probes)  # so that there was something to avoid
+    assert tuple(seen) == mixture.replayed
+    assert len(set(seen)) == len(seen) == 12
+    assert not set(seen) & {*HELD_OUT, *probes}
+    # Before the training, the order is that of the plan, less the probes; then what anyone would make of the scores.
+    [(_, first, _), *later] = selector.calls
+    kept = [id_ for id_ in laid_out if id_ not in probes]
+    assert list(first[: len(kept)]) == kept
+    assert len(first) == 12
+    assert [len(replayed) + len(chosen) for replayed, chosen, _ in later] == [12, 12, 12]
+    known = [id_ for id_ in probes if id_ not in HELD_OUT]
+    columns = [POOL.ids.index(id_) for id_ in known]
+    free = [id_ for id_ in POOL.ids if id_ not in {*HELD_OUT, *probes}]
+    for replayed, chosen, weights in later:
+        twin = tiny()
+        twin.model.load_state_dict(weights)
+        new = model.predict(columns, score(twin, POOL.subset(known)).nll - atlas.nll_before[columns]).mean
+        if strategy == "top":
+            best = sorted(free, key=lambda id_: -new[POOL.ids.index(id_)])
+            assert list(chosen) == [id_ for id_ in best if id_ not in replayed][: len(chosen)]
+        else:
+            offline = plan_for(POOL, strategy, 0.5, among=free, forecast=new, **given)
+            assert tuple(chosen) == offline.order(len(chosen), already_replayed=replayed)
+    assert later[0][1] != first[len(later[0][0]) :]
+
+
+@QUIET
+def test_a_monitor_turns_replay_to_what_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: most tasks of the atlas forget one half of the pool, this one forgets the other."""
+    half = np.arange(len(POOL)) % 4 < 2
+    atlas, rng = Atlas.create(tmp_path / "a.atlas", POOL, score(tiny(), POOL), model="tiny"), np.random.default_rng(0)
+    for i in range(8):
+        row = np.where(half == (i < 6), 0.5, 0.0) + rng.normal(scale=0.02, size=len(POOL))
+        atlas.add(f"t{i}", replace(atlas.before, nll=atlas.before.nll + row))
+    truth = dict(zip(POOL.ids, np.where(half, 0.0, 0.5).tolist(), strict=True))
+
+    def planted_losses(run: Any) -> np.ndarray:
+        forgotten = [truth[id_] if run.state.global_step else 0.0 for id_ in run.examples.ids]
+        return np.asarray(atlas.before.at(run.examples.ids) + forgotten)
+
+    monkeypatch.setattr("forgetcast.lm.monitor._Run.losses", planted_losses)
+    monitor = ForgettingMonitor(atlas, probes=10, every=4)
+    plan = atlas_plan(atlas, ratio=0.34)  # 8 examples
+    given: dict[str, Any] = {"plan": plan, "pool": POOL, "callbacks": [monitor]}
+    fixed = FineTuner(tiny()).tune(TASK, RECIPE, **given).replayed
+    revised = FineTuner(tiny()).tune(TASK, RECIPE, **given, selector=MonitorSelector(monitor)).replayed
+    assert [truth[id_] for id_ in fixed] == [0.0] * 8
+    assert [truth[id_] for id_ in revised] == [0.0] * 2 + [0.5] * 6
+
+
+@QUIET
+def test_a_monitor_scores_its_probes_once_and_alone_changes_nothing(
+    atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(language_model: LanguageModel, inputs: Any) -> np.ndarray:
+        calls.append(len(inputs.encoded))
+        return prepared_losses(language_model, inputs)
+
+    monkeypatch.setattr("forgetcast.lm.monitor.prepared_losses", counted)
+    monitor = ForgettingMonitor(atlas, probes=8, every=5)
+    plan, tuner = atlas_plan(atlas), FineTuner(tiny())
+    tuner.tune(TASK, RECIPE, plan=plan, pool=POOL, selector=MonitorSelector(monitor), callbacks=[monitor])
+    assert calls == [8] * 5  # before the training, after 5, 10 and 15 steps, and at the end
+    assert [reading.step for reading in monitor.readings] == [0, 5, 10, 15, 18]
+    assert not monitor.watching
+    assert monitor.forgetting() is None
+    found = []
+    for callbacks in ([], [monitor]):
+        tuned = tuner.tune(TASK, RECIPE, plan=plan, pool=POOL, callbacks=callbacks)
+        found.append((tuned.replayed, score(tuned.language_model, POOL).nll))
+    assert found[0][0] == found[1][0] == plan.order(12)
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+@QUIET
+def test_a_monitor_that_cannot_select_is_refused(atlas: Atlas) -> None:
+    with pytest.raises(ConfigError, match="a monitor without an atlas makes no forecast"):
+        MonitorSelector(ForgettingMonitor(pool=POOL, probes=8))
+    monitor, tuner = ForgettingMonitor(atlas, probes=8, every=5), FineTuner(tiny())
+    given: dict[str, Any] = {"pool": POOL, "selector": MonitorSelector(monitor)}
+    with pytest.raises(ConfigError, match="does not watch this training: give it to the Trainer too"):
+        tuner.tune(TASK, RECIPE, plan=atlas_plan(atlas), **given)
+    given["callbacks"] = [monitor]
+    with pytest.raises(ConfigError, match="'random' does not; use one of coverage"):
+        tuner.tune(TASK, RECIPE, plan=plan_for(POOL, "random", 0.5), **given)
+    many = atlas_plan(atlas, ratio=0.75)
+    left = len(set(POOL.ids) - {*HELD_OUT, *(POOL.ids[i] for i in monitor.gauge.probes)})  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=f"18 examples are to be replayed, and the plan has {left} besides"):
+        tuner.tune(TASK, RECIPE, plan=many, **given)
+    again = tuner.tune(TASK, RECIPE, plan=replace(many, repeat=True), **given).replayed
+    assert len(set(again)) == left < len(again) == 18
+    other = make_pool(41)
+    with pytest.raises(MismatchError, match="the replay plan"):
+        tuner.tune(TASK, RECIPE, plan=plan_for(other, "top", 0.5, forecast=np.zeros(41)), **(given | {"pool": other}))
 
 
 def test_invalid_combinations_are_rejected(atlas: Atlas, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,34 @@ def test_drawing_is_without_replacement_until_all_are_used(pool: Pool) -> None:
     assert not set(drawn) & set(plan.held_out_ids)
     assert plan.order(7) == drawn[:7]
     assert replace(plan, seed=6).order(20) != drawn[:20]
+
+
+@given(
+    strategy=st.sampled_from(["random", "forecast", "top", "half", "stratified"]),
+    spared=st.sets(st.integers(0, 23), max_size=16),
+    seed=st.integers(0, 9),
+)
+def test_a_plan_without_some_examples(strategy: str, spared: set[int], seed: int) -> None:
+    pool, forecast = make_pool(24), np.arange(24.0)
+    plan = plan_for(pool, strategy, 0.25, held_out=pool.ids[:4], forecast=forecast, repeat=True, seed=seed)
+    ids = [pool.ids[i] for i in spared]
+    found = plan.without(ids)
+    kept = [id_ for id_ in pool.ids[4:] if id_ not in ids]
+    assert set(found.order(3 * len(kept))) == set(kept)
+    assert found.held_out_ids == plan.held_out_ids
+    np.testing.assert_allclose(found.weights[4:] / found.weights.sum(), _share(plan.weights[4:], pool.ids[4:], kept))
+    if strategy == "top":
+        assert found.order(len(kept)) == tuple(id_ for id_ in plan.order(20) if id_ in kept)
+
+
+def _share(weights: np.ndarray, ids: Sequence[str], kept: list[str]) -> np.ndarray:
+    of_kept = np.where([id_ in kept for id_ in ids], weights, 0.0)
+    return np.asarray(of_kept / of_kept.sum())
+
+
+def test_a_plan_without_all_it_may_replay(pool: Pool) -> None:
+    with pytest.raises(ConfigError, match="none of the examples that may be replayed is left"):
+        plan_for(pool, "random", 0.25, held_out=pool.ids[:4]).without(pool.ids[4:])
 
 
 @pytest.mark.parametrize("strategy", ["random", "top", "stratified"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from forgetcast import Atlas, ReplayPlan, completion
-from forgetcast.lm import MostForgottenSelector, OnlineSelector
+from forgetcast.lm import ForgettingMonitor, MonitorSelector, MostForgottenSelector, OnlineSelector
 from support.plans import plan_for
 from support.training import POOL, make_recipe
 
@@ -23,4 +23,7 @@ def arguments(kind: str, atlas: Atlas) -> dict[str, Any]:
         plan = plan_for(POOL, "most-forgotten", 0.5, held_out=HELD_OUT, seed=3)
         return {"plan": plan, "pool": POOL, "selector": MostForgottenSelector(POOL, atlas.nll_before)}
     plan = atlas_plan(atlas)
+    if kind == "monitor":
+        monitor = ForgettingMonitor(atlas, probes=8, every=5)
+        return {"plan": plan, "pool": POOL, "selector": MonitorSelector(monitor), "callbacks": [monitor]}
     return {"plan": plan, "pool": POOL, "selector": OnlineSelector.from_atlas(atlas, plan, k=6, at=(0.5,))}

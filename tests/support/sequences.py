@@ -15,7 +15,7 @@ from support.models import tiny
 from support.training import make_recipe
 
 RECIPE = make_recipe(steps=4)
-SETTINGS = SequenceSettings(strategies=("top",), ratio=0.5, orders=1, probes=6)
+SETTINGS = SequenceSettings(strategies=("top",), ratio=0.5, orders=1, probes=6, memory=4)
 NAMES = ("adding", "naming", "spelling")
 TASKS = {name: split_task(make_task(name, 8), 0.25) for name in NAMES}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from forgetcast import Atlas, Example, Pool
 from forgetcast.lm import LanguageModel, Recipe, ReplayCallback, ReplayMixture, ReplaySelector, score
@@ -63,6 +64,9 @@ def trainer(
     mixture: ReplayMixture,
     folder: Path,
     selector: ReplaySelector | None = None,
+    *,
+    before: Sequence[TrainerCallback] = (),
+    after: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> Trainer:
     settings_ = {
@@ -80,5 +84,5 @@ def trainer(
         args=TrainingArguments(output_dir=str(folder), **(settings_ | options)),
         train_dataset=mixture,
         data_collator=mixture.collate,
-        callbacks=[ReplayCallback(mixture, selector)],
+        callbacks=[*before, ReplayCallback(mixture, selector), *after],
     )

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from forgetcast.cli.columns import FigureTable, Name, Words
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast, WholeFigure
 from forgetcast.completion.structure import Structure
+from forgetcast.defaults import ORDERS
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
 from forgetcast.experiments.interpolation import ChosenAlpha
@@ -24,7 +25,7 @@ from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
 from forgetcast.replay.outcome import LAW_METRICS, METRICS
 from forgetcast.similarity import Association, Correlation, SimilarityStudy
-from forgetcast.stats import FEWEST_RANKS, Comparison, supports_part
+from forgetcast.stats import FEWEST_RANKS, MOST_PAIRS, Comparison, supports_part
 from forgetcast.text import markdown_text
 
 
@@ -496,14 +497,18 @@ def _comparison_tables(comparisons: Sequence[Comparison], units: tuple[str, str]
 def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
     """Yield tables of the arms after the last task and after each, and their differences with verdicts."""
     orders = max(len(result.orders(arm)) for arm in result.arms)
-    table = FigureTable(Name("replay"), *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
+    totals = ("replayed", "replayed_earlier", "seconds") if result.memory else ("replayed", "seconds")
+    named = {"replayed_earlier": "of earlier tasks"}
+    table = FigureTable(
+        Name("replay"), *(METRICS[metric] for metric in result.metrics), *(named.get(name, name) for name in totals)
+    )
     table.title = (
         f"After {result.length} tasks one after another, mean over {orders} order{'s' if orders > 1 else ''} (nats per "
         f"token; upstream: {result.judged} examples that were never replayed)"
     )
     for arm in result.arms:
         figures = [f"{result.average(arm, metric):.3f}" for metric in result.metrics]
-        table.add_row(arm, *figures, *(f"{result.total(arm, name):.0f}" for name in ("replayed", "seconds")))
+        table.add_row(arm, *figures, *(f"{result.total(arm, name):.0f}" for name in totals))
     yield table
     by_position = FigureTable(Name("tasks learned"), *result.arms)
     by_position.title = "Upstream forgetting after each task: mean (worst tenth)"
@@ -511,9 +516,28 @@ def sequence_tables(result: SequenceResult) -> Iterator[RenderableType]:
         both = ([result.average(arm, metric, position) for metric in ("mean", "worst_tenth")] for arm in result.arms)
         by_position.add_row(str(position), *(f"{mean:.3f} ({worst:.3f})" for mean, worst in both))
     yield by_position
-    yield from _comparison_tables(result.comparisons(), ("orders of the tasks", "orders of the tasks"))
+    of_tasks = FigureTable(Name("tasks learned"), *result.arms)
+    of_tasks.title = "Forgetting of the earlier tasks' test examples, since each task was learned"
+    for position in range(2, result.length + 1):
+        lost = (result.average(arm, "earlier_tasks", position) for arm in result.arms)
+        of_tasks.add_row(str(position), *(f"{mean:.3f}" for mean in lost))
+    yield of_tasks
+    comparisons = result.comparisons()
+    yield from _comparison_tables(comparisons, ("orders of the tasks", "orders of the tasks"))
+    if needed := _orders_needed(comparisons):
+        yield escape(
+            "Orders of the tasks that would show a difference as large and as scattered as the one seen, with an even "
+            f"chance: {needed}."
+        )
     if orders < 2:
-        yield "With one order, arms cannot be compared: use at least two."
+        yield f"With one order, arms cannot be compared: use at least two, better {ORDERS}."
+
+
+def _orders_needed(comparisons: Sequence[Comparison]) -> str:
+    """Say how many orders each comparison would need that shows nothing, new-task losses aside."""
+    open_ = [c for c in comparisons if not c.better and not c.worse and c.metric != "new_task_loss"]
+    counts = {c: c.pairs_needed() or f"more than {MOST_PAIRS}" for c in open_}
+    return "; ".join(f"{c.arm} - {c.baseline}, {METRICS[c.metric]}, {count}" for c, count in counts.items())
 
 
 def alpha_table(chosen: ChosenAlpha) -> FigureTable:

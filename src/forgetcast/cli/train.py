@@ -62,7 +62,9 @@ from forgetcast.defaults import (
     ALPHA_PROBES,
     HOLD_OUT,
     LOSS_MARGIN,
+    MEMORY,
     MOST_EXAMPLES,
+    ORDERS,
     PROBES,
     RATIO,
     TEST_SHARE,
@@ -103,6 +105,9 @@ def train(
     stop_if: Annotated[
         str | None, typer.Option(help='With --watch: end the training where this holds, such as "lower > .1".')
     ] = None,
+    revise: Annotated[
+        bool, typer.Option("--revise", help="With --watch and --plan: choose what is replayed anew at each look.")
+    ] = False,
     format: Format = None,
     column: Columns = None,
     pool_format: PoolFormat = None,
@@ -122,6 +127,9 @@ def train(
     Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl -o tuned
 
     Example: forgetcast train ./my-model task.jsonl --watch runs.atlas --stop-if "lower > .1" -o tuned
+
+    Example: forgetcast train ./my-model task.jsonl --plan plan.parquet --pool pool.jsonl --watch runs.atlas --revise
+    -o tuned
     """
     from forgetcast.atlas import Atlas
     from forgetcast.data import Recipe, Rendering
@@ -152,6 +160,13 @@ def train(
         raise ConfigError("--stop-if is about what is forgotten: give an atlas with --watch too")
     watched = Atlas.open(watch) if watch is not None else None
     monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
+    if revise:
+        if watched is None or monitor is None or replay is None or selector is not None:
+            raise ConfigError(
+                "--revise needs --watch, and --plan with --pool; without --online, or a plan that selects by itself"
+            )
+        replay.check_pool(watched.pool)
+        selector = _revising(monitor)
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
     tuner = load_tuner(model, loading, opened or watched, rendering, sharded=fsdp)
@@ -215,6 +230,12 @@ def _monitor(atlas: Atlas, probes: int, every: int, stop_if: str | None) -> Forg
     from forgetcast.lm import ForgettingMonitor
 
     return ForgettingMonitor(atlas, probes=probes, every=every, stop_if=stop_if)
+
+
+def _revising(monitor: ForgettingMonitor) -> ReplaySelector:
+    from forgetcast.lm import MonitorSelector
+
+    return MonitorSelector(monitor)
 
 
 def _watched_facts(monitor: ForgettingMonitor) -> dict[str, Any]:
@@ -605,8 +626,11 @@ def sequence(
     strategy: Strategies = None,
     ratio: Ratio = RATIO,
     orders: Annotated[
-        int, typer.Option(help="Random orders of the tasks for every arm; a comparison needs about six.")
-    ] = 2,
+        int, typer.Option(help="Random orders of the tasks for every arm; with fewer than six, little can be shown.")
+    ] = ORDERS,
+    memory: Annotated[
+        int, typer.Option(help="Training examples of each learned task that later ones may replay, too; 0: none.")
+    ] = MEMORY,
     recipe: RecipeName = None,
     probes: NumberOfProbes = PROBES,
     hold_out: HoldOut = 0.5,
@@ -621,8 +645,9 @@ def sequence(
 ) -> None:
     """Fine-tune on tasks one after another: without replay, with random replay, and with a new forecast before each.
 
-    After every task, the held-out upstream examples and all tasks learned so far are judged. The strategy defaults to
-    top, the recipe to the atlas's. Finished stages are kept next to the output and not repeated.
+    After every task, the held-out upstream examples and all tasks learned so far are judged. Replayed are examples of
+    the pool and, from the second task on, --memory training examples of each task before. The strategy defaults to top,
+    the recipe to the atlas's. Finished stages are kept next to the output and not repeated; more --orders add to them.
 
     Example: forgetcast sequence ./my-model tasks/ --atlas runs.atlas -o sequence.json
     """
@@ -637,7 +662,8 @@ def sequence(
     require_single_process("sequence")
     check_destination(output)
     check_destination(output.with_suffix(".runs"), folder=True)
-    given: dict[str, Any] = {"ratio": ratio, "orders": orders, "probes": probes, "hold_out": hold_out, "repeat": repeat}
+    given: dict[str, Any] = {"ratio": ratio, "orders": orders, "probes": probes, "hold_out": hold_out}
+    given |= {"memory": memory, "repeat": repeat}
     settings = check_settings(
         given | ({"strategies": strategy} if strategy else {}), SequenceSettings, where="the sequence"
     )

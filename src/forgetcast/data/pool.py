@@ -170,6 +170,12 @@ class Pool(Sequence[Example]):
         """Return a pool of the examples with these ids, in the order of `ids`."""
         return Pool.from_table(_take(self._table, self._ends, self.positions(ids, where=where)), where=where)
 
+    def extended(self, examples: Iterable[Example], *, where: str = "the pool") -> Pool:
+        """Return a pool of these examples and of further ones, which come last; DataError if an id occurs twice."""
+        import pyarrow as pa
+
+        return Pool.from_table(pa.concat_tables([self._table, table_of(examples)]), where=where)
+
     def sample(self, count: int, *, seed: int = 0) -> Pool:
         """Return a pool of at most `count` examples, drawn at random, in their order here."""
         drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])

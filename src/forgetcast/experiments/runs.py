@@ -30,7 +30,7 @@ from forgetcast.interruption import Interrupted, Stop, stoppable
 from forgetcast.measure.scores import Scores, check_tokens, length_settings
 from forgetcast.progress import OnProgress
 from forgetcast.replay.plan import ReplayPlan
-from forgetcast.results import validated
+from forgetcast.results import plain, validated
 
 if TYPE_CHECKING:
     from forgetcast.lm import FineTuner, InitialState, LanguageModel, ReplaySelector, Tuned
@@ -63,6 +63,8 @@ class FineTune:
         Where earlier fine-tunes ended; default: the base model, with nothing replayed.
     answers : mapping, optional
         Arguments of `lm.exact_match` to answer the judged prompts too; default: no answers.
+    memory : Pool, optional
+        Further examples, whose losses are stored one by one.
     """
 
     name: str
@@ -75,6 +77,7 @@ class FineTune:
     selector: ReplaySelector | None = None
     initial: InitialState | None = None
     answers: Mapping[str, Any] | None = None
+    memory: Pool | None = None
 
     def work(self, context: int) -> Work:
         """Return the work of the run with a model of this context, in characters.
@@ -87,7 +90,8 @@ class FineTune:
         replayed = 0 if self.plan is None else self.plan.count(self.recipe.steps, self.recipe.batch_size)
         work = tuning_work(self.task, self.recipe, context, pool=self.pool, replayed=replayed)
         work += scoring_work(self.judged, context, answered=self.answers is not None)
-        return sum((scoring_work(test, context) for test in self.tests.values()), work)
+        more = [*self.tests.values(), *([] if self.memory is None else [self.memory])]
+        return sum((scoring_work(each, context) for each in more), work)
 
     def run(
         self,
@@ -190,7 +194,7 @@ class FineTune:
         tests = {
             task: score_with_progress(measured, test, meter, self.name, stop=stop) for task, test in self.tests.items()
         }
-        facts = {
+        facts: dict[str, Any] = {
             "settings": dict(settings),
             "losses": {task: float(np.nanmean(scores.nll)) for task, scores in tests.items()},
             "replayed": list(tuned.replayed),
@@ -199,6 +203,9 @@ class FineTune:
             "seconds": tuned.seconds,
             "cost": cost(tuned.seconds, tuned.tokens, scoring, after),
         }
+        if self.memory is not None:
+            scores = score_with_progress(measured, self.memory, meter, self.name, stop=stop)
+            facts["memory"] = dict(zip(self.memory.ids, map(plain, scores.nll.tolist()), strict=True))
         return replace(after, metadata={**after.metadata, **facts})
 
 
@@ -242,6 +249,8 @@ class RunFacts(BaseModel):
         Of an interpolation whose alpha was chosen, see `interpolation.ChosenAlpha`.
     generated : int
         Tokens of the answers that the model wrote for on-policy replay.
+    memory : dict of str to float or None
+        Loss of each example of a sequence's memory, nats per target token; None where it is not finite.
     """
 
     settings: dict[str, Any]
@@ -252,6 +261,7 @@ class RunFacts(BaseModel):
     cost: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     choice: dict[str, Any] | None = None
     generated: int = 0
+    memory: dict[str, float | None] = Field(default_factory=dict)
 
 
 class RunStore(ABC):

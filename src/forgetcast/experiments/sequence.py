@@ -1,7 +1,8 @@
 """Fine-tune on tasks one after another, each from the last one's weights, and measure the forgetting after each.
 
 The tasks come in several random orders, each without replay, with random replay and with replay by forecast. Before
-every task, probes of the current model update the forecast. Every finished stage is one score file, and its final
+every task, probes of the current model update the forecast. Some training examples of the tasks learned so far are a
+further source of replay, beside the pool. Every finished stage is one score file, and its final
 weights are kept until the next stage is finished, so an interrupted sequence continues where it stopped.
 """
 
@@ -10,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Bayesian, probes
-from forgetcast.data.pool import Pool
-from forgetcast.defaults import PROBES, RATIO
+from forgetcast.data.pool import Example, Pool
+from forgetcast.defaults import MEMORY, ORDERS, PROBES, RATIO
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.experiments.claims import claimed
 from forgetcast.experiments.meter import Meter, Work, scoring_work, tuning_work
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from forgetcast.data.recipe import Recipe
     from forgetcast.lm import FineTuner
 
+EARLIER_TASKS = "earlier tasks"
+"""Source of replayed examples of tasks that were learned before."""
+
 
 class SequenceSettings(BaseModel):
     """Settings of a sequence except its tasks and recipe. An unknown key is an error.
@@ -65,19 +70,23 @@ class SequenceSettings(BaseModel):
     hold_out : float
         Fraction of the pool that is judged on after every task and never replayed. Larger than a plan's default: over
         several tasks the arms replay most of the rest, so only these examples distinguish them.
+    memory : int
+        Training examples of every learned task, drawn at random, that later tasks may replay beside those of the pool;
+        0: none.
     repeat : bool
         Whether one task may replay an example more than once.
     seed : int
-        Seed of the orders and of the hold-out.
+        Seed of the orders, the hold-out and the memory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     strategies: tuple[str, ...] = ("top",)
     ratio: float = Field(default=RATIO, gt=0, allow_inf_nan=False)
-    orders: int = Field(default=2, ge=1, le=10_000)
+    orders: int = Field(default=ORDERS, ge=1, le=10_000)
     probes: int = Field(default=PROBES, ge=1)
     hold_out: float = Field(default=0.5, gt=0, lt=1)
+    memory: int = Field(default=MEMORY, ge=0)
     repeat: bool = False
     seed: Seed = 0
 
@@ -133,7 +142,8 @@ def run_sequence(
     tuner : FineTuner
         With the base model that the atlas was measured on.
     atlas : Atlas
-        The forecasts are fitted to it; its pool is replayed and judged on.
+        The forecasts are fitted to it; its pool is replayed and judged on. It does not have the earlier tasks'
+        examples: their forgetting since they were learned is measured.
     recipe : Recipe
         Used by every fine-tune; its seed is replaced by the number of the order, which also seeds the replay.
     tasks : mapping of str to pair of Pool
@@ -148,7 +158,8 @@ def run_sequence(
     ConfigError
         If the ratio is too small for a batch, or no example remains to judge on or to replay.
     DataError
-        If there are fewer than two tasks, or the atlas has fewer and a forecast is needed.
+        If there are fewer than two tasks, or the atlas has fewer and a forecast is needed; or the pool has an example
+        with the id that one of a task gets, TASK/ID.
     MismatchError
         If the atlas is of another base model, or a stage in `directory` was made with other settings.
     """
@@ -175,7 +186,7 @@ def run_sequence(
     if todo:
         tuner.restore()
     stages = [runner.outcome(chain, stage) for chain in chains for stage in range(1, len(tasks) + 1)]
-    return SequenceResult(tuple(stages), len(runner.judged), settings.ratio)
+    return SequenceResult(tuple(stages), len(runner.judged), settings.ratio, settings.memory)
 
 
 class _Chain(NamedTuple):
@@ -207,6 +218,36 @@ class _SequenceRunner:
         return pool.subset(held_out)
 
     @cached_property
+    def memories(self) -> dict[str, tuple[Example, ...]]:
+        """Training examples of each task that are kept for later ones, with ids that are theirs alone."""
+        most, seed = self.settings.memory, self.settings.seed
+        return {
+            name: tuple(
+                replace(example, id=f"{name}/{example.id}", source=EARLIER_TASKS)
+                for example in (training.sample(most, seed=seed) if most else ())
+            )
+            for name, (training, _) in self.tasks.items()
+        }
+
+    @cached_property
+    def memory_losses(self) -> dict[str, float]:
+        """Losses of the base model on all that is kept of the tasks, nats per token, by id."""
+        from forgetcast.lm.score import losses
+
+        examples = [example for kept in self.memories.values() for example in kept]
+        found = losses(self.tuner.restore(), examples, self.atlas.before.metadata.get("max_length"))
+        return dict(zip((example.id for example in examples), found.tolist(), strict=True))
+
+    def remembered(self, tasks: Iterable[str]) -> list[Example]:
+        """Return what is kept of tasks, in their order."""
+        return [example for name in tasks for example in self.memories[name]]
+
+    def pool(self, earlier: Sequence[str]) -> Pool:
+        """Return what may be replayed after these tasks: the atlas's pool, and what is kept of them."""
+        kept, pool = self.remembered(earlier), self.atlas.pool
+        return pool.extended(kept, where="the pool with the tasks' examples") if kept else pool
+
+    @cached_property
     def model(self) -> Bayesian:
         """The completion method."""
         return Bayesian().fit(self.atlas)
@@ -231,8 +272,10 @@ class _SequenceRunner:
         """Make the first plan of every arm, so that an impossible plan is an error before any training."""
         check_base(self.atlas, self.tuner.base)
         self.tuner.check_weights()
+        self.pool(tuple(self.tasks))
         for arm in self.settings.arms:
-            self.plan(_Chain(0, arm, ()), None, ()).count(self.recipe.steps, self.recipe.batch_size)
+            plan = self.plan(_Chain(0, arm, ()), self.atlas.pool, None, ())
+            plan.count(self.recipe.steps, self.recipe.batch_size)
 
     def name(self, chain: _Chain, stage: int) -> str:
         """Name of a stage's score file."""
@@ -250,7 +293,9 @@ class _SequenceRunner:
         """Everything that the stage's outcome depends on."""
         needs = self.settings.arms[chain.arm].needs
         learned = [[name, *(part.fingerprint for part in self.tasks[name])] for name in chain.tasks[:stage]]
-        return {
+        # Files of earlier versions have no memory.
+        memory = {"memory": [self.settings.memory, self.settings.seed]} if self.settings.memory else {}
+        return (memory if self.ratio(chain.arm) else {}) | {
             "base": self.tuner.base_hash,
             "tasks": learned,
             "pool": self.atlas.pool_fingerprint,
@@ -269,7 +314,15 @@ class _SequenceRunner:
         replayed = replay_steps(recipe.steps, ratio) * recipe.batch_size if ratio else 0
         task = self.tasks[chain.tasks[stage - 1]][0]
         work = tuning_work(task, recipe, context, pool=self.atlas.pool, replayed=replayed)
-        return sum((scoring_work(each, context) for each in (self.judged, *tests)), work)
+        memory = self.memory(chain, stage)
+        scored = [self.judged, *tests, *([] if memory is None else [memory])]
+        return sum((scoring_work(each, context) for each in scored), work)
+
+    def memory(self, chain: _Chain, stage: int) -> Pool | None:
+        """Return the examples whose losses after a stage the next plan needs; None if it needs none."""
+        kept = self.remembered(chain.tasks[:stage])
+        forecast = "forecast" in self.settings.arms[chain.arm].needs
+        return Pool(kept) if kept and forecast and stage < len(chain.tasks) else None
 
     def finished(self, chain: _Chain) -> int:
         """Count the stages that need not be repeated."""
@@ -317,32 +370,43 @@ class _SequenceRunner:
         """Fine-tune on a stage's task, and judge; the folder keeps what is unfinished."""
         from forgetcast.lm import InitialState
 
-        name = chain.tasks[stage - 1]
+        name, pool = chain.tasks[stage - 1], self.pool(chain.tasks[: stage - 1])
         job = FineTune(
             name=self.label(chain, stage),
             task=self.tasks[name][0],
             recipe=self.recipe.model_copy(update={"seed": chain.order}),
             judged=self.judged,
             tests={task: self.tasks[task][1] for task in chain.tasks[:stage]},
-            plan=self.plan(chain, weights, replayed),
-            pool=self.atlas.pool,
+            plan=self.plan(chain, pool, weights, replayed, chain.tasks[: stage - 1]),
+            pool=pool,
             initial=InitialState(weights, tuple(replayed)),
+            memory=self.memory(chain, stage),
         )
         return job.run(self.tuner, self.stage_settings(chain, stage), meter, folder)
 
-    def plan(self, chain: _Chain, weights: Mapping[str, Any] | None, replayed: Sequence[str]) -> ReplayPlan:
-        """Plan the replay of the next stage from the current model's forecast."""
-        strategy = self.settings.arms[chain.arm]
-        signals = Signals(
-            self.atlas.pool.ids,
-            losses=self.atlas.nll_before,
-            forecast=self._forecast(weights, replayed) if "forecast" in strategy.needs else None,
-            loadings=self.loadings if "loadings" in strategy.needs else None,
-        )
+    def plan(
+        self,
+        chain: _Chain,
+        pool: Pool,
+        weights: Mapping[str, Any] | None,
+        replayed: Sequence[str],
+        earlier: Sequence[str] = (),
+    ) -> ReplayPlan:
+        """Plan the replay of the next stage from the current model's forecast, given the tasks that it has learned."""
+        strategy, kept = self.settings.arms[chain.arm], self.remembered(earlier)
+        forecast = loadings = None
+        losses = np.full(len(kept), np.nan)
+        if kept and "losses" in strategy.needs:
+            losses = np.array([self.memory_losses[example.id] for example in kept])
+        if "forecast" in strategy.needs:
+            forecast = np.concatenate([self._forecast(weights, replayed), self._forgotten(chain, earlier)])
+        if "loadings" in strategy.needs:
+            loadings = scipy.linalg.block_diag(self.loadings, _of_one_kind([self.memories[name] for name in earlier]))
+        losses = np.concatenate([self.atlas.nll_before, losses])
         return make_plan(
-            self.atlas.pool,
+            pool,
             strategy,
-            signals,
+            Signals(pool.ids, losses=losses, forecast=forecast, loadings=loadings),
             ratio=self.ratio(chain.arm),
             held_out=self.judged.ids,
             repeat=self.settings.repeat,
@@ -367,6 +431,23 @@ class _SequenceRunner:
         measured = losses(tuned, (pool[i] for i in columns.tolist()), longest)
         return self.model.predict(columns, measured - before[columns]).mean
 
+    def _forgotten(self, chain: _Chain, earlier: Sequence[str]) -> np.ndarray:
+        """Forecast the forgetting of what is kept of the tasks since each was learned, shape (m,), nats per token.
+
+        It is what each example has lost so far, measured. Of the task learned last nothing can be measured yet: as
+        before any measurement, it is what the atlas expects, of an average example.
+        """
+        if not earlier:
+            return np.empty(0)
+        learned = [self.runs.load(self.name(chain, i))[1].memory for i in range(1, len(earlier) + 1)]
+        now, unmeasured = learned[-1], float(self.model.predict([], []).mean.mean())
+        lost: list[float] = []
+        for name, then in zip(earlier[:-1], learned, strict=False):
+            for example in self.memories[name]:
+                after, before = now.get(example.id), then.get(example.id)
+                lost.append(math.nan if after is None or before is None else after - before)
+        return np.array([*lost, *([unmeasured] * len(self.memories[earlier[-1]]))])
+
     def outcome(self, chain: _Chain, stage: int) -> Stage:
         """Compute the figures of a finished stage."""
         scores, facts = self.runs.load(self.name(chain, stage), tests=chain.tasks[:stage])
@@ -381,6 +462,7 @@ class _SequenceRunner:
             worst_tenth=worst_tenth(change),
             losses=facts.losses,
             replayed=len(facts.replayed),
+            replayed_earlier=int((self.atlas.pool.ids.find(facts.replayed) < 0).sum()),
             steps=facts.steps,
             seconds=facts.seconds,
         )
@@ -391,3 +473,12 @@ class _SequenceRunner:
         for file in (*self.runs.directory.glob(pattern), *self.runs.directory.glob(f".{pattern}")):
             if keep is None or file != self.weights_file(chain, keep):
                 file.unlink()
+
+
+def _of_one_kind(groups: Sequence[Sequence[Example]]) -> np.ndarray:
+    """Return correlation loadings, shape (n, groups), of examples of which nothing is known but their group.
+
+    Those of a group are taken to be forgotten together, and independently of all others.
+    """
+    sizes = [len(group) for group in groups]
+    return np.repeat(np.eye(len(groups)), sizes, axis=0)

@@ -39,6 +39,8 @@ class Stage:
         Replayed examples and optimiser steps of this stage.
     seconds : float
         Wall time of its training.
+    replayed_earlier : int
+        Of the replayed examples, those of tasks learned before.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # of a file
@@ -53,6 +55,7 @@ class Stage:
     replayed: int
     steps: int
     seconds: float
+    replayed_earlier: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +69,8 @@ class SequenceResult(Result, Compared):
         Number of upstream examples judged after every stage.
     ratio : float
         Replayed examples per new one.
+    memory : int
+        Training examples of every learned task that later ones could replay.
 
     Raises
     ------
@@ -78,6 +83,7 @@ class SequenceResult(Result, Compared):
     stages: tuple[Stage, ...]
     judged: int
     ratio: float
+    memory: int = 0
 
     def __repr__(self) -> str:
         """Return the arms and the length."""
@@ -150,7 +156,7 @@ class SequenceResult(Result, Compared):
         return float(np.mean([self.value(arm, order, metric, position) for order in self.orders(arm)]))
 
     def total(self, arm: str, field: str) -> float:
-        """Sum 'replayed', 'steps' or 'seconds' over a sequence; mean over the arm's orders."""
+        """Sum a number of the stages, such as 'replayed', over a sequence; mean over the arm's orders."""
         return sum(getattr(stage, field) for stage in self.stages if stage.arm == arm) / len(self.orders(arm))
 
     def _differences(self, arm: str, baseline: str, metric: str) -> list[np.ndarray]:
@@ -166,7 +172,7 @@ class SequenceResult(Result, Compared):
         derived = {
             "arms": {
                 arm: averages(arm, self.length)
-                | {name: self.total(arm, name) for name in ("replayed", "steps", "seconds")}
+                | {name: self.total(arm, name) for name in ("replayed", "replayed_earlier", "steps", "seconds")}
                 | {"after_each_task": [averages(arm, position) for position in range(1, self.length + 1)]}
                 for arm in self.arms
             },

@@ -21,7 +21,7 @@ from forgetcast.lm.load import LanguageModel, SharedBase, load
 from forgetcast.lm.mixture import ReplayCallback, ReplayMixture
 from forgetcast.lm.monitor import ForgettingMonitor
 from forgetcast.lm.score import score, token_digests
-from forgetcast.lm.selectors import MostForgottenSelector, OnlineSelector, ReplaySelector
+from forgetcast.lm.selectors import MonitorSelector, MostForgottenSelector, OnlineSelector, ReplaySelector
 from forgetcast.lm.train import FineTuner, InitialState, Tuned
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "InitialState",
     "Interpolation",
     "LanguageModel",
+    "MonitorSelector",
     "MostForgottenSelector",
     "OnPolicyTexts",
     "OnlineSelector",

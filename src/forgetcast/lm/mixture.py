@@ -250,6 +250,7 @@ class ReplayCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: Any,
         control: Any,  # noqa: ARG002
+        model: Any = None,
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
@@ -283,8 +284,11 @@ class ReplayCallback(TrainerCallback, ExportableState):
                     "set dataloader_num_workers=0: a selection during training does not reach other workers"
                 )
             kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("replayed")
-            if kept is not None:
+            # A new training has this state, too: that of the callback as it was made.
+            if state.global_step and kept is not None:
                 self._mixture.revise(0, kept)
+            elif self._selector.due(0, self._mixture):
+                self._select(self._selector, model, state.global_step)
 
     def _reads_the_mixture(self, data: Any) -> bool:
         if not isinstance(data, datasets.Dataset):
@@ -302,14 +306,16 @@ class ReplayCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         """Trainer hook."""
-        step = state.global_step
-        if self._selector is None or not self._selector.due(step, self._mixture):
-            return
-        # The Trainer has already read the first batch of the next step.
-        replayed = self._mixture.replayed_before(step + 1)
+        if self._selector is not None and self._selector.due(state.global_step, self._mixture):
+            # The Trainer has already read the first batch of the next step.
+            self._select(self._selector, model, state.global_step + 1)
+
+    def _select(self, selector: ReplaySelector, model: Any, step: int) -> None:
+        """Replay what a selector selects from a step on, counted from 0."""
+        replayed = self._mixture.replayed_before(step)
         language_model = LanguageModel(model, self._mixture.tokenizer, "the model in training", self._mixture.rendering)
-        selected = self._selector.select(language_model, self._mixture, replayed)
-        self._mixture.revise(step + 1, processes.from_first(selected))
+        selected = selector.select(language_model, self._mixture, replayed)
+        self._mixture.revise(step, processes.from_first(selected))
 
 
 def spread(new: int, old: int) -> Iterator[bool]:

@@ -78,6 +78,9 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
     ----------
     readings : list of Reading
         All looks so far, also after the training.
+    gauge : Gauge
+        Which examples are probes, and what they say of the others.
+    every : int
 
     Raises
     ------
@@ -116,13 +119,13 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
             "save_best": save_best,
         }
         self._atlas = Atlas.open(atlas) if isinstance(atlas, str | Path) else atlas
-        self._gauge: Gauge
+        self.gauge: Gauge
         if self._atlas is not None:
-            self._gauge = AtlasGauge(self._atlas, probes)
+            self.gauge = AtlasGauge(self._atlas, probes)
         else:
-            self._gauge = SampleGauge(pool if isinstance(pool, Pool) else Pool.load(str(pool)), probes)
+            self.gauge = SampleGauge(pool if isinstance(pool, Pool) else Pool.load(str(pool)), probes)
         self._stop_if, self._warn_if = (self._condition(each) for each in (stop_if, warn_if))
-        self._every, self._save_best = every, save_best
+        self.every, self._save_best = every, save_best
         self._run: _Run | None = None
         self._said: set[str] = set()
         self.kept: dict[str, Any] | None = None
@@ -133,7 +136,7 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
         if text is None:
             return None
         gate = Gate.parse(text)
-        return Gate(gate.text, check_names(self._gauge.names, gate.figure, gate.text), gate.comparison, gate.bound)
+        return Gate(gate.text, check_names(self.gauge.names, gate.figure, gate.text), gate.comparison, gate.bound)
 
     def state(self) -> dict[str, Any]:
         """Trainer hook: return what a resumed training needs, to keep in a checkpoint."""
@@ -153,6 +156,25 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
         fingerprint = self._atlas.pool_fingerprint if self._atlas is not None else pool.fingerprint
         series, ids = tuple(self.readings), tuple(pool.ids)
         return WatchedRun(name, self._run.steps, atlas, fingerprint, ids, series, self.stopped)
+
+    @property
+    def watching(self) -> bool:
+        """Whether a training has begun that calls this monitor, and has not ended."""
+        return self._run is not None and not self._run.over
+
+    def forgetting(self) -> np.ndarray | None:
+        """Return what the model in training has forgotten of each probe by now, shape (k,), nats per token.
+
+        The probes are scored once per step, whoever asks first. None while no training is watched, before its first
+        step, and where the loss of a probe is not finite.
+        """
+        run = self._run
+        if run is None or run.over or not run.state.global_step:
+            return None
+        started = time.monotonic()
+        forgotten = run.losses() - run.before
+        run.spent += time.monotonic() - started
+        return forgotten if np.isfinite(forgotten).all() else None
 
     @same_randomness()
     def on_train_begin(
@@ -181,20 +203,20 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
             raise ConfigError("the monitor needs the tokenizer: give it to the Trainer as processing_class")
         stored = {} if self._atlas is None else self._atlas.scored_with
         language_model = LanguageModel(model, tokenizer, "the model in training", Rendering.of(stored))
-        examples, lengths = self._gauge.examples, length_settings(stored, language_model.context)
+        examples, lengths = self.gauge.examples, length_settings(stored, language_model.context)
         inputs = prepare(language_model, examples, **lengths)
         if self._atlas is not None:
             _check_inputs(self._atlas, examples, inputs)
         elif unusable := [id_ for id_, reason in zip(examples.ids, inputs.reasons, strict=True) if reason]:
             self._say(f"{len(unusable)} of {len(examples)} sampled examples have no token to predict, and are left out")
-            examples = self._gauge.without(unusable)
+            examples = self.gauge.without(unusable)
             inputs = prepare(language_model, examples, **lengths)
-        if isinstance(self._gauge, AtlasGauge) and self._gauge.growth is None:
+        if isinstance(self.gauge, AtlasGauge) and self.gauge.growth is None:
             self._say(
                 f"nothing is said of the end of the run: {self._settings['atlas']} has too few learning curves; "
                 "collect with checkpoints: [0.1, 0.25, 0.5] in the configuration"
             )
-        self._run = _Run(language_model, examples, inputs, state.max_steps, started)
+        self._run = _Run(language_model, examples, inputs, state, started)
         kept = self._kept_in(state) if state.global_step else None
         if kept is not None:
             self._run.before = np.array(kept["before"])
@@ -208,13 +230,18 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Trainer hook: look every so many steps, and after the last one."""
-        if state.global_step % self._every == 0 or state.global_step >= state.max_steps:
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             self._look(state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Trainer hook: look at the end of a training that stops early."""
         if control.should_training_stop:
             self._look(state, control)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Trainer hook."""
+        if self._run is not None:
+            self._run.over = True
 
     def on_evaluate(
         self,
@@ -301,7 +328,7 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
         losses = run.losses()
         if np.isfinite(losses).all():
             progress = min(step / max(run.steps, 1), 1.0)
-            figures, sources, misfit = self._gauge.read(losses - run.before, progress)
+            figures, sources, misfit = self.gauge.read(losses - run.before, progress)
             run.spent += time.monotonic() - (started if step else run.begun)
             share = min(run.spent / max(time.monotonic() - run.begun, 1e-9), 1.0)
             given = {"step": step, "progress": progress, "figures": figures, "sources": sources, "misfit": misfit}
@@ -362,21 +389,30 @@ class ForgettingMonitor(TrainerCallback, ExportableState):
 class _Run:
     """A training that is watched: its model, and what is measured of it."""
 
-    def __init__(self, language_model: LanguageModel, examples: Pool, inputs: Inputs, steps: int, begun: float) -> None:
+    def __init__(self, language_model: LanguageModel, examples: Pool, inputs: Inputs, state: Any, begun: float) -> None:
         self.language_model, self.examples, self.inputs = language_model, examples, inputs
-        self.steps, self.begun, self.spent = steps, begun, 0.0
+        self.state, self.steps = state, int(state.max_steps)
+        self.begun, self.spent = begun, 0.0
         self.trainer = _trainer()
         self.before = np.empty(0)
-        self.looked = -1
+        self.looked, self.over = -1, False
+        self._latest: tuple[int, np.ndarray] | None = None
 
     def losses(self) -> np.ndarray:
-        """Return the losses of the probes, shape (k,); NaN where one is not finite, or memory does not suffice."""
-        with undisturbed(self.language_model.model):
-            return prepared_losses(self.language_model, self.inputs)
+        """Return the losses of the probes at this step, shape (k,); NaN where one is not finite, or memory is short."""
+        step = int(self.state.global_step)
+        if self._latest is None or self._latest[0] != step:
+            with undisturbed(self.language_model.model):
+                self._latest = step, prepared_losses(self.language_model, self.inputs)
+        return self._latest[1]
 
 
 def _trainer() -> Trainer:
     """Return the Trainer that is calling: its callbacks are not told, and only it knows all that it reports to."""
+    # Found in the interpreter's frames, once, when the training begins. Nothing that a callback is given leads to the
+    # Trainer or to its other callbacks. To add to the figures in `on_log` is too late: trackers come before the
+    # user's callbacks. To ask for a log by `control.should_log` ends the averages of the Trainer's own loss, and TRL's,
+    # at other steps than without the monitor, and brings none before the first step.
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -12,9 +12,11 @@ from forgetcast.atlas.matrix import check_fingerprint
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion import Bayesian, Forecast, probes
 from forgetcast.completion.gaussian import LinearGaussian
+from forgetcast.completion.watch import AtlasGauge
 from forgetcast.data.pool import Pool
 from forgetcast.errors import ConfigError
 from forgetcast.lm.load import LanguageModel
+from forgetcast.lm.monitor import ForgettingMonitor
 from forgetcast.lm.score import losses
 from forgetcast.replay.coverage import correlation_loadings
 from forgetcast.replay.plan import ReplayPlan, make_plan
@@ -51,7 +53,10 @@ class ReplaySelector(Protocol):
         ...
 
     def due(self, step: int, mixture: Layout) -> bool:
-        """Say whether to select after this number of steps; the result takes effect one step later."""
+        """Say whether to select after this number of steps; the result takes effect one step later.
+
+        Asked of step 0, too, before the training begins: then it takes effect at once.
+        """
         ...
 
     def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
@@ -121,13 +126,7 @@ class OnlineSelector:
 
     def check(self, mixture: Layout) -> None:
         """As in `ReplaySelector`."""
-        plan = _plan_of(mixture, self.pool)
-        if "forecast" not in get_strategy(plan.strategy).needs:
-            usable = [name for name, strategy in STRATEGIES.items() if "forecast" in strategy.needs]
-            raise ConfigError(
-                f"online replay needs a strategy that uses a forecast, and {plan.strategy!r} does not; "
-                f"use one of {', '.join(sorted(usable))}"
-            )
+        _check_strategy(_plan_of(mixture, self.pool))
 
     def due(self, step: int, mixture: Layout) -> bool:
         """As in `ReplaySelector`."""
@@ -142,25 +141,103 @@ class OnlineSelector:
 
     def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
         """As in `ReplaySelector`."""
-        old = _plan_of(mixture, self.pool)
-        strategy = get_strategy(old.strategy, temperature=self.temperature)
-        signals = Signals(
-            self.pool.ids,
-            losses=self.before,
-            forecast=self.forecast(language_model, replayed).mean,
-            loadings=correlation_loadings(self.model) if "loadings" in strategy.needs else None,
-        )
-        plan = make_plan(
-            self.pool,
-            strategy,
-            signals,
-            ratio=old.ratio,
-            held_out=old.held_out_ids,
-            among=[id_ for id_, weight in zip(old.ids, old.weights, strict=True) if weight],
-            repeat=old.repeat,
-            seed=old.seed,
-        )
+        forecast = self.forecast(language_model, replayed).mean
+        plan = _revised(_plan_of(mixture, self.pool), self.pool, self.before, self.model, forecast, self.temperature)
         return plan.order(len(mixture.replayed) - len(replayed), already_replayed=replayed)
+
+
+@dataclass(frozen=True, repr=False)
+class MonitorSelector:
+    """At every look of a `ForgettingMonitor`, forecast from its probes, and revise the rest of the plan.
+
+    The probes are scored once for both. They are never replayed, so that what the monitor logs stays a figure of
+    examples that were not; and the forecast is from those that the plan does not hold out. Which of the two callbacks
+    comes first does not matter.
+
+    Parameters
+    ----------
+    monitor : ForgettingMonitor
+        With an atlas; to be given to the Trainer, too.
+    temperature : float, optional
+        As in `make_plan`.
+
+    Raises
+    ------
+    ConfigError
+        If the monitor has no atlas.
+    """
+
+    monitor: ForgettingMonitor
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is something to forecast from."""
+        _ = self._gauge
+
+    def __repr__(self) -> str:
+        return f"MonitorSelector({len(self._gauge.probes)} probes, every {self.monitor.every} steps)"
+
+    @property
+    def _gauge(self) -> AtlasGauge:
+        if not isinstance(self.monitor.gauge, AtlasGauge):
+            raise ConfigError("a monitor without an atlas makes no forecast: give ForgettingMonitor an atlas")
+        return self.monitor.gauge
+
+    @property
+    def _probes(self) -> list[str]:
+        gauge = self._gauge
+        return [gauge.atlas.examples[i] for i in gauge.probes.tolist()]
+
+    def settings(self) -> dict[str, Any]:
+        """As in `ReplaySelector`."""
+        return {"every": self.monitor.every, "probes": self._probes, "temperature": self.temperature}
+
+    def check(self, mixture: Layout) -> None:
+        """As in `ReplaySelector`."""
+        plan = _plan_of(mixture, self._gauge.atlas.pool)
+        _check_strategy(plan)
+        spared = set(self._probes)
+        left = sum(weight > 0 and id_ not in spared for id_, weight in zip(plan.ids, plan.weights, strict=True))
+        if left < (1 if plan.repeat else len(mixture.replayed)):
+            raise ConfigError(
+                f"{len(mixture.replayed)} examples are to be replayed, and the plan has {left} besides the monitor's "
+                "probes, which never are: take fewer probes, a smaller ratio or a larger pool"
+            )
+
+    def due(self, step: int, mixture: Layout) -> bool:  # noqa: ARG002
+        """As in `ReplaySelector`.
+
+        Raises
+        ------
+        ConfigError
+            If the monitor does not watch the training.
+        """
+        if step and not self.monitor.watching:
+            raise ConfigError(
+                "the monitor that replay is selected by does not watch this training: give it to the Trainer too, "
+                "callbacks=[monitor, ReplayCallback(mixture, MonitorSelector(monitor))]"
+            )
+        return step % self.monitor.every == 0
+
+    def select(
+        self,
+        language_model: LanguageModel,  # noqa: ARG002 - the monitor has it
+        mixture: Layout,
+        replayed: Sequence[str],
+    ) -> Sequence[str]:
+        """As in `ReplaySelector`."""
+        gauge, probes, forgotten = self._gauge, self._probes, self.monitor.forgetting()
+        pool, spared, left = gauge.atlas.pool, set(probes), mixture.replayed[len(replayed) :]
+        plan = _plan_of(mixture, pool).without(spared)
+        if forgotten is None:  # keep the order as it is, but for the probes
+            kept = [id_ for id_ in left if id_ not in spared]
+            return [*kept, *plan.order(len(left) - len(kept), already_replayed=[*replayed, *kept])]
+        # As everywhere, what is held out does not decide what is replayed.
+        held_out = set(plan.held_out_ids)
+        known = np.array([id_ not in held_out for id_ in probes])
+        forecast = gauge.model.predict(gauge.probes[known], forgotten[known]).mean
+        revised = _revised(plan, pool, gauge.atlas.nll_before, gauge.model, forecast, self.temperature)
+        return revised.order(len(left), already_replayed=replayed)
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,7 +285,7 @@ class MostForgottenSelector:
 
     def due(self, step: int, mixture: Layout) -> bool:
         """As in `ReplaySelector`."""
-        return mixture.replays(step + 1)
+        return step > 0 and mixture.replays(step + 1)
 
     def select(self, language_model: LanguageModel, mixture: Layout, replayed: Sequence[str]) -> Sequence[str]:
         """As in `ReplaySelector`."""
@@ -224,6 +301,44 @@ class MostForgottenSelector:
         measured = losses(language_model, (self.pool[i] for i in drawn.ravel().tolist()), self.max_length)
         forgotten = measured.reshape(drawn.shape) - self.before[drawn]
         return [self.pool.ids[row[best]] for row, best in zip(drawn, forgotten.argmax(axis=1), strict=True)]
+
+
+def _check_strategy(plan: ReplayPlan) -> None:
+    """Raise ConfigError unless a plan can be revised by a new forecast."""
+    if "forecast" not in get_strategy(plan.strategy).needs:
+        usable = [name for name, strategy in STRATEGIES.items() if "forecast" in strategy.needs]
+        raise ConfigError(
+            f"online replay needs a strategy that uses a forecast, and {plan.strategy!r} does not; "
+            f"use one of {', '.join(sorted(usable))}"
+        )
+
+
+def _revised(
+    plan: ReplayPlan,
+    pool: Pool,
+    before: np.ndarray,
+    model: LinearGaussian,
+    forecast: np.ndarray,
+    temperature: float | None,
+) -> ReplayPlan:
+    """Apply the strategy of a plan to another forecast (N,), with all else as it is."""
+    strategy = get_strategy(plan.strategy, temperature=temperature)
+    signals = Signals(
+        pool.ids,
+        losses=before,
+        forecast=forecast,
+        loadings=correlation_loadings(model) if "loadings" in strategy.needs else None,
+    )
+    return make_plan(
+        pool,
+        strategy,
+        signals,
+        ratio=plan.ratio,
+        held_out=plan.held_out_ids,
+        among=[id_ for id_, weight in zip(plan.ids, plan.weights, strict=True) if weight],
+        repeat=plan.repeat,
+        seed=plan.seed,
+    )
 
 
 def _plan_of(mixture: Layout, pool: Pool) -> ReplayPlan:

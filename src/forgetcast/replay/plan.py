@@ -233,6 +233,25 @@ class ReplayPlan:
             return drawn
         return interleave(drawn[np.argsort(self.rank[drawn])], drawn, self.ranked_share)
 
+    def without(self, ids: Iterable[str]) -> ReplayPlan:
+        """Return the plan with some examples never replayed; they are not held out, and keep their places.
+
+        Raises
+        ------
+        ConfigError
+            If nothing is left to replay.
+        """
+        spared = frozenset(ids)
+        kept = np.array([id_ not in spared for id_ in self.ids], dtype=bool)
+        weights = np.where(kept, self.weights, 0.0)
+        if self.weights.any() and not weights.any():
+            raise ConfigError("none of the examples that may be replayed is left")
+        return replace(
+            self,
+            weights=weights / weights.sum() if weights.any() else weights,
+            rank=None if self.rank is None else np.where(kept, self.rank, -1),
+        )
+
     def of_texts(self, texts: Pool) -> ReplayPlan:
         """Return the same choice for other texts of the same examples, such as a model's own answers.
 

@@ -370,13 +370,16 @@ def tradeoff(verification: Verification) -> str:
     return _html(figure, height=420, legend=True, label="New-task loss against forgetting, by arm")
 
 
-def forgetting_by_position(sequence: SequenceResult) -> str:
-    """Plot upstream forgetting against the number of tasks learned, a line per arm; bars span the orders."""
-    figure = go.Figure()
-    positions = list(range(1, sequence.length + 1))
+def forgetting_by_position(sequence: SequenceResult, metric: str) -> str:
+    """Plot upstream forgetting, or that of the earlier tasks, against the number of tasks learned, a line per arm.
+
+    Bars span the orders.
+    """
+    figure, of_tasks = go.Figure(), metric == "earlier_tasks"
+    positions = list(range(2 if of_tasks else 1, sequence.length + 1))
     for i, (arm, name) in enumerate(zip(sequence.arms, labels(sequence.arms), strict=True)):
         by_order = np.array(
-            [[sequence.value(arm, order, "mean", p) for p in positions] for order in sequence.orders(arm)]
+            [[sequence.value(arm, order, metric, p) for p in positions] for order in sequence.orders(arm)]
         )
         mean = by_order.mean(axis=0)
         figure.add_scatter(
@@ -396,8 +399,10 @@ def forgetting_by_position(sequence: SequenceResult) -> str:
             hovertemplate="%{y:.3f} after %{x}<extra>" + name + "</extra>",
         )
     figure.update_xaxes(title="tasks learned", dtick=1)
-    figure.update_yaxes(title="upstream forgetting<br>(nats per token)", zeroline=True)
-    return _html(figure, height=360, legend=True, label="Upstream forgetting after each task of a sequence")
+    what = "forgetting of the<br>earlier tasks" if of_tasks else "upstream forgetting"
+    figure.update_yaxes(title=f"{what}<br>(nats per token)", zeroline=True)
+    label = "Forgetting of the earlier tasks" if of_tasks else "Upstream forgetting"
+    return _html(figure, height=360, legend=True, label=f"{label} after each task of a sequence")
 
 
 def watched_run(run: WatchedRun) -> str:

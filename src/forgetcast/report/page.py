@@ -442,7 +442,8 @@ def _sequence(sequence: SequenceResult) -> dict[str, Any]:
         "orders": len(sequence.orders(sequence.arms[0])),
         "metrics": {name: METRICS[name] for name in sequence.metrics},
         "comparisons": sequence.comparisons(),
-        "by_position": figures.forgetting_by_position(sequence),
+        "by_position": figures.forgetting_by_position(sequence, "mean"),
+        "of_tasks": figures.forgetting_by_position(sequence, "earlier_tasks"),
     }
 
 
