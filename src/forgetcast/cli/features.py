@@ -308,8 +308,8 @@ def _share(atlas: Atlas, share: float | None, past: Sequence[str]) -> float:
     if share is not None and share not in atlas.shares:
         raise ConfigError(f"--share {share:g}: the atlas has curves at {there}")
     found = atlas.shares[0] if share is None else share
-    if (there := len(set(atlas.at(found).tasks).intersection(past))) < FEWEST:
-        raise DataError(f"{there} tasks of {atlas.path} have a row at {found:g} of their steps: it takes {FEWEST}")
+    if (count := len(set(atlas.at(found).tasks).intersection(past))) < FEWEST:
+        raise DataError(f"{count} tasks of {atlas.path} have a row at {found:g} of their steps: it takes {FEWEST}")
     return found
 
 
