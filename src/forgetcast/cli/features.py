@@ -210,7 +210,12 @@ def preflight(
                 report("texts of the atlas's tasks", i + 1, len(past))
     del base  # one model in memory at a time
     begun = None if pilot is None or begun_at is None else _begun(opened, begun_at, past, pilot, k, output, loading)
-    before = Preflight(fitted).fit(features, pilot=None if begun is None else begun.known, families=families)
+    before = Preflight(fitted).fit(
+        features,
+        pilot=None if begun is None else begun.known,
+        probes=None if begun is None else begun.probes,
+        families=families,
+    )
     misfit = 1.0 if begun is None else begun.misfit
     unlike = misfit < MISFIT_THRESHOLD
     row = before.forecast(own, pilot=None if begun is None else begun.own, unlike=unlike)
@@ -320,6 +325,8 @@ class _Begun(NamedTuple):
     ----------
     share : float
         Of the steps.
+    probes : array of int, shape (k,)
+        Columns.
     own : array, shape (k,)
         Forgetting of the probes.
     known : array, shape (M, k)
@@ -329,6 +336,7 @@ class _Begun(NamedTuple):
     """
 
     share: float
+    probes: np.ndarray
     own: np.ndarray
     known: np.ndarray
     misfit: float
@@ -361,7 +369,7 @@ def _begun(
         own = ProbeScores(view, begun, kept, on_progress=report)(probes)
     known = np.full((len(past), k), np.nan)
     known[[past.index(task) for task in there]] = rows[:, probes]
-    return _Begun(share, own, known, float(model.predict(probes, own).misfit))
+    return _Begun(share, probes, own, known, float(model.predict(probes, own).misfit))
 
 
 def _finite(value: float) -> float | None:

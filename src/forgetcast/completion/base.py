@@ -490,20 +490,24 @@ def task_splits(
     *,
     similar: float = 0.0,
     fewest: int = FEWEST_SPLIT,
+    always: np.ndarray | None = None,
 ) -> Iterator[Split]:
     """Yield splits on a part of the columns.
 
     Rows of one group are fine-tunes on one task, and are left out together; default: each row is a task. A complete
     matrix is split into at most CALIBRATION_FOLDS parts, so that every task is left out once. Where entries are
     missing, at most CALIBRATION_TASKS are left out singly, each on its observed columns; so too for `similar`, the
-    share of the other rows, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used.
-    Fewer tasks than `fewest` yield nothing. The splits are fixed, so that a fit is a function of the matrix alone.
+    share of the other rows, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used, and
+    besides these the ones in `always`. Fewer tasks than `fewest` yield nothing. The splits are fixed, so that a fit is
+    a function of the matrix alone.
     """
     tasks = [np.array([i]) for i in range(values.shape[0])] if groups is None else rows_by_group(groups)
     if len(tasks) < fewest:
         return
     rng = np.random.default_rng(0)
     columns = calibration_columns(values.shape[1], rng)
+    if always is not None:
+        columns = np.union1d(columns, always)
     part = values[:, columns].astype(np.float64)
     observed, order = ~np.isnan(part), rng.permutation(len(tasks))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))

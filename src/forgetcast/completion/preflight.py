@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import scipy
@@ -27,7 +27,9 @@ from forgetcast.errors import ConfigError, DataError, MismatchError
 FEWEST = 8
 """Tasks of the atlas with evidence that a regression needs."""
 
-Evidence = Literal["text", "pilot"]
+Evidence = Literal["text", "pilot", "growth"]
+"""What a forecast is made from: the task's text; a pilot, by a regression on its probes; or a pilot whose probes, times
+the growth that the atlas's tasks show, are noisy measurements of the end."""
 
 ATLAS_MEAN = "atlas mean"
 """The forecast without evidence."""
@@ -85,8 +87,9 @@ class Preflight:
 
     Attributes
     ----------
-    uses_ : 'text', 'pilot' or None
-        The evidence that is used.
+    uses_ : 'text', 'pilot', 'growth' or None
+        The evidence that is used. A pilot is used in the better of two ways: its probes as features, or, times the
+        growth until the end, as measurements of the end whose errors are those on the atlas's tasks.
     errors_, unlike_errors_ : dict of str to float
         Root mean squared error, nats per token, of the 'atlas mean' and of each evidence that was given, on tasks left
         out with others of their kind in the atlas, and without. NaN where too few tasks were left to learn from.
@@ -107,6 +110,7 @@ class Preflight:
         features: np.ndarray | None = None,
         *,
         pilot: np.ndarray | None = None,
+        probes: np.ndarray | None = None,
         families: Sequence[str] | None = None,
     ) -> Self:
         """Learn from what is known of the atlas's tasks, all in the order that the model was fitted on.
@@ -117,6 +121,8 @@ class Preflight:
             Of the tasks' texts; NaN for a task whose text is unknown.
         pilot : array, shape (M, k), optional
             Forgetting of some examples after a share of the fine-tune; NaN for a task that was not measured then.
+        probes : array of int, shape (k,), optional
+            Columns of these examples; without them, growth is not used.
         families : sequence of str, length M, optional
             Tasks of one family are of a kind. With fewer than two families, similarity decides.
 
@@ -128,7 +134,13 @@ class Preflight:
         matrix = self.model._fitted_on
         values = matrix.values if isinstance(matrix, ForgettingMatrix) else matrix
         given: dict[Evidence, np.ndarray] = {}
-        named: tuple[tuple[Evidence, np.ndarray | None], ...] = (("text", features), ("pilot", pilot))
+        growing = None if probes is None else pilot
+        named: tuple[tuple[Evidence, np.ndarray | None], ...] = (
+            ("text", features),
+            ("pilot", pilot),
+            ("growth", growing),
+        )
+        self._probes = None if probes is None else np.asarray(probes, dtype=np.intp)
         for name, table in named:
             if table is not None:
                 given[name] = np.asarray(table, dtype=np.float64)
@@ -136,12 +148,13 @@ class Preflight:
                     known = f"and the atlas has {values.shape[0]}"
                     raise MismatchError(f"features of {given[name].shape[0]} tasks ({name}), {known}")
         self.kinds_ = len(set(families)) if families is not None and len(set(families)) > 1 else 0
-        like = self._leave_out(given, task_splits(values, matrix.groups))
+        with_probes: dict[str, Any] = {"always": self._probes}
+        like = self._leave_out(given, task_splits(values, matrix.groups, **with_probes))
         apart = self._leave_out(
             given,
-            task_splits(values, families, fewest=2)
+            task_splits(values, families, fewest=2, **with_probes)
             if self.kinds_
-            else task_splits(values, matrix.groups, similar=SIMILAR_SHARE),
+            else task_splits(values, matrix.groups, similar=SIMILAR_SHARE, **with_probes),
         )
         self.errors_, self.unlike_errors_ = (
             {name: left.error for name, left in each.items()} for each in (like, apart)
@@ -151,18 +164,33 @@ class Preflight:
         self.uses_ = usable[0] if usable else None
         used = self.uses_ or ATLAS_MEAN
         self._calibrated = {False: _Calibrated.of(like[used]), True: _Calibrated.of(apart[used])}
-        self._fitted: Fit | None = None
+        self._learned: _Learned | None = None
         if self.uses_ is not None:
             table = given[self.uses_]
             known = np.isfinite(table).all(axis=1)
             columns = calibration_columns(values.shape[1], np.random.default_rng(0))
+            if self._probes is not None:
+                columns = np.union1d(columns, self._probes)
             part = values[:, columns][known].astype(np.float64)
             state = self.model.state_
             state = state._replace(
                 mean=state.mean[columns], loadings=state.loadings[columns], noise=state.noise[columns]
             )
-            self._fitted = Ridge(table[known]).fit(_coefficients(state, part))
+            self._learned = self._learn(self.uses_, state, part, table[known], columns)
         return self
+
+    def _learn(
+        self, name: Evidence, state: Estimate, rows: np.ndarray, evidence: np.ndarray, columns: np.ndarray
+    ) -> _Learned | None:
+        """Learn from the rows (m, n) of tasks at some columns and their evidence (m, p); None of too few tasks."""
+        if len(rows) < FEWEST:
+            return None
+        if name != "growth":
+            return _Regression(Ridge(evidence).fit(_coefficients(state, rows)))
+        assert self._probes is not None
+        places = np.searchsorted(columns, self._probes)
+        there = columns[np.minimum(places, len(columns) - 1)] == self._probes
+        return _Grown.of(evidence[:, there], rows[:, places[there]], there, state, places[there])
 
     def _leave_out(self, given: Mapping[Evidence, np.ndarray], splits: Iterable[Split]) -> dict[str, _Left]:
         """Forecast left-out tasks from the atlas's mean, and from each evidence."""
@@ -175,14 +203,12 @@ class Preflight:
             for name, table in given.items():
                 known = np.isfinite(table).all(axis=1)
                 use = known[split.kept]
-                fitted = None
-                if use.sum() >= FEWEST:
-                    fitted = Ridge(table[split.kept[use]]).fit(_coefficients(state, split.rest[use]))
+                learned = self._learn(name, state, split.rest[use], table[split.kept[use]], split.columns)
                 for task, row in zip(split.left_out.tolist(), split.rows, strict=True):
-                    if fitted is not None and known[task]:
-                        found[name].add(_with_prior(state, *_prior(state, fitted, table[task])), row)
+                    if learned is not None and known[task]:
+                        found[name].add(_with_prior(state, *learned.prior(state, table[task])), row)
                     else:
-                        found[name].add(state, row, known=bool(known[task]), fitted=fitted is not None)
+                        found[name].add(state, row, known=bool(known[task]), fitted=learned is not None)
         return found
 
     def model_for(self, features: np.ndarray | None = None, *, pilot: np.ndarray | None = None) -> LinearGaussian:
@@ -200,12 +226,13 @@ class Preflight:
         DataError
             If the evidence that is used is not given, or not finite.
         """
-        if self._fitted is None:
+        if self._learned is None:
             return self.model
         own = features if self.uses_ == "text" else pilot
         if own is None or not np.isfinite(own).all():
-            raise DataError(f"the forecast uses the task's {self.uses_}: give it, without missing values")
-        return with_prior(self.model, *_prior(self.model.state_, self._fitted, own))
+            what = "text" if self.uses_ == "text" else "pilot"
+            raise DataError(f"the forecast uses the task's {what}: give it, without missing values")
+        return with_prior(self.model, *self._learned.prior(self.model.state_, np.asarray(own, dtype=np.float64)))
 
     def forecast(
         self, features: np.ndarray | None = None, *, pilot: np.ndarray | None = None, unlike: bool = False
@@ -236,6 +263,61 @@ class Preflight:
         if not 0 < level < 1:
             raise ConfigError(f"an interval's level must be between 0 and 1, not {level}")
         return max(self._calibrated[kind].half(level) for kind in (False, unlike))
+
+
+class _Regression(NamedTuple):
+    """Coefficients by ridge regression on the evidence."""
+
+    fit: Fit
+
+    def prior(self, state: Estimate, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance of the coefficients, (r,) each."""
+        return _prior(state, self.fit, own)
+
+
+class _Grown(NamedTuple):
+    """Coefficients by conditioning on the probes of a pilot, times a factor, as noisy measurements of the end.
+
+    Attributes
+    ----------
+    factor : float
+        From the forgetting then to that at the end, by least squares over the atlas's tasks and probes.
+    errors : array, shape (k,)
+        Mean squared error of each probe's product with it, over these tasks.
+    there : array of bool
+        Of all probes, the k that are among the columns.
+    mean, loadings, noise : arrays, shapes (k,), (k, r) and (k,)
+        Of the model, at these.
+    """
+
+    factor: float
+    errors: np.ndarray
+    there: np.ndarray
+    mean: np.ndarray
+    loadings: np.ndarray
+    noise: np.ndarray
+
+    @classmethod
+    def of(cls, now: np.ndarray, end: np.ndarray, there: np.ndarray, state: Estimate, at: np.ndarray) -> _Grown | None:
+        """Learn from the probes (m, k) of tasks then and at the end; None if one never was, or the prior is flat."""
+        both = ~np.isnan(end)
+        if not both.any(axis=0).all() or not at.size or not np.isfinite(state.prior).all():
+            return None
+        finished = np.where(both, end, 0.0)
+        factor = float((now * finished).sum() / max(float((now**2 * both).sum()), 1e-300))
+        squares = np.where(both, (finished - factor * now) ** 2, 0.0).sum(axis=0) / both.sum(axis=0)
+        return cls(factor, squares, there, state.mean[at], state.loadings[at].astype(np.float64), state.noise[at])
+
+    def prior(self, state: Estimate, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance of the coefficients, (r,) each; their covariance given the probes is left out."""
+        spread = self.loadings * state.prior
+        joint = spread @ self.loadings.T + np.diag(self.noise + self.errors)
+        gain = np.linalg.solve(joint, spread).T  # (r, k)
+        mean = gain @ (self.factor * own[self.there] - self.mean)
+        return mean, np.maximum(state.prior - np.einsum("rk,kr->r", gain, spread), 0.0)
+
+
+_Learned = _Regression | _Grown
 
 
 class _Left:
