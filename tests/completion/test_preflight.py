@@ -6,6 +6,7 @@ import pytest
 from forgetcast import DataError, MismatchError
 from forgetcast.atlas import ForgettingMatrix
 from forgetcast.completion import Bayesian
+from forgetcast.completion.base import CALIBRATION_EXAMPLES, task_splits
 from forgetcast.completion.preflight import Preflight, with_prior
 
 
@@ -192,3 +193,13 @@ def test_without_families_the_most_similar_tasks_are_left_out_too() -> None:
     assert before.kinds_ == 0
     assert np.isfinite(before.unlike_errors_["atlas mean"])
     assert np.isfinite(before.mean_half_width(0.8, unlike=True))
+
+
+def test_columns_that_are_always_used_are_among_those_of_every_split() -> None:
+    values = np.random.default_rng(0).normal(size=(6, CALIBRATION_EXAMPLES + 500)).astype(np.float32)
+    always = np.arange(7, len(values[0]), 100)
+    without = [split.columns for split in task_splits(values)]
+    assert any(not np.isin(always, columns).all() for columns in without)
+    for split, columns in zip(task_splits(values, always=always), without, strict=True):
+        np.testing.assert_array_equal(split.columns, np.union1d(columns, always))
+        np.testing.assert_array_equal(split.rest, values[np.ix_(split.kept, split.columns)])
