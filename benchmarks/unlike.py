@@ -6,6 +6,8 @@
 Each family of tasks in a measured matrix is left out and forecast from the other families. A task is flagged where the
 misfit of `Bayesian` is below 0.05, as the command line does. On the flagged tasks, `Auto` is compared with `Bayesian`
 from the same probes, and `Bayesian` with itself from more probes; all errors are on examples that no probe is of.
+Then the interval of the mean that `preflight` gives before any probe: how often it covers the tasks of the family that
+is left out, as wide as the errors on tasks left out alone, and on tasks left out with all of their kind.
 Intervals are of a paired bootstrap over tasks. The matrices are the authors' measurements; FORGETCAST_DATA names their
 folder (default ../shared/data).
 """
@@ -23,7 +25,8 @@ from rich.table import Table
 
 from forgetcast import ForgettingMatrix
 from forgetcast.completion import Auto, Bayesian, Completion
-from forgetcast.completion.base import MISFIT_THRESHOLD
+from forgetcast.completion.base import MISFIT_THRESHOLD, family_of
+from forgetcast.completion.preflight import Preflight
 from shared import conclude, output, target
 
 MATRICES = {"olmo-7b": "olmo-7b-dolma.json", "olmo-7b-instruct": "olmo-7b-instruct.json"}
@@ -31,6 +34,9 @@ PROBES = (10, 30, 60)
 SPLITS = 5
 FEWEST = 6
 """Tasks that it takes for an interval."""
+LEVEL = 0.9
+INTERVALS = ("half-width, like", "coverage, like", "half-width, unlike", "coverage, unlike")
+"""Of the mean before any probe."""
 
 
 def families(matrix: ForgettingMatrix) -> dict[str, np.ndarray]:
@@ -92,6 +98,23 @@ def compare(setting: str, found: dict[tuple[str, int], np.ndarray]) -> Iterator[
             yield {"setting": setting, "who": who, "what": f"{more} / {fewer} probes", "of": len(flagged)} | row
 
 
+def before_probes(setting: str, known: np.ndarray, kinds: list[str], new: np.ndarray) -> dict[str, Any]:
+    """Return how often both intervals of the mean cover the tasks of a new family."""
+    before = Preflight(Bayesian().fit(known)).fit(families=kinds)
+    misses = np.abs(new.mean(axis=1) - float(before.forecast().mean.mean()))
+    row: dict[str, Any] = {
+        "setting": setting,
+        "what": "preflight",
+        "who": "all",
+        "of": len(new),
+        "kinds": before.kinds_,
+    }
+    for name, unlike in (("like", False), ("unlike", True)):
+        half = before.mean_half_width(LEVEL, unlike=unlike)
+        row |= {f"half-width, {name}": half, f"coverage, {name}": float(np.mean(misses <= half))}
+    return row
+
+
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,6 +124,7 @@ def main() -> None:
     console = output()
     folder = Path(os.environ.get("FORGETCAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     rows: list[dict[str, Any]] = []
+    preflights: list[dict[str, Any]] = []
     for name, file in MATRICES.items():
         if not (folder / file).is_file():
             parser.exit(2, f"{folder / file} is not here; set FORGETCAST_DATA to the folder with the matrices\n")
@@ -111,6 +135,8 @@ def main() -> None:
             console.print(setting, style="dim")
             known = np.delete(values, members, axis=0)
             rows += compare(setting, errors(known, values[members], 1 if arguments.quick else SPLITS))
+            kinds = [family_of(task) for task in np.delete(np.array(matrix.tasks), members).tolist()]
+            preflights.append(before_probes(setting, known, kinds, values[members]))
     table = Table("setting", "tasks", "comparison", "n (of)", "ratio of RMSE", "95 %", title="Tasks of another family")
     for row in rows:
         if row["who"] == "flagged" or row["what"].endswith("10 probes"):
@@ -118,7 +144,13 @@ def main() -> None:
             figure = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             table.add_row(row["setting"], row["who"], row["what"], f"{row['tasks']} ({row['of']})", figure, interval)
     console.print(table)
-    conclude(console, rows, targets(rows), arguments.json, "scipy")
+    table = Table("setting", "tasks", "kinds", *(f"{name} of {LEVEL:.0%}" for name in INTERVALS))
+    table.title = "The interval of the mean before any probe, on a family that is left out"
+    for row in preflights:
+        figures = (f"{row[name]:.0%}" if name.startswith("coverage") else f"{row[name]:.3f}" for name in INTERVALS)
+        table.add_row(row["setting"], str(row["of"]), str(row["kinds"] or "similar"), *figures)
+    console.print(table)
+    conclude(console, [*rows, *preflights], targets(rows), arguments.json, "scipy")
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -171,9 +171,52 @@ def test_files_of_earlier_versions_still_load() -> None:
     assert Verification.from_dict(json.loads(json.dumps(verification().as_dict()))) == verification()
 
 
+def answered(lost: dict[str, int], right: int = 20) -> Verification:
+    """The same runs with answers, of which each arm loses so many, and one more with every other seed."""
+    runs = (
+        replace(run, right_to_wrong=lost[run.arm] + run.seed % 2, right_before=right) for run in verification().runs
+    )
+    return replace(verification(), runs=tuple(runs))
+
+
+def test_arms_are_compared_by_the_share_of_answers_lost() -> None:
+    """Oracle: the shares by hand, and SciPy's test of the tasks' mean differences."""
+    result = answered({"none": 10, "random": 6, "forecast": 2, "top": 6})
+    assert result.average("forecast", "lost_answers") == pytest.approx((2 + 1 / 3) / 20)
+    found = result.compare("forecast", "random", "lost_answers")
+    assert found is not None
+    assert found.difference.mean == pytest.approx(-4 / 20)
+    assert found.better
+    same = result.compare("top", "random", "lost_answers")
+    assert same is not None
+    assert (same.difference.mean, same.better, same.worse) == (0, False, False)
+    assert Verification.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+    # Of shares that differ from task to task, the test is Student's t of the tasks, as of every other metric.
+    rng = np.random.default_rng(1)
+    uneven = replace(result, runs=tuple(replace(run, right_to_wrong=int(rng.integers(21))) for run in result.runs))
+    share = {(r.task, r.arm, r.seed): r.right_to_wrong / 20 for r in uneven.runs if r.right_to_wrong is not None}
+    gaps = [np.mean([share[f"t{t}", "top", s] - share[f"t{t}", "none", s] for s in range(3)]) for t in range(6)]
+    tested = uneven.compare("top", "none", "lost_answers")
+    assert tested is not None
+    assert tested.difference.p_value == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+
+
+def test_a_share_of_answers_that_is_not_known_is_left_out_and_said() -> None:
+    lost = {"none": 10, "random": 6, "forecast": 2, "top": 6}
+    old = replace(answered(lost), runs=tuple(replace(run, right_before=None) for run in answered(lost).runs))
+    assert "lost_answers" not in old.metrics
+    assert old.notes() == (
+        "The share of answers lost is left out: the run t0.none.0 does not say how many were right before.",
+    )
+    none = replace(answered(lost), runs=tuple(replace(r, right_to_wrong=0, right_before=0) for r in old.runs))
+    (note,) = none.notes()
+    assert note.endswith("of the examples that t0 is judged on, the base model answers none right.")
+    assert verification().notes() == ()
+
+
 def test_the_table_has_a_column_for_all_that_was_measured() -> None:
     result = verification()
-    result = replace(result, runs=tuple(replace(run, right_to_wrong=run.seed) for run in result.runs))
+    result = replace(result, runs=tuple(replace(run, right_to_wrong=run.seed, right_before=5) for run in result.runs))
     console = Console(width=200, record=True, file=StringIO())
     for part in verification_tables(result):
         console.print(part)
@@ -183,6 +226,9 @@ def test_the_table_has_a_column_for_all_that_was_measured() -> None:
     assert found is not None
     assert f"{found.difference.lower:+.3f} to {found.difference.upper:+.3f}" in text
     assert f"{found.corrected_p:.2g}" in text
+    assert text.count("answers: a share") == 2  # the arms, and each against no replay
+    assert f"{1 / 5:.3f}" in text
+    assert "On the share of answers lost, forecast replay is not shown to be better than random" in text
 
 
 @given(
@@ -226,7 +272,7 @@ def test_flips_are_counted_over_examples_answered_twice() -> None:
     assert count_flips(before, after) is None
     after = replace(after, exact_match=np.array([0, 0, 1, 0, 1, np.nan]))
     # in the pool's order: before 1 1 1 0 - 1, after - 1 0 1 0 0
-    assert count_flips(before, after) == 2
+    assert count_flips(before, after) == (2, 3)
     assert count_flips(before, replace(after, exact_match=np.full(6, np.nan))) is None
     assert worst_part(np.arange(300.0), 100) == 298
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from forgetcast.completion import Bayesian, Completion, LogisticMF
 from forgetcast.completion.forecast import TaskForecast
 from forgetcast.replay import ReplayPlan
 from support.cli import RunCommand
-from support.data import make_pool, make_scores
+from support.data import make_atlas, make_pool, make_scores
+from support.pages import Page
 
 POOL = make_pool(60)
 RIGHT = np.arange(60) % 4 != 3
@@ -106,11 +108,69 @@ def test_what_cannot_be_forecast_by_answers(atlas: Atlas, tmp_path: Path, run: R
     code, _, err = run(*words_of_model, "--until-width", "worst_tenth:0.1")
     assert code == 2
     assert "there is no worst tenth" in " ".join(err.split())
-    _answered(POOL.subset(POOL.ids[:2]), np.ones(2)).save(scores)
-    assert run(*words)[0] == 0
-    code, _, err = run("report", atlas.path, "--forecast", output, "-o", tmp_path / "report.html")
+
+
+def test_the_report_shows_lost_answers_as_shares(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
+    """Oracle: the planted flips of the row, which the forecast was not told but for its probes."""
+    matrix = atlas.matrix(measure="exact_match")
+    row, others = matrix.values[5], [name for name in atlas.tasks if name not in ("t5", "unanswered")]
+    probes = list(range(0, 40, 4))
+    fitted = Bayesian().fit(matrix.select(others))
+    forecast = TaskForecast.from_forecast(
+        fitted.predict(probes, row[probes], audit=10), matrix, method="bayesian", task="t5", measure="exact_match"
+    )
+    forecast.save(tmp_path / "of answers.parquet")
+    loss = atlas.matrix(others)
+    of_loss = TaskForecast.from_forecast(
+        Bayesian().fit(loss).predict([0, 1], [0.1, 0.2]), atlas.pool, method="bayesian", task="t5"
+    )
+    of_loss.save(tmp_path / "of loss.parquet")
+    page = tmp_path / "report.html"
+    files = [word for name in ("of answers", "of loss") for word in ("--forecast", tmp_path / f"{name}.parquet")]
+    code, _, err = run("report", atlas.path, *files, "-o", page)
+    assert code == 0, err
+    text = Page(page).text
+    section = text[text.index("Answers that are lost") : text.index("Examples most at risk")]
+    assert "nats" not in section
+    expected = forecast.figure("mean")
+    guaranteed = forecast.figure("mean", "guaranteed")
+    assert expected is not None
+    assert guaranteed is not None
+    measured = row.mean()
+    numbers = [expected.value, expected.lower, expected.upper, guaranteed.lower, guaranteed.upper, measured]
+    whole = "share lost {:.3f} {:.3f} to {:.3f} {:.3f} to {:.3f} {:.3f}".format(*numbers)
+    assert whole in section
+    judged = np.setdiff1d(np.arange(len(row)), probes)
+    brier = np.mean((forecast.mean[judged] - row[judged]) ** 2)
+    assert f"Brier score {brier:.3f}" in section
+    assert f"a share of {expected.value:.3f} (90% interval {expected.lower:.3f} to {expected.upper:.3f})" in text
+    assert f"the share lost is {row[judged].mean():.3f}" in text
+    sources = np.array(matrix.sources)
+    for source in set(matrix.sources):
+        assert re.search(
+            rf"{source} \({(sources == source).sum()}\) share lost [^(]*{row[sources == source].mean():.3f}", section
+        )
+    assert "t5 (probability of being answered wrong)" in text
+    assert "t5 (nats per token)" in text
+    # Without a measured row there is nothing to judge by.
+    replace(forecast, task="new").save(tmp_path / "of answers.parquet")
+    assert run("report", atlas.path, *files[:2], "-o", page)[0] == 0
+    text = Page(page).text
+    assert "Brier" not in text
+    assert f"of {expected.value:.3f} (90% interval" in text
+    assert "The forecast" not in text[text.index("How regular") : text.index("Answers that are lost")]
+
+
+def test_a_report_of_answers_needs_an_atlas_with_answers(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
+    matrix = atlas.matrix(measure="exact_match")
+    row = Bayesian().fit(matrix).predict([0, 1], [1, 0])
+    forecast = TaskForecast.from_forecast(row, matrix, method="bayesian", measure="exact_match")
+    forecast.save(tmp_path / "forecast.parquet")
+    bare = make_atlas(tmp_path / "bare.atlas", POOL)
+    code, _, err = run("report", bare.path, "--forecast", tmp_path / "forecast.parquet", "-o", tmp_path / "r.html")
     assert code == 2
-    assert "is of exact match; the report needs one of the loss" in " ".join(err.split())
+    assert "has no answers" in " ".join(err.split())
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_a_probability_is_in_the_unit_interval(atlas: Atlas) -> None:

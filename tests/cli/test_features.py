@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from forgetcast import Atlas, Example, Pool, Scores
+from forgetcast.completion import Bayesian
 from forgetcast.completion.forecast import TaskForecast
-from forgetcast.lm import LanguageModel, score
+from forgetcast.completion.preflight import Preflight
+from forgetcast.lm import LanguageModel, load, score
 from forgetcast.measure import features as features_module
 from forgetcast.measure.features import FeatureFolder
 from forgetcast.replay import ReplayPlan
@@ -225,6 +231,108 @@ def test_preflight_forecasts_before_anything_is_run(model: Path, atlas: Path, tm
     assert code == 0
     assert "too few" in err
     assert "atlas's mean" in err
+
+
+@pytest.fixture(scope="module")
+def begun(base: LanguageModel, atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The atlas with curves at a quarter of the steps, where a third is forgotten; and a model that began to forget."""
+    folder = tmp_path_factory.mktemp("begun")
+    path = Path(shutil.copytree(atlas, folder / "runs.atlas"))
+    opened = Atlas.open(path)
+    before, rng = opened.before, np.random.default_rng(1)
+    for i in range(8, 14):
+        row = rng.uniform(0.5, 1.5) * (before.nll - 8) + rng.normal(0, 0.01, len(POOL))
+        opened.add(f"task{i}", replace(before, nll=before.nll + row))
+    matrix = opened.matrix()
+    for task, row in zip(matrix.tasks, matrix.values, strict=True):
+        opened.at(0.25).add(task, replace(before, nll=before.nll + row / 3))
+    other = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    return path, save(replace(base, model=other), folder / "pilot")
+
+
+def test_preflight_from_a_pilot(model: Path, begun: tuple[Path, Path], tmp_path: Path) -> None:
+    """Oracle: the pilot's forgetting by `score`, and `Preflight` with the rows of the curve by hand."""
+    path, pilot = begun
+    Pool(list(make_pool(4))).save(tmp_path / "new.jsonl")
+    words = ("preflight", model, tmp_path / "new.jsonl", "--atlas", path, "--pilot", pilot, "-k", 12, "--level", 0.8)
+    output = tmp_path / "f.parquet"
+    code, out, err = run_command(*words, "-o", output, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["share"], facts["with_pilot"], facts["pilot_probes"]) == (0.25, 14, 12)
+    scores = Scores.load(tmp_path / "f.parquet.pilot.parquet")
+    opened = Atlas.open(path)
+    columns = [opened.examples.index(id_) for id_ in scores.ids]
+    own = scores.nll - opened.nll_before[columns]
+    by_score = score(load(pilot), opened.subset(scores.ids)).nll - opened.nll_before[columns]
+    np.testing.assert_allclose(own, by_score, atol=1e-5)
+    rows = opened.at(0.25).matrix().values[:, columns]
+    by_hand = Preflight(Bayesian().fit(opened.stored())).fit(pilot=rows, probes=np.array(columns))
+    assert facts["uses"] == by_hand.uses_ in ("pilot", "growth")
+    assert facts["rmse_pilot"] == pytest.approx(by_hand.errors_["pilot"])
+    assert facts["rmse_growth"] == pytest.approx(by_hand.errors_["growth"])
+    stored = TaskForecast.load(output)
+    np.testing.assert_allclose(stored.mean, by_hand.forecast(pilot=own).mean, rtol=1e-5)
+    unlike = facts["misfit"] < 0.05
+    assert stored.misfit == facts["misfit"]
+    assert facts["half_width_unlike"] == pytest.approx(by_hand.mean_half_width(0.8, unlike=True))
+    half = facts["half_width_unlike" if unlike else "half_width_like"]
+    assert facts["mean_upper"] - facts["mean_forgetting"] == pytest.approx(half)
+    # An interrupted or repeated command does not score again.
+    at = (tmp_path / "f.parquet.pilot.parquet").stat().st_mtime_ns
+    assert json.loads(run_command(*words, "-o", output, "--json")[1]) == facts
+    assert (tmp_path / "f.parquet.pilot.parquet").stat().st_mtime_ns == at
+
+
+def test_preflight_says_what_kinds_it_left_out(model: Path, begun: tuple[Path, Path], tmp_path: Path) -> None:
+    path, _ = begun
+    Pool(list(make_pool(4))).save(tmp_path / "new.jsonl")
+    words = ("preflight", model, tmp_path / "new.jsonl", "--atlas", path, "--level", 0.7)
+    code, _, err = run_command(*words, "--family", "task0,task1,task2", "--family", "task3,task4")
+    assert code == 0, err
+    assert "with all of their family (3 families)" in " ".join(err.split())
+    code, _, err = run_command(*words)
+    assert "with the 33% of the others that are most similar" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--share", "0.25"], "give the model, too"),
+        (["--pilot", "PILOT", "--share", "0.3"], "--share 0.3: the atlas has curves at 0.25"),
+        (["--pilot", "PILOT", "-k", "600"], "600"),
+        (["--pilot", "BASE"], "is the base model"),
+        (["--pilot", "no/such/model"], "no/such/model"),
+        (["--family", "task0,taks1"], "no task 'taks1'; did you mean task1?"),
+        (["--family", "task0", "--family", "task1,task0"], "the task 'task0' is named twice"),
+    ],
+)
+def test_what_preflight_refuses_of_a_pilot(
+    model: Path, begun: tuple[Path, Path], tmp_path: Path, words: list[str], message: str
+) -> None:
+    path, pilot = begun
+    Pool(list(make_pool(4))).save(tmp_path / "new.jsonl")
+    given = [{"PILOT": str(pilot), "BASE": str(model)}.get(word, word) for word in words]
+    code, _, err = run_command("preflight", model, tmp_path / "new.jsonl", "--atlas", path, *given)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_a_pilot_needs_curves(model: Path, atlas: Path, begun: tuple[Path, Path], tmp_path: Path) -> None:
+    Pool(list(make_pool(4))).save(tmp_path / "new.jsonl")
+    code, _, err = run_command("preflight", model, tmp_path / "new.jsonl", "--atlas", atlas, "--pilot", begun[1])
+    assert code == 2
+    assert "has no learning curves" in " ".join(err.split())
+    few = Path(shutil.copytree(atlas, tmp_path / "few.atlas"))
+    opened = Atlas.open(few)
+    opened.at(0.5).add("task0", replace(opened.before, nll=opened.before.nll + 0.1))
+    code, _, err = run_command("preflight", model, tmp_path / "new.jsonl", "--atlas", few, "--pilot", begun[1])
+    assert code == 2
+    assert "1 tasks of" in err
+    assert "it takes 8" in " ".join(err.split())
 
 
 def test_preflight_refuses_a_task_without_examples(model: Path, atlas: Path, tmp_path: Path) -> None:

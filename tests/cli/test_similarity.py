@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from forgetcast import Atlas, Example, Pool
+from forgetcast.lm import score
+from forgetcast.lm.gradients import _gradient
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool, make_scores
 from support.models import save, tiny
@@ -56,6 +62,39 @@ def test_bench_compares_and_the_report_shows_it(run: RunCommand, project: Path) 
     page = (project / "report.html").read_text()
     assert "What else predicts forgetting" in page
     assert "bayesian+ridge" in page
+
+
+def test_updates_of_tuned_models(run: RunCommand, project: Path) -> None:
+    """Oracle: `update` is the derivative of the losses towards the tuned model; checkpoints are found in its folder."""
+    base = tiny()
+    folder = save(base, project / "base")
+    pool = make_pool()
+    before = score(base, pool)
+    atlas = Atlas.create(project / "real.atlas", pool, before, model="base")
+    tuned = {}
+    for at, name in enumerate(("t0", "t1", "t2", "t3")):
+        gradient = _gradient(base, [pool[at]], 1, end=False)
+        norm = float(torch.cat([part.flatten() for part in gradient]).norm())
+        tuned[name] = replace(base, model=copy.deepcopy(base.model))
+        with torch.no_grad():
+            for parameter, part in zip(tuned[name].model.parameters(), gradient, strict=True):
+                parameter.add_(part, alpha=0.01 / norm)
+        atlas.add(name, score(tuned[name], pool))
+        for where in (name, f"{name}/checkpoint-3"):
+            save(tuned[name], project / "tuned" / where)
+    words = ["analyze", atlas.path, "--tasks", project / "tasks", "--model", folder, "--similarity"]
+    code, out, err = run(*words, "update,gradient-run", "--tuned", project / "tuned", "--json")
+    assert code == 0, err
+    found = {each["name"]: each for each in json.loads(out)["similarity"]}
+    assert set(found) == {"update", "gradient-run"}
+    assert found["update"]["cells"]["value"] > 0.9, "so small an update does what its derivative says"
+    code, _, err = run(*words, "update")
+    assert code == 2
+    assert "the similarity 'update' needs --tuned" in " ".join(err.split())
+    shutil.rmtree(project / "tuned" / "t2")
+    code, _, err = run(*words, "update", "--tuned", project / "tuned")
+    assert code == 2
+    assert "t2 holds neither a model nor an adapter" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("case", ["no tasks", "missing task", "empty task", "no model", "matrix", "output alone"])

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from forgetcast import DataError
 from forgetcast.completion import Bayesian
+from forgetcast.completion.errors import judge_probabilities
 from forgetcast.evaluation import accuracy, judge
 from support.data import planted
 
@@ -43,3 +46,35 @@ def test_rank_correlation_of_a_constant_is_nan() -> None:
     flat = judge(np.ones(5), np.zeros(5), np.full(5, 9.0), np.arange(5.0))
     assert np.isnan(flat.spearman)
     assert flat.coverage == 1
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 1.0, np.nan])), min_size=4, max_size=120))
+def test_probabilities_against_plain_loops(pairs: list[tuple[float, float]]) -> None:
+    made, truth = (np.array(part) for part in zip(*pairs, strict=True))
+    known = [(p, t) for p, t in pairs if t in (0, 1)]
+    if len(known) < 2:
+        with pytest.raises(DataError, match="two measured"):
+            judge_probabilities(made, truth)
+        return
+    found, n = judge_probabilities(made, truth), len(known)
+    assert found.examples == n == sum(each.count for each in found.bins)
+    assert found.brier == pytest.approx(sum((p - t) ** 2 for p, t in known) / n)
+    share = sum(t for _, t in known) / n
+    assert found.share == pytest.approx(share)
+    assert found.brier_of_share == pytest.approx(sum((share - t) ** 2 for _, t in known) / n)
+    assert sum(each.count * each.share for each in found.bins) == pytest.approx(sum(t for _, t in known))
+    assert sum(each.count * each.forecast for each in found.bins) == pytest.approx(sum(p for p, _ in known))
+    assert all(each.count >= min(n, 5) for each in found.bins)
+    assert [each.forecast for each in found.bins] == sorted(each.forecast for each in found.bins)
+    for each in found.bins:
+        # Wilson's interval in closed form.
+        z2 = stats.norm.ppf(0.975) ** 2
+        centre = (each.share + z2 / 2 / each.count) / (1 + z2 / each.count)
+        half = (each.share * (1 - each.share) / each.count + z2 / 4 / each.count**2) ** 0.5 * z2**0.5
+        half /= 1 + z2 / each.count
+        assert (each.lower, each.upper) == pytest.approx((centre - half, centre + half), abs=1e-9)
+
+
+def test_only_zeros_and_ones_judge_probabilities() -> None:
+    with pytest.raises(DataError, match="zeros and ones"):
+        judge_probabilities(np.array([0.2, 0.4]), np.array([0.0, 0.5]))

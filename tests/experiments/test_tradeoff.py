@@ -89,6 +89,21 @@ class TestAdvice:
         assert advice.arm == "interpolation"
         assert "interpolation is simpler, and not shown to forget more: mean forgetting" in " ".join(advice.sentences)
 
+    def test_an_arm_that_is_shown_to_lose_more_answers_is_not_advised(self) -> None:
+        result = planted({**PLACES, "top": (0.0, -0.101)}, noise=0.01)
+        lost = {"none": 15, "interpolation": 9, "random": 9, "top": 5}
+        runs = [replace(r, right_to_wrong=lost[r.arm] + int(r.task[1]) % 2, right_before=20) for r in result.runs]
+        answered = replace(result, runs=tuple(runs))
+        assert (result.advice.arm, answered.advice.arm, answered.advice.best) == ("interpolation", "top", "top")
+        found = {each.arm: each.lost_answers for each in answered.tradeoffs}
+        assert found["top"] is not None
+        assert found["top"].mean == pytest.approx(-10 / 20)
+        assert all(each.lost_answers is None for each in result.tradeoffs)
+        runs = [replace(run, right_to_wrong=5) for run in answered.runs]
+        same = replace(answered, runs=tuple(runs)).advice
+        assert same.arm == "interpolation"
+        assert "share of answers lost +0.0000 (+0.0000 to +0.0000)" in " ".join(same.sentences)
+
     def test_arms_that_cost_new_task_loss_are_not_advised(self) -> None:
         advice = planted({**PLACES, "top": (0.05, -0.3)}).advice
         assert advice.arm == "interpolation"

@@ -105,11 +105,13 @@ class TestVerify:
             on_progress=lambda _, *n: seen.append(n),
         )
         assert seen[-1][0] == seen[-1][1]
-        assert "right_to_wrong" in result.metrics
+        assert "lost_answers" in result.metrics
         for run, replayed in zip(result.runs, (None, plan), strict=True):
             tuned = FineTuner(copy.deepcopy(base)).tune(new, recipe, plan=replayed, pool=pool).language_model
             after = exact_match(tuned, QUESTIONS, max_new_tokens=4)[0]
             assert run.right_to_wrong == (after == 0).sum() > 0
+            assert run.right_before == len(QUESTIONS)
+            assert run.lost_answers == np.mean(after == 0)
 
     def test_several_plans_are_arms_side_by_side(self) -> None:
         pool = make_pool()

@@ -116,6 +116,33 @@ def hostile_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
+def test_forecasts_of_answers_are_escaped(tmp_path: Path) -> None:
+    pool = Pool(
+        [replace(example, id=f"{HOSTILE}{i}", source=f"{HOSTILE}{i % 2}") for i, example in enumerate(make_pool())]
+    )
+    before = replace(make_scores(pool, np.full(24, 3.0)), exact_match=np.ones(24))
+    atlas = Atlas.create(tmp_path / "x.atlas", pool, before, model="base")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        atlas.add(f"t{i} {HOSTILE}", replace(before, exact_match=(rng.random(24) < 0.7).astype(float)))
+    matrix, task = atlas.matrix(measure="exact_match"), atlas.tasks[-1]
+    row = Bayesian().fit(matrix.select(atlas.tasks[:-1])).predict([0, 1, 2], matrix.values[-1, :3])
+    made = [
+        TaskForecast.from_forecast(row, matrix, method="bayesian", task=name, measure="exact_match")
+        for name in (task, f"{HOSTILE} new")
+    ]
+    runs = tuple(replace(run, right_to_wrong=run.seed, right_before=9) for run in verified().runs)
+    write_report(tmp_path / "plain.html", atlas)
+    write_report(tmp_path / "r.html", atlas, forecasts=made, verification=replace(verified(), runs=runs))
+    page = Page(tmp_path / "r.html")
+    assert page.scripts == Page(tmp_path / "plain.html").scripts + 5  # a plot each, and three of the verification
+    assert page.links == []
+    content = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<img" not in content[content.index("<body>") :]
+    assert "<script>alert" not in content
+    assert "(nats per token; answers: a share)" in page.text
+
+
 def test_text_from_data_is_escaped(tmp_path: Path, atlas: Atlas) -> None:
     write_report(tmp_path / "harmless.html", atlas, forecasts=[forecast_of(atlas, "t7")], verification=verified())
     path = hostile_report(tmp_path)

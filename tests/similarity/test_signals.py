@@ -10,7 +10,8 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from forgetcast import ConfigError, DataError, Example, MismatchError, Pool
 from forgetcast.atlas import ForgettingMatrix
-from forgetcast.similarity import SIMILARITIES, Material, Similarity, compute_similarities, tasks_of
+from forgetcast.lm.gradients import DIMENSIONS, _gradient
+from forgetcast.similarity import SIMILARITIES, Material, Similarity, compute_similarities, names_of, tasks_of
 
 SHIPS = Example("ship", text="The captain steered the ship across the stormy sea.")
 SUMS = Example("sum", text="Add seven and five to get twelve; multiply by three.")
@@ -74,9 +75,58 @@ def test_the_models_similarities_are_finite_and_tell_tasks_apart(material: Mater
     np.testing.assert_array_equal(np.sign(found["gradient"]), np.sign(found["gradient-cosine"]))
 
 
+def test_similarities_of_tuned_models_are_of_the_gradients_along_the_run(material: Material) -> None:
+    """Oracle: products of full gradients, of each task's own models, by plain loops."""
+    from support.models import tiny
+
+    models = {name: tiny(seed=seed) for seed, name in enumerate(("base", "a1", "a2", "b1"))}
+    material.language_model = models["base"]
+    given = Material(
+        material.tasks,
+        material.pool,
+        language_model=models["base"],
+        tuned={"sailing": ["a1", "a2"], "arithmetic": ["b1"]},
+        load=models.__getitem__,
+    )
+    found = compute_similarities(["update", "gradient-run", "gradient"], given)
+
+    def gradient(name: str, example: Example, *, end: bool) -> np.ndarray:
+        rows = _gradient(models[name], [example], 1, end=end)
+        return np.concatenate([row.numpy().ravel() for row in rows]).astype(np.float64)
+
+    def weights(name: str) -> np.ndarray:
+        parameters = models[name].model.parameters()
+        return np.concatenate([p.detach().numpy().ravel() for p in parameters]).astype(np.float64)
+
+    runs = {"sailing": ["base", "a1", "a2"], "arithmetic": ["base", "b1"]}
+    for row, (task, names) in enumerate(runs.items()):
+        update = weights(names[-1]) - weights("base")
+        for column, example in enumerate((SHIPS, SUMS)):
+            own = gradient("base", example, end=False)
+            bound = 5 * np.sqrt(2 / DIMENSIONS)
+            error = abs(found["update"][row, column] - update @ own)
+            assert error < bound * np.linalg.norm(update) * np.linalg.norm(own)
+            pairs = [(gradient(n, material.tasks[task][0], end=True), gradient(n, example, end=False)) for n in names]
+            error = abs(found["gradient-run"][row, column] + sum(a @ b for a, b in pairs))
+            assert error < bound * sum(np.linalg.norm(a) * np.linalg.norm(b) for a, b in pairs)
+    np.testing.assert_allclose(found["gradient"], compute_similarities(["gradient"], material)["gradient"], rtol=1e-5)
+
+
+def test_a_task_without_a_tuned_model_is_named(material: Material) -> None:
+    with pytest.raises(DataError, match="the tuned model of the task 'arithmetic' is not given"):
+        Material(material.tasks, material.pool, tuned={"sailing": ["a"]}, load=lambda _: pytest.fail("loaded"))
+    assert not {"update", "gradient-run"} & set(names_of("all"))
+    assert names_of("update, tfidf") == ["update", "tfidf"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("hidden", "needs --model"), ("embedding", "needs --embedding"), ("tf-idf", "unknown similarity 'tf-idf'")],
+    [
+        ("update", "needs --model, --tuned"),
+        ("hidden", "needs --model"),
+        ("embedding", "needs --embedding"),
+        ("tf-idf", "unknown similarity 'tf-idf'"),
+    ],
 )
 def test_what_is_missing_is_named(material: Material, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -32,7 +32,7 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
-from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
+from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
 from forgetcast.errors import ConfigError, IncompleteError
 from forgetcast.model_files import check_name
 from forgetcast.results import plain
@@ -123,6 +123,7 @@ def analyze(
     tasks: TasksFolder = None,
     model: BaseOption = None,
     embedding: EmbeddingOption = None,
+    tuned: TunedOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how nearly low-rank the forgetting is, and what its components load on.
@@ -146,7 +147,7 @@ def analyze(
     if similarity is not None:
         from forgetcast.similarity import associate
 
-        side = gather_side(matrix, values, similarity, tasks, model, embedding)
+        side = gather_side(matrix, values, similarity, tasks, model, embedding, tuned)
         associations = associate(values, side.similarities)
         for note in side.notes:
             err.print(note, markup=False, soft_wrap=True)

@@ -36,7 +36,7 @@ from forgetcast.cli.options import (
     Seed,
     loads_a_model,
 )
-from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
+from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
@@ -419,6 +419,7 @@ def bench(
     tasks: TasksFolder = None,
     model: BaseOption = None,
     embedding: EmbeddingOption = None,
+    tuned: TunedOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="With --similarity: JSON file for `report --similarity`.")
     ] = None,
@@ -449,7 +450,7 @@ def bench(
     if similarity is not None:
         from forgetcast.similarity import arms_of
 
-        side = gather_side(matrix, values, similarity, tasks, model, embedding)
+        side = gather_side(matrix, values, similarity, tasks, model, embedding, tuned)
         wanted.setdefault("bayesian", _method("bayesian"))
         wanted.update(arms_of(side))
     split = read_split(Path(matrix))[1]["tasks"] if Path(matrix).suffix in PICKLES else []

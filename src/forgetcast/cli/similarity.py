@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,14 +14,16 @@ from forgetcast.cli.options import Loading
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from forgetcast.atlas import ForgettingMatrix
+    from forgetcast.atlas import Atlas, ForgettingMatrix
+    from forgetcast.lm import LanguageModel
     from forgetcast.similarity import SideInformation
 
 Similarities = Annotated[
     str | None,
     typer.Option(
         "--similarity",
-        help="Similarities to compare with, or all: tfidf, embedding, hidden, gradient, gradient-cosine, loss, length.",
+        help="Similarities to compare with, or all: tfidf, embedding, hidden, gradient, gradient-cosine, loss, length. "
+        "With --tuned also update and gradient-run, which are known after the fine-tunes only.",
     ),
 ]
 TasksFolder = Annotated[
@@ -31,6 +35,13 @@ BaseOption = Annotated[
 EmbeddingOption = Annotated[
     Path | None, typer.Option("--embedding", help="With --similarity: folder of a sentence-transformers model.")
 ]
+TunedOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tuned",
+        help="With --similarity: folder with the tuned model or adapter of every task, TASK, with its checkpoints.",
+    ),
+]
 
 
 def gather_side(
@@ -40,6 +51,7 @@ def gather_side(
     tasks: Path | None,
     model: str | None,
     embedding: Path | None,
+    tuned: Path | None = None,
 ) -> SideInformation:
     """Compute the similarities of an atlas's tasks and examples.
 
@@ -49,9 +61,12 @@ def gather_side(
         If the matrix is no atlas, there is no folder of tasks, or a similarity needs a model that is not given.
     MismatchError
         If the model is not the atlas's base, or a task has no file.
+    DataError
+        If a task has no tuned model, where they are given.
     """
     from forgetcast.atlas import Atlas
     from forgetcast.experiments import load_tasks
+    from forgetcast.experiments.add import models_of_run
     from forgetcast.similarity import Material, gather, names_of, tasks_of
 
     if Path(location).is_file():
@@ -61,9 +76,26 @@ def gather_side(
     names = names_of(similarity)
     atlas = Atlas.open(location)
     data = tasks_of(matrix, load_tasks(tasks, load_data), where=str(tasks))
+    runs = None if tuned is None else {name: models_of_run(tuned / name) for name in data}
     base = load_base(model, Loading(), atlas) if model is not None else None
     with progress(resumable=False) as report:
         material = Material(
-            data, atlas.pool, atlas.nll_before, language_model=base, embedding=embedding, on_progress=report
+            data,
+            atlas.pool,
+            atlas.nll_before,
+            language_model=base,
+            embedding=embedding,
+            tuned=runs,
+            load=None if runs is None else _loader(atlas),
+            on_progress=report,
         )
         return gather(matrix, material, names)
+
+
+def _loader(atlas: Atlas) -> Callable[[str], LanguageModel]:
+    """Return what loads a tuned model, rendering conversations as the atlas does."""
+    from forgetcast.experiments.runs import rendering_of
+    from forgetcast.lm import load
+
+    rendering = rendering_of(atlas)
+    return lambda name: replace(load(name), rendering=rendering)

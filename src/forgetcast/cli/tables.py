@@ -23,7 +23,7 @@ from forgetcast.experiments.verify import Verification
 from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
 from forgetcast.measure.gates import Judgement
 from forgetcast.replay.law import Advice
-from forgetcast.replay.outcome import LAW_METRICS, METRICS
+from forgetcast.replay.outcome import ANSWERS, LAW_METRICS, METRICS, unit_of
 from forgetcast.similarity import Association, Correlation, SimilarityStudy
 from forgetcast.stats import FEWEST_RANKS, MOST_PAIRS, Comparison, supports_part
 from forgetcast.text import markdown_text
@@ -433,7 +433,8 @@ def _signed(value: float | None, lower: float | None, upper: float | None, digit
 def verification_tables(result: Verification) -> Iterator[RenderableType]:
     """Yield a table of the arms, and their differences with verdicts."""
     table = FigureTable(Name("replay"), *(METRICS[metric] for metric in result.metrics), "replayed", "seconds")
-    table.title = f"After fine-tuning, on {result.judged} examples that were never replayed (nats per token)"
+    unit = unit_of(result.metrics)
+    table.title = f"After fine-tuning, on {result.judged} examples that were never replayed ({unit})"
     for arm in result.arms:
         figures = (f"{result.average(arm, metric):.3f}" for metric in result.metrics)
         table.add_row(arm, *figures, f"{result.average(arm, 'replayed'):.0f}", f"{result.average(arm, 'seconds'):.1f}")
@@ -448,12 +449,15 @@ def tradeoff_tables(result: Verification) -> Iterator[RenderableType]:
     """Yield a table of what each arm saves and costs against no replay, and the advice."""
     if not result.tradeoffs:
         return
+    answers = [METRICS[ANSWERS]] if ANSWERS in result.metrics else []
     table = FigureTable(
-        *(Name("arm"), "new-task loss", "equal", "mean forgetting", "worst tenth", *COSTS.values()),
+        *(Name("arm"), "new-task loss", "equal", "mean forgetting", "worst tenth", *answers, *COSTS.values()),
     )
-    table.title = "Against no replay, nats per token (95 % intervals, corrected); * : no arm is better in both"
+    unit = unit_of(result.metrics)
+    table.title = f"Against no replay, {unit} (95 % intervals, corrected); * : no arm is better in both"
     for each in result.tradeoffs:
-        estimates = [_estimated(e) for e in (each.new_task_loss, each.mean, each.worst_tenth)]
+        shown = (each.new_task_loss, each.mean, each.worst_tenth, each.lost_answers)
+        estimates = [_estimated(e) for e in shown if e is not None]
         equal = "-" if each.equal is None else "yes" if each.equal else "not shown"
         costs = ["-" if cost is None else f"{cost:,.0f}" for cost in each.cost.values()]
         table.add_row(Name(each.arm, " *" * each.on_front), estimates[0], equal, *estimates[1:], *costs)

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 CALIBRATION_FOLDS, CALIBRATION_TASKS, CALIBRATION_EXAMPLES, CALIBRATION_PROBES = 10, 40, 1_000, 10
 """Of `leave_tasks_out`: groups of tasks, or single tasks where entries are missing; examples; probes of each task."""
 
+FEWEST_SPLIT = 4
+"""Tasks, below which none is left out."""
+
 SIMILAR_SHARE = 1 / 3
 """Share of the other tasks, the most similar, to leave out too for a comparison on tasks unlike the atlas."""
 
@@ -430,6 +433,12 @@ def exclude_similar(correlations: np.ndarray, left_out: Sequence[int] | np.ndarr
     return np.sort(others[round(share * len(others)) :])
 
 
+def family_of(task: str) -> str:
+    """Return what a task's name has before the first slash; empty if it has none."""
+    family, slash, _ = task.partition("/")
+    return family if slash else ""
+
+
 def rows_by_group(groups: Sequence[str]) -> list[np.ndarray]:
     """Return the rows of each group, in the order of the groups' first rows."""
     rows: dict[str, list[int]] = {}
@@ -476,21 +485,29 @@ def calibration_columns(examples: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def task_splits(
-    values: np.ndarray | StoredMatrix, groups: Sequence[str] | None = None, *, similar: float = 0.0
+    values: np.ndarray | StoredMatrix,
+    groups: Sequence[str] | None = None,
+    *,
+    similar: float = 0.0,
+    fewest: int = FEWEST_SPLIT,
+    always: np.ndarray | None = None,
 ) -> Iterator[Split]:
     """Yield splits on a part of the columns.
 
     Rows of one group are fine-tunes on one task, and are left out together; default: each row is a task. A complete
     matrix is split into at most CALIBRATION_FOLDS parts, so that every task is left out once. Where entries are
     missing, at most CALIBRATION_TASKS are left out singly, each on its observed columns; so too for `similar`, the
-    share of the other rows, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used.
-    Fewer than four tasks yield nothing. The splits are fixed, so that a fit is a function of the matrix alone.
+    share of the other rows, the most similar, to leave out as well. At most CALIBRATION_EXAMPLES columns are used, and
+    besides these the ones in `always`. Fewer tasks than `fewest` yield nothing. The splits are fixed, so that a fit is
+    a function of the matrix alone.
     """
     tasks = [np.array([i]) for i in range(values.shape[0])] if groups is None else rows_by_group(groups)
-    if len(tasks) < 4:
+    if len(tasks) < fewest:
         return
     rng = np.random.default_rng(0)
     columns = calibration_columns(values.shape[1], rng)
+    if always is not None:
+        columns = np.union1d(columns, always)
     part = values[:, columns].astype(np.float64)
     observed, order = ~np.isnan(part), rng.permutation(len(tasks))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))

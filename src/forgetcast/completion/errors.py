@@ -86,6 +86,84 @@ def judge(mean: np.ndarray, lower: np.ndarray, upper: np.ndarray, truth: Any) ->
     )
 
 
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Forecasts of about the same probability, and how often what they are of happened.
+
+    Attributes
+    ----------
+    count : int
+    forecast : float
+        Mean of their probabilities.
+    share : float
+        Of them, what happened; with its 95 % interval of a binomial share (Wilson 1927).
+    lower, upper : float
+    """
+
+    count: int
+    forecast: float
+    share: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class ProbabilityErrors:
+    """Errors of one forecast of probabilities on judged examples.
+
+    Attributes
+    ----------
+    examples : int
+    forecast, share : float
+        Mean probability, and the share that happened.
+    brier : float
+        Mean squared error of the probabilities (Brier 1950); 0 is best.
+    brier_of_share : float
+        The same if each example had the share as its probability: what a forecast must be below to tell examples apart.
+    bins : tuple of ReliabilityBin
+        At most `RELIABILITY_BINS`, of about as many examples each, by ascending probability.
+    """
+
+    examples: int
+    forecast: float
+    share: float
+    brier: float
+    brier_of_share: float
+    bins: tuple[ReliabilityBin, ...]
+
+
+RELIABILITY_BINS, LEAST_IN_BIN = 10, 5
+"""Bins of a reliability curve, and the examples that each has at least."""
+
+
+def judge_probabilities(probabilities: np.ndarray, truth: Any) -> ProbabilityErrors:
+    """Compare probabilities with what happened, 1 or 0, both of shape (n,); NaN truths are skipped.
+
+    Raises
+    ------
+    DataError
+        If fewer than two examples have a truth, or one is neither 0 nor 1.
+    """
+    actual = np.asarray(truth, dtype=np.float64)
+    observed = ~np.isnan(actual)
+    if observed.sum() < 2:
+        raise DataError("at least two measured examples are needed to judge a forecast")
+    made, actual = probabilities[observed], actual[observed]
+    if not np.isin(actual, (0, 1)).all():
+        raise DataError("a forecast of probabilities is judged by zeros and ones")
+    share, count = float(actual.mean()), len(actual)
+    order = np.argsort(made, kind="stable")
+    bins = []
+    for part in np.array_split(order, min(RELIABILITY_BINS, max(count // LEAST_IN_BIN, 1))):
+        happened = int(actual[part].sum())
+        ends = scipy.stats.binomtest(happened, len(part)).proportion_ci(0.95, method="wilson")
+        mean = float(made[part].mean())
+        bins.append(ReliabilityBin(len(part), mean, happened / len(part), float(ends.low), float(ends.high)))
+    return ProbabilityErrors(
+        count, float(made.mean()), share, float(np.mean((made - actual) ** 2)), share * (1 - share), tuple(bins)
+    )
+
+
 def average(errors: Iterable[ForecastErrors]) -> ForecastErrors:
     """Average each figure; an undefined rank correlation is skipped, and NaN if all are."""
     figures = [asdict(each) for each in errors]

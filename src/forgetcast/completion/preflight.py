@@ -1,23 +1,38 @@
-"""A forecast before anything is run: a new task's coefficients from its text, as a prior that probes sharpen."""
+"""A forecast before anything is run, or from a pilot: a prior of a new task's coefficients, which probes sharpen."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import scipy
 
 from forgetcast.atlas.matrix import ForgettingMatrix
-from forgetcast.completion.base import Forecast, calibration_columns, interval_widths, task_splits
+from forgetcast.completion.base import (
+    SIMILAR_SHARE,
+    Forecast,
+    Split,
+    calibration_columns,
+    interval_widths,
+    task_splits,
+)
 from forgetcast.completion.gaussian import OUT_OF_FAMILY, Estimate, LinearGaussian
 from forgetcast.completion.ridge import Fit, Ridge
 from forgetcast.completion.whole import LEVELS
 from forgetcast.errors import ConfigError, DataError, MismatchError
 
 FEWEST = 8
-"""Tasks of the atlas with features that a regression needs."""
+"""Tasks of the atlas with evidence that a regression needs."""
+
+Evidence = Literal["text", "pilot", "growth"]
+"""What a forecast is made from: the task's text; a pilot, by a regression on its probes; or a pilot whose probes, times
+the growth that the atlas's tasks show, are noisy measurements of the end."""
+
+ATLAS_MEAN = "atlas mean"
+"""The forecast without evidence."""
 
 
 def with_prior(model: LinearGaussian, mean: np.ndarray, variance: np.ndarray) -> LinearGaussian:
@@ -53,12 +68,17 @@ def _with_prior(state: Estimate, mean: np.ndarray, variance: np.ndarray) -> Esti
 
 
 class Preflight:
-    """Forecasts a task from features of its text alone.
+    """Forecasts a task before its fine-tune, or from a pilot: the first part of it.
 
-    The coefficients of the atlas's tasks are regressed on their features by ridge, each with a penalty chosen by
-    left-out tasks. The prediction for a new task is the mean of its prior; the prior's variance is the model's, times
-    the share of a coefficient's variance that the features leave unexplained. Whole folds of tasks are then left out,
-    model and all: if the text does not lower the error there, it is not used.
+    The coefficients of the atlas's tasks are regressed on what is known of each by then, its evidence, by ridge, each
+    with a penalty chosen by left-out tasks. The prediction for a new task is the mean of its prior; the prior's
+    variance is the model's, times the share of a coefficient's variance that the evidence leaves unexplained. Whole
+    folds of tasks are then left out, model and all. The evidence with the least error there is used; none, if it is not
+    below that of the atlas's mean.
+
+    The same is done with tasks that are left out together with their kind: their family, where the tasks' families are
+    given, else the third of the other tasks that is most similar. These errors say how wide the forecast of a task must
+    be that is unlike the atlas.
 
     Parameters
     ----------
@@ -67,89 +87,173 @@ class Preflight:
 
     Attributes
     ----------
-    uses_text_ : bool
-    errors_ : dict of str to float
-        Root mean squared error on left-out tasks, nats per token, of the 'atlas mean' and of the 'text'; NaN where it
-        could not be measured.
-    scale_, widths_
-        As of `Completion`, for a forecast without probes.
+    uses_ : 'text', 'pilot', 'growth' or None
+        The evidence that is used. A pilot is used in the better of two ways: its probes as features, or, times the
+        growth until the end, as measurements of the end whose errors are those on the atlas's tasks.
+    errors_, unlike_errors_ : dict of str to float
+        Root mean squared error, nats per token, of the 'atlas mean' and of each evidence that was given, on tasks left
+        out with others of their kind in the atlas, and without. NaN where too few tasks were left to learn from.
+    kinds_ : int
+        Families that were left out; 0: the most similar tasks were.
     """
 
-    uses_text_: bool
+    uses_: Evidence | None
     errors_: dict[str, float]
-    scale_: float
-    widths_: np.ndarray
+    unlike_errors_: dict[str, float]
+    kinds_: int
 
     def __init__(self, model: LinearGaussian) -> None:
         self.model = model
 
-    def fit(self, features: np.ndarray | None) -> Self:
-        """Learn from the features of the atlas's tasks.
+    def fit(
+        self,
+        features: np.ndarray | None = None,
+        *,
+        pilot: np.ndarray | None = None,
+        probes: np.ndarray | None = None,
+        families: Sequence[str] | None = None,
+    ) -> Self:
+        """Learn from what is known of the atlas's tasks, all in the order that the model was fitted on.
 
         Parameters
         ----------
-        features : array or None, shape (M, p)
-            In the order of the tasks that the model was fitted on; NaN for a task whose text is unknown. None: of all.
+        features : array, shape (M, p), optional
+            Of the tasks' texts; NaN for a task whose text is unknown.
+        pilot : array, shape (M, k), optional
+            Forgetting of some examples after a share of the fine-tune; NaN for a task that was not measured then.
+        probes : array of int, shape (k,), optional
+            Columns of these examples; without them, growth is not used.
+        families : sequence of str, length M, optional
+            Tasks of one family are of a kind. With fewer than two families, similarity decides.
+
+        Raises
+        ------
+        MismatchError
+            If evidence is given of another number of tasks.
         """
         matrix = self.model._fitted_on
-        known = np.zeros(matrix.shape[0], dtype=bool)
-        if features is not None:
-            features = np.asarray(features, dtype=np.float64)
-            if features.shape[:1] != (matrix.shape[0],):
-                raise MismatchError(f"features of {features.shape[0]} tasks, and the atlas has {matrix.shape[0]}")
-            known = np.isfinite(features).all(axis=1)
         values = matrix.values if isinstance(matrix, ForgettingMatrix) else matrix
-        by_mean, by_text = _Left(), _Left()
-        for split in task_splits(values, matrix.groups):
-            state = self.model.estimate(split.rest)
-            use = known[split.kept]
-            fitted = None
-            if features is not None and use.sum() >= FEWEST:
-                fitted = Ridge(features[split.kept[use]]).fit(_coefficients(state, split.rest[use]))
-            for task, row in zip(split.left_out.tolist(), split.rows, strict=True):
-                by_mean.add(state, row)
-                if fitted is not None and features is not None and known[task]:
-                    by_text.add(_with_prior(state, *_prior(state, fitted, features[task])), row)
-                elif fitted is not None:
-                    by_text.add(state, row)
-        self.errors_ = {"atlas mean": by_mean.error, "text": by_text.error}
-        self.uses_text_ = len(by_text.rows) == len(by_mean.rows) and by_text.error < by_mean.error
-        left = by_text if self.uses_text_ else by_mean
-        self._misses = np.sort(np.abs(left.means))
-        self.scale_, self.widths_ = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
-        if left.rows:
-            self.scale_, self.widths_ = interval_widths(np.concatenate(left.rows))
-        self._fitted: Fit | None = None
-        if self.uses_text_ and features is not None:
+        given: dict[Evidence, np.ndarray] = {}
+        growing = None if probes is None else pilot
+        named: tuple[tuple[Evidence, np.ndarray | None], ...] = (
+            ("text", features),
+            ("pilot", pilot),
+            ("growth", growing),
+        )
+        self._probes = None if probes is None else np.asarray(probes, dtype=np.intp)
+        for name, table in named:
+            if table is not None:
+                given[name] = np.asarray(table, dtype=np.float64)
+                if given[name].shape[:1] != (values.shape[0],):
+                    known = f"and the atlas has {values.shape[0]}"
+                    raise MismatchError(f"features of {given[name].shape[0]} tasks ({name}), {known}")
+        self.kinds_ = len(set(families)) if families is not None and len(set(families)) > 1 else 0
+        with_probes: dict[str, Any] = {"always": self._probes}
+        like = self._leave_out(given, task_splits(values, matrix.groups, **with_probes))
+        apart = self._leave_out(
+            given,
+            task_splits(values, families, fewest=2, **with_probes)
+            if self.kinds_
+            else task_splits(values, matrix.groups, similar=SIMILAR_SHARE, **with_probes),
+        )
+        self.errors_, self.unlike_errors_ = (
+            {name: left.error for name, left in each.items()} for each in (like, apart)
+        )
+        usable = [name for name in given if self.errors_[name] < self.errors_[ATLAS_MEAN]]
+        usable.sort(key=lambda name: self.errors_[name])
+        self.uses_ = usable[0] if usable else None
+        used = self.uses_ or ATLAS_MEAN
+        self._calibrated = {False: _Calibrated.of(like[used]), True: _Calibrated.of(apart[used])}
+        self._learned: _Learned | None = None
+        if self.uses_ is not None:
+            table = given[self.uses_]
+            known = np.isfinite(table).all(axis=1)
             columns = calibration_columns(values.shape[1], np.random.default_rng(0))
+            if self._probes is not None:
+                columns = np.union1d(columns, self._probes)
             part = values[:, columns][known].astype(np.float64)
             state = self.model.state_
             state = state._replace(
                 mean=state.mean[columns], loadings=state.loadings[columns], noise=state.noise[columns]
             )
-            self._fitted = Ridge(features[known]).fit(_coefficients(state, part))
+            self._learned = self._learn(self.uses_, state, part, table[known], columns)
         return self
 
-    def model_for(self, features: np.ndarray | None) -> LinearGaussian:
-        """Return the model with the prior that a task's features (p,) give; the model itself where they do not help.
+    def _learn(
+        self, name: Evidence, state: Estimate, rows: np.ndarray, evidence: np.ndarray, columns: np.ndarray
+    ) -> _Learned | None:
+        """Learn from the rows (m, n) of tasks at some columns and their evidence (m, p); None of too few tasks."""
+        if len(rows) < FEWEST:
+            return None
+        if name != "growth":
+            return _Regression(Ridge(evidence).fit(_coefficients(state, rows)))
+        assert self._probes is not None
+        places = np.searchsorted(columns, self._probes)
+        there = columns[np.minimum(places, len(columns) - 1)] == self._probes
+        return _Grown.of(evidence[:, there], rows[:, places[there]], there, state, places[there])
+
+    def _leave_out(self, given: Mapping[Evidence, np.ndarray], splits: Iterable[Split]) -> dict[str, _Left]:
+        """Forecast left-out tasks from the atlas's mean, and from each evidence."""
+        names: list[str] = [ATLAS_MEAN, *given]
+        found = {name: _Left() for name in names}
+        for split in splits:
+            state = self.model.estimate(split.rest)
+            for row in split.rows:
+                found[ATLAS_MEAN].add(state, row)
+            for name, table in given.items():
+                known = np.isfinite(table).all(axis=1)
+                use = known[split.kept]
+                learned = self._learn(name, state, split.rest[use], table[split.kept[use]], split.columns)
+                for task, row in zip(split.left_out.tolist(), split.rows, strict=True):
+                    if learned is not None and known[task]:
+                        found[name].add(_with_prior(state, *learned.prior(state, table[task])), row)
+                    else:
+                        found[name].add(state, row, known=bool(known[task]), fitted=learned is not None)
+        return found
+
+    def model_for(self, features: np.ndarray | None = None, *, pilot: np.ndarray | None = None) -> LinearGaussian:
+        """Return the model with the prior that a task's evidence gives; the model itself where none helps.
 
         Its `predict` sharpens the prior with probes.
+
+        Parameters
+        ----------
+        features : array, shape (p,), optional
+        pilot : array, shape (k,), optional
+
+        Raises
+        ------
+        DataError
+            If the evidence that is used is not given, or not finite.
         """
-        if self._fitted is None or features is None:
+        if self._learned is None:
             return self.model
-        return with_prior(self.model, *_prior(self.model.state_, self._fitted, features))
+        own = features if self.uses_ == "text" else pilot
+        if own is None or not np.isfinite(own).all():
+            what = "text" if self.uses_ == "text" else "pilot"
+            raise DataError(f"the forecast uses the task's {what}: give it, without missing values")
+        return with_prior(self.model, *self._learned.prior(self.model.state_, np.asarray(own, dtype=np.float64)))
 
-    def forecast(self, features: np.ndarray | None) -> Forecast:
-        """Forecast a task from its features (p,) alone, with intervals as wide as left-out tasks say."""
-        model = self.model_for(features)
+    def forecast(
+        self, features: np.ndarray | None = None, *, pilot: np.ndarray | None = None, unlike: bool = False
+    ) -> Forecast:
+        """Forecast a task from its evidence alone, as `model_for`, with intervals as wide as left-out tasks say.
+
+        `unlike`: as wide as for tasks that are left out with their kind, if that is wider.
+        """
+        model, widths = self.model_for(features, pilot=pilot), self._calibrated[unlike]
+        if unlike and widths.scale < self._calibrated[False].scale:
+            widths = self._calibrated[False]
         mean, variance = _without_probes(model.state_)
-        return Forecast(mean, self.scale_ * np.sqrt(variance), np.empty(0, dtype=np.intp), 1.0, self.widths_)
+        return Forecast(mean, widths.scale * np.sqrt(variance), np.empty(0, dtype=np.intp), 1.0, widths.widths)
 
-    def mean_half_width(self, level: float = 0.9) -> float:
+    def mean_half_width(self, level: float = 0.9, *, unlike: bool = False) -> float:
         """Return the half-width of the interval of the pool's mean, nats per token, by conformal prediction.
 
         It is the quantile of the left-out tasks' errors that covers a new task with probability `level` if it is as
         likely to come next as they were (Vovk, Gammerman and Shafer 2005). Infinite with too few tasks for the level.
+        With `unlike`, of the errors on tasks that are left out with their kind, if that is wider; tasks of one family
+        are not independent of each other, so with few families it is an estimate.
 
         Raises
         ------
@@ -158,28 +262,109 @@ class Preflight:
         """
         if not 0 < level < 1:
             raise ConfigError(f"an interval's level must be between 0 and 1, not {level}")
-        rank = math.ceil((len(self._misses) + 1) * level)
-        return float(self._misses[rank - 1]) if rank <= len(self._misses) else math.inf
+        return max(self._calibrated[kind].half(level) for kind in (False, unlike))
+
+
+class _Regression(NamedTuple):
+    """Coefficients by ridge regression on the evidence."""
+
+    fit: Fit
+
+    def prior(self, state: Estimate, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance of the coefficients, (r,) each."""
+        return _prior(state, self.fit, own)
+
+
+class _Grown(NamedTuple):
+    """Coefficients by conditioning on the probes of a pilot, times a factor, as noisy measurements of the end.
+
+    Attributes
+    ----------
+    factor : float
+        From the forgetting then to that at the end, by least squares over the atlas's tasks and probes.
+    errors : array, shape (k,)
+        Mean squared error of each probe's product with it, over these tasks.
+    there : array of bool
+        Of all probes, the k that are among the columns.
+    mean, loadings, noise : arrays, shapes (k,), (k, r) and (k,)
+        Of the model, at these.
+    """
+
+    factor: float
+    errors: np.ndarray
+    there: np.ndarray
+    mean: np.ndarray
+    loadings: np.ndarray
+    noise: np.ndarray
+
+    @classmethod
+    def of(cls, now: np.ndarray, end: np.ndarray, there: np.ndarray, state: Estimate, at: np.ndarray) -> _Grown | None:
+        """Learn from the probes (m, k) of tasks then and at the end; None if one never was, or the prior is flat."""
+        both = ~np.isnan(end)
+        if not both.any(axis=0).all() or not at.size or not np.isfinite(state.prior).all():
+            return None
+        finished = np.where(both, end, 0.0)
+        factor = float((now * finished).sum() / max(float((now**2 * both).sum()), 1e-300))
+        squares = np.where(both, (finished - factor * now) ** 2, 0.0).sum(axis=0) / both.sum(axis=0)
+        return cls(factor, squares, there, state.mean[at], state.loadings[at].astype(np.float64), state.noise[at])
+
+    def prior(self, state: Estimate, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance of the coefficients, (r,) each; their covariance given the probes is left out."""
+        spread = self.loadings * state.prior
+        joint = spread @ self.loadings.T + np.diag(self.noise + self.errors)
+        gain = np.linalg.solve(joint, spread).T  # (r, k)
+        mean = gain @ (self.factor * own[self.there] - self.mean)
+        return mean, np.maximum(state.prior - np.einsum("rk,kr->r", gain, spread), 0.0)
+
+
+_Learned = _Regression | _Grown
 
 
 class _Left:
-    """Errors of forecasts without probes on left-out tasks: standardised ones, their squares, and of the means."""
+    """Errors of forecasts without probes on left-out tasks: standardised ones, their squares, and of the means.
+
+    Of a task without the evidence, the forecast is the model's, and only its squares count, so that errors of different
+    evidence are of the same tasks.
+    """
 
     def __init__(self) -> None:
         self.rows: list[np.ndarray] = []
         self.means: list[float] = []
+        self.always = True
         self._squares: list[float] = []
 
-    def add(self, state: Estimate, row: np.ndarray) -> None:
+    def add(self, state: Estimate, row: np.ndarray, *, known: bool = True, fitted: bool = True) -> None:
         mean, variance = _without_probes(state)
         error = row - mean
-        self.rows.append(error / np.sqrt(variance))
-        self.means.append(float(error.mean()))
         self._squares.append(float(np.mean(error**2)))
+        self.always &= fitted
+        if known:
+            self.rows.append(error / np.sqrt(variance))
+            self.means.append(float(error.mean()))
 
     @property
     def error(self) -> float:
-        return float(np.sqrt(np.mean(self._squares))) if self._squares else math.nan
+        return float(np.sqrt(np.mean(self._squares))) if self._squares and self.always else math.nan
+
+
+class _Calibrated(NamedTuple):
+    """Scale and widths as of `Completion`, for a forecast without probes, and the sorted errors of left-out means."""
+
+    scale: float
+    widths: np.ndarray
+    misses: np.ndarray
+
+    @classmethod
+    def of(cls, left: _Left) -> _Calibrated:
+        scale, widths = 1.0, scipy.special.ndtri(0.5 + LEVELS / 2)
+        if left.rows:
+            scale, widths = interval_widths(np.concatenate(left.rows))
+        return cls(scale, widths, np.sort(np.abs(left.means)))
+
+    def half(self, level: float) -> float:
+        """Return the conformal quantile of the errors of the means."""
+        rank = math.ceil((len(self.misses) + 1) * level)
+        return float(self.misses[rank - 1]) if rank <= len(self.misses) else math.inf
 
 
 def _without_probes(state: Estimate) -> tuple[np.ndarray, np.ndarray]:

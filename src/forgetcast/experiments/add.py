@@ -185,6 +185,22 @@ def find_models(given: Sequence[str], name: str | None = None) -> FoundModels:
     return FoundModels(named, tuple(ignored))
 
 
+def models_of_run(folder: Path) -> list[str]:
+    """Return the models of one fine-tune in the order of its steps: the checkpoints in its folder, and itself.
+
+    Raises
+    ------
+    DataError
+        If there is none.
+    """
+    children = sorted(folder.iterdir(), key=_natural) if folder.is_dir() else []
+    found = [str(each) for each in children if CHECKPOINT.fullmatch(each.name) and _is_model(each)]
+    found += [str(folder)] if _is_model(folder) else []
+    if not found:
+        raise DataError(f"{folder} holds neither a model nor an adapter, nor checkpoint folders with one")
+    return found
+
+
 def _is_model(path: Path) -> bool:
     return any((path / file).is_file() for file in _MODEL_FILES)
 

@@ -22,7 +22,7 @@ import forgetcast
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.released import PICKLES, read_split
 from forgetcast.completion import METHODS
-from forgetcast.completion.base import correlation
+from forgetcast.completion.base import correlation, family_of
 from forgetcast.completion.benchmark import BenchRow, Method, bench
 from forgetcast.completion.logistic import is_binary
 from forgetcast.completion.structure import Structure, analyze, reconstruction_f1
@@ -96,12 +96,6 @@ class _SplitFile(BaseModel):
     known: list[StrictInt | StrictStr]
     in_domain: list[StrictInt | StrictStr] = []
     out_of_domain: list[StrictInt | StrictStr] = []
-
-
-def family_of(task: str) -> str:
-    """Return what a task's name has before the first slash; empty if it has none."""
-    family, slash, _ = task.partition("/")
-    return family if slash else ""
 
 
 def load_split(path: str | Path, matrix: ForgettingMatrix) -> TaskSplit:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from forgetcast.replay.outcome import LAW_METRICS, METRICS
+from forgetcast.replay.outcome import ANSWERS, LAW_METRICS, METRICS
 from forgetcast.results import Result
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Tradeoff:
     arm : str
     new_task_loss, mean, worst_tenth : Estimate
         Differences in nats per token, with the intervals of `Comparison.difference`: 95 % after Holm's correction.
+    lost_answers : Estimate or None
+        Likewise, of the share of answers lost; None without exact match.
     equal : bool or None
         Whether the interval of the new-task loss shows that it is at most the margin higher; None where there is none.
     on_front : bool
@@ -54,6 +56,7 @@ class Tradeoff:
     equal: bool | None
     on_front: bool
     cost: dict[str, float | None] = field(default_factory=dict)
+    lost_answers: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def tradeoffs(result: Verification) -> tuple[Tradeoff, ...]:
     """Return every arm's place, in the order of the arms; that without replay is the origin."""
     if "none" not in result.arms:
         return ()
-    places = {arm: {metric: _estimate(result, arm, metric) for metric in _SHOWN} for arm in result.arms}
+    shown = ("new_task_loss", *_forgotten(result))
+    places = {arm: {metric: _estimate(result, arm, metric) for metric in shown} for arm in result.arms}
     found = []
     for arm, place in places.items():
         loss, forgetting = place["new_task_loss"], place["mean"]
@@ -90,11 +94,14 @@ def tradeoffs(result: Verification) -> tuple[Tradeoff, ...]:
             for x, y in ((other["new_task_loss"].mean, other["mean"].mean) for other in places.values())
         )
         equal = True if arm == "none" else None if loss.upper is None else loss.upper <= result.margin
-        found.append(Tradeoff(arm, loss, forgetting, place["worst_tenth"], equal, not dominated, _cost(result, arm)))
+        tail, answers = place["worst_tenth"], place.get(ANSWERS)
+        found.append(Tradeoff(arm, loss, forgetting, tail, equal, not dominated, _cost(result, arm), answers))
     return tuple(found)
 
 
-_SHOWN = ("new_task_loss", *LAW_METRICS)
+def _forgotten(result: Verification) -> tuple[str, ...]:
+    """Return the metrics by which an arm forgets more than another."""
+    return (*LAW_METRICS, *([ANSWERS] if ANSWERS in result.metrics else []))
 
 
 def _estimate(result: Verification, arm: str, metric: str) -> Estimate:
@@ -116,7 +123,7 @@ def recipe_advice(result: Verification) -> RecipeAdvice:
 
     Arms come in the order of the verification, the simplest first. Those that know what was forgotten, and the control
     with more new examples, are left out. One test decides, as for all verdicts: Student's t after Holm's correction, on
-    the mean and on the worst tenth.
+    the mean, on the worst tenth and, where the models answered, on the share of answers lost.
     """
     candidates = [each for each in tradeoffs(result) if not {"truth", "padding"} & set(each.arm.split())]
     if len(candidates) < 2 or all(each.equal is None for each in candidates if each.arm != "none"):
@@ -137,7 +144,7 @@ def recipe_advice(result: Verification) -> RecipeAdvice:
             + (f"; what is simpler is shown to forget more ({', '.join(simpler)})." if simpler else ".")
         )
     else:
-        apart = [result.compare(chosen.arm, best.arm, metric) for metric in LAW_METRICS]
+        apart = [result.compare(chosen.arm, best.arm, metric) for metric in _forgotten(result)]
         lines.append(
             f"Advice: {_what(chosen.arm)}. By the estimates {best.arm} forgets least, but {_what(chosen.arm)} is "
             f"simpler, and not shown to forget more: {_differences(apart)}."
@@ -153,7 +160,7 @@ def _what(arm: str) -> str:
 def _shown_worse(result: Verification, arm: str, best: str) -> bool:
     if arm == best:
         return False
-    found = (result.compare(arm, best, metric) for metric in LAW_METRICS)
+    found = (result.compare(arm, best, metric) for metric in _forgotten(result))
     return any(each is not None and each.worse for each in found)
 
 

@@ -38,7 +38,7 @@ from forgetcast.experiments.variants import Interpolating, Variant
 from forgetcast.interruption import Stop
 from forgetcast.measure.scores import Scores, count_flips, forgetting
 from forgetcast.progress import OnProgress
-from forgetcast.replay.outcome import METRICS, PARTS, Run
+from forgetcast.replay.outcome import ANSWERS, METRICS, PARTS, Run
 from forgetcast.replay.plan import ReplayPlan, achieved_ratio, make_plan
 from forgetcast.replay.signals import FROM_ATLAS, Signals
 from forgetcast.replay.strategies import NoReplay, Random, Strategy, check_available
@@ -140,11 +140,22 @@ class Verification(Result, Compared):
 
     def notes(self) -> tuple[str, ...]:
         """Say in sentences which metrics are left out because the judged examples do not support them."""
-        return tuple(
+        notes = [
             f"The {METRICS[name]} is left out: it takes {parts} judged examples, and there are {self.judged}."
             for name, parts in PARTS.items()
             if not supports_part(self.judged, parts)
-        )
+        ]
+        flips = [run for run in self.runs if run.right_to_wrong is not None]
+        if flips and ANSWERS not in self.metrics:
+            without = next(run for run in self.runs if run.lost_answers is None)
+            name = run_name(without.task, without.arm, without.seed)
+            why = (
+                f"of the examples that {without.task} is judged on, the base model answers none right"
+                if without.right_before == 0
+                else f"the run {name} does not say how many were right before"
+            )
+            notes.append(f"The {METRICS[ANSWERS]} is left out: {why}.")
+        return tuple(notes)
 
     @cached_property
     def tradeoffs(self) -> tuple[Tradeoff, ...]:
@@ -546,7 +557,7 @@ class _Job:
     def outcome(self, before: Scores, scores: Scores, facts: RunFacts) -> Run:
         """Compute the figures of the finished run."""
         settings = facts.settings
-        change = forgetting(before, scores)
+        change, flips = forgetting(before, scores), count_flips(before, scores)
         recipe = {name: value for name, value in settings["recipe"].items() if name != "seed"}
         shared = [*(settings[name] for name in ("base", "train", "test", "judged")), recipe]
         revised = settings["selector"] is not None and self.plan.phase == "planned"
@@ -562,7 +573,8 @@ class _Job:
             steps=facts.steps,
             seconds=facts.seconds,
             worst_hundredth=worst_part(change, 100),
-            right_to_wrong=count_flips(before, scores),
+            right_to_wrong=None if flips is None else flips[0],
+            right_before=None if flips is None else flips[1],
             strategy=self._strategy(revised=revised),
             ratio=self.plan.ratio,
             achieved_ratio=achieved_ratio(self.recipe.steps, self.plan.ratio),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from forgetcast.data.pool import Example, Pool
-from forgetcast.errors import ConfigError, DataError
+from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import losses
 from forgetcast.lm.tokens import IGNORED_INDEX, pad, pad_id
@@ -179,6 +179,74 @@ def projected_gradients(
                 on_progress(1)
     finally:
         model.train(was_training)
+
+
+def projected_update(
+    base: LanguageModel, tuned: LanguageModel, *, dimensions: int = DIMENSIONS, seed: int = 0
+) -> np.ndarray:
+    """Project a fine-tune's update, tuned minus base weights, on the entries that `projected_gradients` projects on.
+
+    To first order, an example's loss changes by the inner product of the update and its gradient at the base model.
+
+    Parameters
+    ----------
+    base, tuned : LanguageModel
+        The base model has all its parameters trainable, and is not changed. An adapter of the tuned one is merged into
+        its weights, in place.
+    dimensions, seed : int
+        As those of the gradients.
+
+    Returns
+    -------
+    array of float32, shape (dimensions,)
+
+    Raises
+    ------
+    ConfigError
+        If the base model has frozen or quantised weights, or an adapter cannot be merged.
+    MismatchError
+        If the two are not of one shape, or the tuned model has untied weights that are tied in the base.
+    DataError
+        If no weight differs, or a difference is not finite.
+    """
+    start: Any = base.model
+    if not all(parameter.requires_grad for parameter in start.parameters()):
+        raise ConfigError(f"{base.name} has frozen or quantised weights, which an update cannot be compared with")
+    merged: Any = tuned.merged().model
+    ends = dict(merged.named_parameters())
+    canonical = {id(parameter): name for name, parameter in start.named_parameters()}
+    aliases = dict(start.named_parameters(remove_duplicate=False))
+    update = []
+    with torch.no_grad():
+
+        def change(name: str) -> torch.Tensor:
+            end, begin = ends[name], aliases[name]
+            if end.shape != begin.shape:
+                shapes = f"{tuple(end.shape)}, in the base model {tuple(begin.shape)}"
+                raise MismatchError(f"{tuned.name} and the base model differ in shape: {name} is {shapes}")
+            return end.to(begin.device, torch.float32) - begin.float()
+
+        for name, _ in start.named_parameters():
+            if name not in ends:
+                raise MismatchError(
+                    f"{tuned.name} has no weights {name}, as the base model has; take models of one shape"
+                )
+            update.append(change(name))
+        places = {name: place for place, (name, _) in enumerate(start.named_parameters())}
+        for name in ends.keys() - places.keys():
+            shared = canonical.get(id(aliases.get(name)))
+            if shared is None:
+                raise MismatchError(
+                    f"{tuned.name} has weights {name}, which the base model lacks; take models of one shape"
+                )
+            if not torch.equal(change(name), update[places[shared]]):
+                raise MismatchError(
+                    f"{tuned.name} has other values in {name} than in {shared}, which the base model ties"
+                )
+    sketch = _count_sketch(update, dimensions, seed).cpu().numpy()
+    if not np.isfinite(sketch).all() or not sketch.any():
+        raise DataError(f"the update of {tuned.name} is zero or not finite: no weight differs from the base model's")
+    return sketch
 
 
 def _count_sketch(gradient: Sequence[torch.Tensor], dimensions: int, seed: int) -> torch.Tensor:

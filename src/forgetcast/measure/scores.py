@@ -409,11 +409,15 @@ def flips(before: Scores | Baseline, after: Scores) -> np.ndarray:
     return np.where(right, 1 - after.exact_match, np.nan)
 
 
-def count_flips(before: Scores, after: Scores) -> int | None:
-    """Count the examples of `after` whose right answer became wrong; None if no example was answered on both sides."""
+def count_flips(before: Scores, after: Scores) -> tuple[int, int] | None:
+    """Count the right answers that became wrong in `after`, and those that could: right before, answered after.
+
+    None if no example was answered on both sides.
+    """
     before = before.subset(after.ids)
     if before.exact_match is None or after.exact_match is None:
         return None
     if np.isnan(before.exact_match + after.exact_match).all():
         return None
-    return int((flips(before, after) == 1).sum())
+    lost = flips(before, after)
+    return int((lost == 1).sum()), int((~np.isnan(lost)).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,15 +14,29 @@ METRICS: Mapping[str, str] = {
     "earlier_tasks": "earlier tasks",
     "new_task_loss": "new-task loss",
     "worst_hundredth": "worst hundredth",
-    "right_to_wrong": "right, now wrong",
+    "lost_answers": "share of answers lost",
 }
-"""Every metric that arms are compared on, with its label; lower is better for each."""
+"""Every metric that arms are compared on, with its label; lower is better for each.
+
+All are nats per token, but for the share of lost answers, whose label says so.
+"""
+
+ANSWERS = "lost_answers"
+"""The metric by exact match."""
+
+NATS = "nats per token"
+"""Unit of all metrics but that of `ANSWERS`."""
 
 PARTS: Mapping[str, int] = {"worst_tenth": 10, "worst_hundredth": 100}
 """Metrics that are the mean of a part of the judged examples: it takes so many to be one example."""
 
 LAW_METRICS = ("mean", "worst_tenth")
 """Metrics that the law of ratios is fitted to."""
+
+
+def unit_of(metrics: Iterable[str]) -> str:
+    """Return the unit of figures of some metrics, as titles say it."""
+    return f"{NATS}; answers: a share" if ANSWERS in metrics else NATS
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,9 @@ class Run:
         As `worst_tenth`; None in files of earlier versions.
     right_to_wrong : int or None
         Judged examples that the base model answered right and the tuned one wrong; None without exact match.
+    right_before : int or None
+        Judged examples that the base model answered right and the tuned one answered at all; None without exact match
+        and in files of earlier versions.
     strategy : str or None
         That of the replay plan, followed by "online" where the plan was revised during training; None in files of
         earlier versions, as the following.
@@ -84,3 +101,11 @@ class Run:
     generated_tokens: int | None = None
     scored_tokens: int | None = None
     alpha: float | None = None
+    right_before: int | None = None
+
+    @property
+    def lost_answers(self) -> float | None:
+        """Share of the right answers that became wrong; None where it is not known, or no answer was right before."""
+        if self.right_to_wrong is None or not self.right_before:
+            return None
+        return self.right_to_wrong / self.right_before

@@ -14,12 +14,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from forgetcast.atlas.matrix import ForgettingMatrix
+from forgetcast.completion.errors import ProbabilityErrors
 from forgetcast.completion.forecast import TaskForecast
 from forgetcast.completion.structure import Structure
 from forgetcast.completion.watch import WatchedRun
 from forgetcast.experiments.sequence_result import SequenceResult
 from forgetcast.experiments.verify import Verification
-from forgetcast.replay.outcome import METRICS
+from forgetcast.replay.outcome import ANSWERS, METRICS, NATS
 from forgetcast.text import shorten
 
 MOST_COLUMNS = 2_000
@@ -290,15 +291,51 @@ def forecast_only(forecast: TaskForecast) -> str:
     )
     margin = 0.03 * len(order)  # or the first label of this axis would be below the last of the other
     figure.update_xaxes(title="examples, most at risk first", range=[-margin, len(order) - 1 + margin])
-    figure.update_yaxes(title="forecast (nats per token)", zeroline=True)
+    figure.update_yaxes(title=f"forecast ({forecast.unit})", zeroline=True)
     return _html(figure, height=340, legend=True, label="Forecast of every example")
 
 
-def replay_differences(verification: Verification) -> str:
-    """Plot the paired differences between the arms with their intervals."""
+def reliability(errors: ProbabilityErrors, name: str) -> str:
+    """Plot how many answers were lost against the probability that was forecast, by bins, and the exact line."""
+    bins = errors.bins
+    highest = 1.05 * max(max(each.upper, each.forecast) for each in bins)
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[0, highest],
+        y=[0, highest],
+        mode="lines",
+        line={"color": GREY, "dash": "dot"},
+        hoverinfo="skip",
+        name="exact",
+    )
+    figure.add_scatter(
+        x=[each.forecast for each in bins],
+        y=[each.share for each in bins],
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [each.upper - each.share for each in bins],
+            "arrayminus": [each.share - each.lower for each in bins],
+            "thickness": 1,
+            "width": 3,
+        },
+        customdata=[each.count for each in bins],
+        mode="markers",
+        marker={"color": BLUE, "size": 9},
+        name="measured (95% interval)",
+        hovertemplate="%{customdata} examples: forecast %{x:.3f}, lost %{y:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title="forecast probability of being lost", range=[0, highest], nticks=6)
+    figure.update_yaxes(title="share that was lost", range=[0, highest])
+    return _html(figure, height=380, legend=True, label=f"Reliability of the forecast of lost answers for {name}")
+
+
+def replay_differences(verification: Verification, metrics: Sequence[str] = SHOWN_METRICS) -> str:
+    """Plot the paired differences between the arms, in at most three metrics of one unit, with their intervals."""
     figure = go.Figure()
     names = list(dict.fromkeys(f"{c.arm} − {c.baseline}" for c in verification.comparisons()))
-    for metric, colour, offset in zip(SHOWN_METRICS, (BLUE, ORANGE, GREY), (-0.2, 0.0, 0.2), strict=True):
+    offsets = (-0.2, 0.0, 0.2) if len(metrics) > 1 else (0.0,)
+    for metric, colour, offset in zip(metrics, (BLUE, ORANGE, GREY), offsets, strict=False):
         shown = [c for c in verification.comparisons() if c.metric == metric]
         figure.add_scatter(
             x=[c.difference.mean for c in shown],
@@ -316,10 +353,10 @@ def replay_differences(verification: Verification) -> str:
         )
     figure.add_vline(x=0, line_width=1, line_color="#333")
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels(names), autorange="reversed")
-    figure.update_xaxes(title="difference (nats per token;<br>below zero is better)")
-    return _html(
-        figure, height=max(320, 130 + 45 * len(names)), legend=True, label="Differences between the replay strategies"
-    )
+    unit = METRICS[ANSWERS] if ANSWERS in metrics else NATS
+    figure.update_xaxes(title=f"difference ({unit};<br>below zero is better)")
+    label = "Differences between the replay strategies" + (f" in the {unit}" if ANSWERS in metrics else "")
+    return _html(figure, height=max(320, 130 + 45 * len(names)), legend=True, label=label)
 
 
 SIGNS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon", "pentagon")

@@ -16,11 +16,12 @@ import plotly.offline
 import forgetcast
 from forgetcast.atlas.matrix import ForgettingMatrix, check_fingerprint
 from forgetcast.atlas.store import Atlas
-from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast
+from forgetcast.completion.errors import ProbabilityErrors, judge_probabilities
+from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, UNITS, TaskForecast
 from forgetcast.completion.influence import most_influential
 from forgetcast.completion.structure import Structure, analyze
 from forgetcast.completion.watch import WatchedRun
-from forgetcast.errors import DataError, MismatchError
+from forgetcast.errors import DataError
 from forgetcast.evaluation import ForecastErrors, average, judge, worst_tenth
 from forgetcast.experiments import beside
 from forgetcast.experiments.reproduce import Reproduction
@@ -29,7 +30,7 @@ from forgetcast.experiments.tradeoff import COSTS
 from forgetcast.experiments.verify import Verification
 from forgetcast.files import atomic_path
 from forgetcast.measure.diff import FEW_TOKENS
-from forgetcast.replay.outcome import METRICS
+from forgetcast.replay.outcome import ANSWERS, METRICS, unit_of
 from forgetcast.report import figures
 from forgetcast.similarity import SimilarityStudy
 from forgetcast.stats import Comparison, supports_part
@@ -65,7 +66,7 @@ def write_report(
     atlas : Atlas
         With at least one task.
     forecasts : sequence of TaskForecast
-        Compared with the row of the forecast's task where the atlas has it.
+        Of the loss, or of exact match. Compared with the row of the forecast's task where the atlas has it.
     accuracies : mapping of task to mapping of method to ForecastErrors, optional
         Errors of several methods. Default: those of the forecasts whose tasks the atlas has measured.
     verification : Verification, optional
@@ -79,7 +80,7 @@ def write_report(
     Raises
     ------
     DataError
-        If the atlas has no measurements.
+        If the atlas has no measurements, or no answers and a forecast is of exact match.
     MismatchError
         If a forecast, or what completed the looks at a fine-tune, belongs to another pool.
     """
@@ -88,26 +89,27 @@ def write_report(
         raise DataError(f"{atlas.path} has no measurements to report")
     for forecast in forecasts:
         forecast.check_pool(atlas.pool)
-        if forecast.measure != "loss":
-            raise MismatchError(
-                f"the forecast of {forecast.task or 'the new task'} is of exact match; the report needs one of the loss"
-            )
     for run in watched:
         if run.atlas is not None:
             check_fingerprint(f"the watched run {run.name!r}", run.pool, atlas.pool)
-    truths = [_truth(matrix, forecast) for forecast in forecasts]
+    sources = dict(zip(matrix.examples, matrix.sources, strict=True))
+    by_answers = any(forecast.measure == "exact_match" for forecast in forecasts)
+    flips = atlas.matrix(measure="exact_match") if by_answers else matrix
+    judged = [(each, _truth(matrix if each.measure == "loss" else flips, each)) for each in forecasts]
+    of_loss = [(forecast, truth) for forecast, truth in judged if forecast.measure == "loss"]
+    answers = [_answers(*each, sources) for each in judged if each[0].measure == "exact_match"]
     if accuracies is None:
-        accuracies = _accuracies(forecasts, truths)
+        accuracies = _accuracies(of_loss)
     averages = _averages(accuracies)
     structure = _analyze(matrix, atlas.before.tokens)
     means = {
         name: mean for name, row in zip(matrix.tasks, matrix.values, strict=True) if (mean := _mean(row)) is not None
     }
-    sources = dict(zip(matrix.examples, matrix.sources, strict=True))
     findings = (
         _measured_finding(matrix, means, structure),
         _structure_finding(structure) if structure is not None else None,
-        _forecast_finding(forecasts, averages) if forecasts else None,
+        _forecast_finding([forecast for forecast, _ in of_loss], averages) if of_loss else None,
+        *(_answers_finding(each) for each in answers),
         _replay_finding(verification) if verification is not None else None,
         _sequence_finding(sequence) if sequence is not None else None,
     )
@@ -119,8 +121,9 @@ def write_report(
         measured=_measured(atlas, matrix, means, forecasts) | _of_tokens(structure),
         matrix=_matrix(matrix),
         structure=_structure(structure) if structure is not None else None,
-        forecast=_forecast(forecasts, truths, accuracies, averages, sources) if forecasts else None,
-        risks=_risks(atlas, matrix, forecasts, truths),
+        forecast=_forecast(of_loss, accuracies, averages, sources) if of_loss else None,
+        answers=answers,
+        risks=_risks(atlas, matrix, judged),
         replay=_replay(verification) if verification is not None else None,
         sequence=_sequence(sequence) if sequence is not None else None,
         similarity=similarity,
@@ -264,12 +267,14 @@ def _truth(matrix: ForgettingMatrix, forecast: TaskForecast) -> np.ndarray | Non
     return row if (~np.isnan(row[~forecast.probed])).sum() >= 2 else None
 
 
-def _accuracies(
-    forecasts: Sequence[TaskForecast], truths: Sequence[np.ndarray | None]
-) -> dict[str, dict[str, ForecastErrors]]:
+Judged = Sequence[tuple[TaskForecast, np.ndarray | None]]
+"""Forecasts, each with the measured row of its task in its order, where there is one."""
+
+
+def _accuracies(judged: Judged) -> dict[str, dict[str, ForecastErrors]]:
     """Errors by task and method on the examples that are not probes."""
     errors: dict[str, dict[str, ForecastErrors]] = {}
-    for forecast, truth in zip(forecasts, truths, strict=True):
+    for forecast, truth in judged:
         if truth is not None:
             others = ~forecast.probed
             parts = (forecast.mean, forecast.lower, forecast.upper, truth)
@@ -303,8 +308,7 @@ def _forecast_finding(forecasts: Sequence[TaskForecast], averages: Sequence[Mapp
 
 
 def _forecast(
-    forecasts: Sequence[TaskForecast],
-    truths: Sequence[np.ndarray | None],
+    judged: Judged,
     accuracies: Mapping[str, Mapping[str, ForecastErrors]],
     averages: list[dict[str, Any]],
     sources: Mapping[str, str],
@@ -315,10 +319,10 @@ def _forecast(
         for method, errors in by_method.items()
     ]
     return {
-        "level": forecasts[0].level,
-        "any_truth": any(truth is not None for truth in truths),
+        "level": judged[0][0].level,
+        "any_truth": any(truth is not None for _, truth in judged),
         "errors": averages + (by_task if len(accuracies) > 1 else []),
-        "tasks": [_forecast_of(forecast, truth, sources) for forecast, truth in zip(forecasts, truths, strict=True)],
+        "tasks": [_forecast_of(forecast, truth, sources) for forecast, truth in judged],
     }
 
 
@@ -329,15 +333,78 @@ def _forecast_of(forecast: TaskForecast, truth: np.ndarray | None, sources: Mapp
         "figure": figure,
         "robust": None if truth is None else _robust(forecast, truth, [sources[id_] for id_ in forecast.ids]),
         "misfit": forecast.likeness(),
-        "threshold": forecast.threshold,
+    } | _whole(forecast)
+
+
+def _whole(forecast: TaskForecast, measured: Mapping[str | None, str] | None = None) -> dict[str, Any]:
+    """Return the figures of the whole and its sources; with what was measured of each, where it is given."""
+    labels = {"share_above": f"share above {forecast.threshold:g}"}
+    labels |= {"mean": "share lost"} if forecast.measure == "exact_match" else {}
+    return {
         "whole": [
-            {"estimate": each, "guaranteed": forecast.figure(each.figure, GUARANTEED, each.source)}
+            {
+                "label": labels.get(each.figure, each.figure.replace("_", " ")),
+                "estimate": each,
+                "guaranteed": forecast.figure(each.figure, GUARANTEED, each.source),
+                "measured": (measured or {}).get(each.source, ""),
+            }
             for each in forecast.whole
             if each.kind == MODEL_BASED
         ],
         "guaranteed": any(each.kind == GUARANTEED for each in forecast.whole),
+        "measured": measured is not None,
         "by_source": any(each.source is not None for each in forecast.whole),
     }
+
+
+# Lost answers: forecasts of exact match
+
+
+def _answers(forecast: TaskForecast, truth: np.ndarray | None, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Return the expected share of lost answers, and where they were measured, how reliable the probabilities are."""
+    name = forecast.task or "the new task"
+    errors: ProbabilityErrors | None = None
+    measured: dict[str | None, str] | None = None
+    if truth is not None:
+        others = ~forecast.probed
+        errors = judge_probabilities(forecast.mean[others], truth[others])
+        labels = np.array([sources[id_] for id_ in forecast.ids], dtype=object)
+        measured = {None: _share(truth)} | {source: _share(truth[labels == source]) for source in set(labels.tolist())}
+    return {
+        "name": name,
+        "examples": len(forecast.ids),
+        "probes": int(forecast.probed.sum()),
+        "level": forecast.level,
+        "expected": forecast.figure("mean"),
+        "mean": float(forecast.mean.mean()),
+        "errors": errors,
+        "figure": figures.forecast_only(forecast) if errors is None else figures.reliability(errors, name),
+        "misfit": forecast.likeness(),
+    } | _whole(forecast, measured)
+
+
+def _share(truth: np.ndarray) -> str:
+    """Return the share of lost answers among those that were measured, and their number if it is not all."""
+    count = int((~np.isnan(truth)).sum())
+    return "" if not count else f"{np.nanmean(truth):.3f}" + (f" ({count} measured)" if count < len(truth) else "")
+
+
+def _answers_finding(answers: Mapping[str, Any]) -> str:
+    expected, errors = answers["expected"], answers["errors"]
+    interval = (
+        "" if expected is None else f" ({answers['level']:.0%} interval {expected.lower:.3f} to {expected.upper:.3f})"
+    )
+    judged = (
+        ""
+        if errors is None
+        else f" Of the {errors.examples} that were not probes and were answered, the share lost is {errors.share:.3f}; "
+        f"{errors.forecast:.3f} was forecast of these."
+    )
+    return (
+        f"Of the {answers['examples']} upstream examples that the base model answers right, a share of "
+        f"{answers['mean'] if expected is None else expected.value:.3f}{interval} is expected to be answered wrong "
+        f"after {answers['name']}.{judged}"
+    )
 
 
 def _robust(forecast: TaskForecast, truth: np.ndarray, sources: Sequence[str]) -> str:
@@ -359,17 +426,23 @@ def _robust(forecast: TaskForecast, truth: np.ndarray, sources: Sequence[str]) -
     )
 
 
-def _risks(
-    atlas: Atlas, matrix: ForgettingMatrix, forecasts: Sequence[TaskForecast], truths: Sequence[np.ndarray | None]
-) -> list[dict[str, Any]]:
+def _risks(atlas: Atlas, matrix: ForgettingMatrix, judged: Judged) -> list[dict[str, Any]]:
     """Examples with the highest forecast of each task; without forecasts, those with the highest mean forgetting."""
-    if not forecasts:
+    if not judged:
         means = figures.mean_of_observed(matrix.values, axis=0)
         worst = np.argsort(-np.nan_to_num(means, nan=-np.inf), kind="stable")[:AT_RISK]
         rows = [_example(atlas, atlas.pool.ids[i]) | {"truth": means[i]} for i in worst]
-        return [{"name": "Mean over the atlas's tasks", "forecast": False, "truth": True, "rows": rows}]
+        return [
+            {
+                "name": "Mean over the atlas's tasks",
+                "unit": UNITS["loss"],
+                "forecast": False,
+                "truth": True,
+                "rows": rows,
+            }
+        ]
     groups = []
-    for forecast, truth in zip(forecasts, truths, strict=True):
+    for forecast, truth in judged:
         worst = np.argsort(-forecast.mean, kind="stable")[:AT_RISK]
         rows = [
             _example(atlas, forecast.ids[i])
@@ -378,7 +451,8 @@ def _risks(
             for i in worst
         ]
         name = forecast.task or "the new task"
-        groups.append({"name": name, "forecast": True, "truth": truth is not None, "rows": rows})
+        found = {"name": name, "unit": forecast.unit, "forecast": True, "truth": truth is not None, "rows": rows}
+        groups.append(found)
     return groups
 
 
@@ -429,8 +503,15 @@ def _replay(verification: Verification) -> dict[str, Any]:
         "strategies": verification.summaries,
         "runs_per_arm": len(verification.runs) // len(verification.arms),
         "metrics": {name: METRICS[name] for name in verification.metrics},
+        "unit": unit_of(verification.metrics),
+        "answers": ANSWERS in verification.metrics,
         "comparisons": comparisons,
         "differences": figures.replay_differences(verification) if comparisons else "",
+        "differences_of_answers": (
+            figures.replay_differences(verification, [ANSWERS])
+            if comparisons and ANSWERS in verification.metrics
+            else ""
+        ),
         "tradeoff": figures.tradeoff(verification) if comparisons and verification.tradeoffs else "",
         "costs": COSTS,
     }

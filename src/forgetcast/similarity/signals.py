@@ -55,6 +55,10 @@ class Material:
         The base model.
     embedding : path, optional
         Folder of a sentence-transformers model.
+    tuned : mapping of str to sequence of str, optional
+        Models of each task's fine-tune, in the order of its steps: checkpoints, then the tuned model or adapter.
+    load : callable, optional
+        Loads one of these by its name, as the language model was loaded; needed with `tuned`.
     sample : int
         At most so many examples of a task, drawn at random, stand for it.
     seed : int
@@ -74,6 +78,8 @@ class Material:
     losses: np.ndarray | None = None
     language_model: LanguageModel | None = None
     embedding: str | Path | None = None
+    tuned: Mapping[str, Sequence[str]] | None = None
+    load: Callable[[str], LanguageModel] | None = None
     sample: int = SAMPLE
     seed: int = 0
     on_progress: OnProgress | None = None
@@ -82,6 +88,10 @@ class Material:
         """Draw the examples of each task."""
         if not self.tasks:
             raise DataError("there are no tasks to compute similarities of")
+        if self.tuned is not None and (without := [name for name in self.tasks if not self.tuned.get(name)]):
+            raise DataError(f"the tuned model of the task {without[0]!r} is not given")
+        if self.tuned is not None and self.load is None:
+            raise ConfigError("tuned models need a function that loads them")
         if self.sample < 1:
             raise ConfigError(f"at least one example must stand for a task, not {self.sample}")
         self.notes: list[str] = []
@@ -89,7 +99,8 @@ class Material:
 
     def available(self) -> frozenset[str]:
         """Return which of `Similarity.needs` are given."""
-        given = {"losses": self.losses, "language_model": self.language_model, "embedding": self.embedding}
+        given: dict[str, object] = {"losses": self.losses, "language_model": self.language_model}
+        given |= {"embedding": self.embedding, "tuned": self.tuned}
         return frozenset(name for name, value in given.items() if value is not None)
 
     def _of_tasks(self, rows: np.ndarray) -> np.ndarray:
@@ -156,19 +167,68 @@ class Material:
 
         Randomly projected. Those of the examples are not kept, so memory does not grow with their number.
         """
-        from forgetcast.lm.gradients import projected_gradients
+        directions, products, norms = self._products
+        tasks = directions[: len(self.tasks)]
+        return products[: len(tasks)], products[: len(tasks)] / (np.linalg.norm(tasks, axis=1)[:, None] * norms)
+
+    @property
+    def updates(self) -> np.ndarray:
+        """Inner products of each task's update and the examples' gradients at the base model, likewise, (M, N).
+
+        They are the first-order changes of the losses, nats per token.
+        """
+        return self._products[1][len(self.tasks) :]
+
+    @cached_property
+    def _products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Projected gradients of the tasks and, if there are tuned models, updates; their products; norms (N,)."""
+        from forgetcast.lm.gradients import projected_gradients, projected_update
 
         assert self.language_model is not None
         model, groups = self.language_model, list(self.drawn.values())
         report = self._report("gradients of tasks", groups)
-        tasks = np.array(list(projected_gradients(model, groups, seed=self.seed, on_progress=report)))
-        report = self._report("gradients of examples", self.pool)
+        directions = list(projected_gradients(model, groups, seed=self.seed, on_progress=report))
+        if self.tuned is not None and self.load is not None:
+            report = self._report("updates of tasks", groups)
+            for name in self.tasks:
+                directions.append(projected_update(model, self.load(self.tuned[name][-1]), seed=self.seed))
+                report(1)
+        tasks = np.array(directions)
+        products, norms = self._with_examples(model, tasks, self._report("gradients of examples", self.pool))
+        return tasks, products, norms
+
+    @cached_property
+    def along_the_run(self) -> np.ndarray:
+        """Inner products of the gradients of task and example, summed over the base model and the run's models, (M, N).
+
+        A backward pass for each example, task and model. One model and one task's products are in memory at a time.
+        """
+        from forgetcast.lm.gradients import projected_gradients
+
+        assert self.tuned is not None
+        assert self.load is not None
+        total = self.gradients[0].copy()
+        points = [(row, name, model) for row, name in enumerate(self.tasks) for model in self.tuned[name]]
+        report = self._report("gradients along the run", points)
+        for row, name, path in points:
+            model = self.load(path).merged()
+            own = next(iter(projected_gradients(model, [self.drawn[name]], seed=self.seed)))
+            total[row] += self._with_examples(model, own[None], lambda _: None)[0][0]
+            report(1)
+        return total
+
+    def _with_examples(
+        self, model: LanguageModel, directions: np.ndarray, report: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the products of projected directions (D, d) with the examples' gradients, (D, N), and norms (N,)."""
+        from forgetcast.lm.gradients import projected_gradients
+
         singles = [(example,) for example in self.pool]
-        products, norms = np.empty((len(groups), len(singles))), np.empty(len(singles))
+        products, norms = np.empty((len(directions), len(singles))), np.empty(len(singles))
         rows = projected_gradients(model, singles, end=False, seed=self.seed, on_progress=report)
         for at, row in enumerate(rows):
-            products[:, at], norms[at] = tasks @ row, np.linalg.norm(row)
-        return products, products / (np.linalg.norm(tasks, axis=1)[:, None] * norms)
+            products[:, at], norms[at] = directions @ row, np.linalg.norm(row)
+        return products, norms
 
     def _report(self, what: str, all_: Sequence[Any]) -> Callable[[int], None]:
         return (lambda _: None) if self.on_progress is None else counted(self.on_progress, what, len(all_))
@@ -189,7 +249,7 @@ class Similarity(ABC):
     summary : str
         One line, shown in tables.
     needs : frozenset of str
-        Of 'losses', 'language_model' and 'embedding': what the `Material` must have.
+        Of 'losses', 'language_model', 'embedding' and 'tuned': what the `Material` must have.
 
     Examples
     --------
@@ -278,6 +338,30 @@ class GradientCosine(Similarity):
         return -material.gradients[1]
 
 
+class GradientRun(Similarity):
+    """Products of gradients along the run (TracInCP): known after the fine-tune only."""
+
+    name = "gradient-run"
+    summary = "the products of gradient, summed over the base model and the models of the run (Pruthi et al. 2020)"
+    needs = frozenset({"language_model", "tuned"})
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Compute the sums."""
+        return -material.along_the_run
+
+
+class Update(Similarity):
+    """First-order forgetting by the update that was made: known after the fine-tune only."""
+
+    name = "update"
+    summary = "inner product of the update, tuned minus base weights, and the gradient of the example, projected"
+    needs = frozenset({"language_model", "tuned"})
+
+    def compute(self, material: Material) -> np.ndarray:
+        """Compute the products."""
+        return material.updates
+
+
 class Loss(Similarity):
     """Loss of the base model, the same for every task."""
 
@@ -318,7 +402,7 @@ def compute_similarities(names: Sequence[str], material: Material) -> dict[str, 
         if name not in SIMILARITIES:
             hint = did_you_mean(name, SIMILARITIES)
             raise ConfigError(f"unknown similarity {name!r}; choose from {', '.join(SIMILARITIES)}{hint}")
-        options = {"language_model": "--model", "embedding": "--embedding", "losses": "base scores"}
+        options = {"language_model": "--model", "embedding": "--embedding", "losses": "base scores", "tuned": "--tuned"}
         if missing := sorted(SIMILARITIES[name].needs - material.available()):
             raise ConfigError(f"the similarity {name!r} needs {', '.join(options[each] for each in missing)}")
     for name in dict.fromkeys(names):

@@ -216,14 +216,15 @@ def tasks_of(matrix: ForgettingMatrix, tasks: dict[str, Pool], *, where: str = "
 
 
 def names_of(text: str) -> list[str]:
-    """Parse "tfidf,hidden"; "all" is every similarity.
+    """Parse "tfidf,hidden"; "all" is every similarity that is known before a fine-tune.
 
     Raises
     ------
     DataError
         If there is no name.
     """
-    names = list(SIMILARITIES) if text.strip() == "all" else [part.strip() for part in text.split(",") if part.strip()]
+    before = [name for name, each in SIMILARITIES.items() if "tuned" not in each.needs]
+    names = before if text.strip() == "all" else [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise DataError(f"--similarity names none of {', '.join(SIMILARITIES)}")
     return names
