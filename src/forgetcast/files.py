@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from forgetcast.errors import DataError
+from forgetcast.text import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -431,6 +432,15 @@ _ROWS = 1 << 17
 """Rows in a row group."""
 
 
+def neighbour(path: Path) -> str:
+    """Return "; did you mean X?" if something of a similar name is in the folder of a path, else an empty string."""
+    try:
+        there = [each.name for each in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return did_you_mean(path.name, there)
+
+
 def read_table(
     path: Path, columns: Mapping[str, type], optional: Mapping[str, type] | None = None, *, kind: str
 ) -> tuple[pa.Table, dict[str, Any]]:
@@ -452,7 +462,7 @@ def read_table(
         If the file cannot be read, was damaged, lacks one of `columns`, or a column has another type.
     """
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: there is no such file{neighbour(path)}")
     check_seal(path)
     with opened_parquet(path) as file:
         names = file.schema_arrow.names

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -26,10 +26,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from forgetcast.cli.options import ATLAS
-from forgetcast.errors import ConfigError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.interruption import SIGNALS, Interrupted
 from forgetcast.model_files import check_name
-from forgetcast.text import visible
+from forgetcast.text import did_you_mean, visible
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas, ForgettingMatrix
@@ -78,18 +78,24 @@ def fail(reason: str) -> NoReturn:
 
 
 def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
-    """Load a recipe by its file or name; default: that of the atlas."""
+    """Load a recipe by its file or name; default: that of the atlas, and an error if it has none of ours."""
     from forgetcast.data import Recipe
-    from forgetcast.settings import check_settings
 
     if name is not None:
         return Recipe.load(name)
-    return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
+    if (recipe := recipe_of(atlas)) is None:
+        raise ConfigError(f"the atlas {atlas.path} has no recipe of ours: say with --recipe how to fine-tune")
+    return recipe
 
 
 def recipe_of(atlas: Atlas) -> Recipe | None:
     """Return the recipe of an atlas; None where its rows were tuned by a command, or imported without a recipe."""
-    return None if not atlas.recipe or "command" in atlas.recipe else load_recipe(None, atlas)
+    from forgetcast.data import Recipe
+    from forgetcast.settings import check_settings
+
+    if not atlas.recipe or "command" in atlas.recipe:
+        return None
+    return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
 
 
 def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
@@ -187,6 +193,39 @@ def load_data(
         )
     say_read(pool)
     return pool
+
+
+def load_tasks(
+    where: Path | Sequence[Path], format: DataFormat | None, columns: Iterable[str] | None, strict: bool
+) -> dict[str, Pool]:
+    """Read every task of a folder, or of a list of files; the column "law:prompt=frage" is one of the task law."""
+    from forgetcast.data.formats import NoColumnError
+    from forgetcast.data.reader import data_name
+    from forgetcast.experiments.collect import load_tasks as read_tasks
+    from forgetcast.experiments.collect import task_files
+
+    names = list(task_files(where))
+    shared: list[str] = []
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for text in columns or ():
+        name, colon, field = text.partition(":")
+        if not colon or "=" in name:
+            shared.append(text)
+        elif name in own:
+            own[name].append(field)
+        else:
+            hint = did_you_mean(name, names)
+            raise ConfigError(f"--column {text}: there is no task {name!r}; there are {', '.join(names)}{hint}")
+
+    def read(path: Path) -> Pool:
+        try:
+            return load_data(path, format, [*shared, *own[data_name(path)]], strict)
+        except NoColumnError as error:
+            if len(names) < 2:
+                raise
+            raise DataError(f"{error}; to name a column of one task, write --column TASK:FIELD=NAME") from None
+
+    return read_tasks(where, read)
 
 
 def say_read(pool: Pool) -> None:

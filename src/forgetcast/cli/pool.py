@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from forgetcast.cli.app import app, column_names, err, out, print_json, progress
 from forgetcast.cli.options import MEASURE, AsJson, By, Columns, Format, Output, Seed, Strict
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
+from forgetcast.model_files import check_name, where_on_hub
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -42,12 +44,13 @@ def pool(
     Example: forgetcast pool wiki.parquet src/ hf://allenai/c4:en@validation -n 2000 --by source --max-tokens 512 -o
     pool.jsonl
     """
-    from forgetcast.data.build import Splitter, build_pool
+    from forgetcast.data.build import Splitter, build_pool, check_sources
     from forgetcast.data.reader import ReadOptions
 
     if tokenizer is not None and max_tokens is None:
         raise ConfigError("--tokenizer counts the tokens of --max-tokens; give both")
     check_destination(output)
+    check_sources(sources)
     splitter = Splitter(max_tokens, _tokenizer(tokenizer)) if max_tokens is not None else None
     with progress(resumable=False) as report:
         made, done = build_pool(
@@ -71,11 +74,15 @@ def pool(
 
 
 def _tokenizer(model: str | None) -> Any:
+    """Load a tokenizer, once its name is checked: Transformers takes seconds."""
     if model is None:
         return None
+    if not Path(model).is_dir():
+        check_name(model)
+    err.print("loading Transformers")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, **where_on_hub(model, {}))
     except (OSError, ValueError) as error:
         raise DataError(f"{model} gives no tokenizer: {(str(error).splitlines() or [''])[0]}") from None

@@ -18,7 +18,16 @@ from typing import Any
 
 from forgetcast.data.example import FIELDS, Example, digest, with_content_id
 from forgetcast.data.pool import Pool
-from forgetcast.data.reader import Reader, ReadOptions, ReadReport, data_name, is_data_file, visible_files
+from forgetcast.data.reader import (
+    Reader,
+    ReadOptions,
+    ReadReport,
+    data_name,
+    find_parts,
+    is_data_file,
+    is_on_hub,
+    visible_files,
+)
 from forgetcast.errors import ConfigError, DataError
 
 CHARACTERS_PER_TOKEN = 4
@@ -155,6 +164,13 @@ class BuildReport:
         """Return everything as JSON can hold it."""
         names = ("texts", "split", "pieces", "too_long", "duplicates", "by_source", "tokens", "cut_short")
         return {name: getattr(self, name) for name in names} | {"sources": [s.as_dict() for s in self.sources]}
+
+
+def check_sources(sources: Sequence[str | Path]) -> None:
+    """Raise DataError for a file or folder that is not there; names of the Hub are not asked for."""
+    for source in sources:
+        if not is_on_hub(source) and not Path(source).exists():
+            find_parts(source, ReadReport(str(source)))  # raises, unless it names a split of a saved data set
 
 
 def build_pool(
