@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from forgetcast.errors import DataError
-from forgetcast.text import did_you_mean
+from forgetcast.text import closest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -433,12 +433,16 @@ _ROWS = 1 << 17
 
 
 def neighbour(path: Path) -> str:
-    """Return "; did you mean X?" if something of a similar name is in the folder of a path, else an empty string."""
+    """Return "; did you mean X?" if something of a similar name is in the folder of a path, else an empty string.
+
+    An ending that many files have makes no two names similar.
+    """
     try:
-        there = [each.name for each in path.parent.iterdir()]
+        there = {each.stem: each.name for each in path.parent.iterdir()}
     except OSError:
         return ""
-    return did_you_mean(path.name, there)
+    found = closest(path.stem, there)
+    return "" if found is None else f"; did you mean {there[found]}?"
 
 
 def read_table(

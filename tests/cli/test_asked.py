@@ -252,3 +252,17 @@ class TestColumns:
         assert code == 0, err
         assert "law.csv: prompt and completion, 2 examples" in err
         assert set(Atlas.open(tasks / "c.atlas").tasks) == {"law", "code"}
+
+    def test_of_the_sources_of_a_pool(self, tasks: Path, run: RunCommand) -> None:
+        sources = (tasks / "tasks" / "law.csv", tasks / "tasks" / "code.jsonl", "-o", tasks / "made.jsonl")
+        own = ("--column", "law:prompt=frage", "--column", "law:completion=antwort")
+        code, _, err = run("pool", *sources)
+        assert code == 2
+        assert "to name a column of one source, write --column SOURCE:FIELD=NAME" in err
+        code, _, err = run("pool", *sources, "--column", "lwa:prompt=frage")
+        assert "there is no source 'lwa'; there are law, code; did you mean law?" in err
+        code, _, err = run("pool", *sources, *own)
+        assert code == 0, err
+        made = Pool.load(tasks / "made.jsonl")
+        assert sum(source == "law" for source in made.sources) == 2
+        assert len(made) == 2 + len(Pool.load(tasks / "task.jsonl"))

@@ -60,12 +60,39 @@ class _Console(Console):
 
     def print(self, *parts: Any, **options: Any) -> None:
         """Print; sentences are wrapped on a terminal only, so that a line of a log is one line."""
+        _said.set()
         if not self.is_terminal and all(isinstance(part, str | Text) for part in parts):
             options.setdefault("soft_wrap", True)
         super().print(*parts, **options)
 
 
+_said = threading.Event()
+"""Set once anything is on the screen."""
+
 out, err = _Console(), _Console(stderr=True)
+
+SECONDS_OF_SILENCE = 1.0
+"""After so long without a word, a command on a terminal says that it is at work; it has taken a part of a second."""
+
+
+@contextmanager
+def never_silent() -> Iterator[None]:
+    """Say on a terminal that the command is at work, once, if it has said nothing for a while."""
+
+    def speak() -> None:
+        if not _said.wait(SECONDS_OF_SILENCE):
+            err.print("working", style="dim")
+
+    if not (err.is_terminal and is_first()):
+        yield
+        return
+    _said.clear()
+    threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        _said.set()
+
 
 SECONDS_BETWEEN_LINES = 15
 """Between two progress lines where the output is a log and no terminal."""
@@ -107,10 +134,16 @@ def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
             err.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def import_torch(loading: Loading, *models: str) -> None:
-    """Check the names of models, and import what they need: it takes seconds, so it is said, and comes last."""
+def check_models(loading: Loading, *models: str | None) -> None:
+    """Check that there are models of these names, before anything that takes long; None is no model."""
     for name in models:
-        check_name(name, loading.arguments()["model_kwargs"])
+        if name is not None:
+            check_name(name, loading.arguments()["model_kwargs"])
+
+
+def import_torch(loading: Loading, *models: str | None) -> None:
+    """Check the names of models, and import what they need: it takes seconds, so it is said, and comes last."""
+    check_models(loading, *models)
     if "forgetcast.lm" not in sys.modules and is_first():
         err.print("loading PyTorch and Transformers", soft_wrap=True)
     import forgetcast.lm  # noqa: F401
@@ -177,6 +210,36 @@ def column_names(given: Iterable[str] | None) -> dict[str, str]:
     return names
 
 
+def columns_of(given: Iterable[str] | None, names: Sequence[str], kind: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Tell the columns of all tasks or sources from those of one by its name, as "law:prompt=frage" is of law."""
+    shared: list[str] = []
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for text in given or ():
+        name, colon, field = text.partition(":")
+        if not colon or "=" in name:
+            shared.append(text)
+        elif name in own:
+            own[name].append(field)
+        else:
+            hint = did_you_mean(name, names)
+            raise ConfigError(f"--column {text}: there is no {kind} {name!r}; there are {', '.join(names)}{hint}")
+    return shared, own
+
+
+@contextmanager
+def naming_columns(kind: str, count: int) -> Iterator[None]:
+    """Say of columns that are not there how those of one among several tasks or sources are named."""
+    from forgetcast.data.formats import NoColumnError
+
+    try:
+        yield
+    except NoColumnError as error:
+        if count < 2:
+            raise
+        one = kind.upper()
+        raise DataError(f"{error}; to name a column of one {kind}, write --column {one}:FIELD=NAME") from None
+
+
 def load_data(
     path: Path, format: DataFormat | None = None, columns: Iterable[str] | None = None, strict: bool = False
 ) -> Pool:
@@ -199,31 +262,15 @@ def load_tasks(
     where: Path | Sequence[Path], format: DataFormat | None, columns: Iterable[str] | None, strict: bool
 ) -> dict[str, Pool]:
     """Read every task of a folder, or of a list of files; the column "law:prompt=frage" is one of the task law."""
-    from forgetcast.data.formats import NoColumnError
     from forgetcast.data.reader import data_name
     from forgetcast.experiments.collect import load_tasks as read_tasks
     from forgetcast.experiments.collect import task_files
 
-    names = list(task_files(where))
-    shared: list[str] = []
-    own: dict[str, list[str]] = {name: [] for name in names}
-    for text in columns or ():
-        name, colon, field = text.partition(":")
-        if not colon or "=" in name:
-            shared.append(text)
-        elif name in own:
-            own[name].append(field)
-        else:
-            hint = did_you_mean(name, names)
-            raise ConfigError(f"--column {text}: there is no task {name!r}; there are {', '.join(names)}{hint}")
+    shared, own = columns_of(columns, list(task_files(where)), "task")
 
     def read(path: Path) -> Pool:
-        try:
+        with naming_columns("task", len(own)):
             return load_data(path, format, [*shared, *own[data_name(path)]], strict)
-        except NoColumnError as error:
-            if len(names) < 2:
-                raise
-            raise DataError(f"{error}; to name a column of one task, write --column TASK:FIELD=NAME") from None
 
     return read_tasks(where, read)
 
@@ -357,6 +404,7 @@ def progress(
         TimeElapsedColumn(),
         TextColumn("left: {task.fields[left]}"),
     )
+    _said.set()
     with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         row = bar.add_task("starting", total=None, left="unknown")
         printed, doing, pace = time.monotonic(), "", Pace()

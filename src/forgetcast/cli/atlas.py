@@ -29,8 +29,8 @@ from forgetcast.cli.options import (
     Format,
     Loading,
     MatrixPath,
+    NamedColumns,
     Strict,
-    TaskColumns,
     loads_a_model,
 )
 from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
@@ -44,7 +44,7 @@ from forgetcast.results import plain
 def collect(
     config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
     format: Format = None,
-    column: TaskColumns = None,
+    column: NamedColumns = None,
     strict: Strict = False,
     only: Annotated[
         list[str] | None, typer.Option(help="Task or row to make, of those in the configuration; repeatable.")

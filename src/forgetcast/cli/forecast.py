@@ -12,6 +12,7 @@ import typer
 from forgetcast.cli.app import (
     app,
     arguments_as_scored,
+    check_models,
     err,
     import_torch,
     load_matrix,
@@ -186,6 +187,7 @@ def forecast(
             "by --exact-match there is no worst tenth; give --until-width a width of the mean, such as 0.1"
         )
     opened = Atlas.open(atlas)
+    check_models(loading, model)
     known = list(opened.others(task))
     flips = opened.matrix(known, measure="exact_match") if exact_match else None
     if flips is not None:

@@ -11,6 +11,7 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    check_models,
     err,
     import_torch,
     is_first,
@@ -101,8 +102,9 @@ def score(
     from forgetcast.measure import Scores
 
     check_destination(output)
+    check_models(loading, model, reference)
     examples = load_data(pool, format, column, strict)
-    import_torch(loading, *(name for name in (model, reference) if name is not None))
+    import_torch(loading, model, reference)
     from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
     from forgetcast.lm.score import partial_files
@@ -418,6 +420,7 @@ def generate(
             )
     elif count is not None:
         raise ConfigError("-n is for texts without a prompt; --on-policy answers every prompt of the pool")
+    check_models(loading, model)
     upstream = load_data(on_policy, pool_format, pool_column, strict) if on_policy is not None else None
     import_torch(loading, model)
     from forgetcast.lm import answer_prompts, load, sample_texts

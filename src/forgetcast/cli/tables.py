@@ -27,13 +27,22 @@ from forgetcast.similarity import Association, Correlation, SimilarityStudy
 from forgetcast.stats import FEWEST_RANKS, Comparison, supports_part
 from forgetcast.text import markdown_text
 
+LABELS = {
+    "mean_nll": "mean loss (nats per token)",
+    "mean_kl": "mean KL (nats per token)",
+    "misfit": "misfit (p-value)",
+    "achieved_ratio": "ratio in whole batches",
+}
+"""What a fact is called beside its value, where its name does not say what the value is."""
+
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     """Return a table with a row per fact that is not None."""
     table = Table("", Column(overflow="fold"), title=title, show_header=False)
     for name, value in facts.items():
         if value is not None:
-            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+            label = LABELS.get(name, name.replace("_", " "))
+            table.add_row(label, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
     return table
 
 
@@ -159,7 +168,8 @@ def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Fi
     for name, found in list(figures.items())[-last:]:
         table.add_row(name, *(f"{found[key]:{form}}" if key in found else "" for key, form in formats.items()))
     if so_far := [found["forgetting"] for found in figures.values() if "forgetting" in found]:
-        table.caption = f"mean forgetting of {len(so_far)} rows so far: {np.mean(so_far):+.3f} nats per token"
+        rows = f"{len(so_far)} rows" if len(so_far) > 1 else "1 row"
+        table.caption = f"mean forgetting of {rows} so far: {np.mean(so_far):+.3f} nats per token"
     return table
 
 

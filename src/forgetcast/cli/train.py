@@ -14,6 +14,7 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    check_models,
     check_output_directory,
     err,
     fractions,
@@ -44,6 +45,7 @@ from forgetcast.cli.options import (
     Loading,
     Margin,
     ModelName,
+    NamedColumns,
     NoThinking,
     NumberOfProbes,
     OnlineAt,
@@ -57,7 +59,6 @@ from forgetcast.cli.options import (
     Seeds,
     Strategies,
     Strict,
-    TaskColumns,
     TaskPath,
     TestShare,
     loads_a_model,
@@ -311,7 +312,7 @@ def verify(
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
     format: Format = None,
-    column: TaskColumns = None,
+    column: NamedColumns = None,
     strict: Strict = False,
     as_json: AsJson = False,
     *,
@@ -548,6 +549,7 @@ def interpolate(
     require_single_process("interpolate")
     check_output_directory(output)
     check_destination(output, folder=True)
+    check_models(loading, base, tuned)
     if alpha is not None:
         if atlas is not None or pool is not None or task is not None or plan is not None:
             raise ConfigError("--atlas, --pool, --task and --plan are to choose alpha; leave them out with --alpha")
@@ -557,7 +559,7 @@ def interpolate(
             raise ConfigError("give --alpha; or --task with --atlas or --pool, to choose it")
         upstream, opened = _probes_of(atlas, pool, plan, hold_out, probes, seed, (pool_format, pool_column, strict))
         examples = load_data(task, format, column, strict)
-    import_torch(loading, base, tuned)
+    import_torch(loading)
     from forgetcast.lm import Interpolation, load
 
     start = load_base(base, loading, opened)
@@ -638,7 +640,7 @@ def sequence(
     repeat: Repeat = False,
     test_share: TestShare = TEST_SHARE,
     format: Format = None,
-    column: TaskColumns = None,
+    column: NamedColumns = None,
     strict: Strict = False,
     as_json: AsJson = False,
     *,

@@ -216,8 +216,8 @@ def build_pool(
         report.tokens = str(splitter)
     samples: dict[str, _Sample] = {}
     whole = _Sample(n)
-    for where, label in zip(sources, _labels(sources), strict=True):
-        read = _read(where, label, options or ReadOptions(), report, on_progress)
+    for where, label in zip(sources, labels(sources), strict=True):
+        read = _read(where, label, (options or ReadOptions()).of(label), report, on_progress)
         limited = read if rows is None else islice(read, rows)
         for place, example, made in limited:
             for part, id_is_made in _parts(example, made, splitter, report):
@@ -320,7 +320,7 @@ def _check_ids(items: Sequence[_Item]) -> None:
         seen[item.example.id] = item.place
 
 
-def _labels(sources: Sequence[str | Path]) -> list[str]:
+def labels(sources: Sequence[str | Path]) -> list[str]:
     """Name each source by its file or folder, by the whole path where two have the same name."""
     names = [data_name(str(source).rstrip("/")) or str(source) for source in sources]
     count = Counter(names)

@@ -16,7 +16,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,16 @@ _HUB = re.compile(r"hf:/{1,2}(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<spli
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How rows are read: see `Pool.load`."""
+    """How rows are read: see `Pool.load`. Of several sources, `own` has further columns of some, by their names."""
 
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
+    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def of(self, name: str) -> ReadOptions:
+        """Return those of a source."""
+        return replace(self, columns={**self.columns, **self.own.get(name, {})}, own={})
 
 
 @dataclass
