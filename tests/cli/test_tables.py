@@ -212,6 +212,19 @@ def test_every_figure_is_on_the_line_of_its_name(view: str, width: int, shown: C
     assert looked_at >= 3 or view == "strategies"
 
 
+@pytest.mark.parametrize("view", ["whole_table", "difference_tables"])
+def test_examples_are_shown_with_how_their_texts_begin(view: str, shown: Callable[[str, int], list[str]]) -> None:
+    """An id may be a hash, which says nothing."""
+    found = [re.search(r"section-(\d+).* text (\d+) of it$", line) for line in shown(view, WHOLE)]
+    assert [match[1] == match[2] for match in found if match] == [True] * 10
+
+
+def test_what_is_measured_as_a_whole_has_no_word_on_calibration(folder: Path) -> None:
+    scored = ("forecast", folder / "runs.atlas", "-o", folder / "all.parquet", "--scores")
+    assert "could be left out to calibrate" in run_command(*scored, folder / "probes.parquet")[1]
+    assert "could be left out to calibrate" not in run_command(*scored, folder / "after.parquet")[1]
+
+
 @given(
     st.lists(st.text(st.sampled_from("abc日本 "), max_size=40).map(str.strip), max_size=8, unique=True),
     st.integers(8, 30),

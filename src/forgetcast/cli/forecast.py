@@ -301,14 +301,14 @@ def forecast(
             f"{width.figure.replace('_', ' ')}: {value:.4f}, between {lower:.4f} and {upper:.4f} with {level:.0%} "
             "confidence over all looks together"
         )
-    if (calibrated := completed.calibration_tasks or 0) < FEW_TASKS:
+    if (calibrated := completed.calibration_tasks or 0) < FEW_TASKS and not completed.probed.all():
         out.print(
             f"Only {calibrated} tasks could be left out to calibrate the model-based intervals: their widths are "
             "mostly Student's t. Rely on the guaranteed ones."
         )
     if not completed.audit:
         out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")
-    out.print(risk_table(completed, rows))
+    out.print(risk_table(completed, rows, opened.pool))
     if completed.misfit < MISFIT_THRESHOLD:
         out.print(completed.likeness())
 

@@ -300,8 +300,9 @@ def diff(
     if pool is None and (format is not None or column):
         raise ConfigError("--format and --column are about --pool; give it too")
     (scores_before, sources), (scores_after, _) = _scores(before), _scores(after)
-    if pool is not None:
-        sources = _sources(load_data(pool, format, column, strict), pool, scores_before.ids)
+    examples = None if pool is None else load_data(pool, format, column, strict)
+    if examples is not None and pool is not None:
+        sources = _sources(examples, pool, scores_before.ids)
     clusters = _clusters(cluster, scores_before.ids, sources)
     result = difference(
         scores_before,
@@ -318,7 +319,7 @@ def diff(
     elif markdown:
         print_text(difference_markdown(result, judgement))
     else:
-        print_all(difference_tables(result))
+        print_all(difference_tables(result, examples))
         print_all(judgement_lines(judgement))
     if result.lost and not judgement.failed:
         err.print(f"warning: {result.lost} example(s) have no score in the candidate but in the base")

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from forgetcast.cli.columns import FigureTable, Name, Words
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast, WholeFigure
 from forgetcast.completion.structure import Structure
+from forgetcast.data import Pool
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
 from forgetcast.experiments.interpolation import ChosenAlpha
@@ -34,6 +35,10 @@ LABELS = {
     "achieved_ratio": "ratio in whole batches",
 }
 """What a fact is called beside its value, where its name does not say what the value is."""
+
+
+BEGINNING = 60
+"""Characters of a text that are shown at most."""
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
@@ -82,15 +87,25 @@ def _whole_notes(forecast: TaskForecast) -> Iterator[str]:
         yield "Of fewer than 10 examples there is no worst tenth."
 
 
-def risk_table(forecast: TaskForecast, rows: Sequence[Mapping[str, Any]]) -> FigureTable:
-    """Return the examples with the highest forecasts: id, probed, mean, lower and upper of each."""
+def risk_table(forecast: TaskForecast, rows: Sequence[Mapping[str, Any]], pool: Pool) -> FigureTable:
+    """Return the examples with the highest forecasts: id, probed, mean, lower and upper of each, and their texts."""
     table = FigureTable(
-        Name("example"), "forecast", f"{forecast.level:.0%} interval", title=f"Most at risk ({forecast.unit})"
+        Name("example"),
+        "forecast",
+        f"{forecast.level:.0%} interval",
+        Name("text"),
+        title=f"Most at risk ({forecast.unit})",
     )
-    for row in rows:
+    texts = _beginnings(pool, [row["id"] for row in rows])
+    for row, text in zip(rows, texts, strict=True):
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
-        table.add_row(row["id"], f"{row['mean']:.3f}", interval)
+        table.add_row(row["id"], f"{row['mean']:.3f}", interval, text)
     return table
+
+
+def _beginnings(pool: Pool, ids: Sequence[str]) -> list[str]:
+    """Return how the texts of examples begin, on a line each: an id that was made says nothing to a reader."""
+    return [" ".join(pool[int(i)].full_text.split())[:BEGINNING] for i in pool.positions(ids)]
 
 
 def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -310,8 +325,8 @@ def _worst_rows(result: Difference) -> Iterator[tuple[str, ...]]:
         yield row["id"], f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['change']:+.3f}"
 
 
-def difference_tables(result: Difference) -> Iterator[RenderableType]:
-    """Yield tables of the difference, its values by source, and the most forgotten examples."""
+def difference_tables(result: Difference, pool: Pool | None = None) -> Iterator[RenderableType]:
+    """Yield tables of the difference, its values by source, and the most forgotten examples, with texts of a pool."""
     table = FigureTable(
         Words("statistic"),
         Words("after minus before"),
@@ -326,9 +341,11 @@ def difference_tables(result: Difference) -> Iterator[RenderableType]:
             table.add_row(name or "(none)", *figures)
         yield table
     if result.worst:
-        table = FigureTable(Name("example"), "before", "after", "change", title="Most forgotten")
-        for cells in _worst_rows(result):
-            table.add_row(*cells)
+        named = [] if pool is None else [Name("text")]
+        table = FigureTable(Name("example"), "before", "after", "change", *named, title="Most forgotten")
+        texts = [] if pool is None else _beginnings(pool, [row["id"] for row in result.worst])
+        for i, cells in enumerate(_worst_rows(result)):
+            table.add_row(*cells, *texts[i : i + 1])
         yield table
 
 
