@@ -189,6 +189,8 @@ def parse_json(content: bytes, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DataError(f"{where} has half of a surrogate pair, which UTF-8 cannot hold; mend or remove it") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{where} is not JSON: it is no text in UTF-8") from None
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}") from None
     return value
@@ -432,6 +434,14 @@ _ROWS = 1 << 17
 """Rows in a row group."""
 
 
+_COLUMNS = {
+    "forecast": {"mean", "std", "probed"},
+    "replay plan": {"weight", "held_out"},
+    "score file": {"nll", "tokens"},
+}
+"""By which our kinds of tables are told."""
+
+
 def neighbour(path: Path) -> str:
     """Return "; did you mean X?" if something of a similar name is in the folder of a path, else an empty string.
 
@@ -471,7 +481,9 @@ def read_table(
     with opened_parquet(path) as file:
         names = file.schema_arrow.names
         if missing := [name for name in columns if name not in names]:
-            raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
+            others = [name for name, needed in _COLUMNS.items() if needed.issubset(names)]
+            hint = f"; it has the columns of a {others[0]}" if others else ""
+            raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing{hint}")
         if repeated := [name for name in names if names.count(name) > 1]:
             raise DataError(f"{path}: two columns are called {repeated[0]!r}")
         known = [name for name in {**columns, **(optional or {})} if name in names]

@@ -99,6 +99,11 @@ def _middle_out(text: str, width: int) -> str:
     return f"{_first_cells(text, width - 1 - cell_len(end))}…{end}"
 
 
+def cut(text: str, width: int) -> str:
+    """Return the beginning of a text, at most `width` cells with an ellipsis at its end."""
+    return text if cell_len(text) <= width else f"{_first_cells(text, width - 1)}…"
+
+
 def _first_cells(text: str, width: int) -> str:
     """Return as many of the first characters as fit into `width` cells; some characters take two."""
     cells = 0

@@ -134,3 +134,24 @@ def test_help_has_no_type_for_what_has_no_value(run: RunCommand) -> None:
         assert code == 0
         assert "<bool>" not in out
         assert "--help" in out
+
+
+def test_a_file_of_another_kind_is_told_as_what_it_is(folder: Path, run: RunCommand) -> None:
+    from support.data import make_atlas
+
+    atlas = make_atlas(folder / "a.atlas", make_pool()).path
+    plan, task = folder / "plan.parquet", folder / "tasks" / "adding.jsonl"
+    assert run("plan", atlas, "--strategy", "random", "-o", plan)[0] == 0
+    for words, said in (
+        (("plan", atlas, "--forecast", plan, "-o", folder / "x"), "; it has the columns of a replay plan"),
+        (
+            ("verify", "m", task, "--atlas", atlas, "--plan", atlas / "before.parquet", "-o", folder / "x"),
+            "a score file",
+        ),
+        (("train", folder / "model", atlas, "-o", folder / "x"), "a.atlas is an atlas; needed are data"),
+        (("report", atlas, "--verification", plan, "-o", folder / "x"), "is not JSON: it is no text in UTF-8"),
+        (("diff", atlas / "before.parquet", atlas / "before.parquet", "--fail-if", "maen>1"), "; did you mean mean?"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2
+        assert said in err, err

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
-from forgetcast.cli.columns import FigureTable, Name, Words
+from forgetcast.cli.columns import Beginning, FigureTable, Name, Words
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast, WholeFigure
 from forgetcast.completion.structure import Structure
 from forgetcast.data import Pool
@@ -33,6 +33,7 @@ LABELS = {
     "mean_kl": "mean KL (nats per token)",
     "misfit": "misfit (p-value)",
     "achieved_ratio": "ratio in whole batches",
+    "steps": "steps, replay included",
 }
 """What a fact is called beside its value, where its name does not say what the value is."""
 
@@ -93,7 +94,7 @@ def risk_table(forecast: TaskForecast, rows: Sequence[Mapping[str, Any]], pool: 
         Name("example"),
         "forecast",
         f"{forecast.level:.0%} interval",
-        Name("text"),
+        Beginning("text"),
         title=f"Most at risk ({forecast.unit})",
     )
     texts = _beginnings(pool, [row["id"] for row in rows])
@@ -341,7 +342,7 @@ def difference_tables(result: Difference, pool: Pool | None = None) -> Iterator[
             table.add_row(name or "(none)", *figures)
         yield table
     if result.worst:
-        named = [] if pool is None else [Name("text")]
+        named = [] if pool is None else [Beginning("text")]
         table = FigureTable(Name("example"), "before", "after", "change", *named, title="Most forgotten")
         texts = [] if pool is None else _beginnings(pool, [row["id"] for row in result.worst])
         for i, cells in enumerate(_worst_rows(result)):

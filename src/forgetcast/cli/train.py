@@ -137,7 +137,7 @@ def train(
     partial = output.with_name(f"{output.name}.partial")
     check_destination(partial, folder=True)
     if (plan is None) != (pool is None):
-        raise ConfigError("--plan and --pool go together")
+        raise ConfigError("--plan needs --pool, the pool that the plan was made for; --pool alone replays nothing")
     if pool is None and (pool_format is not None or pool_column):
         raise ConfigError("--pool-format and --pool-column are about --pool; give it too")
     replay = ReplayPlan.load(plan) if plan is not None else None

@@ -207,6 +207,8 @@ def visible_files(path: Path) -> list[Path]:
 
 
 def _folder(path: Path, report: ReadReport) -> list[Part]:
+    if (path / "atlas.json").is_file():
+        raise DataError(f"{path} is an atlas; needed are data, such as those of a task, or its {path / 'pool.parquet'}")
     files = visible_files(path)
     data = [file for file in files if is_data_file(file)]
     report.ignored = [str(file.relative_to(path)) for file in files if not is_data_file(file)]
