@@ -72,14 +72,16 @@ class TestRatio:
         said = ratio_note(ratio, steps, 4)
         assert (said is None) == bool(np.isclose(replay_steps(steps, ratio) / steps, ratio, rtol=1e-9, atol=0))
         if said is not None:
-            assert f"{replay_steps(steps, ratio)} of 4 replayed examples in {steps} steps" in said
+            count = replay_steps(steps, ratio)
+            batches = "1 batch" if count == 1 else f"{count} batches"
+            assert said.endswith(f": {batches} of 4 replayed examples and {steps} of new ones")
 
     def test_a_plan_says_what_it_replays(self, tmp_path: Path, atlas: Atlas, run: RunCommand) -> None:
         words = ("plan", atlas.path, "--strategy", "random", "--ratio", 0.25, "-o", tmp_path / "plan.parquet", "--json")
         code, out, err = run(*words)
         assert code == 0, err
         # 14 steps of 2: a quarter is 3.5 batches.
-        assert "whole batches turn the ratio 0.25 into 0.2857: 4 of 2 replayed examples in 14 steps" in err
+        assert "the ratio 0.25 into 0.2857: 4 batches of 2 replayed examples and 14 of new ones" in err
         told = {"replayed": 8, "new": 28, "recipe_steps": 14, "recipe_batch_size": 2, "achieved_ratio": 4 / 14}
         assert told.items() <= json.loads(out).items()
         assert ReplayPlan.load(tmp_path / "plan.parquet").recipe == make_recipe(steps=14, batch_size=2)

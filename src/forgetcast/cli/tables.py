@@ -191,9 +191,10 @@ def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Fi
 
 def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     """Yield how much each fit explains, and the components' loadings."""
+    mean = np.mean(list(structure.mean_by_task.values()))
     yield (
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
-        f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
+        f"mean forgetting {mean:.3f} nats per token{': the loss fell' if mean < 0 else ''}"
     )
     if structure.mean_per_token is not None:
         yield f"Weighted by target tokens, the mean forgetting is {structure.mean_per_token:.3f}."
@@ -217,6 +218,11 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
             "From the third column on: on a tenth of the entries, which the fit did not see; the error is absolute."
         )
     yield fits
+    if structure.held_out_r2 and max(structure.held_out_r2) <= 0:
+        yield (
+            "No rank explains entries that the fit did not see, so a structure is not shown: rely on forecasts only if "
+            "`forgetcast bench` shows them better than the mean, or collect more tasks."
+        )
     if (without := structure.without) is not None:
         best = f" of {max(structure.held_out_r2):.3f} held out" if structure.held_out_r2 else ""
         yield (
