@@ -34,6 +34,9 @@ LABELS = {
     "misfit": "misfit (p-value)",
     "achieved_ratio": "ratio in whole batches",
     "steps": "steps, replay included",
+    "forgetting": "mean forgetting (nats per token)",
+    "forgetting_lower": "lower end (90% interval)",
+    "forgetting_upper": "upper end (90% interval)",
 }
 """What a fact is called beside its value, where its name does not say what the value is."""
 
