@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from forgetcast.errors import DataError
+from forgetcast.text import closest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -188,6 +189,8 @@ def parse_json(content: bytes, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DataError(f"{where} has half of a surrogate pair, which UTF-8 cannot hold; mend or remove it") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{where} is not JSON: it is no text in UTF-8") from None
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}") from None
     return value
@@ -431,6 +434,27 @@ _ROWS = 1 << 17
 """Rows in a row group."""
 
 
+_COLUMNS = {
+    "forecast": {"mean", "std", "probed"},
+    "replay plan": {"weight", "held_out"},
+    "score file": {"nll", "tokens"},
+}
+"""By which our kinds of tables are told."""
+
+
+def neighbour(path: Path) -> str:
+    """Return "; did you mean X?" if something of a similar name is in the folder of a path, else an empty string.
+
+    An ending that many files have makes no two names similar.
+    """
+    try:
+        there = {each.stem: each.name for each in path.parent.iterdir()}
+    except OSError:
+        return ""
+    found = closest(path.stem, there)
+    return "" if found is None else f"; did you mean {there[found]}?"
+
+
 def read_table(
     path: Path, columns: Mapping[str, type], optional: Mapping[str, type] | None = None, *, kind: str
 ) -> tuple[pa.Table, dict[str, Any]]:
@@ -452,12 +476,14 @@ def read_table(
         If the file cannot be read, was damaged, lacks one of `columns`, or a column has another type.
     """
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: there is no such file{neighbour(path)}")
     check_seal(path)
     with opened_parquet(path) as file:
         names = file.schema_arrow.names
         if missing := [name for name in columns if name not in names]:
-            raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing")
+            others = [name for name, needed in _COLUMNS.items() if needed.issubset(names)]
+            hint = f"; it has the columns of a {others[0]}" if others else ""
+            raise DataError(f"{path} is not a {kind} file: the column {missing[0]!r} is missing{hint}")
         if repeated := [name for name in names if names.count(name) > 1]:
             raise DataError(f"{path}: two columns are called {repeated[0]!r}")
         known = [name for name in {**columns, **(optional or {})} if name in names]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetcast.errors import DataError
-from forgetcast.text import did_you_mean
+from forgetcast.files import neighbour
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 """Arguments of Transformers that say where the files are, and so concern the tokenizer too."""
@@ -34,7 +34,7 @@ def find(name: str) -> tuple[str, str | None]:
     if path.suffix == ".gguf":
         source, _, file = name.rpartition("/")
         if not path.is_file() and (source.count("/") != 1 or path.is_absolute() or name.startswith(".")):
-            raise DataError(f"{name}: there is no such file{_neighbour(path)}")
+            raise DataError(f"{name}: there is no such file{neighbour(path)}")
         if importlib.util.find_spec("gguf") is None:
             raise DataError(f"{name}: reading GGUF files needs the package gguf; run: pip install 'forgetcast[gguf]'")
         return source or ".", file
@@ -48,22 +48,13 @@ def find(name: str) -> tuple[str, str | None]:
     elif path.is_file():
         raise DataError(f"{name} is a file; give the model's directory, or a GGUF file (.gguf)")
     elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise DataError(f"{name}: there is no such directory{_neighbour(path)}")
+        raise DataError(f"{name}: there is no such directory{neighbour(path)}")
     return name, None
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a tokenizer is saved in a directory."""
     return any((directory / file).is_file() for file in _TOKENIZER_FILES)
-
-
-def _neighbour(path: Path) -> str:
-    """Name what is there under a similar name."""
-    try:
-        there = [each.name for each in path.parent.iterdir()]
-    except OSError:
-        return ""
-    return did_you_mean(path.name, there)
 
 
 def check_name(name: str, options: Mapping[str, Any] | None = None) -> None:
@@ -101,7 +92,7 @@ def where_on_hub(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if not cached:
             raise DataError(
                 f"{source}: there is no such directory, nor a copy in the cache of the Hub, which is switched off "
-                f"(HF_HUB_OFFLINE); where it can be reached, run: hf download {source}{_neighbour(Path(source))}"
+                f"(HF_HUB_OFFLINE); where it can be reached, run: hf download {source}{neighbour(Path(source))}"
             )
         return {}
     known = {name: options[name] for name in ("revision", "token") if isinstance(options.get(name), str | bool)}
@@ -109,7 +100,7 @@ def where_on_hub(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if reason is not None and not cached:
         raise DataError(
             f"{source}: there is no such directory, nor a copy in the cache of the Hub, and {reason}"
-            f"{_neighbour(Path(source))}"
+            f"{neighbour(Path(source))}"
         )
     return {} if reason is None else {"local_files_only": True}
 

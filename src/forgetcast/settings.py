@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError
 from forgetcast.faults import in_words
+from forgetcast.files import neighbour
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -45,7 +46,8 @@ def read_settings(path: Path, schema: type[Settings]) -> Settings:
             raise ConfigError(f"{path} has more than {MOST_BYTES:,} bytes: it is no file of settings")
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        hint = neighbour(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: {error.strerror}{hint}") from None
     except ConfigError:
         raise
     except RecursionError:

@@ -40,9 +40,15 @@ _LINKED = re.compile(
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" if one of the known words is similar, an empty string if none is."""
-    words = {each.casefold(): each for each in known if each != word}
+    found = closest(word, (each for each in known if each != word))
+    return "" if found is None else f"; did you mean {found}?"
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that is most similar, in any case of the letters; None if none is similar."""
+    words = {each.casefold(): each for each in known}
     found = difflib.get_close_matches(word.casefold(), words, n=1)
-    return f"; did you mean {words[found[0]]}?" if found else ""
+    return words[found[0]] if found else None
 
 
 def shorten(texts: Sequence[str], width: int) -> list[str]:
@@ -91,6 +97,11 @@ def _middle_out(text: str, width: int) -> str:
         return text
     end = _first_cells(text[::-1], (width - 1) // 2)[::-1]
     return f"{_first_cells(text, width - 1 - cell_len(end))}…{end}"
+
+
+def cut(text: str, width: int) -> str:
+    """Return the beginning of a text, at most `width` cells with an ellipsis at its end."""
+    return text if cell_len(text) <= width else f"{_first_cells(text, width - 1)}…"
 
 
 def _first_cells(text: str, width: int) -> str:

@@ -72,14 +72,16 @@ class TestRatio:
         said = ratio_note(ratio, steps, 4)
         assert (said is None) == bool(np.isclose(replay_steps(steps, ratio) / steps, ratio, rtol=1e-9, atol=0))
         if said is not None:
-            assert f"{replay_steps(steps, ratio)} of 4 replayed examples in {steps} steps" in said
+            count = replay_steps(steps, ratio)
+            batches = "1 batch" if count == 1 else f"{count} batches"
+            assert said.endswith(f": {batches} of 4 replayed examples and {steps} of new ones")
 
     def test_a_plan_says_what_it_replays(self, tmp_path: Path, atlas: Atlas, run: RunCommand) -> None:
         words = ("plan", atlas.path, "--strategy", "random", "--ratio", 0.25, "-o", tmp_path / "plan.parquet", "--json")
         code, out, err = run(*words)
         assert code == 0, err
         # 14 steps of 2: a quarter is 3.5 batches.
-        assert "whole batches turn the ratio 0.25 into 0.2857: 4 of 2 replayed examples in 14 steps" in err
+        assert "the ratio 0.25 into 0.2857: 4 batches of 2 replayed examples and 14 of new ones" in err
         told = {"replayed": 8, "new": 28, "recipe_steps": 14, "recipe_batch_size": 2, "achieved_ratio": 4 / 14}
         assert told.items() <= json.loads(out).items()
         assert ReplayPlan.load(tmp_path / "plan.parquet").recipe == make_recipe(steps=14, batch_size=2)
@@ -169,3 +171,100 @@ class TestSeveralTasks:
         assert found["judged"] == 12
         assert set(found["arms"]["top"]) >= {"mean", "worst_tenth"}
         assert "worst_hundredth" not in found["arms"]["top"]
+
+
+class TestRecipe:
+    """A fine-tune without --recipe takes that of the plan, else of the atlas, else the defaults, and says which."""
+
+    def test_of_the_plan(self, tmp_path: Path, run: RunCommand) -> None:
+        model_files(tmp_path)
+        recipe = make_recipe(steps=4, batch_size=2)
+        atlas = measured_atlas(tmp_path, recipe)
+        plan = tmp_path / "plan.parquet"
+        assert run("plan", atlas.path, "--strategy", "random", "--ratio", 0.25, "-o", plan)[0] == 0
+        words = (
+            "train",
+            tmp_path / "model",
+            tmp_path / "task.jsonl",
+            "--plan",
+            plan,
+            "--pool",
+            tmp_path / "pool.jsonl",
+        )
+        code, out, err = run(*words, "-o", tmp_path / "tuned", "--json")
+        assert code == 0, err
+        assert "no --recipe: that of the plan: full, 4 steps of 2 examples" in err
+        assert json.loads(out)["replayed"] == 2
+        assert json.loads((tmp_path / "tuned" / "run.json").read_text())["recipe"] == recipe.model_dump()
+
+    @pytest.mark.parametrize("with_atlas", [True, False])
+    def test_without_a_plan(self, tmp_path: Path, run: RunCommand, with_atlas: bool) -> None:
+        """No model is there, so it was said before one is loaded."""
+        model_files(tmp_path)
+        atlas = measured_atlas(tmp_path, make_recipe(steps=5))
+        words = ("train", tmp_path / "absent", tmp_path / "task.jsonl", "-o", tmp_path / "tuned")
+        code, _, err = run(*words, *(("--watch", atlas.path) if with_atlas else ()))
+        assert code == 2
+        assert (f"that of {atlas.path}: full, 5 steps" if with_atlas else "the defaults: full, 200 steps of 8") in err
+        assert "no --recipe" not in run(*words, "--recipe", tmp_path / "recipe.yaml")[2]
+
+    def test_an_atlas_without_one_is_no_guess(self, tmp_path: Path, run: RunCommand) -> None:
+        model_files(tmp_path)
+        atlas = measured_atlas(tmp_path)
+        plan, task = tmp_path / "plan.parquet", tmp_path / "task.jsonl"
+        assert run("plan", atlas.path, "--strategy", "random", "-o", plan)[0] == 0
+        for words in (
+            ("verify", tmp_path / "absent", task, "--atlas", atlas.path, "--plan", plan, "-o", tmp_path / "v.json"),
+            ("pilot", tmp_path / "absent", task, "--atlas", atlas.path),
+        ):
+            code, _, err = run(*words)
+            assert code == 2
+            assert "has no recipe of ours: say with --recipe how to fine-tune" in err
+
+
+class TestColumns:
+    """Columns of one task of several are named with the task."""
+
+    @pytest.fixture
+    def tasks(self, tmp_path: Path) -> Path:
+        model_files(tmp_path)
+        (tmp_path / "tasks").mkdir()
+        (tmp_path / "tasks" / "law.csv").write_text("frage,antwort\n2 + 2 =, 4\n3 + 3 =, 6\n")
+        (tmp_path / "tasks" / "code.jsonl").write_bytes((tmp_path / "task.jsonl").read_bytes())
+        (tmp_path / "config.yaml").write_text(
+            "{model: ./model, pool: pool.jsonl, tasks: tasks, atlas: c.atlas,"
+            " recipe: {steps: 1, batch_size: 2, max_length: 32}}"
+        )
+        return tmp_path
+
+    @pytest.mark.parametrize("named", [[], ["prompt=frage"]])
+    def test_what_is_wrong_says_how(self, tasks: Path, run: RunCommand, named: list[str]) -> None:
+        code, _, err = run("collect", tasks / "config.yaml", *(w for each in named for w in ("--column", each)))
+        assert code == 2
+        assert "to name a column of one task, write --column TASK:FIELD=NAME" in err
+
+    def test_an_unknown_task(self, tasks: Path, run: RunCommand) -> None:
+        code, _, err = run("collect", tasks / "config.yaml", "--column", "lwa:prompt=frage")
+        assert code == 2
+        assert "--column lwa:prompt=frage: there is no task 'lwa'; there are code, law; did you mean law?" in err
+
+    def test_each_task_is_read_by_its_own(self, tasks: Path, run: RunCommand) -> None:
+        own = ("--column", "law:prompt=frage", "--column", "law:completion=antwort")
+        code, _, err = run("collect", tasks / "config.yaml", *own)
+        assert code == 0, err
+        assert "law.csv: prompt and completion, 2 examples" in err
+        assert set(Atlas.open(tasks / "c.atlas").tasks) == {"law", "code"}
+
+    def test_of_the_sources_of_a_pool(self, tasks: Path, run: RunCommand) -> None:
+        sources = (tasks / "tasks" / "law.csv", tasks / "tasks" / "code.jsonl", "-o", tasks / "made.jsonl")
+        own = ("--column", "law:prompt=frage", "--column", "law:completion=antwort")
+        code, _, err = run("pool", *sources)
+        assert code == 2
+        assert "to name a column of one source, write --column SOURCE:FIELD=NAME" in err
+        code, _, err = run("pool", *sources, "--column", "lwa:prompt=frage")
+        assert "there is no source 'lwa'; there are law, code; did you mean law?" in err
+        code, _, err = run("pool", *sources, *own)
+        assert code == 0, err
+        made = Pool.load(tasks / "made.jsonl")
+        assert sum(source == "law" for source in made.sources) == 2
+        assert len(made) == 2 + len(Pool.load(tasks / "task.jsonl"))

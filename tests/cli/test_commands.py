@@ -274,7 +274,7 @@ def test_other_invalid_input_is_rejected(work: Path, atlas: Path, run: RunComman
     assert "has no tokenizer" in refused("score", no_tokenizer, work / "pool.jsonl", "-o", tmp_path / "s.parquet")
     assert "is not an atlas" in refused("analyze", tmp_path)
     assert "cannot be chosen from 30" in refused("probes", atlas, "-k", 31, "-o", tmp_path / "p.jsonl")
-    assert "go together" in refused(
+    assert "--plan needs --pool" in refused(
         "train", work / "model", work / "rhyming.parquet", "--plan", "p", "-o", tmp_path / "t"
     )
     assert "not empty" in refused("train", work / "model", work / "rhyming.parquet", "-o", work / "tasks")

@@ -57,13 +57,24 @@ COLLECT = ["collect", "config.yaml"]
 @pytest.mark.parametrize(
     ("change", "words", "said"),
     [
-        (("pool.jsonl", "pol.jsonl"), COLLECT, "pol.jsonl: there is no such file"),
+        (("pool.jsonl", "pol.jsonl"), COLLECT, "pol.jsonl: there is no such file; did you mean pool.jsonl?"),
         (("steps", "stepz"), COLLECT, "config.yaml: there is no field 'recipe.stepz'; did you mean steps?"),
         (("./model", "./modle"), COLLECT, "./modle: there is no such directory; did you mean model?"),
         (("./model", "no/hub-model"), COLLECT, "no/hub-model: there is no such directory, nor a copy in the cache"),
         (("a.atlas", "pool.jsonl/a.atlas"), COLLECT, "pool.jsonl"),
         (None, [*COLLECT, "--only", "ading"], "--only ading: there is no such task; there are adding; did you mean"),
         (None, ["train", "./model", "no.jsonl", "-o", "x"], "no.jsonl: there is no such file"),
+        (None, ["collect", "confg.yaml"], "confg.yaml: No such file or directory; did you mean config.yaml?"),
+        (None, ["train", "./model", "pool.jsonl", "-o", "x", "--recipe", "config.yml"], "did you mean config.yaml?"),
+        (None, ["train", "./model", "law.jsonl", "-o", "x"], "law.jsonl: there is no such file"),
+        (None, ["analyze", "pool.json"], "pool.json: there is no such atlas; did you mean pool.jsonl?"),
+        (None, ["forecast", "pool.jsonl", "--model", "x", "-o", "x"], "pool.jsonl is a file, and an atlas is a folder"),
+        (None, ["pool", "pool.jsonk", "-o", "x.jsonl"], "pool.jsonk: there is no such file; did you mean pool.jsonl?"),
+        (
+            None,
+            ["pool", "pool.jsonl", "-o", "x.jsonl", "--max-tokens", "9", "--tokenizer", "./modle"],
+            "did you mean model?",
+        ),
         (None, ["train", "./model", "pool.jsonl", "-o", "x", "--recipe", "papr"], "one of lora, paper; did you mean"),
         (None, ["score", "./modell", "pool.jsonl", "-o", "x"], "./modell: there is no such directory; did you mean"),
     ],
@@ -79,6 +90,7 @@ def test_a_mistake_is_told_without_pytorch(
     *_, last = done.stderr.splitlines()
     assert last.startswith("error: ")
     assert said in last
+    assert ("did you mean" in last) == ("did you mean" in said)  # of other names with the same ending
 
 
 def test_a_hub_that_does_not_answer_is_told_in_one_line(folder: Path) -> None:
@@ -89,7 +101,7 @@ def test_a_hub_that_does_not_answer_is_told_in_one_line(folder: Path) -> None:
             folder, "score", "some/model", "pool.jsonl", "-o", "x", HF_ENDPOINT=where, HF_HUB_OFFLINE="0", HF_HOME="hub"
         )
     assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 2  # what was read of the pool, and the error
+    assert len(done.stderr.splitlines()) == 1  # nothing was read before
     assert "some/model: there is no such directory, nor a copy in the cache of the Hub, and the Hub " in done.stderr
 
 
@@ -122,3 +134,24 @@ def test_help_has_no_type_for_what_has_no_value(run: RunCommand) -> None:
         assert code == 0
         assert "<bool>" not in out
         assert "--help" in out
+
+
+def test_a_file_of_another_kind_is_told_as_what_it_is(folder: Path, run: RunCommand) -> None:
+    from support.data import make_atlas
+
+    atlas = make_atlas(folder / "a.atlas", make_pool()).path
+    plan, task = folder / "plan.parquet", folder / "tasks" / "adding.jsonl"
+    assert run("plan", atlas, "--strategy", "random", "-o", plan)[0] == 0
+    for words, said in (
+        (("plan", atlas, "--forecast", plan, "-o", folder / "x"), "; it has the columns of a replay plan"),
+        (
+            ("verify", "m", task, "--atlas", atlas, "--plan", atlas / "before.parquet", "-o", folder / "x"),
+            "a score file",
+        ),
+        (("train", folder / "model", atlas, "-o", folder / "x"), "a.atlas is an atlas; needed are data"),
+        (("report", atlas, "--verification", plan, "-o", folder / "x"), "is not JSON: it is no text in UTF-8"),
+        (("diff", atlas / "before.parquet", atlas / "before.parquet", "--fail-if", "maen>1"), "; did you mean mean?"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2
+        assert said in err, err

@@ -57,7 +57,7 @@ def test_a_pool_is_made_and_told(tmp_path: Path, data: Path, base: Path, run: Ru
     ("words", "message"),
     [
         (("--tokenizer", "x"), "--tokenizer counts the tokens of --max-tokens"),
-        (("--tokenizer", "absent-model", "--max-tokens", 9), "absent-model gives no tokenizer"),
+        (("--tokenizer", "absent-model", "--max-tokens", 9), "absent-model: there is no such directory"),
         (("--column", "prompt"), "write it as prompt=NAME"),
         (("--column", "prompt=a", "--column", "prompt=b"), "once for each field"),
         ((), "the columns are frage, antwort; needed are text"),

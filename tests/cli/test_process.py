@@ -166,3 +166,23 @@ def test_a_signal_in_a_fine_tune(tmp_path: Path, number: int, method: str) -> No
         assert exit_code(dying.run_cli_signalled, [*words, folder], number, 0, tmp_path) == 0
     resumed, straight = (next(each.glob("*.safetensors")).read_bytes() for each in (tuned, tmp_path / "straight"))
     assert resumed == straight
+
+
+SILENT = """
+from forgetcast.cli.app import _said, err, never_silent
+with never_silent():
+    if {speaks}:
+        err.print("a word")
+    else:
+        assert _said.wait(60)
+"""
+
+
+@pytest.mark.parametrize(("terminal", "speaks"), [(True, False), (True, True), (False, True)])
+def test_a_command_that_says_nothing_for_a_while_says_that_it_is_at_work(terminal: bool, speaks: bool) -> None:
+    """A log gets no such word, so that only a terminal is waited for."""
+    environment = {**os.environ, "FORCE_COLOR": "1" if terminal else "", "TERM": "dumb"}
+    code = SILENT.format(speaks=speaks)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert ("a word" in done.stderr, "working" in done.stderr) == (speaks, not speaks)

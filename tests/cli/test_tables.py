@@ -21,7 +21,7 @@ from rich.console import Console
 from forgetcast import Atlas, Example, Pool, probes
 from forgetcast.cli import tables
 from forgetcast.cli.app import _Console, out
-from forgetcast.cli.columns import FigureTable, Name
+from forgetcast.cli.columns import Beginning, FigureTable, Name
 from forgetcast.completion import Bayesian
 from forgetcast.experiments import AlphaPoint, ChosenAlpha
 from forgetcast.experiments.add import Outcome
@@ -210,6 +210,28 @@ def test_every_figure_is_on_the_line_of_its_name(view: str, width: int, shown: C
             assert any(figure in cells for cells in lines_of), (name, figure)
             looked_at += 1
     assert looked_at >= 3 or view == "strategies"
+
+
+def test_a_text_is_cut_at_its_end() -> None:
+    table = FigureTable(Name("id"), "figure", Beginning("text"))
+    table.add_row("a", "1", "the quick brown fox jumps over the lazy dog")
+    console = _Console()
+    console.width, console.file = 32, io.StringIO()
+    console.print(table)
+    assert console.file.getvalue().splitlines()[-1] == "a        1  the quick brown fox…"
+
+
+@pytest.mark.parametrize("view", ["whole_table", "difference_tables"])
+def test_examples_are_shown_with_how_their_texts_begin(view: str, shown: Callable[[str, int], list[str]]) -> None:
+    """An id may be a hash, which says nothing."""
+    found = [re.search(r"section-(\d+).* text (\d+) of it\s*$", line) for line in shown(view, WHOLE)]
+    assert [match[1] == match[2] for match in found if match] == [True] * 10
+
+
+def test_what_is_measured_as_a_whole_has_no_word_on_calibration(folder: Path) -> None:
+    scored = ("forecast", folder / "runs.atlas", "-o", folder / "all.parquet", "--scores")
+    assert "could be left out to calibrate" in run_command(*scored, folder / "probes.parquet")[1]
+    assert "could be left out to calibrate" not in run_command(*scored, folder / "after.parquet")[1]
 
 
 @given(

@@ -175,6 +175,25 @@ def test_everything_measured_leaves_nothing_open(values: np.ndarray) -> None:
         np.testing.assert_allclose(forecast.above_interval(0.5, 0.9, guaranteed), share, rtol=1e-6)
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_share_of_which_no_random_probe_shows_any_is_not_taken_for_none(values: np.ndarray, flipped: bool) -> None:
+    """A tenth of the examples is above, which the atlas does not foresee; most samples of seven miss it."""
+    model = Bayesian().fit(0.01 * values)
+    rng, sign = np.random.default_rng(0), -1.0 if flipped else 1.0
+    covered, missed = [], 0
+    for _ in range(80):
+        row = sign * np.where(rng.permutation(120) < 12, 1.0, -1.0)
+        at = rng.permutation(120)[:7]
+        value, lower, upper = model.predict(at, row[at], audit=7).above_interval(0.0, 0.9, True)
+        covered.append(lower <= (row > 0).mean() <= upper)
+        if np.ptp(row[at]) == 0:
+            missed += 1
+            assert lower <= value <= upper
+            assert (1 - lower if flipped else upper) >= (1 - 0.05 ** (1 / 7)) * (1 - 1e-6)  # Clopper and Pearson's
+    assert missed > 20
+    assert np.mean(covered) >= 0.9
+
+
 def test_a_part_and_a_population_are_what_they_say(values: np.ndarray) -> None:
     model, row = Bayesian().fit(values[:-1]), values[-1]
     part = np.arange(0, 120, 2)

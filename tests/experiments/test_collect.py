@@ -88,6 +88,8 @@ def test_a_signal_at_any_stage_loses_nothing(
     assert {"forgetting", "training"} <= figures.keys()
     assert "scoring" not in figures  # how long the rest took says no speed
     assert seen.count("adding: fine-tuning") == RECIPE.steps  # none was taken twice
+    # Each start said so, before its first step: the run before would stand there.
+    assert seen.index("adding: starting") < seen.index("adding: fine-tuning")
     assert atlas.provenance("adding")["cost"]["scoring"]["seconds"] is None  # known of a part of them only
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.atlas"]
     straight = collect_into(tmp_path / "b.atlas", tiny(), pool, tasks, RECIPE, **options)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from datasets import load_dataset, load_from_disk
 
-from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, ReplayPlan
+from forgetcast import ConfigError, DataError, Example, MismatchError, Pool, ReplayPlan, make_plan
 from forgetcast.lm import Recipe, ReplayMixture
 from forgetcast.replay.export import (
     FORMATS,
@@ -27,6 +27,7 @@ from forgetcast.replay.export import (
 )
 from forgetcast.replay.plan import achieved_ratio
 from support.cli import RunCommand
+from support.data import make_pool
 from support.models import tiny
 from support.plans import plan_for
 
@@ -338,3 +339,14 @@ def test_conversations_are_exported_where_supported(tmp_path: Path) -> None:
     for name, export in TRAINERS.items():
         with pytest.raises(ConfigError, match="'c' is a conversation"):
             export(plan, pool, task, tmp_path / name, recipe=Recipe(steps=2, batch_size=1), model="m")
+
+
+def test_an_export_without_a_number_says_that_it_has_all_that_may_be_replayed(tmp_path: Path, run: RunCommand) -> None:
+    pool = make_pool(12)
+    pool.save(tmp_path / "pool.jsonl")
+    make_plan(pool, "random", ratio=0.5, held_out=pool.ids[:4]).save(tmp_path / "plan.parquet")
+    words = ("export", tmp_path / "plan.parquet", tmp_path / "pool.jsonl", "-o", tmp_path / "out.jsonl", "--json")
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert (json.loads(out)["usable"], json.loads(out)["replayed"]) == (8, None)
+    assert json.loads(run(*words, "--count", 3)[1])["replayed"] == 3

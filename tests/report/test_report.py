@@ -13,6 +13,7 @@ from forgetcast.completion import Bayesian
 from forgetcast.completion.forecast import TaskForecast
 from forgetcast.experiments.verify import Run, Verification
 from forgetcast.report import figures, write_report
+from support.cli import RunCommand
 from support.data import make_atlas, make_pool, make_scores, planted
 from support.pages import HOSTILE, Page
 
@@ -215,3 +216,22 @@ def test_in_a_browser(tmp_path: Path, atlas: Atlas) -> None:
                 assert problems == [file.as_uri()]
                 page.close()
         browser.close()
+
+
+def test_what_is_noise_is_not_called_regular(tmp_path: Path, run: RunCommand) -> None:
+    """Of five tasks, three ranks explain nearly all of any noise; of a structure that is there, they hold elsewhere."""
+    pool = make_pool(42)
+    before = make_scores(pool, np.full(42, 3.0))
+    noise = np.random.default_rng(0).normal(-0.2, 0.1, (5, 42))
+    for name, rows, regular in (("noise", noise, False), ("rank one", planted(12, 42, 1, 0.01), True)):
+        atlas = Atlas.create(tmp_path / f"{name}.atlas", pool, before, model="base")
+        for i, row in enumerate(rows):
+            atlas.add(f"t{i}", make_scores(pool, 3.0 + row))
+        write_report(tmp_path / "report.html", atlas)
+        page, out = Page(tmp_path / "report.html").text, run("analyze", atlas.path)[1]
+        assert ("which task is not shown to be regular" in page) == (not regular)
+        assert ("which task is very regular" in page) == regular
+        assert ("No rank explains entries that the fit did not see" in out) == (not regular)
+        fell = rows.mean() < 0
+        assert (f"lowers the loss by {-rows.mean():.3f} nats per token" in page) == fell
+        assert (": the loss fell" in out) == fell

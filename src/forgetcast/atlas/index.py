@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from forgetcast.atlas import zarr_format
 from forgetcast.atlas.storage import Storage, storage_of
 from forgetcast.errors import DataError
-from forgetcast.files import check_destination, check_digest, parse_json
+from forgetcast.files import check_destination, check_digest, neighbour, parse_json
 from forgetcast.results import validated
 
 FORMAT = 2
@@ -71,7 +71,12 @@ def parse_index(storage: Storage) -> Index:
     try:
         content = parse_json(storage.read(INDEX), where)
     except FileNotFoundError:
+        place = storage.location
+        if isinstance(place, Path) and not place.exists():
+            raise DataError(f"{storage}: there is no such atlas{neighbour(place)}") from None
         raise DataError(f"{storage} is not an atlas: atlas.json is missing") from None
+    except NotADirectoryError:
+        raise DataError(f"{storage} is a file, and an atlas is a folder") from None
     except OSError as error:
         raise DataError(f"{where}: {error.strerror or error}") from None
     version = content.get("format") if isinstance(content, dict) else None

@@ -31,7 +31,7 @@ from forgetcast.cli import (  # isort: skip
     report,
     reproduce,
 )
-from forgetcast.cli.app import app, err, fail, out
+from forgetcast.cli.app import app, err, fail, never_silent, out
 from forgetcast.errors import ForgetcastError
 from forgetcast.text import did_you_mean, visible
 
@@ -61,7 +61,8 @@ def main() -> None:
     command = _without_types_of_flags(typer.main.get_command(app))
     try:
         # Typer would print the user's words as they are. What a command returns here is the code of its `typer.Exit`.
-        raise SystemExit(command(standalone_mode=False) or 0)
+        with never_silent():
+            raise SystemExit(command(standalone_mode=False) or 0)
     except ForgetcastError as error:
         fail(str(error))
     except OSError as error:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -26,10 +26,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from forgetcast.cli.options import ATLAS
-from forgetcast.errors import ConfigError
+from forgetcast.errors import ConfigError, DataError
 from forgetcast.interruption import SIGNALS, Interrupted
 from forgetcast.model_files import check_name
-from forgetcast.text import visible
+from forgetcast.text import did_you_mean, visible
 
 if TYPE_CHECKING:
     from forgetcast.atlas import Atlas, ForgettingMatrix
@@ -60,12 +60,39 @@ class _Console(Console):
 
     def print(self, *parts: Any, **options: Any) -> None:
         """Print; sentences are wrapped on a terminal only, so that a line of a log is one line."""
+        _said.set()
         if not self.is_terminal and all(isinstance(part, str | Text) for part in parts):
             options.setdefault("soft_wrap", True)
         super().print(*parts, **options)
 
 
+_said = threading.Event()
+"""Set once anything is on the screen."""
+
 out, err = _Console(), _Console(stderr=True)
+
+SECONDS_OF_SILENCE = 1.0
+"""After so long without a word, a command on a terminal says that it is at work; it has taken a part of a second."""
+
+
+@contextmanager
+def never_silent() -> Iterator[None]:
+    """Say on a terminal that the command is at work, once, if it has said nothing for a while."""
+
+    def speak() -> None:
+        if not _said.wait(SECONDS_OF_SILENCE):
+            err.print("working", style="dim")
+
+    if not (err.is_terminal and is_first()):
+        yield
+        return
+    _said.clear()
+    threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        _said.set()
+
 
 SECONDS_BETWEEN_LINES = 15
 """Between two progress lines where the output is a log and no terminal."""
@@ -78,18 +105,24 @@ def fail(reason: str) -> NoReturn:
 
 
 def load_recipe(name: str | None, atlas: Atlas) -> Recipe:
-    """Load a recipe by its file or name; default: that of the atlas."""
+    """Load a recipe by its file or name; default: that of the atlas, and an error if it has none of ours."""
     from forgetcast.data import Recipe
-    from forgetcast.settings import check_settings
 
     if name is not None:
         return Recipe.load(name)
-    return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
+    if (recipe := recipe_of(atlas)) is None:
+        raise ConfigError(f"the atlas {atlas.path} has no recipe of ours: say with --recipe how to fine-tune")
+    return recipe
 
 
 def recipe_of(atlas: Atlas) -> Recipe | None:
     """Return the recipe of an atlas; None where its rows were tuned by a command, or imported without a recipe."""
-    return None if not atlas.recipe or "command" in atlas.recipe else load_recipe(None, atlas)
+    from forgetcast.data import Recipe
+    from forgetcast.settings import check_settings
+
+    if not atlas.recipe or "command" in atlas.recipe:
+        return None
+    return check_settings(atlas.recipe, Recipe, where=f"the recipe of {atlas.path}")
 
 
 def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
@@ -101,10 +134,16 @@ def say_ratios(ratios: Iterable[float], recipe: Recipe) -> None:
             err.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def import_torch(loading: Loading, *models: str) -> None:
-    """Check the names of models, and import what they need: it takes seconds, so it is said, and comes last."""
+def check_models(loading: Loading, *models: str | None) -> None:
+    """Check that there are models of these names, before anything that takes long; None is no model."""
     for name in models:
-        check_name(name, loading.arguments()["model_kwargs"])
+        if name is not None:
+            check_name(name, loading.arguments()["model_kwargs"])
+
+
+def import_torch(loading: Loading, *models: str | None) -> None:
+    """Check the names of models, and import what they need: it takes seconds, so it is said, and comes last."""
+    check_models(loading, *models)
     if "forgetcast.lm" not in sys.modules and is_first():
         err.print("loading PyTorch and Transformers", soft_wrap=True)
     import forgetcast.lm  # noqa: F401
@@ -171,6 +210,36 @@ def column_names(given: Iterable[str] | None) -> dict[str, str]:
     return names
 
 
+def columns_of(given: Iterable[str] | None, names: Sequence[str], kind: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Tell the columns of all tasks or sources from those of one by its name, as "law:prompt=frage" is of law."""
+    shared: list[str] = []
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for text in given or ():
+        name, colon, field = text.partition(":")
+        if not colon or "=" in name:
+            shared.append(text)
+        elif name in own:
+            own[name].append(field)
+        else:
+            hint = did_you_mean(name, names)
+            raise ConfigError(f"--column {text}: there is no {kind} {name!r}; there are {', '.join(names)}{hint}")
+    return shared, own
+
+
+@contextmanager
+def naming_columns(kind: str, count: int) -> Iterator[None]:
+    """Say of columns that are not there how those of one among several tasks or sources are named."""
+    from forgetcast.data.formats import NoColumnError
+
+    try:
+        yield
+    except NoColumnError as error:
+        if count < 2:
+            raise
+        one = kind.upper()
+        raise DataError(f"{error}; to name a column of one {kind}, write --column {one}:FIELD=NAME") from None
+
+
 def load_data(
     path: Path, format: DataFormat | None = None, columns: Iterable[str] | None = None, strict: bool = False
 ) -> Pool:
@@ -187,6 +256,23 @@ def load_data(
         )
     say_read(pool)
     return pool
+
+
+def load_tasks(
+    where: Path | Sequence[Path], format: DataFormat | None, columns: Iterable[str] | None, strict: bool
+) -> dict[str, Pool]:
+    """Read every task of a folder, or of a list of files; the column "law:prompt=frage" is one of the task law."""
+    from forgetcast.data.reader import data_name
+    from forgetcast.experiments.collect import load_tasks as read_tasks
+    from forgetcast.experiments.collect import task_files
+
+    shared, own = columns_of(columns, list(task_files(where)), "task")
+
+    def read(path: Path) -> Pool:
+        with naming_columns("task", len(own)):
+            return load_data(path, format, [*shared, *own[data_name(path)]], strict)
+
+    return read_tasks(where, read)
 
 
 def say_read(pool: Pool) -> None:
@@ -318,6 +404,7 @@ def progress(
         TimeElapsedColumn(),
         TextColumn("left: {task.fields[left]}"),
     )
+    _said.set()
     with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         row = bar.add_task("starting", total=None, left="unknown")
         printed, doing, pace = time.monotonic(), "", Pace()

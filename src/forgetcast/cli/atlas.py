@@ -14,6 +14,7 @@ from forgetcast.cli.app import (
     import_torch,
     load_data,
     load_matrix,
+    load_tasks,
     out,
     print_all,
     print_json,
@@ -24,11 +25,11 @@ from forgetcast.cli.options import (
     ATLAS,
     AsJson,
     ByAnswers,
-    Columns,
     Engine,
     Format,
     Loading,
     MatrixPath,
+    NamedColumns,
     Strict,
     loads_a_model,
 )
@@ -43,7 +44,7 @@ from forgetcast.results import plain
 def collect(
     config: Annotated[Path, typer.Argument(help="YAML file: model, pool, tasks, atlas, recipe.")],
     format: Format = None,
-    column: Columns = None,
+    column: NamedColumns = None,
     strict: Strict = False,
     only: Annotated[
         list[str] | None, typer.Option(help="Task or row to make, of those in the configuration; repeatable.")
@@ -76,7 +77,7 @@ def collect(
     check_writable(settings.atlas)
     check_name(settings.model, loading.arguments()["model_kwargs"])
     pool = load_data(settings.pool, strict=strict)
-    tasks = settings.load_tasks(lambda path: load_data(path, format, column, strict))
+    tasks = load_tasks(settings.tasks, format, column, strict)
     if settings.score_share < 1 and len(tasks) < FEWEST_FOR_A_SHARE:
         err.print(
             f"warning: score_share {settings.score_share:g} with {len(tasks)} tasks: with fewer than "
@@ -90,7 +91,7 @@ def collect(
 
     failures: dict[str, str] = {}
     figures: dict[str, dict[str, float]] = {}
-    with progress(above=lambda: runs_table(figures)) as report:
+    with progress(above=lambda: runs_table(figures) if figures else "") as report:
         try:
             if engine is Engine.RAY:
                 resources: dict[str, Any] = {"address": address, "gpus": gpus, "memory": memory}

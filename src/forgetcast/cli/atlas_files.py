@@ -12,6 +12,7 @@ from forgetcast.cli.app import (
     app,
     arguments_as_scored,
     atlas_app,
+    check_models,
     err,
     import_torch,
     load_data,
@@ -73,6 +74,7 @@ def create(
     from forgetcast.experiments import create_atlas
 
     require_single_process("atlas create")
+    check_models(loading, model)
     examples, rendering = load_data(pool, format, column, strict), Rendering(date or Rendering.date, not no_thinking)
     import_torch(loading, model)
     from forgetcast.lm import load

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from forgetcast.text import shorten, visible
+from forgetcast.text import cut, shorten, visible
 
 GAP = 2
 """Cells between columns."""
@@ -39,6 +39,10 @@ class Name(str):
         made = super().__new__(cls, text)
         made.after = after
         return made
+
+
+class Beginning(str):
+    """Heading of a column of texts, which are cut at their ends where they do not fit."""
 
 
 class Words(str):
@@ -103,7 +107,7 @@ class FigureTable:
         return max(heading, min(longest, SHORTEST_NAME) if self._flexible(column) else longest)
 
     def _flexible(self, column: int) -> bool:
-        return isinstance(self.headings[column], Name | Words)
+        return isinstance(self.headings[column], Name | Beginning | Words)
 
     def _blocks(self, width: int) -> Iterator[list[int]]:
         """Yield the columns of each table: as many as fit beside the leading names."""
@@ -134,10 +138,14 @@ class FigureTable:
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         shown = []
         for column, width in zip(columns, widths, strict=True):
-            cells, names = self._cells(column), isinstance(self.headings[column], Name)
+            cells, heading = self._cells(column), self.headings[column]
             justify: JustifyMethod = "left" if self._flexible(column) else "right"
             table.add_column(Text(self.headings[column]), width=width, overflow="fold", justify=justify)
-            shown.append(_fitted(cells, width) if names else cells)
+            if isinstance(heading, Name):
+                cells = _fitted(cells, width)
+            elif isinstance(heading, Beginning):
+                cells = [cut(cell, width) for cell in cells]
+            shown.append(cells)
         for i, row in enumerate(zip(*shown, strict=True)):
             table.add_row(*map(Text, row), end_section=i in self._sections)
         return table

@@ -77,12 +77,14 @@ def features(
     Example: forgetcast features ./my-model corpus.jsonl --atlas runs.atlas -o corpus.features
     """
     from forgetcast.atlas import Atlas
+    from forgetcast.data.build import check_sources
     from forgetcast.data.reader import Reader, ReadOptions
     from forgetcast.measure.features import FeatureFolder
     from forgetcast.measure.scores import length_settings
 
     require_single_process("features")
     check_destination(output, folder=True)
+    check_sources([corpus])
     opened = None if atlas is None else Atlas.open(atlas)
     base = load_base(model, loading, opened)
     from forgetcast.lm.features import feature_settings, write_features

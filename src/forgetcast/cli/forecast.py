@@ -12,6 +12,7 @@ import typer
 from forgetcast.cli.app import (
     app,
     arguments_as_scored,
+    check_models,
     err,
     import_torch,
     load_matrix,
@@ -186,6 +187,7 @@ def forecast(
             "by --exact-match there is no worst tenth; give --until-width a width of the mean, such as 0.1"
         )
     opened = Atlas.open(atlas)
+    check_models(loading, model)
     known = list(opened.others(task))
     flips = opened.matrix(known, measure="exact_match") if exact_match else None
     if flips is not None:
@@ -299,14 +301,14 @@ def forecast(
             f"{width.figure.replace('_', ' ')}: {value:.4f}, between {lower:.4f} and {upper:.4f} with {level:.0%} "
             "confidence over all looks together"
         )
-    if (calibrated := completed.calibration_tasks or 0) < FEW_TASKS:
+    if (calibrated := completed.calibration_tasks or 0) < FEW_TASKS and not completed.probed.all():
         out.print(
             f"Only {calibrated} tasks could be left out to calibrate the model-based intervals: their widths are "
             "mostly Student's t. Rely on the guaranteed ones."
         )
     if not completed.audit:
         out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")
-    out.print(risk_table(completed, rows))
+    out.print(risk_table(completed, rows, opened.pool))
     if completed.misfit < MISFIT_THRESHOLD:
         out.print(completed.likeness())
 

@@ -11,6 +11,7 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    check_models,
     err,
     import_torch,
     is_first,
@@ -101,8 +102,9 @@ def score(
     from forgetcast.measure import Scores
 
     check_destination(output)
+    check_models(loading, model, reference)
     examples = load_data(pool, format, column, strict)
-    import_torch(loading, *(name for name in (model, reference) if name is not None))
+    import_torch(loading, model, reference)
     from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
     from forgetcast.lm.score import partial_files
@@ -298,8 +300,9 @@ def diff(
     if pool is None and (format is not None or column):
         raise ConfigError("--format and --column are about --pool; give it too")
     (scores_before, sources), (scores_after, _) = _scores(before), _scores(after)
-    if pool is not None:
-        sources = _sources(load_data(pool, format, column, strict), pool, scores_before.ids)
+    examples = None if pool is None else load_data(pool, format, column, strict)
+    if examples is not None and pool is not None:
+        sources = _sources(examples, pool, scores_before.ids)
     clusters = _clusters(cluster, scores_before.ids, sources)
     result = difference(
         scores_before,
@@ -316,7 +319,7 @@ def diff(
     elif markdown:
         print_text(difference_markdown(result, judgement))
     else:
-        print_all(difference_tables(result))
+        print_all(difference_tables(result, examples))
         print_all(judgement_lines(judgement))
     if result.lost and not judgement.failed:
         err.print(f"warning: {result.lost} example(s) have no score in the candidate but in the base")
@@ -418,6 +421,7 @@ def generate(
             )
     elif count is not None:
         raise ConfigError("-n is for texts without a prompt; --on-policy answers every prompt of the pool")
+    check_models(loading, model)
     upstream = load_data(on_policy, pool_format, pool_column, strict) if on_policy is not None else None
     import_torch(loading, model)
     from forgetcast.lm import answer_prompts, load, sample_texts

@@ -100,6 +100,13 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--column", help="What the data call a field, such as prompt=frage; repeatable. Empty: not read."),
 ]
+NamedColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="What the data call a field, such as prompt=frage, or of one file law:prompt=frage; repeatable.",
+    ),
+]
 PoolFormat = Annotated[DataFormat | None, typer.Option(help="Format of the pool; default: each row's, by its fields.")]
 PoolColumns = Annotated[
     list[str] | None,

@@ -476,7 +476,8 @@ def export(
     if kind in (ExportFormat.JSONL, ExportFormat.PARQUET):
         if (output.suffix == ".parquet") != (kind is ExportFormat.PARQUET):
             raise ConfigError(f"{output}: a file of the format {kind.value} should end in .{kind.value}")
-        facts["replayed"] = export_weighted(replay, upstream, output, count)
+        exported = export_weighted(replay, upstream, output, count)
+        facts |= {"usable": exported, "replayed": None} if count is None else {"replayed": exported}
     elif examples is None:
         raise ConfigError(f"the format {kind.value} needs --task: it mixes the replayed examples with those of a task")
     elif trainer is None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from forgetcast.cli.app import app, column_names, err, out, print_json, progress
-from forgetcast.cli.options import MEASURE, AsJson, By, Columns, Format, Output, Seed, Strict
+from forgetcast.cli.app import app, column_names, columns_of, err, naming_columns, out, print_json, progress
+from forgetcast.cli.options import MEASURE, AsJson, By, Format, NamedColumns, Output, Seed, Strict
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
+from forgetcast.model_files import check_name, where_on_hub
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -30,7 +32,7 @@ def pool(
     rows: Annotated[int | None, typer.Option(min=1, help="Read only the first rows of each source.")] = None,
     seed: Seed = 0,
     format: Format = None,
-    column: Columns = None,
+    column: NamedColumns = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,21 +44,29 @@ def pool(
     Example: forgetcast pool wiki.parquet src/ hf://allenai/c4:en@validation -n 2000 --by source --max-tokens 512 -o
     pool.jsonl
     """
-    from forgetcast.data.build import Splitter, build_pool
+    from forgetcast.data.build import Splitter, build_pool, check_sources, labels
     from forgetcast.data.reader import ReadOptions
 
     if tokenizer is not None and max_tokens is None:
         raise ConfigError("--tokenizer counts the tokens of --max-tokens; give both")
     check_destination(output)
+    check_sources(sources)
+    shared, own = columns_of(column, labels(sources), "source")
+    options = ReadOptions(
+        format.value if format is not None else None,
+        column_names(shared),
+        strict,
+        {name: column_names(of_source) for name, of_source in own.items()},
+    )
     splitter = Splitter(max_tokens, _tokenizer(tokenizer)) if max_tokens is not None else None
-    with progress(resumable=False) as report:
+    with naming_columns("source", len(own)), progress(resumable=False) as report:
         made, done = build_pool(
             sources,
             count,
             equal_shares=by is By.SOURCE,
             splitter=splitter,
             seed=seed,
-            options=ReadOptions(format.value if format is not None else None, column_names(column), strict),
+            options=options,
             rows=rows,
             on_progress=lambda source, read, total: report(f"reading {source}", read, total),
         )
@@ -71,11 +81,15 @@ def pool(
 
 
 def _tokenizer(model: str | None) -> Any:
+    """Load a tokenizer, once its name is checked: Transformers takes seconds."""
     if model is None:
         return None
+    if not Path(model).is_dir():
+        check_name(model)
+    err.print("loading Transformers")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, **where_on_hub(model, {}))
     except (OSError, ValueError) as error:
         raise DataError(f"{model} gives no tokenizer: {(str(error).splitlines() or [''])[0]}") from None

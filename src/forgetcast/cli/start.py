@@ -9,6 +9,7 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    check_models,
     err,
     load_data,
     load_tuner,
@@ -86,6 +87,7 @@ def start(
     }
     settings = check_settings(asked, StartSettings, where="start")
     check_writable(output)
+    check_models(loading, model)
     examples = load_data(pool, format, column, strict)
     tuner = load_tuner(model, loading)
     plan = plan_start(output, tuner, examples, settings)

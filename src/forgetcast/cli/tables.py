@@ -10,9 +10,10 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
-from forgetcast.cli.columns import FigureTable, Name, Words
+from forgetcast.cli.columns import Beginning, FigureTable, Name, Words
 from forgetcast.completion.forecast import GUARANTEED, MODEL_BASED, TaskForecast, WholeFigure
 from forgetcast.completion.structure import Structure
+from forgetcast.data import Pool
 from forgetcast.defaults import ORDERS
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
@@ -28,13 +29,30 @@ from forgetcast.similarity import Association, Correlation, SimilarityStudy
 from forgetcast.stats import FEWEST_RANKS, MOST_PAIRS, Comparison, supports_part
 from forgetcast.text import markdown_text
 
+LABELS = {
+    "mean_nll": "mean loss (nats per token)",
+    "mean_kl": "mean KL (nats per token)",
+    "misfit": "misfit (p-value)",
+    "achieved_ratio": "ratio in whole batches",
+    "steps": "steps, replay included",
+    "forgetting": "mean forgetting (nats per token)",
+    "forgetting_lower": "lower end (90% interval)",
+    "forgetting_upper": "upper end (90% interval)",
+}
+"""What a fact is called beside its value, where its name does not say what the value is."""
+
+
+BEGINNING = 60
+"""Characters of a text that are shown at most."""
+
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     """Return a table with a row per fact that is not None."""
     table = Table("", Column(overflow="fold"), title=title, show_header=False)
     for name, value in facts.items():
         if value is not None:
-            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
+            label = LABELS.get(name, name.replace("_", " "))
+            table.add_row(label, f"{value:.4g}" if isinstance(value, float) else escape(str(value)))
     return table
 
 
@@ -74,15 +92,25 @@ def _whole_notes(forecast: TaskForecast) -> Iterator[str]:
         yield "Of fewer than 10 examples there is no worst tenth."
 
 
-def risk_table(forecast: TaskForecast, rows: Sequence[Mapping[str, Any]]) -> FigureTable:
-    """Return the examples with the highest forecasts: id, probed, mean, lower and upper of each."""
+def risk_table(forecast: TaskForecast, rows: Sequence[Mapping[str, Any]], pool: Pool) -> FigureTable:
+    """Return the examples with the highest forecasts: id, probed, mean, lower and upper of each, and their texts."""
     table = FigureTable(
-        Name("example"), "forecast", f"{forecast.level:.0%} interval", title=f"Most at risk ({forecast.unit})"
+        Name("example"),
+        "forecast",
+        f"{forecast.level:.0%} interval",
+        Beginning("text"),
+        title=f"Most at risk ({forecast.unit})",
     )
-    for row in rows:
+    texts = _beginnings(pool, [row["id"] for row in rows])
+    for row, text in zip(rows, texts, strict=True):
         interval = "measured" if row["probed"] else f"{row['lower']:.3f} to {row['upper']:.3f}"
-        table.add_row(row["id"], f"{row['mean']:.3f}", interval)
+        table.add_row(row["id"], f"{row['mean']:.3f}", interval, text)
     return table
+
+
+def _beginnings(pool: Pool, ids: Sequence[str]) -> list[str]:
+    """Return how the texts of examples begin, on a line each: an id that was made says nothing to a reader."""
+    return [" ".join(pool[int(i)].full_text.split())[:BEGINNING] for i in pool.positions(ids)]
 
 
 def atlas_tables(info: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -160,15 +188,17 @@ def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Fi
     for name, found in list(figures.items())[-last:]:
         table.add_row(name, *(f"{found[key]:{form}}" if key in found else "" for key, form in formats.items()))
     if so_far := [found["forgetting"] for found in figures.values() if "forgetting" in found]:
-        table.caption = f"mean forgetting of {len(so_far)} rows so far: {np.mean(so_far):+.3f} nats per token"
+        rows = f"{len(so_far)} rows" if len(so_far) > 1 else "1 row"
+        table.caption = f"mean forgetting of {rows} so far: {np.mean(so_far):+.3f} nats per token"
     return table
 
 
 def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     """Yield how much each fit explains, and the components' loadings."""
+    mean = np.mean(list(structure.mean_by_task.values()))
     yield (
         f"{structure.tasks} tasks x {structure.examples} examples, {structure.measured:.0%} measured; "
-        f"mean forgetting {np.mean(list(structure.mean_by_task.values())):.3f} nats per token"
+        f"mean forgetting {mean:.3f} nats per token{': the loss fell' if mean < 0 else ''}"
     )
     if structure.mean_per_token is not None:
         yield f"Weighted by target tokens, the mean forgetting is {structure.mean_per_token:.3f}."
@@ -192,6 +222,11 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
             "From the third column on: on a tenth of the entries, which the fit did not see; the error is absolute."
         )
     yield fits
+    if structure.held_out_r2 and max(structure.held_out_r2) <= 0:
+        yield (
+            "No rank explains entries that the fit did not see, so a structure is not shown: rely on forecasts only if "
+            "`forgetcast bench` shows them better than the mean, or collect more tasks."
+        )
     if (without := structure.without) is not None:
         best = f" of {max(structure.held_out_r2):.3f} held out" if structure.held_out_r2 else ""
         yield (
@@ -301,8 +336,8 @@ def _worst_rows(result: Difference) -> Iterator[tuple[str, ...]]:
         yield row["id"], f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['change']:+.3f}"
 
 
-def difference_tables(result: Difference) -> Iterator[RenderableType]:
-    """Yield tables of the difference, its values by source, and the most forgotten examples."""
+def difference_tables(result: Difference, pool: Pool | None = None) -> Iterator[RenderableType]:
+    """Yield tables of the difference, its values by source, and the most forgotten examples, with texts of a pool."""
     table = FigureTable(
         Words("statistic"),
         Words("after minus before"),
@@ -317,9 +352,11 @@ def difference_tables(result: Difference) -> Iterator[RenderableType]:
             table.add_row(name or "(none)", *figures)
         yield table
     if result.worst:
-        table = FigureTable(Name("example"), "before", "after", "change", title="Most forgotten")
-        for cells in _worst_rows(result):
-            table.add_row(*cells)
+        named = [] if pool is None else [Beginning("text")]
+        table = FigureTable(Name("example"), "before", "after", "change", *named, title="Most forgotten")
+        texts = [] if pool is None else _beginnings(pool, [row["id"] for row in result.worst])
+        for i, cells in enumerate(_worst_rows(result)):
+            table.add_row(*cells, *texts[i : i + 1])
         yield table
 
 

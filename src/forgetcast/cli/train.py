@@ -14,17 +14,21 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    check_models,
     check_output_directory,
+    err,
     fractions,
     import_torch,
     is_first,
     load_base,
     load_data,
     load_recipe,
+    load_tasks,
     load_tuner,
     print_all,
     print_json,
     progress,
+    recipe_of,
     require_single_process,
     say_ratios,
     show,
@@ -41,6 +45,7 @@ from forgetcast.cli.options import (
     Loading,
     Margin,
     ModelName,
+    NamedColumns,
     NoThinking,
     NumberOfProbes,
     OnlineAt,
@@ -132,7 +137,7 @@ def train(
     -o tuned
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.data import Recipe, Rendering
+    from forgetcast.data import Rendering
     from forgetcast.data.reader import data_name
     from forgetcast.replay import ReplayPlan
 
@@ -140,25 +145,26 @@ def train(
     partial = output.with_name(f"{output.name}.partial")
     check_destination(partial, folder=True)
     if (plan is None) != (pool is None):
-        raise ConfigError("--plan and --pool go together")
+        raise ConfigError("--plan needs --pool, the pool that the plan was made for; --pool alone replays nothing")
     if pool is None and (pool_format is not None or pool_column):
         raise ConfigError("--pool-format and --pool-column are about --pool; give it too")
-    settings = Recipe() if recipe is None else Recipe.load(recipe)
-    examples = load_data(task, format, column, strict)
     replay = ReplayPlan.load(plan) if plan is not None else None
+    opened = Atlas.open(atlas) if atlas is not None else None
+    watched = Atlas.open(watch) if watch is not None else None
+    settings = _recipe(recipe, replay, opened or watched)
+    examples = load_data(task, format, column, strict)
     upstream = load_data(pool, pool_format, pool_column, strict) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
         say_ratios([replay.ratio], settings)
-    opened, selector = Atlas.open(atlas) if atlas is not None else None, None
+    selector = None
     if online is not None or (replay is not None and replay.phase == "in-training"):
         if replay is None or opened is None:
             raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
         selector = _selector(opened, replay, online, probes)
     if watch is None and stop_if is not None:
         raise ConfigError("--stop-if is about what is forgotten: give an atlas with --watch too")
-    watched = Atlas.open(watch) if watch is not None else None
     monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
     if revise:
         if watched is None or monitor is None or replay is None or selector is not None:
@@ -198,6 +204,27 @@ def train(
     if monitor is not None:
         facts |= _watched_facts(monitor)
     show(facts, as_json, title="Fine-tuned")
+
+
+def _recipe(name: str | None, plan: ReplayPlan | None, atlas: Atlas | None) -> Recipe:
+    """Load the recipe that is named; else take the plan's, else the atlas's, else the defaults, and say so."""
+    from forgetcast.data import Recipe
+
+    if name is not None:
+        return Recipe.load(name)
+    recipe, whose = None if plan is None else plan.recipe, "that of the plan"
+    if recipe is None and atlas is not None:
+        recipe, whose = recipe_of(atlas), f"that of {atlas.path}"
+    if recipe is None:
+        recipe, whose = Recipe(), "the defaults"
+    if is_first():
+        err.print(
+            f"no --recipe: {whose}: {recipe.method}, {recipe.steps} steps of {recipe.batch_size} examples of at most "
+            f"{recipe.max_length} tokens, learning rate {recipe.learning_rate:g}",
+            markup=False,
+            soft_wrap=True,
+        )
+    return recipe
 
 
 @contextmanager
@@ -306,7 +333,7 @@ def verify(
     online: OnlineAt = None,
     probes: NumberOfProbes = PROBES,
     format: Format = None,
-    column: Columns = None,
+    column: NamedColumns = None,
     strict: Strict = False,
     as_json: AsJson = False,
     *,
@@ -333,7 +360,6 @@ def verify(
     from forgetcast.atlas import Atlas
     from forgetcast.atlas.index import check_writable
     from forgetcast.cli.tables import verification_tables
-    from forgetcast.experiments.collect import load_tasks
     from forgetcast.experiments.variants import parse_arm
 
     require_single_process("verify")
@@ -341,7 +367,7 @@ def verify(
     check_destination(output.with_suffix(".runs"), folder=True)
     opened = Atlas.open(atlas)
     check_writable(opened.path)
-    loaded = load_tasks(tasks, lambda path: load_data(path, format, column, strict))
+    loaded = load_tasks(tasks, format, column, strict)
     replays = _plans_of(plan, list(loaded))
     settings = load_recipe(recipe, opened)
     own = load_data(on_policy) if on_policy is not None else None
@@ -544,6 +570,7 @@ def interpolate(
     require_single_process("interpolate")
     check_output_directory(output)
     check_destination(output, folder=True)
+    check_models(loading, base, tuned)
     if alpha is not None:
         if atlas is not None or pool is not None or task is not None or plan is not None:
             raise ConfigError("--atlas, --pool, --task and --plan are to choose alpha; leave them out with --alpha")
@@ -553,7 +580,7 @@ def interpolate(
             raise ConfigError("give --alpha; or --task with --atlas or --pool, to choose it")
         upstream, opened = _probes_of(atlas, pool, plan, hold_out, probes, seed, (pool_format, pool_column, strict))
         examples = load_data(task, format, column, strict)
-    import_torch(loading, base, tuned)
+    import_torch(loading)
     from forgetcast.lm import Interpolation, load
 
     start = load_base(base, loading, opened)
@@ -637,7 +664,7 @@ def sequence(
     repeat: Repeat = False,
     test_share: TestShare = TEST_SHARE,
     format: Format = None,
-    column: Columns = None,
+    column: NamedColumns = None,
     strict: Strict = False,
     as_json: AsJson = False,
     *,
@@ -655,7 +682,6 @@ def sequence(
     from forgetcast.cli.tables import sequence_tables
     from forgetcast.data import split_task
     from forgetcast.experiments import SequenceSettings, run_sequence
-    from forgetcast.experiments.collect import load_tasks
     from forgetcast.experiments.sequence import task_orders
     from forgetcast.settings import check_settings
 
@@ -670,7 +696,7 @@ def sequence(
     opened = Atlas.open(atlas)
     shared = load_recipe(recipe, opened)
     folder = tasks[0] if len(tasks) == 1 and tasks[0].is_dir() else tasks
-    loaded = load_tasks(folder, lambda path: load_data(path, format, column, strict))
+    loaded = load_tasks(folder, format, column, strict)
     task_orders(list(loaded), orders)  # too few tasks are an error before the model is loaded
     parts = {name: split_task(task, test_share) for name, task in loaded.items()}
     say_ratios([ratio], shared)

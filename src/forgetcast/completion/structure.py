@@ -168,7 +168,9 @@ def analyze(
     rows, columns = np.flatnonzero(observed.any(axis=1)), np.flatnonzero(observed.any(axis=0))
     values = matrix.values[np.ix_(rows, columns)].astype(np.float64)
     if values.size == 0:
-        raise DataError("the matrix has no measured entry")
+        raise DataError(
+            "the matrix has no measured entry; an atlas gets its rows by `forgetcast collect` or `forgetcast add`"
+        )
     total = float(np.nansum((values - np.nanmean(values)) ** 2))
     if total == 0:
         raise DataError("all measured entries are equal: there is no structure to analyse")

@@ -486,10 +486,17 @@ class Whole:
                     float(spread[rest].mean()),
                 )
         free = len(columns) - int(inside[self.probes[certain]].sum())
-        return [
-            total.interval(statistic, len(columns), free, level)
-            for total, statistic in zip(sums, statistics, strict=True)
-        ]
+        known = self.observed[inside[self.probes]]
+        found = []
+        for total, statistic in zip(sums, statistics, strict=True):
+            interval = total.interval(statistic, len(columns), free, level)
+            drawn = statistic.transform(self.observed[audit][inside[self.probes[audit]]])
+            if isinstance(statistic, Above) and np.ptp(drawn) == 0:
+                interval = _of_one_kind(
+                    interval, drawn, float(statistic.transform(known).sum()), len(columns), free, level
+                )
+            found.append(interval)
+        return found
 
     def _parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of the chosen probes, and of the random ones."""
@@ -507,6 +514,20 @@ class Whole:
             whole = np.concatenate([known, row])
             thresholds.append(float(np.partition(whole, len(whole) - count)[-count]))
         return Tail(statistic.share, float(np.mean(thresholds)), count / len(columns))
+
+
+def _of_one_kind(interval: Interval, drawn: np.ndarray, known: float, size: int, free: int, level: float) -> Interval:
+    """Widen the interval of a share whose random probes are all above, or all below: their errors show no variance.
+
+    With a share p of the `free` examples of the other kind, n random ones miss it with a probability of at most
+    (1 - p)^n, so that p is at most 1 - ((1 - level) / 2)^(1/n) (Clopper and Pearson 1934). `known` probes are above.
+    """
+    value, lower, upper = interval
+    rest = free - len(drawn)
+    other = min((1 - ((1 - level) / 2) ** (1 / len(drawn))) * free, rest)
+    if drawn[0]:
+        return value, min(lower, (known + rest - other) / size), upper
+    return value, lower, max(upper, (known + other) / size)
 
 
 class _Sums:

@@ -18,7 +18,16 @@ from typing import Any
 
 from forgetcast.data.example import FIELDS, Example, digest, with_content_id
 from forgetcast.data.pool import Pool
-from forgetcast.data.reader import Reader, ReadOptions, ReadReport, data_name, is_data_file, visible_files
+from forgetcast.data.reader import (
+    Reader,
+    ReadOptions,
+    ReadReport,
+    data_name,
+    find_parts,
+    is_data_file,
+    is_on_hub,
+    visible_files,
+)
 from forgetcast.errors import ConfigError, DataError
 
 CHARACTERS_PER_TOKEN = 4
@@ -157,6 +166,13 @@ class BuildReport:
         return {name: getattr(self, name) for name in names} | {"sources": [s.as_dict() for s in self.sources]}
 
 
+def check_sources(sources: Sequence[str | Path]) -> None:
+    """Raise DataError for a file or folder that is not there; names of the Hub are not asked for."""
+    for source in sources:
+        if not is_on_hub(source) and not Path(source).exists():
+            find_parts(source, ReadReport(str(source)))  # raises, unless it names a split of a saved data set
+
+
 def build_pool(
     sources: Sequence[str | Path],
     n: int,
@@ -200,8 +216,8 @@ def build_pool(
         report.tokens = str(splitter)
     samples: dict[str, _Sample] = {}
     whole = _Sample(n)
-    for where, label in zip(sources, _labels(sources), strict=True):
-        read = _read(where, label, options or ReadOptions(), report, on_progress)
+    for where, label in zip(sources, labels(sources), strict=True):
+        read = _read(where, label, (options or ReadOptions()).of(label), report, on_progress)
         limited = read if rows is None else islice(read, rows)
         for place, example, made in limited:
             for part, id_is_made in _parts(example, made, splitter, report):
@@ -304,7 +320,7 @@ def _check_ids(items: Sequence[_Item]) -> None:
         seen[item.example.id] = item.place
 
 
-def _labels(sources: Sequence[str | Path]) -> list[str]:
+def labels(sources: Sequence[str | Path]) -> list[str]:
     """Name each source by its file or folder, by the whole path where two have the same name."""
     names = [data_name(str(source).rstrip("/")) or str(source) for source in sources]
     count = Counter(names)

@@ -273,14 +273,14 @@ class RowReader:
         return column in KNOWN or column in self._columns.values()
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Raise DataError unless rows with these columns can be of one of the formats."""
+        """Raise NoColumnError unless rows with these columns can be of one of the formats."""
         names = list(names)
         for field, column in self._columns.items():
             if column and column not in names:
                 hint = did_you_mean(column, names)
-                raise DataError(f"there is no column {column!r} for {field!r}; {_listed(names)}{hint}")
+                raise NoColumnError(f"there is no column {column!r} for {field!r}; {_listed(names)}{hint}")
         if not self._matches(self._renamed(dict.fromkeys(names))):
-            raise DataError(f"{_listed(names)}; needed are {self._needed()}. Other names: --column prompt=NAME")
+            raise NoColumnError(f"{_listed(names)}; needed are {self._needed()}. Other names: --column prompt=NAME")
 
     def _needed(self) -> str:
         return ", or ".join(" and ".join(names) for f in self._formats.values() for names in f.needs)
@@ -365,6 +365,10 @@ class RowReader:
 
 class AmbiguousRowError(DataError):
     """A row that two formats fit: reading it as either would be a guess."""
+
+
+class NoColumnError(DataError):
+    """Columns that no format has, or that are not those that were named."""
 
 
 _CONTENT = frozenset(KNOWN).difference(COMMON)

@@ -16,16 +16,16 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from forgetcast.data.example import FIELDS, STRUCTURED, Example, with_content_id
-from forgetcast.data.formats import FORMATS, AmbiguousRowError, RowReader, row_id
+from forgetcast.data.formats import FORMATS, AmbiguousRowError, NoColumnError, RowReader, row_id
 from forgetcast.errors import DataError, MissingExtraError
-from forgetcast.files import check_seal, decode_json, is_rewritten
+from forgetcast.files import check_seal, decode_json, is_rewritten, neighbour
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,11 +44,16 @@ _HUB = re.compile(r"hf:/{1,2}(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<spli
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How rows are read: see `Pool.load`."""
+    """How rows are read: see `Pool.load`. Of several sources, `own` has further columns of some, by their names."""
 
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
+    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def of(self, name: str) -> ReadOptions:
+        """Return those of a source."""
+        return replace(self, columns={**self.columns, **self.own.get(name, {})}, own={})
 
 
 @dataclass
@@ -161,6 +166,11 @@ def _kind(path: Path) -> str | None:
     return suffix if suffix in ((*LINES, *ARRAYS, *TABLES) if compressed else SUFFIXES) else None
 
 
+def is_on_hub(where: str | Path) -> bool:
+    """Whether the name is that of a data set of the Hub."""
+    return _HUB.fullmatch(str(where)) is not None
+
+
 def find_parts(where: str | Path, report: ReadReport) -> list[Part]:
     """Find what a file, a folder, a saved data set or a name of the Hub holds.
 
@@ -175,13 +185,15 @@ def find_parts(where: str | Path, report: ReadReport) -> list[Part]:
     if not path.exists() and "@" in path.name:
         path, split = path.with_name(path.name.rpartition("@")[0]), path.name.rpartition("@")[2]
         if not (path / "dataset_dict.json").is_file():
-            raise DataError(f"{where}: there is no such file, and no saved data set {path} with splits")
+            raise DataError(
+                f"{where}: there is no such file, and no saved data set {path} with splits{neighbour(path)}"
+            )
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
             return [_saved(path, split)]
         return _folder(path, report)
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: there is no such file{neighbour(path)}")
     return [_file(path)]
 
 
@@ -195,6 +207,8 @@ def visible_files(path: Path) -> list[Path]:
 
 
 def _folder(path: Path, report: ReadReport) -> list[Part]:
+    if (path / "atlas.json").is_file():
+        raise DataError(f"{path} is an atlas; needed are data, such as those of a task, or its {path / 'pool.parquet'}")
     files = visible_files(path)
     data = [file for file in files if is_data_file(file)]
     report.ignored = [str(file.relative_to(path)) for file in files if not is_data_file(file)]
@@ -563,8 +577,8 @@ class Reader:
     def _check_columns(self, part: Part, names: list[str]) -> None:
         try:
             self._rows.check_columns(names)
-        except DataError as error:
-            raise DataError(f"{part.name}: {error}") from None
+        except NoColumnError as error:
+            raise NoColumnError(f"{part.name}: {error}") from None
 
     def _example(self, part: Part, number: int, row: dict[str, Any]) -> tuple[Example, Part, int, bool] | None:
         fields = self._rows.fields(row)

@@ -17,6 +17,7 @@ from pydantic import (
 
 from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError
+from forgetcast.files import neighbour
 from forgetcast.settings import Seed, read_settings
 from forgetcast.text import did_you_mean
 
@@ -131,6 +132,6 @@ class Recipe(BaseModel):
         if not Path(name).exists():
             raise ConfigError(
                 f"there is no recipe {name}: give a YAML file, or one of {', '.join(names)}"
-                f"{did_you_mean(str(name), names)}"
+                f"{did_you_mean(str(name), names) or neighbour(Path(name))}"
             )
         return read_settings(Path(name), cls)

@@ -43,6 +43,7 @@ from forgetcast.experiments.runs import (
     score_base,
     without_curve,
 )
+from forgetcast.files import neighbour
 from forgetcast.progress import OnProgress
 from forgetcast.settings import read_settings
 from forgetcast.text import did_you_mean
@@ -278,7 +279,7 @@ def task_files(where: Path | Sequence[Path]) -> dict[str, Path]:
     elif where.is_dir():
         files = sorted(path for path in where.iterdir() if is_data_file(path))
     else:
-        raise DataError(f"{where}: there is no such folder of tasks")
+        raise DataError(f"{where}: there is no such folder of tasks{neighbour(where)}")
     if not files:
         raise DataError(f"{where} holds no task: no {', '.join(SUFFIXES)} file")
     found: dict[str, Path] = {}

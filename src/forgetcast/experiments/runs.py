@@ -147,6 +147,7 @@ class FineTune:
             scores = score_with_progress(language_model, self.judged, meter, f"{self.name}: {share:.0%} of the steps")
             (curve or {})[share](scores)
 
+        meter.report(f"{self.name}: starting")  # until the first step, the run before it would stand there
         show, training = meter.on_figures, self.work(tuner.base.context).training
         tune = partial(
             tuner.tune,

@@ -16,6 +16,7 @@ from forgetcast.measure.diff import Change, Difference
 from forgetcast.measure.scores import NATS_PER_TOKEN
 from forgetcast.results import Result
 from forgetcast.stats import holm
+from forgetcast.text import did_you_mean
 
 NOT_WORSE, WORSE, INCONCLUSIVE = "not worse", "worse", "inconclusive"
 """Verdicts at a margin."""
@@ -72,7 +73,8 @@ class Gate:
         """Return the figure that the condition names; raises as `fails` does."""
         figures = measured.figures()
         if self.figure not in figures:
-            raise DataError(f"there is no figure {self.figure!r} here; there are {', '.join(figures)}")
+            hint = did_you_mean(self.figure, figures)
+            raise DataError(f"there is no figure {self.figure!r} here; there are {', '.join(figures)}{hint}")
         return figures[self.figure]
 
     def holds(self, value: float) -> bool:

@@ -525,8 +525,8 @@ def ratio_note(ratio: float, steps: int, batch_size: int) -> str | None:
         return None
     batches = replay_steps(steps, ratio)
     return (
-        f"whole batches turn the ratio {ratio:.4g} into {achieved:.4g}: {batches} of {batch_size} replayed examples in "
-        f"{steps} steps on new ones"
+        f"whole batches turn the ratio {ratio:.4g} into {achieved:.4g}: {batches} batch{'es' * (batches > 1)} of "
+        f"{batch_size} replayed examples and {steps} of new ones"
     )
 
 

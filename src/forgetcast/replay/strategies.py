@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from forgetcast.errors import ConfigError
+from forgetcast.files import neighbour
 from forgetcast.replay.coverage import Diminishing, Facility, coverage, herding
 from forgetcast.replay.sampling import normal_scores, softmax_weights
 from forgetcast.replay.signals import Signals
@@ -158,7 +159,7 @@ def _source(cls: type[Strategy]) -> tuple[str, str]:
 
 def _run_file(path: Path) -> None:
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file of replay strategies")
+        raise ConfigError(f"{path}: there is no such file of replay strategies{neighbour(path)}")
     spec = importlib.util.spec_from_file_location(f"forgetcast_user_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -42,7 +42,7 @@ LONGEST_TEXT = 2_000
 """Characters shown of an example."""
 
 REGULARITY = ((0.9, "very regular"), (0.6, "regular"), (0.3, "partly regular"))
-"""Lower limit of the R² of the highest rank shown, and the word for it."""
+"""Lower limit of the best rank's R² on entries that were held out, and the word for it."""
 
 
 def write_report(
@@ -161,12 +161,13 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _measured_finding(matrix: ForgettingMatrix, means: Mapping[str, float], structure: Structure | None) -> str:
-    weighted = None if structure is None else structure.mean_per_token
-    by_token = "" if weighted is None else f" ({weighted:.3f} with examples weighted by their target tokens)"
+    weighted, mean = None if structure is None else structure.mean_per_token, float(np.mean(list(means.values())))
+    sign, verb = (1, "costs") if mean >= 0 else (-1, "lowers the loss by")
+    by_token = "" if weighted is None else f" ({sign * weighted:.3f} with examples weighted by their target tokens)"
     most, least = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
     return (
-        f"On average a fine-tune costs {np.mean(list(means.values())):.3f} nats per token on the upstream examples"
-        f"{by_token}: the most after {most} ({means[most]:.3f}), the least after {least} ({means[least]:.3f}). "
+        f"On average a fine-tune {verb} {sign * mean:.3f} nats per token on the upstream examples{by_token}. "
+        f"Forgetting is highest after {most} ({means[most]:.3f}), lowest after {least} ({means[least]:.3f}). "
         f"The worst tenth of all measurements averages {worst_tenth(matrix.values[matrix.observed]):.3f}."
     )
 
@@ -220,18 +221,24 @@ def _analyze(matrix: ForgettingMatrix, tokens: np.ndarray) -> Structure | None:
 
 def _structure_finding(structure: Structure) -> str:
     r2 = structure.rank_r2[:3]
-    regular = next((word for limit, word in REGULARITY if r2[-1] >= limit), "irregular")
+    ranks = f"atrices of rank {' / '.join(str(i + 1) for i in range(len(r2)))}"
+    explained = (
+        f"explain {' / '.join(f'{value:.2f}' for value in r2)} of the variation (R²; task mean plus example mean: "
+        f"{structure.additive_r2:.2f})"
+    )
+    if not structure.held_out_r2:
+        return f"M{ranks} {explained}; whether that holds on entries that a fit did not see is not known."
+    # Of few tasks, a fit explains nearly all that it saw, whatever that is.
+    best = max(structure.held_out_r2)
+    regular = next((word for limit, word in REGULARITY if best >= limit), "not shown to be regular")
     return (
-        f"Which examples are forgotten after which task is {regular}: matrices of rank "
-        f"{' / '.join(str(i + 1) for i in range(len(r2)))} explain {' / '.join(f'{value:.2f}' for value in r2)} of the "
-        f"variation (R²; task mean plus example mean: {structure.additive_r2:.2f}).{_without_finding(structure)}"
+        f"Which examples are forgotten after which task is {regular}: m{ranks} {explained}. On entries that were held "
+        f"out, R² is at best {_held_out_finding(structure)}."
     )
 
 
-def _without_finding(structure: Structure) -> str:
-    without = structure.without
-    if without is None or not structure.held_out_r2:
-        return ""
+def _held_out_finding(structure: Structure) -> str:
+    """Return the best rank's R² on held-out entries, what is robust beside it, and what it is without a source."""
     best = int(np.argmax(structure.held_out_r2))
     robust = [
         f"{name} {figures[best]:.{digits}f}"
@@ -241,10 +248,12 @@ def _without_finding(structure: Structure) -> str:
         )
         if figures
     ]
+    found = f"{structure.held_out_r2[best]:.2f}" + f" ({', '.join(robust)})" * bool(robust)
+    if (without := structure.without) is None:
+        return found
     return (
-        f" On entries that were held out, R² is at best {structure.held_out_r2[best]:.2f} "
-        f"({', '.join(robust)}), and {without.value:.2f} without the source with most of the variation, "
-        f"{without.source or '(none)'} ({without.examples} examples)."
+        f"{found}, and {without.value:.2f} without the source with most of the variation, {without.source or '(none)'} "
+        f"({without.examples} examples)"
     )
 
 
