@@ -112,13 +112,13 @@ def test_boxes_by_hand() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_label_overlaps_or_is_cut(browser: Browser, report: Path, width: int) -> None:
     page = drawn(browser, report, width)
-    assert page.locator("figure").count() == 9
+    assert page.locator("figure").count() == 10
     found: list[dict[str, Any]] = page.evaluate(TEXTS)
     if folder := os.environ.get("FORGETCAST_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"report-{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
-    assert len({text["figure"] for text in found}) == 9
+    assert len({text["figure"] for text in found}) == 10
     assert len(found) > 100
     cut = [
         (text["figure"], text["text"])
