@@ -66,7 +66,7 @@ def test_a_training_is_watched_stopped_and_shown(work: Path, run: RunCommand) ->
             ("--watch", "a.atlas", "--stop-if", "most > .1"),
             "'most > .1': there is no figure 'most' here; there are lower",
         ),
-        (("--watch", "none.atlas"), "is not an atlas"),
+        (("--watch", "none.atlas"), "none.atlas: there is no such atlas"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_before_the_model_is_loaded(
