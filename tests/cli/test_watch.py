@@ -79,7 +79,7 @@ def test_a_training_is_watched_stopped_and_shown(work: Path, run: RunCommand) ->
             ("--watch", "a.atlas", "--stop-if", "most > .1"),
             "'most > .1': there is no figure 'most' here; there are lower",
         ),
-        (("--watch", "none.atlas"), "is not an atlas"),
+        (("--watch", "none.atlas"), "none.atlas: there is no such atlas"),
         (("--watch", "a.atlas", "--revise"), "--revise needs --watch, and --plan with --pool"),
         (
             (*PLANNED, "--plan", "plan.parquet", "--pool", "pool.jsonl"),

@@ -379,4 +379,4 @@ def test_the_place_is_tried_before_the_work(
         code, _, err = run(*create, place)
         assert (code, "Traceback" in err, len(err.strip().splitlines()[-1]) > 10) == (2, False, True)
     code, _, err = run("add", tmp_path / "none.atlas", models / "adapters")
-    assert (code, "is not an atlas" in err) == (2, True)
+    assert (code, "there is no such atlas" in err) == (2, True)

@@ -116,6 +116,11 @@ class TestAdvice:
     def test_no_replay_where_nothing_helps(self) -> None:
         assert planted({"none": (0, 0), "random": (0, 0.1)}).advice.arm == "none"
 
+    def test_no_replay_is_not_praised_where_nothing_else_is_shown_to_learn_as_well(self) -> None:
+        advice = planted({"none": (0, 0), "random": (0.1, -0.2)}).advice
+        assert advice.arm == "none"
+        assert advice.sentences[-1] == ("Advice: no replay, because no arm is shown to learn the new task as well.")
+
     def test_one_run_of_each_shows_nothing(self) -> None:
         advice = planted(PLACES, tasks=1, seeds=1).advice
         assert advice.arm is None

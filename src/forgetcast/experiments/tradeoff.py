@@ -138,7 +138,9 @@ def recipe_advice(result: Verification) -> RecipeAdvice:
     ]
     chosen = next(each for each in equal if not _shown_worse(result, each.arm, best.arm))
     simpler = [each.arm for each in equal[: equal.index(chosen)]]
-    if chosen.arm == best.arm:
+    if len(equal) == 1:
+        lines.append(f"Advice: {_what(chosen.arm)}, because no arm is shown to learn the new task as well.")
+    elif chosen.arm == best.arm:
         lines.append(
             f"Advice: {_what(chosen.arm)}, which forgets least there"
             + (f"; what is simpler is shown to forget more ({', '.join(simpler)})." if simpler else ".")
