@@ -291,7 +291,10 @@ def forecast_only(forecast: TaskForecast) -> str:
     )
     margin = 0.03 * len(order)  # or the first label of this axis would be below the last of the other
     figure.update_xaxes(title="examples, most at risk first", range=[-margin, len(order) - 1 + margin])
-    figure.update_yaxes(title=f"forecast ({forecast.unit})", zeroline=True)
+    title = f"forecast ({forecast.unit})"
+    if forecast.measure == "exact_match":  # on one line it would be longer than the axis
+        title = "probability of being<br>answered wrong"
+    figure.update_yaxes(title=title, zeroline=True)
     return _html(figure, height=340, legend=True, label="Forecast of every example")
 
 
