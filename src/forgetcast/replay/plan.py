@@ -525,7 +525,7 @@ def ratio_note(ratio: float, steps: int, batch_size: int) -> str | None:
         return None
     batches = replay_steps(steps, ratio)
     return (
-        f"whole batches turn the ratio {ratio:.4g} into {achieved:.4g}: {batches} batch{'es' * (batches > 1)} of "
+        f"whole batches turn the ratio {ratio:.4g} into {achieved:.4g}: {batches} batch{'es' * (batches != 1)} of "
         f"{batch_size} replayed examples and {steps} of new ones"
     )
 
