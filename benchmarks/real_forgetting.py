@@ -231,8 +231,7 @@ class Study:
             for name in atlas.tasks:
                 values = atlas.matrix([name]).values[0]
                 facts = {"method": atlas.recipe["method"], "rate": atlas.recipe["learning_rate"], "task": name}
-                texts = " ".join(f"{v:.5f}" for v in values)
-                rows.append({"part": what, **facts, "kind": kind_of(name), "forgetting": texts})
+                rows.append({"part": what, **facts, "kind": kind_of(name), "forgetting": as_text(values)})
         runs = ScoreFiles(self.work / "runs")
         for task in self.replayed_tasks() if runs.directory.is_dir() else ():
             if all(runs.path(run_name(task, arm, 0)).exists() for arm in ARMS):
@@ -302,6 +301,11 @@ class Measured:
         found = {level: tuple(run for run in runs if levels[run.task] == level) for level in LEVELS}
         found |= {"all": tuple(runs)}
         return {level: Verification(of, judged, RATIO) for level, of in found.items() if of}
+
+
+def as_text(forgetting: np.ndarray) -> str:
+    """Return how a row has its forgetting."""
+    return " ".join(f"{value:.5f}" for value in forgetting)
 
 
 def parsed(row: Mapping[str, Any]) -> np.ndarray:

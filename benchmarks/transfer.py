@@ -29,11 +29,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from forgetcast import Pool, Recipe, probes
+from forgetcast import Pool, probes
 from forgetcast.completion import Additive, Bayesian, Completion
 from forgetcast.experiments.collect import collect, prepare_atlas
 from forgetcast.stats import mean_interval
-from real_forgetting import TASKS, Measured, Scale, Study, parsed
+from real_forgetting import TASKS, Measured, Scale, Study, as_text, parsed, recipe
 from shared import conclude, default_cache, output
 
 Rows = list[dict[str, Any]]
@@ -54,17 +54,15 @@ def measure(models: Path, work: Path) -> Rows:
     pool = Pool([example for example in study.pool if example.messages is None])
     tasks = {name: study.train(name) for name in TASKS}
     plain = {name: task for name, task in tasks.items() if all(example.messages is None for example in task)}
-    fields = {"method": "full", "steps": 20, "batch_size": 4, "learning_rate": RATE, "max_length": 128}
-    recipe = Recipe.model_validate(fields)
+    settings = recipe("full", RATE)
     with as_file(files("forgetcast.demo") / "model") as folder:
         tuner = FineTuner(load(folder))
-        atlas = prepare_atlas(work / "demo.atlas", tuner.base, pool, recipe)
-        collect(tuner, atlas, recipe, plain)
+        atlas = prepare_atlas(work / "demo.atlas", tuner.base, pool, settings)
+        collect(tuner, atlas, settings, plain)
     found = atlas.matrix()
     rows = Rows()
     for name, values in zip(found.tasks, found.values, strict=True):
-        texts = " ".join(f"{value:.5f}" for value in values)
-        rows.append({"part": "small", "task": name, "forgetting": texts})
+        rows.append({"part": "small", "task": name, "forgetting": as_text(values)})
     return [{"part": "examples", "ids": list(found.examples)}, *rows]
 
 

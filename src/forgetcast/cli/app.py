@@ -141,9 +141,8 @@ def check_models(loading: Loading, *models: str | None) -> None:
             check_name(name, loading.arguments()["model_kwargs"])
 
 
-def import_torch(loading: Loading, *models: str | None) -> None:
-    """Check the names of models, and import what they need: it takes seconds, so it is said, and comes last."""
-    check_models(loading, *models)
+def import_torch() -> None:
+    """Import what models need: it takes seconds, so it is said, and comes last."""
     if "forgetcast.lm" not in sys.modules and is_first():
         err.print("loading PyTorch and Transformers", soft_wrap=True)
     import forgetcast.lm  # noqa: F401
@@ -156,7 +155,8 @@ def load_base(
     from forgetcast.data import Rendering
     from forgetcast.experiments.runs import check_base, rendering_of
 
-    import_torch(loading, model)
+    check_models(loading, model)
+    import_torch()
     from forgetcast.lm import load
 
     rendering = rendering or (Rendering() if atlas is None else rendering_of(atlas))
@@ -172,6 +172,16 @@ def arguments_as_scored(loading: Loading, atlas: Atlas) -> dict[str, Any]:
     if "quantization" not in atlas.scored_with:
         arguments["dtype"] = arguments["dtype"] or atlas.scored_with.get("dtype")
     return arguments
+
+
+def load_tuned(model: str, loading: Loading, atlas: Atlas) -> LanguageModel:
+    """Load a tuned model, whose name is checked, to compare with an atlas's base: scored and rendered as that was."""
+    from forgetcast.experiments.runs import rendering_of
+
+    import_torch()
+    from forgetcast.lm import load
+
+    return replace(load(model, **arguments_as_scored(loading, atlas)), rendering=rendering_of(atlas))
 
 
 def load_tuner(

@@ -10,6 +10,7 @@ import typer
 
 from forgetcast.cli.app import (
     app,
+    check_models,
     err,
     import_torch,
     load_data,
@@ -35,7 +36,6 @@ from forgetcast.cli.options import (
 )
 from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
 from forgetcast.errors import ConfigError, IncompleteError
-from forgetcast.model_files import check_name
 from forgetcast.results import plain
 
 
@@ -75,7 +75,7 @@ def collect(
         raise ConfigError("--address, --gpus and --memory are for --engine ray")
     settings = CollectConfig.load(config)
     check_writable(settings.atlas)
-    check_name(settings.model, loading.arguments()["model_kwargs"])
+    check_models(loading, settings.model)
     pool = load_data(settings.pool, strict=strict)
     tasks = load_tasks(settings.tasks, format, column, strict)
     if settings.score_share < 1 and len(tasks) < FEWEST_FOR_A_SHARE:
@@ -86,7 +86,7 @@ def collect(
             soft_wrap=True,
         )
     settings.sweep(only or ()).rows(tasks, settings.recipe.seed)  # an unknown name is an error at once
-    import_torch(loading, settings.model)
+    import_torch()
     from forgetcast.lm import load
 
     failures: dict[str, str] = {}

@@ -76,7 +76,7 @@ def create(
     require_single_process("atlas create")
     check_models(loading, model)
     examples, rendering = load_data(pool, format, column, strict), Rendering(date or Rendering.date, not no_thinking)
-    import_torch(loading, model)
+    import_torch()
     from forgetcast.lm import load
 
     with progress() as report:
@@ -149,7 +149,7 @@ def add(
         if row != Path(model).name:
             err.print(f"{model} is called {row!r}", markup=False, soft_wrap=True)
 
-    import_torch(loading)
+    import_torch()
     from forgetcast.lm import SharedBase
 
     with progress() as report:

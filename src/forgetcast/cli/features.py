@@ -12,12 +12,12 @@ import typer
 
 from forgetcast.cli.app import (
     app,
-    arguments_as_scored,
+    check_models,
     column_names,
     err,
-    import_torch,
     load_base,
     load_data,
+    load_tuned,
     numbers,
     progress,
     require_single_process,
@@ -39,7 +39,6 @@ from forgetcast.cli.options import (
 )
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
-from forgetcast.model_files import check_name
 from forgetcast.progress import counted
 from forgetcast.text import did_you_mean
 
@@ -191,8 +190,7 @@ def preflight(
     past = opened.others(name)
     families = _families(past, family)
     begun_at = None if pilot is None else _share(opened, share, past)
-    if pilot is not None:
-        check_name(pilot, loading.arguments()["model_kwargs"])
+    check_models(loading, pilot)
     base = load_base(model, loading, opened)
     from forgetcast.lm.features import task_features
 
@@ -354,7 +352,6 @@ def _begun(
 
     from forgetcast.completion import Bayesian
     from forgetcast.completion.probes import choose
-    from forgetcast.experiments.runs import rendering_of
     from forgetcast.experiments.until import ProbeScores
 
     view = atlas.at(share)
@@ -362,10 +359,7 @@ def _begun(
     rows = view.stored(there)
     model = Bayesian().fit(rows)
     probes = np.sort(choose(model, k, np.flatnonzero(~np.isnan(view.nll_before))))
-    import_torch(loading, pilot)
-    from forgetcast.lm import load
-
-    begun = replace(load(pilot, **arguments_as_scored(loading, view)), rendering=rendering_of(view))
+    begun = load_tuned(pilot, loading, view)
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         kept = Path(folder) / "pilot.parquet" if output is None else output.with_name(f"{output.name}.pilot.parquet")
         own = ProbeScores(view, begun, kept, on_progress=report)(probes)

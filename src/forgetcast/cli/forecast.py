@@ -11,11 +11,10 @@ import typer
 
 from forgetcast.cli.app import (
     app,
-    arguments_as_scored,
     check_models,
     err,
-    import_torch,
     load_matrix,
+    load_tuned,
     numbers,
     out,
     print_all,
@@ -327,17 +326,12 @@ def _measure(
     **settings: Any,
 ) -> tuple[Stopped, Scores]:
     """Load a tuned model and measure its probes."""
-    from forgetcast.experiments.runs import rendering_of
     from forgetcast.experiments.until import ProbeScores, measure_until
 
     require_single_process("forecast")
-    import_torch(loading, model)
-    from forgetcast.lm import load
-
-    language_model = replace(load(model, **arguments_as_scored(loading, atlas)), rendering=rendering_of(atlas))
     measure = ProbeScores(
         atlas,
-        language_model,
+        load_tuned(model, loading, atlas),
         path,
         flips=flips,
         allow_different_tokens=allow_different_tokens,

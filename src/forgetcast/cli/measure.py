@@ -104,7 +104,7 @@ def score(
     check_destination(output)
     check_models(loading, model, reference)
     examples = load_data(pool, format, column, strict)
-    import_torch(loading, model, reference)
+    import_torch()
     from forgetcast.lm import exact_match, kl_divergence, load, score_again
     from forgetcast.lm import score as score_pool
     from forgetcast.lm.score import partial_files
@@ -423,7 +423,7 @@ def generate(
         raise ConfigError("-n is for texts without a prompt; --on-policy answers every prompt of the pool")
     check_models(loading, model)
     upstream = load_data(on_policy, pool_format, pool_column, strict) if on_policy is not None else None
-    import_torch(loading, model)
+    import_torch()
     from forgetcast.lm import answer_prompts, load, sample_texts
 
     language_model = load(model, **loading.arguments())

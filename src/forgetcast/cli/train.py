@@ -580,7 +580,7 @@ def interpolate(
             raise ConfigError("give --alpha; or --task with --atlas or --pool, to choose it")
         upstream, opened = _probes_of(atlas, pool, plan, hold_out, probes, seed, (pool_format, pool_column, strict))
         examples = load_data(task, format, column, strict)
-    import_torch(loading)
+    import_torch()
     from forgetcast.lm import Interpolation, load
 
     start = load_base(base, loading, opened)

@@ -479,9 +479,10 @@ class Split(NamedTuple):
     columns: np.ndarray
 
 
-def calibration_columns(examples: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the columns that left-out tasks are judged on, sorted: at most CALIBRATION_EXAMPLES."""
-    return np.sort(rng.permutation(examples)[:CALIBRATION_EXAMPLES])
+def calibration_columns(examples: int, rng: np.random.Generator, always: np.ndarray | None = None) -> np.ndarray:
+    """Draw the columns that left-out tasks are judged on, sorted: at most CALIBRATION_EXAMPLES, and `always`."""
+    drawn = rng.permutation(examples)[:CALIBRATION_EXAMPLES]
+    return np.sort(drawn) if always is None else np.union1d(drawn, always)
 
 
 def task_splits(
@@ -505,9 +506,7 @@ def task_splits(
     if len(tasks) < fewest:
         return
     rng = np.random.default_rng(0)
-    columns = calibration_columns(values.shape[1], rng)
-    if always is not None:
-        columns = np.union1d(columns, always)
+    columns = calibration_columns(values.shape[1], rng, always)
     part = values[:, columns].astype(np.float64)
     observed, order = ~np.isnan(part), rng.permutation(len(tasks))
     folds = np.array_split(order, min(len(order), CALIBRATION_FOLDS))

@@ -133,20 +133,14 @@ class Preflight:
         """
         matrix = self.model._fitted_on
         values = matrix.values if isinstance(matrix, ForgettingMatrix) else matrix
-        given: dict[Evidence, np.ndarray] = {}
-        growing = None if probes is None else pilot
-        named: tuple[tuple[Evidence, np.ndarray | None], ...] = (
-            ("text", features),
-            ("pilot", pilot),
-            ("growth", growing),
-        )
         self._probes = None if probes is None else np.asarray(probes, dtype=np.intp)
-        for name, table in named:
-            if table is not None:
-                given[name] = np.asarray(table, dtype=np.float64)
-                if given[name].shape[:1] != (values.shape[0],):
-                    known = f"and the atlas has {values.shape[0]}"
-                    raise MismatchError(f"features of {given[name].shape[0]} tasks ({name}), {known}")
+        named: dict[Evidence, np.ndarray | None]
+        named = {"text": features, "pilot": pilot, "growth": None if probes is None else pilot}
+        given = {name: np.asarray(table, dtype=np.float64) for name, table in named.items() if table is not None}
+        for name, table in given.items():
+            if table.shape[:1] != (values.shape[0],):
+                count = table.shape[0]
+                raise MismatchError(f"features of {count} tasks ({name}), and the atlas has {values.shape[0]}")
         self.kinds_ = len(set(families)) if families is not None and len(set(families)) > 1 else 0
         with_probes: dict[str, Any] = {"always": self._probes}
         like = self._leave_out(given, task_splits(values, matrix.groups, **with_probes))
@@ -168,9 +162,7 @@ class Preflight:
         if self.uses_ is not None:
             table = given[self.uses_]
             known = np.isfinite(table).all(axis=1)
-            columns = calibration_columns(values.shape[1], np.random.default_rng(0))
-            if self._probes is not None:
-                columns = np.union1d(columns, self._probes)
+            columns = calibration_columns(values.shape[1], np.random.default_rng(0), self._probes)
             part = values[:, columns][known].astype(np.float64)
             state = self.model.state_
             state = state._replace(

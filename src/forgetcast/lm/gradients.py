@@ -10,6 +10,7 @@ import torch
 
 from forgetcast.data.pool import Example, Pool
 from forgetcast.errors import ConfigError, DataError, MismatchError
+from forgetcast.lm.interpolate import check_shapes
 from forgetcast.lm.load import LanguageModel
 from forgetcast.lm.score import losses
 from forgetcast.lm.tokens import IGNORED_INDEX, pad, pad_id
@@ -213,37 +214,19 @@ def projected_update(
     if not all(parameter.requires_grad for parameter in start.parameters()):
         raise ConfigError(f"{base.name} has frozen or quantised weights, which an update cannot be compared with")
     merged: Any = tuned.merged().model
-    ends = dict(merged.named_parameters())
-    canonical = {id(parameter): name for name, parameter in start.named_parameters()}
-    aliases = dict(start.named_parameters(remove_duplicate=False))
-    update = []
+    ends, begins = dict(merged.named_parameters()), dict(start.named_parameters())
+    more = ends.keys() - begins.keys()  # such as output embeddings that the base model ties to those of the input
+    tied = {name: value for name, value in start.named_parameters(remove_duplicate=False) if name in more}
+    check_shapes(ends, begins | tied, tuned.name)
     with torch.no_grad():
-
-        def change(name: str) -> torch.Tensor:
-            end, begin = ends[name], aliases[name]
-            if end.shape != begin.shape:
-                shapes = f"{tuple(end.shape)}, in the base model {tuple(begin.shape)}"
-                raise MismatchError(f"{tuned.name} and the base model differ in shape: {name} is {shapes}")
-            return end.to(begin.device, torch.float32) - begin.float()
-
-        for name, _ in start.named_parameters():
-            if name not in ends:
-                raise MismatchError(
-                    f"{tuned.name} has no weights {name}, as the base model has; take models of one shape"
-                )
-            update.append(change(name))
-        places = {name: place for place, (name, _) in enumerate(start.named_parameters())}
-        for name in ends.keys() - places.keys():
-            shared = canonical.get(id(aliases.get(name)))
-            if shared is None:
-                raise MismatchError(
-                    f"{tuned.name} has weights {name}, which the base model lacks; take models of one shape"
-                )
-            if not torch.equal(change(name), update[places[shared]]):
-                raise MismatchError(
-                    f"{tuned.name} has other values in {name} than in {shared}, which the base model ties"
-                )
-    sketch = _count_sketch(update, dimensions, seed).cpu().numpy()
+        changes = {
+            name: ends[name].to(begin.device, torch.float32) - begin.float() for name, begin in (begins | tied).items()
+        }
+    for name, value in tied.items():
+        shared = next(other for other, each in begins.items() if each is value)
+        if not torch.equal(changes[name], changes[shared]):
+            raise MismatchError(f"{tuned.name} has other values in {name} than in {shared}, which the base model ties")
+    sketch = _count_sketch([changes[name] for name in begins], dimensions, seed).cpu().numpy()
     if not np.isfinite(sketch).all() or not sketch.any():
         raise DataError(f"the update of {tuned.name} is zero or not finite: no weight differs from the base model's")
     return sketch

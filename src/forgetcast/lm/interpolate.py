@@ -61,7 +61,7 @@ class Interpolation:
         if base is None:
             raise ConfigError(f"{tuned.name} has full weights: interpolation needs those of its base model")
         state = model.state_dict()
-        _check_shapes(state, base, tuned.name)
+        _check_alike(state, base, tuned.name)
         # A copy of what changes only: the others, such as frozen layers, are the same at every alpha.
         self._ends = {
             name: (base[name].detach().to("cpu").clone(), value.detach().to("cpu").clone())
@@ -147,13 +147,21 @@ def _check_base(model: PeftModel, base: Mapping[str, torch.Tensor], name: str) -
     """Raise MismatchError unless an adapter is around this base model."""
     named = model.get_base_model().state_dict().items()
     inner = {adapters.unwrapped(key): value for key, value in named if ".lora_" not in key}
-    _check_shapes(inner, base, name)
+    _check_alike(inner, base, name)
     if (other := next((key for key in base if not torch.equal(inner[key], base[key])), None)) is not None:
         raise MismatchError(f"{name} is an adapter of another base model: {other} has other values there")
 
 
-def _check_shapes(tuned: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], name: str) -> None:
+def _check_alike(tuned: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], name: str) -> None:
     """Raise MismatchError unless the two have the same names, shapes and types."""
+    check_shapes(tuned, base, name)
+    for key, value in tuned.items():
+        if value.dtype != base[key].dtype:
+            raise MismatchError(f"{name}: {key} is {value.dtype}, in the base model {base[key].dtype}; load both alike")
+
+
+def check_shapes(tuned: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raise MismatchError unless the weights of the two have the same names and shapes."""
     if odd := sorted(tuned.keys() ^ base.keys()):
         side = "the base model has none" if odd[0] in tuned else "the base model has it"
         raise MismatchError(
@@ -163,5 +171,3 @@ def _check_shapes(tuned: Mapping[str, torch.Tensor], base: Mapping[str, torch.Te
         one, other = tuple(value.shape), tuple(base[key].shape)
         if one != other:
             raise MismatchError(f"{name} and the base model differ in shape: {key} is {one}, in the base model {other}")
-        if value.dtype != base[key].dtype:
-            raise MismatchError(f"{name}: {key} is {value.dtype}, in the base model {base[key].dtype}; load both alike")
