@@ -5,7 +5,8 @@
 
 The figures of a whole (its mean, its most forgotten tenth) are known for the tasks of a measured matrix. Each new task
 is forecast from its probes, a few of them chosen and the others drawn at random; an interval holds if the true figure
-lies inside. The yardstick is the interval from as many random probes alone, without any atlas. New tasks are those of
+lies inside. The random ones are drawn by what the atlas is unsure of (`probes.weights`), and for comparison with equal
+probabilities. The yardstick is the interval from as many random probes alone, without any atlas. New tasks are those of
 the paper's splits, and of each matrix every task in turn without the most similar third of the others ("unlike").
 The matrices are the authors' measurements; FORGETCAST_DATA names their folder (default ../shared/data).
 """
@@ -18,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,12 +112,13 @@ def intervals(
     examples = new.shape[1]
     at = probes.random(examples, PROBES, seed=seed)
     yield "mean", "plain", 0, plain_interval(new[:, at], examples)
-    for chosen in CHOSEN:
-        at = probes.choose(model, PROBES, audit=PROBES - chosen, seed=seed)
-        forecast: Forecast = model.predict(at, new[:, at], audit=PROBES - chosen)
+    weights = probes.weights(model)
+    for chosen, (drawn_by, how) in product(CHOSEN, ((weights, ""), (None, ", equal draws"))):
+        at = probes.choose(model, PROBES, audit=PROBES - chosen, weights=drawn_by, seed=seed)
+        forecast: Forecast = model.predict(at, new[:, at], audit=PROBES - chosen, weights=drawn_by)
         for guaranteed, kind in ((False, "model-based"), (True, "guaranteed")):
-            yield "mean", kind, chosen, forecast.mean_interval(LEVEL, guaranteed)
-            yield "worst tenth", kind, chosen, forecast.tail_interval(0.1, LEVEL, guaranteed)
+            yield "mean", f"{kind}{how}", chosen, forecast.mean_interval(LEVEL, guaranteed)
+            yield "worst tenth", f"{kind}{how}", chosen, forecast.tail_interval(0.1, LEVEL, guaranteed)
 
 
 def plain_interval(sample: np.ndarray, examples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,9 +139,10 @@ def cost(quick: bool) -> list[dict[str, Any]]:
     started = time.perf_counter()
     model = Bayesian().fit(ForgettingMatrix(values))
     rows = [{"part": "cost", "what": "fit", "seconds": time.perf_counter() - started}]
-    at = probes.choose(model, PROBES, audit=25)
+    weights = probes.weights(model)
+    at = probes.choose(model, PROBES, audit=25, weights=weights)
     observed = values[0, at].astype(np.float64)
-    predict = partial(model.predict, at, observed, audit=25)
+    predict = partial(model.predict, at, observed, audit=25, weights=weights)
     forecast = predict()
     runs: dict[str, Callable[[], Any]] = {
         "forecast": predict,
@@ -149,11 +153,11 @@ def cost(quick: bool) -> list[dict[str, Any]]:
     }
     for what, run in runs.items():
         times = []
-        for _ in range(5):
+        for _ in range(10):
             started = time.perf_counter()
             run()
             times.append(time.perf_counter() - started)
-        rows.append({"part": "cost", "what": what, "seconds": float(np.median(times))})
+        rows.append({"part": "cost", "what": what, "seconds": min(times)})
     return rows
 
 

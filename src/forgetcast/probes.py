@@ -1,5 +1,5 @@
 """Choice of the examples to measure after a new task: `forgetcast.completion.probes`."""
 
-from forgetcast.completion.probes import choose, random
+from forgetcast.completion.probes import choose, random, weights
 
-__all__ = ["choose", "random"]
+__all__ = ["choose", "random", "weights"]

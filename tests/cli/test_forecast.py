@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -78,6 +79,26 @@ def test_one_command_chooses_scores_and_forecasts(folder: Path, truth: np.ndarra
     code, _, err = run("report", folder / "runs.atlas", "--forecast", output, "-o", folder / "report.html")
     assert code == 0, err
     assert "Guaranteed: from random probes" in (folder / "report.html").read_text()
+
+
+def test_random_probes_drawn_by_another_atlas_give_no_guarantee(folder: Path, tmp_path: Path, run: RunCommand) -> None:
+    shutil.copytree(folder / "runs.atlas", tmp_path / "runs.atlas")
+    words = ("forecast", tmp_path / "runs.atlas", "-o", tmp_path / "forecast.parquet")
+    code, _, err = run(*words, "--model", folder / "new", "-k", 8)
+    assert code == 0, err
+    scores = tmp_path / "forecast.parquet.scores.parquet"
+    again = (*words, "--scores", scores, "--json")
+    code, _, err = run(*again, "--audit", 3)
+    assert code == 2
+    assert "says that its last 7 probes were drawn at random" in err
+    code, out, _ = run(*again)
+    assert {each["kind"] for each in json.loads(out)["whole"]} == {"model-based", "guaranteed"}
+    code, _, err = run("add", tmp_path / "runs.atlas", folder / "new")
+    assert code == 0, err
+    code, out, err = run(*again)
+    assert code == 0, err
+    assert {each["kind"] for each in json.loads(out)["whole"]} == {"model-based"}
+    assert "another state of the atlas" in err
 
 
 def test_an_interrupted_measurement_goes_on(folder: Path, run: RunCommand) -> None:

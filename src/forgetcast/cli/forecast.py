@@ -228,10 +228,10 @@ def forecast(
             if flips is None
             else answered_probes(opened, flips, measured, allow_different_tokens=allow_different_tokens)
         )
-        random = int(measured.metadata.get("audit", 0)) if audit is None else audit
-        if random > len(columns):
-            raise ConfigError(f"--audit {random}: {scores} has only {len(columns)} probes")
-        stopped = Stopped(fitted.predict(columns, forgetting, audit=random, population=usable), level=level)
+        random, drawn_by = _random_probes(fitted, measured, columns, audit, scores)
+        stopped = Stopped(
+            fitted.predict(columns, forgetting, audit=random, weights=drawn_by, population=usable), level=level
+        )
     different = check_tokens(opened.baseline, measured, allow_different=True)
     if different is None:
         err.print("warning: it is unknown whether the probes were scored on the base model's tokens")
@@ -326,6 +326,7 @@ def _measure(
     **settings: Any,
 ) -> tuple[Stopped, Scores]:
     """Load a tuned model and measure its probes."""
+    from forgetcast.completion.probes import weights
     from forgetcast.experiments.until import ProbeScores, measure_until
 
     require_single_process("forecast")
@@ -338,7 +339,33 @@ def _measure(
         on_progress=report,
     )
     stopped = measure_until(fitted, measure, population, **settings)
-    return stopped, measure.keep(stopped.forecast.probes, stopped.forecast.audit)
+    return stopped, measure.keep(stopped.forecast.probes, stopped.forecast.audit, weights(fitted))
+
+
+def _random_probes(
+    fitted: Completion, scores: Scores, columns: np.ndarray, audit: int | None, path: Path
+) -> tuple[int, np.ndarray | None]:
+    """Return how many of the last probes were drawn at random, and by which weights of all examples; None: equal."""
+    import numpy as np
+
+    from forgetcast.completion.probes import weights
+
+    stored = scores.metadata.get("audit_weights")
+    if stored is None:
+        random = int(scores.metadata.get("audit", 0)) if audit is None else audit
+        if random > len(columns):
+            raise ConfigError(f"--audit {random}: {path} has only {len(columns)} probes")
+        return random, None
+    if audit not in (None, len(stored)):
+        raise ConfigError(f"--audit {audit}: {path} says that its last {len(stored)} probes were drawn at random")
+    drawn_by = weights(fitted)
+    if len(stored) <= len(columns) and np.allclose(drawn_by[columns[len(columns) - len(stored) :]], stored, rtol=1e-4):
+        return len(stored), drawn_by
+    err.print(
+        f"{path}: its random probes were drawn by what another state of the atlas, or another method, was unsure of; "
+        "so no guaranteed intervals follow from them here"
+    )
+    return 0, None
 
 
 def _of_corpus(

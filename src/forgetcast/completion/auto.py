@@ -92,13 +92,15 @@ class Auto(Completion):
             self.fallback_.fit(matrix)
         return self
 
-    def predict(self, probes: Any, observed: Any, *, audit: int = 0, population: Any = None) -> Forecast:
+    def predict(
+        self, probes: Any, observed: Any, *, audit: int = 0, weights: Any = None, population: Any = None
+    ) -> Forecast:
         """Complete new rows, each by the winner for its misfit; see `Completion.predict`."""
-        forecast = super().predict(probes, observed, audit=audit, population=population)
+        forecast = super().predict(probes, observed, audit=audit, weights=weights, population=population)
         unlike = np.asarray(forecast.misfit) < MISFIT_THRESHOLD
         if self.fallback_ is self.chosen_ or not unlike.any():
             return forecast
-        other = self.fallback_.predict(probes, observed, audit=audit, population=population)
+        other = self.fallback_.predict(probes, observed, audit=audit, weights=weights, population=population)
         if unlike.ndim == 0:
             return replace(other, misfit=forecast.misfit)
         mean, std, widths = (

@@ -14,6 +14,7 @@ import scipy  # submodules load lazily, so that starting is fast
 from forgetcast.atlas import Atlas
 from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.rows import StoredMatrix
+from forgetcast.completion.design import checked_weights
 from forgetcast.completion.whole import (
     LEVELS,
     Above,
@@ -281,7 +282,9 @@ class Completion(ABC):
         self._calibrate(values)
         return self
 
-    def predict(self, probes: Any, observed: Any, *, audit: int = 0, population: Any = None) -> Forecast:
+    def predict(
+        self, probes: Any, observed: Any, *, audit: int = 0, weights: Any = None, population: Any = None
+    ) -> Forecast:
         """Complete new rows from their probes.
 
         Parameters
@@ -293,14 +296,16 @@ class Completion(ABC):
         audit : int
             Number of the last probes that were drawn at random from the population without the other probes, as
             `probes.choose` does; guaranteed intervals need them.
+        weights : array-like, shape (N,), optional
+            That they were drawn by, given to `probes.choose`; then they are in the order of the draws. Default: equal.
         population : array-like of int, optional
             Columns that the intervals of the whole are of, such as those that can be measured; default: all.
 
         Raises
         ------
         DataError
-            If a probe is out of range or repeats, a measurement is not a finite number, `audit` is not in [0, k], or a
-            random probe is not of the population.
+            If a probe is out of range or repeats, a measurement is not a finite number, `audit` is not in [0, k], a
+            random probe is not of the population, or a weight is negative or not finite.
         """
         self._check_fitted()
         probes = np.asarray(probes, dtype=np.intp).reshape(-1)
@@ -321,6 +326,7 @@ class Completion(ABC):
         columns = None if population is None else among_columns(population, len(self.examples_))
         if columns is not None and not np.isin(probes[len(probes) - audit :], columns).all():
             raise DataError("a random probe is not of the population that it was to be drawn from")
+        weights = None if weights is None else checked_weights(weights, len(self.examples_))
         mean, variance, log_misfit = self.state_.posterior(probes, rows)
         std = np.sqrt(variance, out=variance if variance.shape == mean.shape else np.empty_like(mean))
         std *= self.scale_
@@ -328,7 +334,8 @@ class Completion(ABC):
         mean[:, probes] = rows
         misfit = self._p_value(log_misfit) if len(probes) else np.ones(len(rows))
         wholes = tuple(
-            Whole(self.state_, mean.shape[1], probes, row, audit, columns, self.scale_, self._left_out) for row in rows
+            Whole(self.state_, mean.shape[1], probes, row, audit, weights, columns, self.scale_, self._left_out)
+            for row in rows
         )
         if single:
             return Forecast(mean[0], std[0], probes, float(misfit[0]), self.widths_, audit, wholes)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from forgetcast.completion.base import Completion
+from forgetcast.completion.design import Design, checked_weights
 from forgetcast.errors import DataError
 
-__all__ = ["choose", "random"]
+__all__ = ["choose", "random", "weights"]
 
 
 def choose(
@@ -20,6 +21,7 @@ def choose(
     *,
     measured: Any = (),
     audit: int = 0,
+    weights: Any = None,
     seed: int = 0,
 ) -> np.ndarray:
     """Choose probes greedily: each minimises the summed posterior variance over all examples (A-optimal).
@@ -40,6 +42,9 @@ def choose(
         Number of the k probes that are drawn at random instead, without replacement from the candidates that were not
         chosen. They come last. Their errors are an unbiased sample, which guaranteed intervals need: pass the same
         number to `Completion.predict`. The first of them are a random sample, too.
+    weights : array-like, shape (N,), optional
+        Draw the random ones one after the other with probabilities proportional to these, such as `weights(model)`, and
+        pass the same to `Completion.predict`. Default: equal.
     seed : int
         Of the random ones.
 
@@ -51,7 +56,8 @@ def choose(
     Raises
     ------
     DataError
-        If there are fewer candidates than probes, the model is not fitted, or a cost is not a positive number.
+        If there are fewer candidates than probes, the model is not fitted, a cost is not a positive number, or a weight
+        is negative or not finite.
     """
     model = model.gaussian_
     n = len(model.mean_)
@@ -64,7 +70,20 @@ def choose(
         raise DataError(f"of {k} probes, {audit} cannot be drawn at random")
     chosen = model.state_.choose(k - audit, pool, measured=observed, cost=price[pool])
     rest = np.setdiff1d(pool, chosen, assume_unique=True)
-    return np.concatenate([chosen, np.random.default_rng(seed).permutation(rest)[:audit]])
+    if weights is None:
+        drawn = np.random.default_rng(seed).permutation(rest)[:audit]
+    else:
+        drawn = Design.of(checked_weights(weights, n)).draw(rest, audit, seed)
+    return np.concatenate([chosen, drawn])
+
+
+def weights(model: Completion) -> np.ndarray:
+    """Return weights for random probes, shape (N,): how far each example is expected to be from the model, nats.
+
+    Drawn by them, as many probes give a narrower guaranteed interval (`benchmarks/forecast.py`). They follow from the
+    atlas alone: the standard deviation of the noise, expected over the classes of tasks of a `Bayesian` model.
+    """
+    return np.sqrt(model.gaussian_.state_.expected_noise(), dtype=np.float64)
 
 
 def random(n: int, k: int, *, seed: int = 0, candidates: Any = None) -> np.ndarray:

@@ -16,7 +16,7 @@ from forgetcast.completion.base import Forecast
 from forgetcast.completion.bayesian import Bayesian
 from forgetcast.completion.forecast import MOST_SOURCES
 from forgetcast.completion.growth import Growth
-from forgetcast.completion.probes import choose
+from forgetcast.completion.probes import choose, weights
 from forgetcast.completion.whole import LEAST_AUDIT
 from forgetcast.data.pool import Pool
 from forgetcast.defaults import CHOSEN_SHARE
@@ -171,6 +171,11 @@ class AtlasGauge:
         return Bayesian().fit(self.atlas)
 
     @cached_property
+    def _weights(self) -> np.ndarray:
+        """What the random probes are drawn by, shape (N,)."""
+        return weights(self.model)
+
+    @cached_property
     def growth(self) -> Growth | None:
         """How the mean grows until the end of a fine-tune; None if the atlas has too few learning curves."""
         return Growth.learn(self.atlas, self._k)
@@ -178,7 +183,8 @@ class AtlasGauge:
     @cached_property
     def probes(self) -> np.ndarray:
         """Columns of the probes, shape (k,); the random ones last."""
-        return choose(self.model, self._k, self._population, audit=self._k - self.chosen)
+        audit = self._k - self.chosen
+        return choose(self.model, self._k, self._population, audit=audit, weights=self._weights)
 
     @property
     def examples(self) -> Pool:
@@ -206,7 +212,9 @@ class AtlasGauge:
     def forecast(self, forgetting: np.ndarray) -> Forecast:
         """Complete the row."""
         audit = self._k - self.chosen
-        return self.model.predict(self.probes, forgetting, audit=audit, population=self._population)
+        return self.model.predict(
+            self.probes, forgetting, audit=audit, weights=self._weights, population=self._population
+        )
 
     def read(
         self, forgetting: np.ndarray, progress: float

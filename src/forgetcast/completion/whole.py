@@ -5,6 +5,7 @@ all examples, and from how far off such figures were for left-out tasks. A *guar
 probes are an unbiased sample of the pool, and the forecast only serves as control variate (the difference estimator;
 Saerndal, Swensson and Wretman 1992, sections 6.3 and 6.10). A control variate may not have seen the probe that it is
 compared at, so each tenth of the random probes is forecast from the rest (cross-fitting; Zrnic and Candes 2024).
+Errors are divided by the probability of their draw (`design`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import scipy  # submodules load lazily, so that starting is fast
 
+from forgetcast.completion.design import Design
 from forgetcast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -362,6 +364,8 @@ class Whole:
     probes, observed : array, shape (k,)
     audit : int
         Number of the last probes that are a random sample of `population` without the other probes.
+    weights : array, shape (N,), or None
+        What they were drawn by, in their order; None: with equal probabilities.
     population : array of int, or None
         Sorted columns that the figures are of; None: all.
     scale : float
@@ -374,6 +378,7 @@ class Whole:
     probes: np.ndarray
     observed: np.ndarray
     audit: int
+    weights: np.ndarray | None
     population: np.ndarray | None
     scale: float
     left_out: LeftOut = field(repr=False)
@@ -458,12 +463,17 @@ class Whole:
                 "probes.choose(model, k, audit=10), and pass the same audit to predict"
             )
         statistics = [self._located(statistic, columns) for statistic in statistics]
-        inside = np.zeros(self.size, dtype=bool)
-        inside[columns] = True
+        inside, candidates = np.zeros(self.size, dtype=bool), np.zeros(self.size, dtype=bool)
+        inside[columns] = candidates[self._columns(None)] = True
+        candidates[self.probes[certain]] = False
+        design = Design.equal(self.size) if self.weights is None else Design.of(self.weights)
+        chances = np.full(len(self.probes), np.nan)
+        chances[audit] = design.chances(candidates, self.probes[audit], inside)
+        inclusion = design.inclusion(np.flatnonzero(candidates & inside), len(at))
         # The order of the probes may follow the pool's; a random one makes every part a random sample.
         order = np.random.default_rng(0).permutation(len(audit))
         audit = audit[np.argsort(self.probes[audit], kind="stable")][order]
-        sums = [_Sums() for _ in statistics]
+        sums = [_Sums(inclusion) for _ in statistics]
         for part in np.array_split(np.arange(len(audit)), min(len(audit), FOLDS)):
             held = audit[part]
             held = held[inside[self.probes[held]]]
@@ -479,11 +489,14 @@ class Whole:
             for total, statistic in zip(sums, statistics, strict=True):
                 expected, spread = statistic.expected(mean, std)
                 errors = statistic.transform(self.observed[held]) - expected[self.probes[held]]
+                # Of each held probe, the others of its part count as measured.
+                known = statistic.transform(measured).sum() + expected[rest].sum() + errors.sum()
                 total.add(
-                    statistic.transform(measured).sum() + expected[rest].sum() + rest.sum() * errors.mean(),
+                    known + errors * (1 / chances[held] - 1),
                     errors,
                     spread[self.probes[held]],
-                    float(spread[rest].mean()),
+                    design.levels[self.probes[held]],
+                    np.bincount(design.levels[rest], spread[rest], len(design.weights)) / rest.sum(),
                 )
         free = len(columns) - int(inside[self.probes[certain]].sum())
         known = self.observed[inside[self.probes]]
@@ -492,8 +505,9 @@ class Whole:
             interval = total.interval(statistic, len(columns), free, level)
             drawn = statistic.transform(self.observed[audit][inside[self.probes[audit]]])
             if isinstance(statistic, Above) and np.ptp(drawn) == 0:
+                least = float(inclusion[design.levels[candidates & inside]].min()) * free / len(at)
                 interval = _of_one_kind(
-                    interval, drawn, float(statistic.transform(known).sum()), len(columns), free, level
+                    interval, drawn, float(statistic.transform(known).sum()), len(columns), free, level, least
                 )
             found.append(interval)
         return found
@@ -516,51 +530,68 @@ class Whole:
         return Tail(statistic.share, float(np.mean(thresholds)), count / len(columns))
 
 
-def _of_one_kind(interval: Interval, drawn: np.ndarray, known: float, size: int, free: int, level: float) -> Interval:
+def _of_one_kind(
+    interval: Interval, drawn: np.ndarray, known: float, size: int, free: int, level: float, least: float
+) -> Interval:
     """Widen the interval of a share whose random probes are all above, or all below: their errors show no variance.
 
-    With a share p of the `free` examples of the other kind, n random ones miss it with a probability of at most
-    (1 - p)^n, so that p is at most 1 - ((1 - level) / 2)^(1/n) (Clopper and Pearson 1934). `known` probes are above.
+    With a share p of the `free` examples of the other kind, each drawn at least `least` times as probably as the
+    average, n random ones miss it with a probability of at most (1 - least p)^n, so that least p is at most
+    1 - ((1 - level) / 2)^(1/n) (Clopper and Pearson 1934). `known` probes are above.
     """
     value, lower, upper = interval
     rest = free - len(drawn)
-    other = min((1 - ((1 - level) / 2) ** (1 / len(drawn))) * free, rest)
+    other = min((1 - ((1 - level) / 2) ** (1 / len(drawn))) / least * free, rest)
     if drawn[0]:
         return value, min(lower, (known + rest - other) / size), upper
     return value, lower, max(upper, (known + other) / size)
 
 
 class _Sums:
-    """Gathers the parts of a difference estimate."""
+    """Gathers the parts of a difference estimate; `inclusion` is the probability of measuring an example, by level."""
 
-    def __init__(self) -> None:
-        self.total = 0.0
+    def __init__(self, inclusion: np.ndarray) -> None:
+        self.inclusion = inclusion
+        self.totals: list[np.ndarray] = []
         self.errors: list[np.ndarray] = []
         self.variances: list[np.ndarray] = []
-        self.everywhere = 0.0
+        self.levels: list[np.ndarray] = []
+        self.everywhere = np.zeros(len(inclusion))
 
-    def add(self, total: float, errors: np.ndarray, variances: np.ndarray, everywhere: float) -> None:
-        """Add one part: its estimate of the total, errors and model variances at its probes, and mean variance."""
-        self.total += len(errors) * total
-        self.everywhere += len(errors) * everywhere
+    def add(
+        self, totals: np.ndarray, errors: np.ndarray, variances: np.ndarray, levels: np.ndarray, everywhere: np.ndarray
+    ) -> None:
+        """Add one part: of its probes estimates of the total, errors, model variances and levels.
+
+        `everywhere`, shape (L,), has the sums of the model's variances by level, divided by the number of examples.
+        """
+        self.totals.append(totals)
         self.errors.append(errors)
         self.variances.append(variances)
+        self.levels.append(levels)
+        self.everywhere += len(errors) * everywhere
 
     def interval(self, statistic: Statistic, size: int, free: int, level: float) -> Interval:
         """Return the figure of `size` examples, `free` of which were not chosen."""
-        errors, variances = np.concatenate(self.errors), np.concatenate(self.variances)
-        n, everywhere = len(errors), self.everywhere / len(errors)
+        levels = np.concatenate(self.levels)
+        n = len(levels)
+        # Relative to draws with equal probabilities; with those, all are one, and `left` corrects for a finite pool.
+        density, left = self.inclusion * free / n, 1 - self.inclusion
+        errors, remaining = np.concatenate(self.errors) / density[levels], left[levels]
+        variances = np.concatenate(self.variances) * remaining / density[levels] ** 2
+        everywhere = float((self.everywhere * left / density).sum()) / n
         # In the scale of the sample's errors; examples whose variance is nearly zero do not dominate.
         weights = 1.0 / (variances + everywhere + 1e-300)
-        modelled = everywhere * float((weights * errors**2).sum() / max((weights * variances).sum(), 1e-300))
-        sample = float(errors.var(ddof=1))
+        squares = remaining * errors**2
+        modelled = everywhere * float((weights * squares).sum() / max((weights * variances).sum(), 1e-300))
+        centre = float((remaining * errors).sum() / max(remaining.sum(), 1e-300))
+        sample = float((remaining * (errors - centre) ** 2).sum()) / (n - 1)
         pooled = ((n - 1) * sample + PRIOR_DEGREES * modelled) / (n - 1 + PRIOR_DEGREES)
         if isinstance(statistic, Tail):  # few random probes are in the tail, and often too few to show its variance
             pooled = max(sample, modelled)
-        error = free / size * np.sqrt((1 - n / free) / n * pooled)
-        half = float(scipy.special.stdtrit(n - 1, 0.5 + level / 2)) * error
+        half = float(scipy.special.stdtrit(n - 1, 0.5 + level / 2)) * free / size * np.sqrt(pooled / n)
         base, slope = statistic.affine
-        value = self.total / n / size
+        value = float(np.concatenate(self.totals).mean()) / size
         lower, upper = value - half, value + half
         least = -np.inf if isinstance(statistic, MeanOf) else 0.0  # neither an excess nor a share is negative
         most = 1.0 if isinstance(statistic, Above) else np.inf

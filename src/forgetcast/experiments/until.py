@@ -14,7 +14,7 @@ from forgetcast.atlas.matrix import ForgettingMatrix
 from forgetcast.atlas.store import Atlas
 from forgetcast.completion.base import Completion, Forecast
 from forgetcast.completion.forecast import answered_probes, measured_probes
-from forgetcast.completion.probes import choose
+from forgetcast.completion.probes import choose, weights
 from forgetcast.defaults import CHOSEN_SHARE
 from forgetcast.errors import ConfigError, DataError, MismatchError
 from forgetcast.experiments.meter import Meter, scoring_work
@@ -24,6 +24,9 @@ from forgetcast.progress import OnProgress
 
 if TYPE_CHECKING:
     from forgetcast.lm import LanguageModel
+
+OF_ONE_FILE = ("pool", "tokens", "audit", "audit_weights")
+"""Metadata that scores of other examples do not share."""
 
 GROWTH = 2
 """Each look has so many times the examples of the one before."""
@@ -141,9 +144,10 @@ def measure_until(
 ) -> Stopped:
     """Measure k probes of a new task, and more until a guaranteed interval is narrow enough.
 
-    The first probes are chosen, all others drawn at random. The looks are planned beforehand, and each has an equal
-    share of the allowed error: the interval at which it stops holds at the level, however often it was looked at
-    (Bonferroni). Where the first look that can be expected to suffice is the last, all examples are measured at once.
+    The first probes are chosen, all others drawn at random, by `probes.weights`. The looks are planned beforehand, and
+    each has an equal share of the allowed error: the interval at which it stops holds at the level, however often it
+    was looked at (Bonferroni). Where the first look that can be expected to suffice is the last, all examples are
+    measured at once.
 
     Parameters
     ----------
@@ -178,11 +182,12 @@ def measure_until(
         )
     if width is not None and k - chosen < 2 and k < len(population):
         raise ConfigError(f"of {k} probes {chosen} are chosen: a guaranteed interval needs at least two random ones")
-    order = choose(model, len(population), population, audit=len(population) - chosen, seed=seed)
+    drawn_by = weights(model)
+    order = choose(model, len(population), population, audit=len(population) - chosen, weights=drawn_by, seed=seed)
 
     def predict(size: int) -> Forecast:
         columns = order[:size]
-        return model.predict(columns, measure(columns), audit=size - chosen, population=population)
+        return model.predict(columns, measure(columns), audit=size - chosen, weights=drawn_by, population=population)
 
     if width is None:
         return Stopped(predict(k), level=level)
@@ -303,18 +308,22 @@ class ProbeScores:
         assert np.array_equal(at, columns)
         return forgetting
 
-    def keep(self, probes: np.ndarray, audit: int) -> Scores:
-        """Write the probes in their order, with the number of random ones, which `forecast --scores` reads."""
+    def keep(self, probes: np.ndarray, audit: int, weights: np.ndarray) -> Scores:
+        """Write the probes in their order, with what `forecast --scores` reads.
+
+        That is the number of the random ones, and their weights (of all examples, shape (N,)).
+        """
         assert self.scores is not None
         scores = self.scores.subset([self._examples[i] for i in probes.tolist()])
-        self.scores = replace(scores, metadata={**scores.metadata, "audit": audit})
+        drawn = [float(f"{weight:.6g}") for weight in weights[probes[len(probes) - audit :]]]
+        self.scores = replace(scores, metadata={**scores.metadata, "audit": audit, "audit_weights": drawn})
         self.scores.save(self._path)
         return self.scores
 
 
 def _joined(one: Scores, other: Scores) -> Scores:
     """Join scores of different examples by one model; the result is of no pool."""
-    metadata = {name: value for name, value in one.metadata.items() if name not in ("pool", "tokens", "audit")}
+    metadata = {name: value for name, value in one.metadata.items() if name not in OF_ONE_FILE}
     return Scores(
         ids=[*one.ids, *other.ids],
         nll=np.concatenate([one.nll, other.nll]),

@@ -37,6 +37,7 @@ class _Metadata(BaseModel):
     thinking_left_out: int = Field(default=0, ge=0)
     reference: str | None = None
     audit: int = Field(default=0, ge=0)
+    audit_weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
