@@ -16,7 +16,7 @@ demo: $(VENV)/.demo  ## run the main job on the demo model (5 to 8 minutes), int
 	$(BIN)/forgetcast demo -o demo-output
 
 test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

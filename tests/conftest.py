@@ -27,6 +27,14 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
+LONG = ("test_ray.py", "test_docs.py", "test_processes.py", "test_sweep.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: the last file runs while the other worker has nothing to do."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def olmo() -> np.ndarray:
     """The authors' OLMo-7B matrix, 76 x 1,000; read where it lies, never copied."""

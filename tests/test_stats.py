@@ -8,7 +8,7 @@ from io import StringIO
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rich.console import Console
@@ -238,6 +238,7 @@ def test_the_table_has_a_column_for_all_that_was_measured() -> None:
         max_size=9,
     ),
 )
+@settings(max_examples=40)
 def test_a_verdict_never_contradicts_what_is_printed(losses: list[list[float]]) -> None:
     """The verdict, the interval and the corrected p-value are of one test."""
     runs = [

@@ -53,7 +53,7 @@ def test_the_interval_holds_though_it_was_looked_at_often(model: Bayesian) -> No
     """Rows of an unlike task, whose errors are skewed: the worst case for a rule that stops when it likes the width."""
     rng = np.random.default_rng(0)
     held, looks = [], []
-    for seed in range(120):
+    for seed in range(60):
         row = rng.exponential(1.0, 600)
         stopped = measure_until(
             model, lambda columns, row=row: row[columns], EVERY, width=Width("mean", 0.6), seed=seed

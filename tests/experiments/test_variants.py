@@ -174,7 +174,7 @@ class TestVerification:
         assert runs["interpolation 0"].mean == pytest.approx(0, abs=1e-7)
         assert runs["interpolation 1"].mean == runs["none"].mean != 0
 
-    @pytest.mark.parametrize("method", ["full", "lora"])
+    @pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
     def test_an_interrupted_interpolation_is_not_trained_again(self, tmp_path: Path, method: str) -> None:
         """While alpha is chosen, and while a model between the two is judged, whose weights are not the tuned ones."""
         pool, recipe = make_pool(), make_recipe(method=method)

@@ -30,6 +30,7 @@ def test_without_a_gpu_nothing_is_measured(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_cpu_tries_it_out(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

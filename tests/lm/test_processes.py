@@ -173,6 +173,7 @@ def test_what_cannot_be_sharded(folder: Path, run: RunCommand, monkeypatch: pyte
         tuner.tune(TASK, make_recipe(), selector=MostForgottenSelector(TASK, np.zeros(len(TASK))))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always::UserWarning")
 def test_a_watched_training_stops_in_all_processes(folder: Path, run: RunCommand) -> None:
     pool = Pool.load(folder / "pool.jsonl")
