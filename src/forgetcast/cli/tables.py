@@ -17,8 +17,10 @@ from forgetcast.data import Pool
 from forgetcast.defaults import ORDERS
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
+from forgetcast.experiments.dry_run import DryRun
 from forgetcast.experiments.interpolation import ChosenAlpha
 from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.start import duration
 from forgetcast.experiments.tradeoff import COSTS, Estimate
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
@@ -191,6 +193,50 @@ def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Fi
         rows = f"{len(so_far)} rows" if len(so_far) > 1 else "1 row"
         table.caption = f"mean forgetting of {rows} so far: {np.mean(so_far):+.3f} nats per token"
     return table
+
+
+def dry_run_tables(found: DryRun) -> Iterator[RenderableType]:
+    """Yield what a sweep would do: a row each, what is to be scored, and the time."""
+    table = FigureTable(
+        Name("row"), "examples", "read", "cut", "tokens", "time", Words("state"), title=f"Rows of {found.atlas}"
+    )
+    for row in found.rows:
+        left = row.state != "complete" and row.fault is None
+        table.add_row(
+            row.name,
+            f"{row.examples:,}",
+            *("" if count is None else f"{count:,}" for count in (row.trained, row.cut, row.tokens)),
+            duration(row.seconds) if left and row.seconds is not None else "",
+            row.state if row.fault is None else "would fail",
+        )
+    if found.steps is not None:
+        table.caption = (
+            f"{found.steps} steps of {found.batch_size} examples each, without replay. read: with repeats; cut: those "
+            "that are longer than max_length; tokens: trained on, without padding; time: training and scoring."
+        )
+    yield table
+    yield ""
+    size = found.pool
+    odd = {f"{size.cut:,} longer than the context": size.cut, f"{size.unscorable:,} without a loss": size.unscorable}
+    said = "".join(f", {what}" for what, count in odd.items() if count)
+    yield f"Pool: {size.examples:,} examples, {size.tokens:,} tokens{said}; base scores: {found.base}."
+    rows = f"{len(found.left)} of {len(found.rows)} rows"
+    if found.speed is None:
+        yield f"Nothing is left to do: {len(found.rows)} of {len(found.rows)} rows are complete."
+        return
+    share = "" if found.score_share == 1 else f"about {found.score_share:.0%} of "
+    often = f" at the end and at {found.checkpoints} checkpoints" if found.checkpoints else ""
+    trained = "" if found.training_tokens is None else f"{found.training_tokens:,} tokens trained on, "
+    yield (
+        f"To do: {rows}, each with {share}the pool scored{often}: {trained}{'about ' if share else ''}"
+        f"{found.scoring_tokens:,} tokens scored."
+    )
+    what = "scoring and answering" if size.prompts else "scoring"
+    once = f"{what} the pool once takes {duration(size.seconds(found.speed))}"
+    if found.seconds is None:
+        yield f"Time on this machine: {once}; what the trainer's command takes is not known."
+    else:
+        yield f"Time on this machine, in one process: about {duration(found.seconds)}; {once}. Nothing was stored."
 
 
 def structure_tables(structure: Structure) -> Iterator[RenderableType]:

@@ -345,11 +345,24 @@ def prepare_atlas(
                         raise
                     # A process on another machine, without a common lock, has created it meanwhile.
     atlas = Atlas.open(path)
+    check_fits(atlas, base, pool, recipe, max_new_tokens if exact_match else None)
+    return atlas
+
+
+def check_fits(
+    atlas: Atlas, base: LanguageModel, pool: Pool, recipe: Recipe | TrainerSettings, max_new_tokens: int | None
+) -> None:
+    """Check that rows can be added to an atlas; `max_new_tokens` is the longest answer, None if there are none.
+
+    Raises
+    ------
+    MismatchError
+        If it has another model, pool, recipe or way to measure answers.
+    """
     check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
     check_base(atlas, base)
     check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
-    _check_answers(atlas, max_new_tokens if exact_match else None)
-    return atlas
+    _check_answers(atlas, max_new_tokens)
 
 
 def collect(
@@ -597,7 +610,7 @@ def run_sweep(
 
     sweep = config.sweep(only)
     rows = sweep.rows(tasks, config.recipe.seed)
-    trainer = _command_trainer(config, load)
+    trainer = command_trainer(config, load)
     meter = Meter.of(on_progress, on_figures)
 
     def later(context: int) -> Work:
@@ -632,9 +645,7 @@ def prepare_sweep(
 
     `later`, if given, returns the work after it for a model of a context.
     """
-    base = replace(load(config.model), rendering=config.rendering)
-    if config.trainer is None:
-        base = base.merged()  # as the tuner does
+    base = load_base(config, load)
     meter = Meter.of(on_progress)
     if later is not None:
         meter.later = later(base.context)
@@ -651,13 +662,20 @@ def prepare_sweep(
     return atlas, base
 
 
+def load_base(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> LanguageModel:
+    """Load the base model of a sweep."""
+    base = replace(load(config.model), rendering=config.rendering)
+    return base.merged() if config.trainer is None else base  # as the tuner does
+
+
 def unfinished(atlas: Atlas, rows: Iterable[PlannedRow], recipe: Mapping[str, Any], sweep: Sweep) -> list[PlannedRow]:
     """Return the rows of a sweep that are not complete; raises MismatchError where one has another recipe."""
     stored = AtlasRows(atlas)
     return [row for row in rows if not stored.has(row.name, _settings(row, recipe, sweep))]
 
 
-def _command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
+def command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
+    """Return the trainer of a sweep whose models a command tunes; raises ConfigError if there is no such program."""
     if config.trainer is None:
         return None
     trainer = CommandTrainer(config.trainer, config.model, beside(config.atlas, "runs"), load, config.rendering)
