@@ -37,6 +37,7 @@ from forgetcast.cli.options import (
 )
 from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
 from forgetcast.errors import ConfigError, IncompleteError
+from forgetcast.files import check_destination
 from forgetcast.results import plain
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def collect(
         raise ConfigError("--dry-run plans and times one process; leave out --engine ray")
     settings = CollectConfig.load(config)
     check_writable(settings.atlas)
+    if settings.keep_models is not None:
+        check_destination(settings.keep_models, folder=True)
     check_models(loading, settings.model)
     pool = load_data(settings.pool, strict=strict)
     tasks = load_tasks(settings.tasks, format, column, strict)
@@ -100,7 +103,7 @@ def collect(
             markup=False,
             soft_wrap=True,
         )
-    settings.sweep(only or ()).rows(tasks, settings.recipe.seed)  # an unknown name is an error at once
+    rows = settings.sweep(only or ()).rows(tasks, settings.recipe.seed)  # an unknown name is an error at once
     import_torch()
     from forgetcast.lm import load
 
@@ -132,10 +135,28 @@ def collect(
         print_json(facts | {"failures": failures})
     else:
         out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+    if settings.keep_models is not None:
+        _say_kept(settings.keep_models, [row.name for row in rows if row.name in atlas])
     for name, reason in failures.items():
         err.print(f"failed: {name}: {reason}", markup=False, soft_wrap=True)
     if failures:
         raise typer.Exit(1)
+
+
+def _say_kept(folder: Path, rows: list[str]) -> None:
+    """Say where the models of rows are, and which rows were made without keeping theirs."""
+    from forgetcast.experiments.kept import KeptModels
+
+    lacking = KeptModels(folder).lacking(rows)
+    err.print(f"models kept in {folder}: {len(rows) - len(lacking)}", markup=False, soft_wrap=True)
+    if lacking:
+        names = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        err.print(
+            f"note: rows whose models are not there, because they were stored without keeping them: {len(lacking)} "
+            f"({names}); drop such a row with `forgetcast atlas drop`, and it is made again",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _dry_run(
