@@ -194,6 +194,17 @@ class CollectConfig(BaseModel):
     checkpoints: list[float] = []
     keep_models: Path | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_recipe(cls, content: Any) -> Any:
+        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+        if isinstance(content, dict) and content.keys() & Recipe.model_fields and not content.keys() & set(needed):
+            raise ValueError(
+                f"this is a recipe, and a configuration is needed: a file with the fields {', '.join(needed)}, in "
+                "which the field recipe names this one"
+            )
+        return content
+
     @field_validator("checkpoints")
     @classmethod
     def _shares(cls, values: list[float]) -> list[float]:
