@@ -170,17 +170,31 @@ def priors_line(priors: int, rows: int) -> str:
 def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
     """Yield what became of each model that was to be added."""
     table = FigureTable(
-        Name("row"), "measured", "mean forgetting", "seconds", Words("outcome"), title=f"Added to {atlas}"
+        Name("row"), "measured", "mean forgetting", "of", "seconds", Words("outcome"), title=f"Added to {atlas}"
     )
+    if any(outcome.mean_of < outcome.examples for outcome in outcomes):
+        table.caption = (
+            "A mean of some examples is not that of the pool, the less so where they were chosen as probes: "
+            "`forgetcast forecast` estimates the pool's."
+        )
     for outcome in outcomes:
         table.add_row(
             outcome.name,
             str(outcome.measured) if outcome.measured else "",
             "" if outcome.mean is None else f"{outcome.mean:+.4f}",
+            _mean_of(outcome),
             "" if outcome.seconds is None else f"{outcome.seconds:.1f}",
             outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}",
         )
     yield table
+
+
+def _mean_of(outcome: Outcome) -> str:
+    """Say what a mean is the mean of: all examples, or as many as were measured."""
+    if outcome.mean is None:
+        return ""
+    whole = outcome.mean_of == outcome.examples
+    return f"all {outcome.examples:,}" if whole else f"{outcome.mean_of:,} of {outcome.examples:,}"
 
 
 def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> FigureTable:
