@@ -25,7 +25,7 @@ from forgetcast.experiments.tradeoff import COSTS, Estimate
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
 from forgetcast.measure.gates import Judgement
-from forgetcast.replay.law import Advice
+from forgetcast.replay.law import Advice, ratio_text
 from forgetcast.replay.outcome import ANSWERS, LAW_METRICS, METRICS, unit_of
 from forgetcast.similarity import Association, Correlation, SimilarityStudy
 from forgetcast.stats import FEWEST_RANKS, MOST_PAIRS, Comparison, supports_part
@@ -664,9 +664,7 @@ def advice_tables(advice: Advice) -> Iterator[RenderableType]:
     )
     for (strategy, ratio), remaining in advice.remaining.items():
         cells = (remaining[metric] for metric in LAW_METRICS)
-        table.add_row(
-            strategy, f"1/{1 / ratio:.0f}", *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells)
-        )
+        table.add_row(strategy, ratio_text(ratio), *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells))
     yield table
     for sentence in advice.sentences():
         yield escape(sentence)
