@@ -155,3 +155,28 @@ def test_a_file_of_another_kind_is_told_as_what_it_is(folder: Path, run: RunComm
         code, _, err = run(*words)
         assert code == 2
         assert said in err, err
+
+
+def test_a_recipe_and_a_configuration_are_told_apart(folder: Path, run: RunCommand) -> None:
+    config, recipe = folder / "config.yaml", folder / "recipe.yaml"
+    for content in ("steps: 3", "method: lora\nstepz: 3"):  # a mistake in it does not make it something else
+        recipe.write_text(content)
+        code, _, err = run("collect", recipe)
+        said = f"error: {recipe}: this is a recipe, and a configuration is needed: a file with the fields model, pool, "
+        assert (code, err.startswith(f"{said}tasks, atlas, in which the field recipe names")) == (2, True), err
+    recipe.write_text("steps: 3")
+    config.write_text(config.read_text().replace("atlas: a.atlas\n", ""))  # with a field forgotten, it is still one
+    code, _, err = run("collect", config)
+    assert (code, "the field 'atlas' is missing" in err) == (2, True), err
+    given = {
+        "recipe: {steps: 3}": "put what is below its field recipe into a file of its own",
+        "recipe: recipe.yaml": f"give the one that it names, {recipe}",
+        "recipe: lora": "give the one that it names, lora",
+        "": "it names none, so that it takes the defaults",
+    }
+    for field, advice in given.items():
+        config.write_text(f"model: ./model\npool: pool.jsonl\ntasks: tasks\natlas: a.atlas\n{field}\n")
+        words = [folder / "model", folder / "tasks" / "adding.jsonl", "-o", folder / "x"]
+        code, _, err = run("train", *words, "--recipe", config)
+        said = f"error: {config}: this is a configuration of `collect`, and a recipe is needed: {advice}\n"
+        assert (code, err == said) == (2, True), err

@@ -25,6 +25,7 @@ from forgetcast.cli.columns import Beginning, FigureTable, Name
 from forgetcast.completion import Bayesian
 from forgetcast.experiments import AlphaPoint, ChosenAlpha
 from forgetcast.experiments.add import Outcome
+from forgetcast.experiments.dry_run import DryRow, DryRun, PoolSize, SweepSpeed
 from forgetcast.replay.law import Advice, Expected
 from forgetcast.text import shorten
 from support.cli import run_command
@@ -74,6 +75,14 @@ def advice() -> Advice:
     return Advice(ARMS[3], TASK.format(0), 0.5, 12, 3, 0.125, remaining, efficiency, expected(0.2), expected(0.1))
 
 
+def sweep() -> DryRun:
+    rows = [DryRow(TASK.format(i), "a", 0, "to do", 12345, 123456, 12345678, 1234) for i in range(3)]
+    done = DryRow(TASK.format(3), "d", 0, "complete", 12345, 123456, 12345678, 0)
+    pool = PoolSize(1234567, 123456789, 12, 3)
+    run = DryRun("some/where/runs.atlas", "m", "to do", pool, (*rows, done), 1234, 64, 1.0, 0)
+    return run.timed(SweepSpeed(scored_token=1e-5, setup=1.0, trained_token=1e-4))
+
+
 def demo_summary() -> dict[str, Any]:
     accuracy = {"rmse": -0.092, "spearman": -0.71, "recall": 0.51, "coverage": 0.92}
     tasks = {TASK.format(i): -0.001 * i for i in range(4)}
@@ -119,10 +128,12 @@ VIEWS: dict[str, Callable[[Path], Sequence[object]] | Callable[[], Iterable[Any]
     "added_tables": lambda: tables.added_tables(
         "some/where/runs.atlas",
         [
-            Outcome(TASK.format(0), "m", "added", 1234, -12.3456, 1234.5),
+            Outcome(TASK.format(0), "m", "added", 1234, -12.3456, 1234.5, mean_of=1234, examples=1234),
+            Outcome(TASK.format(2), "m", "added", 30, 0.1234, 12.5, mean_of=30, examples=1234),
             Outcome(TASK.format(1), "m", "failed", reason="the adapter is of another base model, which is not here"),
         ],
     ),
+    "dry_run_tables": lambda: tables.dry_run_tables(sweep()),
     "runs_table": lambda: [
         tables.runs_table(
             {TASK.format(i): {"loss": 12.345, "training": 123456, "scoring": 1e6, "forgetting": -1e-3} for i in "ab"}

@@ -119,10 +119,13 @@ def test_probes_give_a_part_of_a_row_that_is_completed_later(models: Path, atlas
     adapters = models / "adapters"
     first = added(run, atlas, adapters / "law", adapters / "code", "--probes", 5)
     assert [row["measured"] for row in first.values()] == [5, 5]
+    assert {(row["mean_of"], row["examples"]) for row in first.values()} == {(5, len(POOL))}
     assert "the atlas had fewer than two rows, so that its probes are a random sample" in first["law"]["notes"]
     chosen = added(run, atlas, adapters / "medicine", "--probes", 5)
     assert chosen["medicine"]["notes"] == []
     opened = Atlas.open(atlas)
+    measured = opened.matrix(["medicine"]).values[0]
+    assert chosen["medicine"]["mean"] == pytest.approx(np.nanmean(measured))  # of these five alone
     assert [opened.provenance(name)["probes"] for name in opened.tasks] == [
         "at random",
         "at random",
@@ -133,7 +136,8 @@ def test_probes_give_a_part_of_a_row_that_is_completed_later(models: Path, atlas
     same = added(run, atlas, adapters / "law", "--probes", 5)
     assert same["law"]["reason"] == "the row exists and has 5 examples or more"
     assert added(run, atlas, adapters / "law", "--probes", 7)["law"]["measured"] == 2
-    assert added(run, atlas, adapters / "law")["law"]["measured"] == len(POOL) - 7
+    rest = added(run, atlas, adapters / "law")["law"]
+    assert (rest["measured"], rest["mean_of"]) == (len(POOL) - 7, len(POOL) - 7)
     values = Atlas.open(atlas).matrix(["law"]).values[0]
     np.testing.assert_allclose(values, expected(atlas, adapters / "law"), rtol=0, atol=1e-5)  # in other batches
     code, _, err = run("add", atlas, adapters / "law", "--probes", 17)

@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import norm
 
 from forgetcast import Atlas, ConfigError, DataError
+from forgetcast.data import Recipe
 from forgetcast.experiments.verify import Run, pilot_comparison
 from forgetcast.replay import get_strategy
 from forgetcast.replay import law as law_module
-from forgetcast.replay.law import Advice, Expected, ReplayLaw, advise
-from forgetcast.replay.plan import ReplayPlan
+from forgetcast.replay.law import ADVISED_RATIOS, Advice, Expected, ReplayLaw, advise, advised_ratios, ratio_text
+from forgetcast.replay.plan import ReplayPlan, ratio_note
 from support.cli import RunCommand
 from support.data import make_atlas, make_pool
-from support.training import TASK, measured_atlas, model_files
+from support.training import TASK, make_recipe, measured_atlas, model_files
 
 RATIOS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
 
@@ -217,6 +220,44 @@ def test_advice_matches_its_intervals() -> None:
     assert "expect a ratio of 0.2 (90 % interval 0.1 to inf)" in text
     assert "beyond the largest ratio that was run, 0.125" in text
     assert "for mine" in text
+
+
+@given(st.integers(1, 3000))
+def test_advised_ratios_are_those_of_whole_batches(steps: int) -> None:
+    ratios = advised_ratios(recipe := Recipe(steps=steps))
+    batches = [steps * ratio for ratio in ratios]
+    assert all(round(count) >= 1 and math.isclose(count, round(count)) for count in batches)
+    assert sorted(set(ratios)) == list(ratios)
+    for ratio, count in zip(ratios, batches, strict=True):
+        above, _, below = ratio_text(ratio).partition("/")
+        assert round(count) * int(below or 1) == int(above) * steps
+    for wanted in ADVISED_RATIOS:  # none is left out that could be hit, or nearly
+        if steps * wanted > 0.5:
+            assert min(abs(steps * wanted - count) for count in batches) <= 0.5 + 1e-9
+    text = said(recipe=recipe)
+    assert ("Ratios are those that whole batches make" in text) == (steps % 64 != 0)
+    assert advised_ratios(None) == ADVISED_RATIOS
+
+
+def test_advice_under_a_short_recipe(tmp_path: Path, run: RunCommand) -> None:
+    kept = measured_atlas(tmp_path, make_recipe(steps=14))
+    plan = ["plan", kept.path, "--strategy", "random", "--advise"]
+    code, out, err = run(*plan)
+    assert code == 0, err
+    listed = [line.split()[:2] for line in out.splitlines() if line.startswith("random")]
+    assert listed == [["random", ratio] for ratio in ("1/14", "1/7", "2/7", "1/2")]
+    said_once = "with the 14 steps of the recipe: 1/14, 1/7, 2/7, 1/2, but not 1/64, 1/32, 1/16, 1/8, 1/4."
+    assert said_once in " ".join(out.split())
+    (tmp_path / "recipe.yaml").write_text("steps: 64")
+    code, out, err = run(*plan, "--recipe", tmp_path / "recipe.yaml", "--json")
+    found = json.loads(out)
+    assert (code, found["steps"], [each["ratio"] for each in found["remaining"]]) == (0, 64, [*ADVISED_RATIOS])
+    assert not [line for line in found["sentences"] if "whole batches" in line]
+    code, out, err = run(*plan, "--target-retention", "0.4", "--json")
+    found = json.loads(out)
+    note = ratio_note(found["needed"]["mean"], 14, 2)
+    assert note is not None
+    assert f"With this recipe, {note}." in found["sentences"]
 
 
 def test_the_atlas_keeps_runs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -19,9 +20,10 @@ if shutil.which("chromium") is None:
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from forgetcast import Atlas, probes
+from forgetcast import Atlas, ForgettingMatrix, probes
 from forgetcast.completion import Bayesian
 from forgetcast.completion.forecast import TaskForecast
+from forgetcast.completion.structure import analyze
 from forgetcast.report import figures, write_report
 from support.data import make_scores, planted
 from support.long_names import TASK, long_pool, sequence, verification
@@ -136,6 +138,46 @@ def test_no_label_overlaps_or_is_cut(browser: Browser, report: Path, width: int)
         if one["figure"] == other["figure"] and overlap(np.array(one["corners"]), np.array(other["corners"]))
     ]
     assert overlapping == []
+
+
+COVERED = """(label) => {
+  const figure = document.querySelector(`figure[aria-label="${label}"]`);
+  const boxes = [...figure.querySelectorAll(".annotation text")].map((text) => text.getBoundingClientRect());
+  const points = [...figure.querySelectorAll(".scatterlayer path.js-line")].flatMap((path) => {
+    const matrix = path.getScreenCTM();
+    return [...Array(201).keys()].map((i) => {
+      const point = path.getPointAtLength((path.getTotalLength() * i) / 200);
+      return [matrix.a * point.x + matrix.e, matrix.d * point.y + matrix.f];
+    });
+  });
+  const inside = ([x, y], box) => box.left < x && x < box.right && box.top < y && y < box.bottom;
+  return [boxes.length, points.length, points.filter((point) => boxes.some((box) => inside(point, box))).length];
+}"""
+"""Labels and points of the curves of a plot, and how many of the points are behind a label."""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_curve_is_behind_a_label(browser: Browser, report: Path, tmp_path: Path, width: int) -> None:
+    """A curve falls steeply at its end, through the heights of all labels; drawn by the report's own script."""
+    label = "How much of the forgetting each rank explains"
+    structure = analyze(ForgettingMatrix(planted(8, 40, 2, 1.0)))
+    ranks = len(structure.rank_r2)
+    curves = {
+        "rank_r2": tuple(np.linspace(0.2, 0.99, ranks)),
+        "held_out_r2": (*[0.8] * (ranks - 1), -0.4),
+        "row_r2": 0.3,
+        "column_r2": 0.32,
+        "additive_r2": 0.62,
+    }
+    text, drawn_again = report.read_text(), figures.spectrum(dataclasses.replace(structure, **curves))
+    start = text.index(f'<figure role="img" aria-label="{label}"')
+    end = text.index("</figure>", start) + len("</figure>")
+    (tmp_path / "report.html").write_text(text[:start] + drawn_again + text[end:])
+    page = drawn(browser, tmp_path / "report.html", width)
+    labels, points, covered = page.evaluate(COVERED, label)
+    page.close()
+    assert (labels, points) == (3, 402)
+    assert covered == 0
 
 
 def test_lines_that_are_close_have_their_names_apart() -> None:

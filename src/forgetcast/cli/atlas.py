@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,7 +37,13 @@ from forgetcast.cli.options import (
 )
 from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
 from forgetcast.errors import ConfigError, IncompleteError
+from forgetcast.files import check_destination
 from forgetcast.results import plain
+
+if TYPE_CHECKING:
+    from forgetcast.data import Pool
+    from forgetcast.experiments import CollectConfig
+    from forgetcast.lm import LanguageModel
 
 
 @app.command(rich_help_panel=ATLAS)
@@ -55,12 +62,19 @@ def collect(
     address: Annotated[str | None, typer.Option(help="Ray: an existing cluster; default: this machine.")] = None,
     gpus: Annotated[float, typer.Option(min=0, help="Ray: GPUs that a row needs.")] = 0.0,
     memory: Annotated[float, typer.Option(min=0, help="Ray: memory that a row needs, in GiB.")] = 0.0,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Time a few steps and scores, say what would be done, and store nothing."),
+    ] = False,
+    as_json: AsJson = False,
     *,
     loading: Loading,
 ) -> None:
     """Fine-tune on every task, score the pool after each, and store the forgetting in an atlas. Resumable.
 
     --format and --column are about the tasks. Exit code 1: rows failed; each is named, and the others were made.
+
+    Example: forgetcast collect config.yaml --dry-run
 
     Example: forgetcast collect config.yaml
     """
@@ -73,8 +87,12 @@ def collect(
     require_single_process("collect")
     if engine is Engine.LOCAL and (address is not None or gpus or memory):
         raise ConfigError("--address, --gpus and --memory are for --engine ray")
+    if dry_run and engine is Engine.RAY:
+        raise ConfigError("--dry-run plans and times one process; leave out --engine ray")
     settings = CollectConfig.load(config)
     check_writable(settings.atlas)
+    if settings.keep_models is not None:
+        check_destination(settings.keep_models, folder=True)
     check_models(loading, settings.model)
     pool = load_data(settings.pool, strict=strict)
     tasks = load_tasks(settings.tasks, format, column, strict)
@@ -85,10 +103,13 @@ def collect(
             markup=False,
             soft_wrap=True,
         )
-    settings.sweep(only or ()).rows(tasks, settings.recipe.seed)  # an unknown name is an error at once
+    rows = settings.sweep(only or ()).rows(tasks, settings.recipe.seed)  # an unknown name is an error at once
     import_torch()
     from forgetcast.lm import load
 
+    if dry_run:
+        _dry_run(settings, pool, tasks, partial(load, **loading.arguments()), only or (), as_json)
+        return
     failures: dict[str, str] = {}
     figures: dict[str, dict[str, float]] = {}
     with progress(above=lambda: runs_table(figures) if figures else "") as report:
@@ -109,10 +130,54 @@ def collect(
         except IncompleteError as error:
             failures = error.failures
     atlas = Atlas.open(settings.atlas)
-    out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+    if as_json:
+        facts = {"atlas": str(atlas.path), "tasks": list(atlas.tasks), "examples": len(pool)}
+        print_json(facts | {"failures": failures})
+    else:
+        out.print(f"{atlas.path}: {len(atlas.tasks)} tasks x {len(pool)} examples", markup=False)
+    if settings.keep_models is not None:
+        _say_kept(settings.keep_models, [row.name for row in rows if row.name in atlas])
     for name, reason in failures.items():
         err.print(f"failed: {name}: {reason}", markup=False, soft_wrap=True)
     if failures:
+        raise typer.Exit(1)
+
+
+def _say_kept(folder: Path, rows: list[str]) -> None:
+    """Say where the models of rows are, and which rows were made without keeping theirs."""
+    from forgetcast.experiments.kept import KeptModels
+
+    lacking = KeptModels(folder).lacking(rows)
+    err.print(f"models kept in {folder}: {len(rows) - len(lacking)}", markup=False, soft_wrap=True)
+    if lacking:
+        names = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        err.print(
+            f"note: rows whose models are not there, because they were stored without keeping them: {len(lacking)} "
+            f"({names}); drop such a row with `forgetcast atlas drop`, and it is made again",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _dry_run(
+    settings: CollectConfig,
+    pool: Pool,
+    tasks: dict[str, Pool],
+    load: Callable[[str | Path], LanguageModel],
+    only: list[str] | tuple[()],
+    as_json: bool,
+) -> None:
+    """Print what a sweep would do; exit with code 1 if rows would fail."""
+    from forgetcast.cli.tables import dry_run_tables
+    from forgetcast.experiments import plan_sweep
+
+    with progress(resumable=False) as report:
+        found = plan_sweep(settings, pool, tasks, load, only=only, on_progress=report)
+    print_json(found.as_dict()) if as_json else print_all(dry_run_tables(found))
+    faults = {row.name: row.fault for row in found.rows if row.fault is not None}
+    for name, reason in faults.items():
+        err.print(f"would fail: {name}: {reason}", markup=False, soft_wrap=True)
+    if faults:
         raise typer.Exit(1)
 
 

@@ -188,10 +188,10 @@ def plan(
         raise ConfigError("--verification is for --advise")
     opened, advice = Atlas.open(atlas), None
     verified = Verification.load(verification).advice if verification is not None else None
+    shared = load_recipe(recipe, opened) if recipe is not None else recipe_of(opened)
     if advise or target_retention is not None:
-        advice = replay.advise(
-            opened, rule.name, target=target_retention, task=data_name(task) if task is not None else None
-        )
+        about = data_name(task) if task is not None else None
+        advice = replay.advise(opened, rule.name, target=target_retention, task=about, recipe=shared)
         if target_retention is not None:
             ratio = _advised_ratio(advice)
     if output is None:
@@ -239,7 +239,6 @@ def plan(
         repeat=repeat,
         seed=seed,
     )
-    shared = load_recipe(recipe, opened) if recipe is not None else recipe_of(opened)
     planned = dataclasses.replace(planned, recipe=shared)
     if share_of_tokens is not None and model is not None and task is not None:
         if shared is None or joined is not None:

@@ -17,13 +17,15 @@ from forgetcast.data import Pool
 from forgetcast.defaults import ORDERS
 from forgetcast.evaluation import BenchRow
 from forgetcast.experiments.add import Outcome
+from forgetcast.experiments.dry_run import DryRun
 from forgetcast.experiments.interpolation import ChosenAlpha
 from forgetcast.experiments.sequence_result import SequenceResult
+from forgetcast.experiments.start import duration
 from forgetcast.experiments.tradeoff import COSTS, Estimate
 from forgetcast.experiments.verify import Verification
 from forgetcast.measure.diff import FEW_TOKENS, Difference, Summary
 from forgetcast.measure.gates import Judgement
-from forgetcast.replay.law import Advice
+from forgetcast.replay.law import Advice, ratio_text
 from forgetcast.replay.outcome import ANSWERS, LAW_METRICS, METRICS, unit_of
 from forgetcast.similarity import Association, Correlation, SimilarityStudy
 from forgetcast.stats import FEWEST_RANKS, MOST_PAIRS, Comparison, supports_part
@@ -168,17 +170,31 @@ def priors_line(priors: int, rows: int) -> str:
 def added_tables(atlas: str, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
     """Yield what became of each model that was to be added."""
     table = FigureTable(
-        Name("row"), "measured", "mean forgetting", "seconds", Words("outcome"), title=f"Added to {atlas}"
+        Name("row"), "measured", "mean forgetting", "of", "seconds", Words("outcome"), title=f"Added to {atlas}"
     )
+    if any(outcome.mean_of < outcome.examples for outcome in outcomes):
+        table.caption = (
+            "A mean of some examples is not that of the pool, the less so where they were chosen as probes: "
+            "`forgetcast forecast` estimates the pool's."
+        )
     for outcome in outcomes:
         table.add_row(
             outcome.name,
             str(outcome.measured) if outcome.measured else "",
             "" if outcome.mean is None else f"{outcome.mean:+.4f}",
+            _mean_of(outcome),
             "" if outcome.seconds is None else f"{outcome.seconds:.1f}",
             outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}",
         )
     yield table
+
+
+def _mean_of(outcome: Outcome) -> str:
+    """Say what a mean is the mean of: all examples, or as many as were measured."""
+    if outcome.mean is None:
+        return ""
+    whole = outcome.mean_of == outcome.examples
+    return f"all {outcome.examples:,}" if whole else f"{outcome.mean_of:,} of {outcome.examples:,}"
 
 
 def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> FigureTable:
@@ -191,6 +207,50 @@ def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Fi
         rows = f"{len(so_far)} rows" if len(so_far) > 1 else "1 row"
         table.caption = f"mean forgetting of {rows} so far: {np.mean(so_far):+.3f} nats per token"
     return table
+
+
+def dry_run_tables(found: DryRun) -> Iterator[RenderableType]:
+    """Yield what a sweep would do: a row each, what is to be scored, and the time."""
+    table = FigureTable(
+        Name("row"), "examples", "read", "cut", "tokens", "time", Words("state"), title=f"Rows of {found.atlas}"
+    )
+    for row in found.rows:
+        left = row.state != "complete" and row.fault is None
+        table.add_row(
+            row.name,
+            f"{row.examples:,}",
+            *("" if count is None else f"{count:,}" for count in (row.trained, row.cut, row.tokens)),
+            duration(row.seconds) if left and row.seconds is not None else "",
+            row.state if row.fault is None else "would fail",
+        )
+    if found.steps is not None:
+        table.caption = (
+            f"{found.steps} steps of {found.batch_size} examples each, without replay. read: with repeats; cut: those "
+            "that are longer than max_length; tokens: trained on, without padding; time: training and scoring."
+        )
+    yield table
+    yield ""
+    size = found.pool
+    odd = {f"{size.cut:,} longer than the context": size.cut, f"{size.unscorable:,} without a loss": size.unscorable}
+    said = "".join(f", {what}" for what, count in odd.items() if count)
+    yield f"Pool: {size.examples:,} examples, {size.tokens:,} tokens{said}; base scores: {found.base}."
+    rows = f"{len(found.left)} of {len(found.rows)} rows"
+    if found.speed is None:
+        yield f"Nothing is left to do: {len(found.rows)} of {len(found.rows)} rows are complete."
+        return
+    share = "" if found.score_share == 1 else f"about {found.score_share:.0%} of "
+    often = f" at the end and at {found.checkpoints} checkpoints" if found.checkpoints else ""
+    trained = "" if found.training_tokens is None else f"{found.training_tokens:,} tokens trained on, "
+    yield (
+        f"To do: {rows}, each with {share}the pool scored{often}: {trained}{'about ' if share else ''}"
+        f"{found.scoring_tokens:,} tokens scored."
+    )
+    what = "scoring and answering" if size.prompts else "scoring"
+    once = f"{what} the pool once takes {duration(size.seconds(found.speed))}"
+    if found.seconds is None:
+        yield f"Time on this machine: {once}; what the trainer's command takes is not known."
+    else:
+        yield f"Time on this machine, in one process: about {duration(found.seconds)}; {once}. Nothing was stored."
 
 
 def structure_tables(structure: Structure) -> Iterator[RenderableType]:
@@ -604,9 +664,7 @@ def advice_tables(advice: Advice) -> Iterator[RenderableType]:
     )
     for (strategy, ratio), remaining in advice.remaining.items():
         cells = (remaining[metric] for metric in LAW_METRICS)
-        table.add_row(
-            strategy, f"1/{1 / ratio:.0f}", *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells)
-        )
+        table.add_row(strategy, ratio_text(ratio), *(f"{e.mean:.2f} ({e.lower:.2f} to {e.upper:.2f})" for e in cells))
     yield table
     for sentence in advice.sentences():
         yield escape(sentence)

@@ -517,7 +517,8 @@ def pilot(
         replay.count(settings.steps, settings.batch_size)  # too many is an error before the model is loaded
     tuner = load_tuner(model, loading, opened)
     result = _compare(tuner, opened, settings, [comparison], seeds, opened.beside("pilots"))
-    advice = advise(opened, others[0].name if others else Random.name, task=data_name(task))
+    rule = others[0].name if others else Random.name
+    advice = advise(opened, rule, task=data_name(task), recipe=settings)
     if as_json:
         print_json({"runs": [asdict(run) for run in result.runs], "advice": advice.as_dict()})
     else:

@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
@@ -23,6 +24,9 @@ from forgetcast.text import did_you_mean
 
 OWN_FIELDS = ("kl_weight", "replay_weight", "easy_samples", "spacing")
 """Fields that no other trainer has."""
+
+_FIELDS_OF_A_CONFIGURATION = {"model", "pool", "tasks", "atlas", "recipe"}
+"""Fields by which a file of `collect` is told that is given as a recipe."""
 
 _LATER_FIELDS = (*OWN_FIELDS, "precision", "fused_loss")
 """Fields that recipes of earlier versions lack."""
@@ -90,6 +94,21 @@ class Recipe(BaseModel):
     replay_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     easy_samples: bool = False
     spacing: Literal["even", "updates"] = "even"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_configuration(cls, content: Any, info: ValidationInfo) -> Any:
+        if not isinstance(content, dict) or not content.keys() & _FIELDS_OF_A_CONFIGURATION:
+            return content
+        recipe = content.get("recipe")
+        if isinstance(recipe, str):
+            file = (info.context or Path()) / recipe
+            named = f"give the one that it names, {file if file.exists() else recipe}"
+        elif recipe is None:
+            named = "it names none, so that it takes the defaults"
+        else:
+            named = "put what is below its field recipe into a file of its own"
+        raise ValueError(f"this is a configuration of `collect`, and a recipe is needed: {named}")
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

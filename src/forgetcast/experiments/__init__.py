@@ -11,6 +11,7 @@ from forgetcast.experiments.collect import (
     run_sweep,
 )
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
+from forgetcast.experiments.dry_run import DryRun, plan_sweep
 from forgetcast.experiments.interpolation import AlphaPoint, ChosenAlpha, choose_alpha
 from forgetcast.experiments.on_ray import run_on_ray
 from forgetcast.experiments.reproduce import (
@@ -35,6 +36,7 @@ __all__ = [
     "ChosenAlpha",
     "CollectConfig",
     "CommandTrainer",
+    "DryRun",
     "FoundModels",
     "Interpolating",
     "Outcome",
@@ -68,6 +70,7 @@ __all__ = [
     "parse_arm",
     "pilot_comparison",
     "plan_start",
+    "plan_sweep",
     "prepare_atlas",
     "recipe_advice",
     "replay_arms",

@@ -75,13 +75,16 @@ class Outcome:
     measured : int
         How many losses were added.
     mean : float or None
-        Mean forgetting of the examples measured, nats per token.
+        Mean forgetting of the examples measured this time, nats per token.
     seconds : float or None
         Of the measurement, loading included.
     reason : str or None
         Why it was skipped or failed.
     notes : tuple of str
         What a reader of the row should know.
+    mean_of, examples : int
+        How many examples `mean` is the mean of, and how many of the atlas can be measured. Examples that were chosen
+        for what they say about the others are no sample: their mean does not estimate that of all.
     """
 
     name: str
@@ -92,6 +95,8 @@ class Outcome:
     seconds: float | None = None
     reason: str | None = None
     notes: tuple[str, ...] = ()
+    mean_of: int = 0
+    examples: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
@@ -473,9 +478,11 @@ def _add(
     )
     change = forgetting(atlas.baseline, after)
     mean = float(np.nanmean(change)) if not np.isnan(change).all() else None
+    scorable = int((~np.isnan(atlas.nll_before)).sum())
     if not added:
         return Outcome(name, model, "skipped", reason="the row has all of these examples")
-    return Outcome(name, model, "added", measured=added, mean=mean, notes=tuple(_notes(atlas, after)))
+    notes, mean_of = tuple(_notes(atlas, after)), int((~np.isnan(change)).sum())
+    return Outcome(name, model, "added", measured=added, mean=mean, notes=notes, mean_of=mean_of, examples=scorable)
 
 
 def _notes(atlas: Atlas, after: Scores) -> Iterator[str]:

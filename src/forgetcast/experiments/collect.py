@@ -31,6 +31,7 @@ from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import ConfigError, DataError, ForgetcastError, IncompleteError, MismatchError
 from forgetcast.experiments.claims import claimed
 from forgetcast.experiments.command import CommandTrainer, TrainerSettings
+from forgetcast.experiments.kept import KeptModels
 from forgetcast.experiments.meter import Meter, OnFigures, Work, scoring_work, training_work, tuning_work
 from forgetcast.experiments.runs import (
     AtlasRows,
@@ -43,7 +44,7 @@ from forgetcast.experiments.runs import (
     score_base,
     without_curve,
 )
-from forgetcast.files import neighbour
+from forgetcast.files import check_destination, neighbour
 from forgetcast.progress import OnProgress
 from forgetcast.settings import read_settings
 from forgetcast.text import did_you_mean
@@ -97,6 +98,8 @@ class Sweep:
         How often a row is tried again after a failure that may pass: of memory, or of a file system.
     checkpoints : sequence of float
         Shares of the steps, in (0, 1), after which the examples are scored too. A row is complete with these.
+    keep_models : Path, optional
+        Folder in which the tuned models stay; default: they go once their rows are stored.
     """
 
     seeds: Sequence[int] = ()
@@ -104,6 +107,7 @@ class Sweep:
     score_share: float = 1.0
     retries: int = 1
     checkpoints: Sequence[float] = ()
+    keep_models: Path | None = None
 
     def rows(self, tasks: Iterable[str], seed: int = 0) -> list[PlannedRow]:
         """Return the rows to make.
@@ -169,6 +173,8 @@ class CollectConfig(BaseModel):
         A command that fine-tunes, instead of a recipe.
     checkpoints : list of float
         Shares of the steps, in (0, 1), after which the pool is scored too: the learning curves.
+    keep_models : Path, optional
+        Folder in which the tuned models stay.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -186,6 +192,18 @@ class CollectConfig(BaseModel):
     retries: int = Field(default=1, ge=0)
     trainer: TrainerSettings | None = None
     checkpoints: list[float] = []
+    keep_models: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_recipe(cls, content: Any) -> Any:
+        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+        if isinstance(content, dict) and content.keys() & Recipe.model_fields and not content.keys() & set(needed):
+            raise ValueError(
+                f"this is a recipe, and a configuration is needed: a file with the fields {', '.join(needed)}, in "
+                "which the field recipe names this one"
+            )
+        return content
 
     @field_validator("checkpoints")
     @classmethod
@@ -201,6 +219,8 @@ class CollectConfig(BaseModel):
     def _one_way_to_train(self) -> Self:
         if self.trainer is not None and self.checkpoints:
             raise ValueError("checkpoints: nothing is known of a trainer's command before it ends; leave them out")
+        if self.trainer is not None and self.keep_models is not None:
+            raise ValueError("keep_models: the models of a trainer's command stay with keep: true below trainer")
         if self.trainer is not None and "recipe" in self.model_fields_set:
             raise ValueError("recipe: the trainer's command does not use it; leave one of the two out")
         if self.trainer is not None and len(self.seeds) > 1 and not self.trainer.has_seed:
@@ -230,13 +250,20 @@ class CollectConfig(BaseModel):
         model = str(base / config.model) if (base / config.model).is_dir() else config.model
         recipe = config.recipe.model_copy(update={"seed": config.seeds[0]}) if config.seeds else config.recipe
         atlas = str(config.atlas) if is_url(config.atlas) else base / config.atlas
-        return config.model_copy(
-            update={"model": model, "pool": base / config.pool, "tasks": tasks, "atlas": atlas, "recipe": recipe}
-        )
+        kept = None if config.keep_models is None else base / config.keep_models
+        places = {"pool": base / config.pool, "tasks": tasks, "atlas": atlas, "keep_models": kept}
+        return config.model_copy(update={"model": model, "recipe": recipe, **places})
 
     def sweep(self, only: Collection[str] = ()) -> Sweep:
         """Return which rows are made, and how."""
-        return Sweep(tuple(self.seeds), tuple(only), self.score_share, self.retries, tuple(self.checkpoints))
+        return Sweep(
+            seeds=tuple(self.seeds),
+            only=tuple(only),
+            score_share=self.score_share,
+            retries=self.retries,
+            checkpoints=tuple(self.checkpoints),
+            keep_models=self.keep_models,
+        )
 
     def load_tasks(self, read: Callable[[Path], Pool] = load_task) -> dict[str, Pool]:
         """Read every task, by the name of its file without the ending.
@@ -345,11 +372,24 @@ def prepare_atlas(
                         raise
                     # A process on another machine, without a common lock, has created it meanwhile.
     atlas = Atlas.open(path)
+    check_fits(atlas, base, pool, recipe, max_new_tokens if exact_match else None)
+    return atlas
+
+
+def check_fits(
+    atlas: Atlas, base: LanguageModel, pool: Pool, recipe: Recipe | TrainerSettings, max_new_tokens: int | None
+) -> None:
+    """Check that rows can be added to an atlas; `max_new_tokens` is the longest answer, None if there are none.
+
+    Raises
+    ------
+    MismatchError
+        If it has another model, pool, recipe or way to measure answers.
+    """
     check_fingerprint(f"the atlas {atlas.path}", atlas.pool.fingerprint, pool)
     check_base(atlas, base)
     check_recipe(f"the atlas {atlas.path}", atlas.recipe, recipe.model_dump())
-    _check_answers(atlas, max_new_tokens if exact_match else None)
-    return atlas
+    _check_answers(atlas, max_new_tokens)
 
 
 def collect(
@@ -396,6 +436,8 @@ def collect(
     if isinstance(tuner, CommandTrainer):
         if sweep.checkpoints:
             raise ConfigError("checkpoints need a recipe: nothing is known of a trainer's command before it ends")
+        if sweep.keep_models is not None:
+            raise ConfigError("keep_models is for a recipe: a trainer's command has its own setting, keep")
         tuner.check()
         facts = tuner.recipe
     else:
@@ -415,6 +457,9 @@ def collect(
         + scoring_work(judged[row.task], context) * len(sweep.checkpoints)
         for row in todo
     }
+    kept = None if sweep.keep_models is None else KeptModels(sweep.keep_models)
+    if kept is not None:
+        check_destination(kept.folder, folder=True)
     meter, failures = Meter.of(on_progress, on_figures), dict[str, str]()
     meter.begin(sum(per_row.values(), Work()))
 
@@ -425,7 +470,7 @@ def collect(
             after = tuner.run(row.name, task, sample, settings, meter, answers)
         else:
             seeded = recipe.model_copy(update={"seed": row.seed})
-            fine_tune = FineTune(row.name, task, seeded, sample, answers=answers)
+            fine_tune = FineTune(row.name, task, seeded, sample, answers=answers, kept=kept)
             after = fine_tune.run(tuner, settings, meter, folder, _curve(atlas, row.name, settings))
         if meter.on_figures is not None:
             meter.on_figures(row.name, _figures(atlas, after))
@@ -597,7 +642,7 @@ def run_sweep(
 
     sweep = config.sweep(only)
     rows = sweep.rows(tasks, config.recipe.seed)
-    trainer = _command_trainer(config, load)
+    trainer = command_trainer(config, load)
     meter = Meter.of(on_progress, on_figures)
 
     def later(context: int) -> Work:
@@ -632,9 +677,7 @@ def prepare_sweep(
 
     `later`, if given, returns the work after it for a model of a context.
     """
-    base = replace(load(config.model), rendering=config.rendering)
-    if config.trainer is None:
-        base = base.merged()  # as the tuner does
+    base = load_base(config, load)
     meter = Meter.of(on_progress)
     if later is not None:
         meter.later = later(base.context)
@@ -651,13 +694,20 @@ def prepare_sweep(
     return atlas, base
 
 
+def load_base(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> LanguageModel:
+    """Load the base model of a sweep."""
+    base = replace(load(config.model), rendering=config.rendering)
+    return base.merged() if config.trainer is None else base  # as the tuner does
+
+
 def unfinished(atlas: Atlas, rows: Iterable[PlannedRow], recipe: Mapping[str, Any], sweep: Sweep) -> list[PlannedRow]:
     """Return the rows of a sweep that are not complete; raises MismatchError where one has another recipe."""
     stored = AtlasRows(atlas)
     return [row for row in rows if not stored.has(row.name, _settings(row, recipe, sweep))]
 
 
-def _command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
+def command_trainer(config: CollectConfig, load: Callable[[str | Path], LanguageModel]) -> CommandTrainer | None:
+    """Return the trainer of a sweep whose models a command tunes; raises ConfigError if there is no such program."""
     if config.trainer is None:
         return None
     trainer = CommandTrainer(config.trainer, config.model, beside(config.atlas, "runs"), load, config.rendering)

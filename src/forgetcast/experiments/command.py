@@ -157,6 +157,10 @@ class CommandTrainer:
             raise MismatchError(f"{model} is of a run with another {changed}; remove it, or use another atlas")
         return find_model(model)
 
+    def has_model(self, name: str) -> bool:
+        """Whether a model of a row is there, which an interrupted collection left."""
+        return (self._folder(name) / "model").exists()
+
     def discard(self, name: str) -> None:
         """Remove the model of a row that is stored, unless it was to be kept when it was made; its log stays."""
         folder = self._folder(name)

@@ -68,6 +68,8 @@ def run_on_ray(
     where = {"atlas": config.atlas if isinstance(config.atlas, str) else config.atlas.absolute()}
     if Path(config.model).is_dir():
         where["model"] = str(Path(config.model).absolute())
+    if config.keep_models is not None:
+        where["keep_models"] = config.keep_models.absolute()
     config = config.model_copy(update=where)
     check_writable(config.atlas)
     sweep = config.sweep(only)

@@ -24,6 +24,7 @@ from forgetcast.data.rendering import Rendering
 from forgetcast.defaults import ANSWER_TOKENS
 from forgetcast.errors import DataError, MismatchError
 from forgetcast.experiments.claims import claimed
+from forgetcast.experiments.kept import KeptModels
 from forgetcast.experiments.meter import Meter, Work, scoring_work, tuning_work
 from forgetcast.files import check_destination, make_folder
 from forgetcast.interruption import Interrupted, Stop, stoppable
@@ -65,6 +66,8 @@ class FineTune:
         Arguments of `lm.exact_match` to answer the judged prompts too; default: no answers.
     memory : Pool, optional
         Further examples, whose losses are stored one by one.
+    kept : KeptModels, optional
+        Where the tuned model stays; default: it goes.
     """
 
     name: str
@@ -78,6 +81,7 @@ class FineTune:
     initial: InitialState | None = None
     answers: Mapping[str, Any] | None = None
     memory: Pool | None = None
+    kept: KeptModels | None = None
 
     def work(self, context: int) -> Work:
         """Return the work of the run with a model of this context, in characters.
@@ -123,10 +127,17 @@ class FineTune:
         ------
         Interrupted
             If Ctrl-C or SIGTERM came, once the training has a checkpoint, or the scores in hand are written.
+        MismatchError
+            If another model is where the tuned one is to stay.
         """
+        if self.kept is not None:
+            run = {"base": tuner.base.weights_hash, "task": self.task.fingerprint, "recipe": self.recipe.model_dump()}
+            self.kept.check(self.name, run)
         with self.stopping(folder) as stop:
             tuned = self.tune(tuner, meter, folder, curve)
             with keeping(tuner, folder, lambda: tuned):
+                if self.kept is not None:
+                    self.kept.save(self.name, tuned)
                 return self.judge(tuned, settings, meter, folder, stop)
 
     @contextmanager

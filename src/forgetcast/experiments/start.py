@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from forgetcast.experiments.collect import Sweep, collect, collection_work, prep
 from forgetcast.experiments.meter import Meter, Work
 from forgetcast.experiments.procedural import KNOWN_TASKS, procedural_task
 from forgetcast.experiments.runs import check_base
+from forgetcast.experiments.speed import TIMED_STEPS, time_scoring, time_training, timed_sample
 from forgetcast.files import check_destination, read_json, write_json
 from forgetcast.progress import OnProgress
 from forgetcast.results import validated
@@ -58,8 +58,6 @@ RESERVE = 0.1
 
 MOST_QUESTIONS = 1000
 """Questions of a task at most; a longer fine-tune repeats them."""
-
-_TIMED_STEPS, _TIMED_EXAMPLES = 3, 64
 
 
 class StartSettings(BaseModel):
@@ -249,36 +247,14 @@ def measure_speed(tuner: FineTuner, pool: Pool, recipe: Recipe) -> Speed:
     MissingExtraError
         If reasoning-gym is not installed.
     """
-    import torch
-
-    from forgetcast.lm import score
-
-    count = _TIMED_STEPS * recipe.batch_size
+    count = TIMED_STEPS * recipe.batch_size
     tasks = [procedural_task(name, count, seed=recipe.seed) for name in KNOWN_TASKS]
     lengths = np.array([np.mean([len(example.full_text) for example in task]) for task in tasks])
     typical = int(np.argsort(lengths)[len(lengths) // 2])
-    ends: list[float] = []
-
-    def end_of_step(*_: int) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # its work is only queued until then
-        ends.append(time.monotonic())
-
-    tuner.tune(tasks[typical], recipe.model_copy(update={"steps": 1}))
-    started = time.monotonic()
-    tuner.tune(tasks[typical], recipe.model_copy(update={"steps": _TIMED_STEPS}), on_step=end_of_step)
-    total = time.monotonic() - started
-    step = (ends[-1] - ends[0]) / (_TIMED_STEPS - 1)
-
-    base = tuner.restore()
-    drawn = np.random.default_rng(recipe.seed).permutation(len(pool))[:_TIMED_EXAMPLES]
-    sample = pool.subset(pool.ids[i] for i in drawn.tolist())
-    score(base, pool.subset(sample.ids[:8]))
-    started = time.monotonic()
-    score(base, sample)
-    example = (time.monotonic() - started) / len(sample)
-    relative = tuple((lengths / lengths[typical]).tolist())
-    return Speed(max(total - _TIMED_STEPS * step, 0.0), step, example, relative)
+    training = time_training(tuner, tasks[typical], recipe)
+    sample = timed_sample(pool, recipe.seed)
+    example = time_scoring(tuner.base, sample) / len(sample)
+    return Speed(training.setup, training.step, example, tuple((lengths / lengths[typical]).tolist()))
 
 
 def plan_start(path: str | Path, tuner: FineTuner, pool: Pool, settings: StartSettings) -> StartPlan:

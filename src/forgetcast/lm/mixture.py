@@ -136,6 +136,10 @@ class ReplayMixture(Dataset[Encoded]):
         """Return the ids replayed in the steps before this one, counted from 0."""
         return tuple(id_ for replay, id_ in self._order[: step * self.batch_size] if replay)
 
+    def tokens_before(self, step: int) -> int:
+        """Count the tokens that are read in the steps before this one, without padding."""
+        return sum(len(self[i].ids) for i in range(step * self.batch_size))
+
     def replays(self, step: int) -> bool:
         """Say whether the batch of a step, counted from 0, is replayed."""
         return step < self.steps and self._order[step * self.batch_size][0]

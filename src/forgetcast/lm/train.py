@@ -393,8 +393,8 @@ class FineTuner:
                 if hollow is not None:
                     model = _filled(hollow, trainer.accelerator.get_state_dict(trainer.model_wrapped))
         tuned = replace(self.base, model=model.eval(), name=f"{self.base.name}, fine-tuned")
-        tokens = sum(len(mixture[i].ids) for i in range(steps * mixture.batch_size))
-        return Tuned(tuned, steps, mixture.replayed_before(steps), progress.seconds, tokens, plan, run, precision)
+        tokens, replayed = mixture.tokens_before(steps), mixture.replayed_before(steps)
+        return Tuned(tuned, steps, replayed, progress.seconds, tokens, plan, run, precision)
 
     def keep(self, tuned: Tuned, checkpoints: Path) -> None:
         """Keep a finished fine-tune, the latest of this tuner, where `tune` finds it instead of training again."""

@@ -7,7 +7,9 @@ fine-tune without replay and two with it, already says much about one task; each
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +17,12 @@ import scipy
 from pydantic import TypeAdapter, ValidationError
 
 from forgetcast.atlas.store import Atlas
+from forgetcast.data.recipe import Recipe
+from forgetcast.defaults import MOST_EXAMPLES
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.faults import in_words
 from forgetcast.replay.outcome import LAW_METRICS, METRICS, Run
+from forgetcast.replay.plan import achieved_ratio, ratio_note
 from forgetcast.replay.strategies import NoReplay
 from forgetcast.results import Result, plain
 from forgetcast.text import did_you_mean
@@ -244,6 +249,8 @@ class Advice(Result):
         Ratio at which the mean forgetting is expected to meet the target; None without a target or such a ratio.
     most : Expected
         Remaining forgetting at `MAX_RATIO`.
+    recipe : Recipe or None
+        Whose whole batches make the ratios of `remaining`; None: no recipe is known, and any ratio is listed.
     """
 
     strategy: str
@@ -256,6 +263,7 @@ class Advice(Result):
     efficiency: Mapping[str, Mapping[str, Expected]]
     needed: Expected | None
     most: Expected
+    recipe: Recipe | None = None
 
     def __repr__(self) -> str:
         needed = "None" if self.needed is None else f"{self.needed.mean:.3g}"
@@ -281,6 +289,8 @@ class Advice(Result):
             e.lower <= 1 for by_metric in self.efficiency.values() for e in by_metric.values()
         ):
             lines.append("Random replay is good enough: no strategy is shown to need fewer examples.")
+        if self.recipe is not None:
+            lines += _of_whole_batches(self.recipe)
         if self.target is None:
             return lines
         aim = f"To avoid {self.target:.0%} of the forgetting with {self.strategy} replay"
@@ -296,6 +306,8 @@ class Advice(Result):
             )
             if self.needed.mean > self.largest > 0:
                 lines.append(f"This extrapolates beyond the largest ratio that was run, {self.largest:.3g}.")
+            if self.recipe is not None:
+                lines += _in_whole_batches(self.needed.mean, self.recipe)
         return lines
 
     def _compared(self, strategy: str, metric: str, efficiency: Expected) -> str:
@@ -323,11 +335,51 @@ class Advice(Result):
             "efficiency": plain(self.efficiency),
             "needed": plain(self.needed),
             "at_most": plain(self.most),
+            "steps": None if self.recipe is None else self.recipe.steps,
             "sentences": self.sentences(),
         }
 
 
-def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: str | None = None) -> Advice:
+def ratio_text(ratio: float) -> str:
+    """Write a ratio as a fraction in whole numbers, such as 1/32 or 2/7."""
+    return str(Fraction(ratio).limit_denominator(MOST_EXAMPLES))
+
+
+def advised_ratios(recipe: Recipe | None) -> tuple[float, ...]:
+    """Return the ratios that advice is about: those that whole batches of the recipe make of `ADVISED_RATIOS`."""
+    if recipe is None:
+        return ADVISED_RATIOS
+    made: list[float] = []
+    for ratio in ADVISED_RATIOS:
+        with suppress(ConfigError):  # so small that it has no batch
+            made.append(achieved_ratio(recipe.steps, ratio))
+    return tuple(dict.fromkeys(made)) or (1 / recipe.steps,)
+
+
+def _of_whole_batches(recipe: Recipe) -> list[str]:
+    """Say which of `ADVISED_RATIOS` are not listed, because the recipe's whole batches do not make them."""
+    made = advised_ratios(recipe)
+    others = [ratio_text(ratio) for ratio in ADVISED_RATIOS if not np.isclose(made, ratio, rtol=1e-9, atol=0).any()]
+    if not others:
+        return []
+    return [
+        f"Ratios are those that whole batches make with the {recipe.steps} steps of the recipe: "
+        f"{', '.join(map(ratio_text, made))}, but not {', '.join(others)}."
+    ]
+
+
+def _in_whole_batches(ratio: float, recipe: Recipe) -> list[str]:
+    """Say what an advised ratio becomes under the recipe, or that it has no batch."""
+    try:
+        note = ratio_note(ratio, recipe.steps, recipe.batch_size)
+    except ConfigError as error:
+        note = str(error)
+    return [] if note is None else [f"With this recipe, {note}."]
+
+
+def advise(
+    atlas: Atlas, strategy: str, *, target: float | None = None, task: str | None = None, recipe: Recipe | None = None
+) -> Advice:
     """Return what the runs in an atlas say about ratios and strategies.
 
     Parameters
@@ -339,6 +391,8 @@ def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: st
         Retention to reach, in (0, 1).
     task : str, optional
         The estimates are for this task if the atlas has runs of it, otherwise for a new one.
+    recipe : Recipe, optional
+        How the model will be tuned: ratios are those of its whole batches; default: not known.
 
     Raises
     ------
@@ -363,13 +417,14 @@ def advise(atlas: Atlas, strategy: str, *, target: float | None = None, task: st
         remaining={
             (name, ratio): {metric: law.remaining(name, ratio, task=task) for metric, law in laws.items()}
             for name in strategies
-            for ratio in ADVISED_RATIOS
+            for ratio in advised_ratios(recipe)
         },
         efficiency={
             name: {metric: law.efficiency(name) for metric, law in laws.items()} for name in mean.strategies[1:]
         },
         needed=mean.ratio_for(target, strategy, task=task) if target is not None else None,
         most=mean.remaining(strategy, MAX_RATIO, task=task),
+        recipe=recipe,
     )
 
 

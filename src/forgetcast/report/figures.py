@@ -173,22 +173,24 @@ def spectrum(structure: Structure) -> str:
         ((structure.row_r2, "task means"), (structure.column_r2, "example means"), (structure.additive_r2, "their sum"))
     )
     lowest, highest = max(min(0.0, lines[0][0], *structure.held_out_r2), -0.5) - 0.08, 1.1
-    heights = _spread([r2 for r2, _ in lines], (highest - lowest) / 13, highest)
+    # Right of the plot, where no curve is, each beside its line.
+    gap = (highest - lowest) / 13
+    heights = _spread([r2 - gap / 2 for r2, _ in lines], gap, highest)
     for (r2, name), height in zip(lines, heights, strict=True):
         figure.add_hline(y=r2, line_dash="dot", line_color=GREY)
         figure.add_annotation(
-            text=f"{name}: {r2:.2f}",
-            y=height,
-            yanchor="bottom",
+            text=f"{name} {r2:.2f}",
+            y=height + gap / 2,
+            yanchor="middle",
             x=1,
             xref="paper",
-            xanchor="right",
+            xanchor="left",
             showarrow=False,
-            bgcolor="rgba(255,255,255,.8)",
         )
     figure.update_xaxes(title="rank", dtick=1)
     figure.update_yaxes(title="fraction explained (R²)", range=[lowest, highest])
-    return _html(figure, height=380, legend=True, label="How much of the forgetting each rank explains")
+    label = "How much of the forgetting each rank explains"
+    return _html(figure, height=380, legend=True, right=_BESIDE, label=label)
 
 
 def _spread(heights: Sequence[float], gap: float, highest: float) -> list[float]:
@@ -516,14 +518,20 @@ def mean_of_observed(values: np.ndarray, axis: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _html(figure: go.Figure, *, height: int, label: str, legend: bool = False, grid: bool = True) -> str:
+_BESIDE = 150
+"""Pixels right of a plot for the names of its lines."""
+
+
+def _html(
+    figure: go.Figure, *, height: int, label: str, legend: bool = False, grid: bool = True, right: int = 10
+) -> str:
     figure.update_layout(
         height=height,
         template="plotly_white",
         plot_bgcolor="white" if grid else "#e4e5e8",  # background of a heatmap: the colour of missing entries
         paper_bgcolor="white",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#222"},
-        margin={"l": 10, "r": 10, "t": 34 if legend else 12, "b": 10},
+        margin={"l": 10, "r": right, "t": 34 if legend else 12, "b": 10},
         showlegend=legend,
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
     )
