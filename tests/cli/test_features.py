@@ -233,6 +233,30 @@ def test_preflight_forecasts_before_anything_is_run(model: Path, atlas: Path, tm
     assert "atlas's mean" in err
 
 
+def test_preflight_reads_tasks_that_have_their_own_columns(model: Path, atlas: Path, tmp_path: Path) -> None:
+    """The same texts under other names give the same forecast, and a column of one task is of no other."""
+    texts, names = list(make_pool(40)), [f"task{i}" for i in range(8)]
+    for i, name in enumerate([*names, "new"]):
+        rows = [{"id": f"{j}", "text": each.full_text} for j, each in enumerate(texts[i * 4 : i * 4 + 4])]
+        for folder, own in (("plain", "text"), ("own", "wort" if name in ("new", "task3") else "text")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            lines = [json.dumps({"id": row["id"], own: row["text"]}) for row in rows]
+            (tmp_path / folder / f"{name}.jsonl").write_text("\n".join(lines))
+    found = {}
+    for folder, columns in (("plain", ()), ("own", ("--column", "new:text=wort", "--column", "task3:text=wort"))):
+        words = ("preflight", model, tmp_path / folder / "new.jsonl", "--atlas", atlas, "--tasks", tmp_path / folder)
+        code, out, err = run_command(*words, *columns, "--json")
+        assert code == 0, err
+        found[folder] = json.loads(out)
+    assert found["own"] == found["plain"]
+    assert found["own"]["with_text"] == 8
+    code, _, err = run_command(*words, "--column", "new:text=wort")
+    assert code == 2
+    assert "task3.jsonl: the columns are id, wort" in err
+    assert "--column TASK:FIELD=NAME" in err
+    assert "loading" not in err  # before anything that takes long
+
+
 @pytest.fixture(scope="module")
 def begun(base: LanguageModel, atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The atlas with curves at a quarter of the steps, where a third is forgotten; and a model that began to forget."""

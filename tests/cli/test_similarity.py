@@ -64,6 +64,19 @@ def test_bench_compares_and_the_report_shows_it(run: RunCommand, project: Path) 
     assert "bayesian+ridge" in page
 
 
+def test_tasks_that_have_their_own_columns_are_read(run: RunCommand, project: Path) -> None:
+    words = ["analyze", project / "runs.atlas", "--similarity", "tfidf", "--tasks", project / "tasks", "--json"]
+    expected = run(*words)[1]
+    path = project / "tasks" / "t3.jsonl"
+    path.write_text(path.read_text().replace('"prompt"', '"frage"'))
+    code, _, err = run(*words)
+    assert code == 2
+    assert "--column TASK:FIELD=NAME" in err
+    code, out, err = run(*words, "--column", "t3:prompt=frage")
+    assert code == 0, err
+    assert json.loads(out) == json.loads(expected)
+
+
 def test_updates_of_tuned_models(run: RunCommand, project: Path) -> None:
     """Oracle: `update` is the derivative of the losses towards the tuned model; checkpoints are found in its folder."""
     base = tiny()

@@ -36,7 +36,17 @@ from forgetcast.cli.options import (
     Seed,
     loads_a_model,
 )
-from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
+from forgetcast.cli.similarity import (
+    BaseOption,
+    EmbeddingOption,
+    Similarities,
+    TaskData,
+    TasksColumns,
+    TasksFolder,
+    TasksFormat,
+    TunedOption,
+    gather_side,
+)
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
@@ -413,6 +423,8 @@ def bench(
     exact_match: ByAnswers = False,
     similarity: Similarities = None,
     tasks: TasksFolder = None,
+    format: TasksFormat = None,
+    column: TasksColumns = None,
     model: BaseOption = None,
     embedding: EmbeddingOption = None,
     tuned: TunedOption = None,
@@ -446,7 +458,7 @@ def bench(
     if similarity is not None:
         from forgetcast.similarity import arms_of
 
-        side = gather_side(matrix, values, similarity, tasks, model, embedding, tuned)
+        side = gather_side(matrix, values, similarity, TaskData(tasks, format, column), model, embedding, tuned)
         wanted.setdefault("bayesian", _method("bayesian"))
         wanted.update(arms_of(side))
     split = read_split(Path(matrix))[1]["tasks"] if Path(matrix).suffix in PICKLES else []
