@@ -193,9 +193,10 @@ def load_tuner(
     sharded: bool = False,
 ) -> FineTuner:
     """Load a base model for fine-tuning, as `load_base`."""
+    base = load_base(model, loading, atlas, rendering)  # first, because it says that PyTorch is imported
     from forgetcast.lm import FineTuner
 
-    return FineTuner(load_base(model, loading, atlas, rendering), sharded=sharded)
+    return FineTuner(base, sharded=sharded)
 
 
 def load_matrix(location: str, *, exact_match: bool) -> ForgettingMatrix:

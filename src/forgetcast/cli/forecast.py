@@ -313,10 +313,13 @@ def forecast(
     if (calibrated := completed.calibration_tasks or 0) < FEW_TASKS and not completed.probed.all():
         out.print(
             f"Only {calibrated} tasks could be left out to calibrate the model-based intervals: their widths are "
-            "mostly Student's t. Rely on the guaranteed ones."
+            "mostly Student's t." + " Rely on the guaranteed ones." * bool(completed.audit)
         )
     if not completed.audit:
-        out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")
+        out.print(
+            "No probe is known to be random, so that there are no guaranteed intervals: draw random ones with "
+            "`probes --audit`, and give the same number here."
+        )
     out.print(risk_table(completed, rows, opened.pool))
     if completed.misfit < MISFIT_THRESHOLD:
         out.print(completed.likeness())

@@ -144,6 +144,7 @@ def train(
     check_output_directory(output)
     partial = output.with_name(f"{output.name}.partial")
     check_destination(partial, folder=True)
+    check_models(loading, model)
     if (plan is None) != (pool is None):
         raise ConfigError("--plan needs --pool, the pool that the plan was made for; --pool alone replays nothing")
     if pool is None and (pool_format is not None or pool_column):
@@ -254,6 +255,7 @@ def _store(tuned: Tuned, partial: Path, output: Path, watched: WatchedRun | None
 
 
 def _monitor(atlas: Atlas, probes: int, every: int, stop_if: str | None) -> ForgettingMonitor:
+    import_torch()
     from forgetcast.lm import ForgettingMonitor
 
     return ForgettingMonitor(atlas, probes=probes, every=every, stop_if=stop_if)
@@ -274,6 +276,7 @@ def _watched_facts(monitor: ForgettingMonitor) -> dict[str, Any]:
 
 def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> ReplaySelector:
     """Make what selects during training: from probes after fractions of training, or before every batch."""
+    import_torch()
     from forgetcast.lm import MostForgottenSelector, OnlineSelector
 
     if online is None:
