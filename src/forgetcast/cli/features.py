@@ -197,6 +197,12 @@ def preflight(
         raise DataError(f"{tasks} has no file of a task of the atlas, such as {past[0]}.jsonl")
     read = task_reader([name, *paths], format, column, strict)
     new, texts = read(task), {each: read(path) for each, path in paths.items()}
+    learned = len(texts) > FEWEST  # else nothing can be learned from the others once one is left out
+    if texts and not learned:
+        err.print(
+            f"note: the texts of {len(texts)} tasks are too few to learn from, and are not used: it takes {FEWEST + 1}",
+            soft_wrap=True,
+        )
     families = _families(past, family)
     begun_at = None if pilot is None else _share(opened, share, past)
     check_models(loading, pilot)
@@ -206,7 +212,7 @@ def preflight(
     fitted = Bayesian().fit(opened.stored(past))
     own = task_features(base, new)
     features: np.ndarray | None = None
-    if texts:
+    if learned:
         features = np.full((len(past), len(own)), np.nan)
         with progress(resumable=False) as report:
             for i, (each, data) in enumerate(texts.items()):
@@ -260,9 +266,9 @@ def preflight(
         unknown = all(math.isnan(error) for name, error in before.errors_.items() if name != ATLAS_MEAN)
         why = (
             "the data of its tasks are not given (--tasks)"
-            if features is None and begun is None
+            if not texts and begun is None
             else f"once tasks are left out, fewer than {FEWEST} are known to learn from"
-            if unknown
+            if unknown or (features is None and begun is None)
             else "what is known of the task does not help on left-out tasks"
         )
         err.print(f"the forecast is the atlas's mean: {why}")
@@ -310,7 +316,7 @@ def _share(atlas: Atlas, share: float | None, past: Sequence[str]) -> float:
     if not there:
         raise ConfigError(
             f"the atlas {atlas.path} has no learning curves, which --pilot is compared with; collect them with "
-            "checkpoints:"
+            "checkpoints: [0.25], or the shares that you want, in the configuration of `collect`"
         )
     if share is None and len(atlas.shares) > 1:
         raise ConfigError(f"--pilot needs --share: the atlas has curves at {there}")

@@ -316,8 +316,11 @@ SOURCE_COLUMNS = ("source", "examples", "mean", "95 % interval", "worst tenth", 
 def _source_rows(result: Difference) -> Iterator[tuple[str, ...]]:
     """Yield what `SOURCE_COLUMNS` names."""
     for name, part in result.by_source.items():
-        tested = name in result.by_source_p and (part.clusters or part.examples) >= FEWEST_RANKS
-        p = f"p = {result.by_source_p[name]:.2g}" if tested else ""
+        p = ""
+        if name in result.by_source_p:
+            units = part.clusters or part.examples
+            few = f"takes {FEWEST_RANKS}, not {units}"
+            p = f"p = {result.by_source_p[name]:.2g}" if units >= FEWEST_RANKS else few
         worst = _part(part.worst_tenth, part.examples, 10)
         yield name, f"{part.examples}", f"{part.mean:+.4f}", _interval(part), worst, p
 
