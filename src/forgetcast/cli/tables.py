@@ -214,13 +214,17 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     fits.add_row("additive", f"{structure.additive_r2:.3f}")
     for rank, r2 in enumerate(structure.rank_r2, 1):
         figures = (structure.held_out_r2, structure.rank_correlation, structure.median_error)
-        held_out = [each[rank - 1] if each else None for each in figures]
+        held_out = [each[rank - 1] if rank <= len(each) else None for each in figures]
         worse = held_out[0] is not None and held_out[0] < 0
+        word = "worse than the mean" if worse else ""
+        if structure.held_out_r2 and held_out[0] is None:
+            word = "too few tasks to tell" if structure.tasks <= structure.examples else "too few examples to tell"
         cells = ("" if value is None else f"{value:.3f}" for value in held_out)
-        fits.add_row(f"rank {rank}", f"{r2:.3f}", *cells, "worse than the mean" if worse else "")
+        fits.add_row(f"rank {rank}", f"{r2:.3f}", *cells, word)
     if structure.held_out_r2:
         fits.caption = (
-            "From the third column on: on a tenth of the entries, which the fit did not see; the error is absolute."
+            "From the third column on: on a tenth of the entries, which the fit did not see, of a small matrix on "
+            "several tenths in turn; the error is absolute."
         )
     yield fits
     if structure.held_out_r2 and max(structure.held_out_r2) <= 0:

@@ -156,7 +156,7 @@ def _rank(found: Reproduction) -> Section:
     if structure.held_out_r2:
         best = int(np.argmax(structure.held_out_r2))
         sentences.append(
-            f"On a tenth of the entries that was held out, R^2 is highest at rank {best + 1}: "
+            f"On entries that were held out, a tenth at a time, R^2 is highest at rank {best + 1}: "
             f"{structure.held_out_r2[best]:.3f}. No such figure is published."
         )
     return Section(
