@@ -232,6 +232,8 @@ def test_preflight_forecasts_before_anything_is_run(model: Path, atlas: Path, tm
     assert code == 0
     assert "too few" in err
     assert "atlas's mean" in err
+    assert "+- inf" not in err
+    assert "the interval is for a task like" not in err  # there is none
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ def test_analyze_correlates_similarities(run: RunCommand, project: Path) -> None
     code, out, _ = run(*words)
     assert code == 0
     assert "Correlation with forgetting" in out
+    assert "-: the similarity does not vary there" in out  # the length, within an example
 
 
 def test_bench_compares_and_the_report_shows_it(run: RunCommand, project: Path) -> None:

@@ -277,13 +277,14 @@ def preflight(
         if before.kinds_
         else f"with the {SIMILAR_SHARE:.0%} of the others that are most similar"
     )
-    if begun is None:
+    if begun is None and np.isfinite(halves[False]):
+        wide = f"it is mean forgetting +- {halves[True]:.3f}" if np.isfinite(halves[True]) else "there is none"
         err.print(
-            "the interval is for a task like those of the atlas; for another one, it is mean forgetting "
-            f"+- {halves[True]:.3f}, by tasks left out {apart}. Nothing measured yet says which it is.",
+            f"the interval is for a task like those of the atlas; for another one, {wide}, by tasks left out {apart}. "
+            "Nothing measured yet says which it is.",
             soft_wrap=True,
         )
-    elif unlike:
+    elif begun is not None and unlike:
         err.print(
             f"the {len(begun.own)} probes say that the task is unlike those in the atlas (p = {misfit:.3f}): the "
             f"interval is as wide as the errors on tasks left out {apart}.",

@@ -439,8 +439,11 @@ def association_tables(associations: Sequence[Association]) -> Iterator[Renderab
         table = FigureTable(Name("similarity"), *titles)
         table.title = f"Correlation with forgetting, {kind} (95 % over tasks)"
         for each in associations:
-            found = (getattr(each, name + suffix) for name in ("cells", "within_tasks", "within_examples", "partial"))
+            named = ("cells", "within_tasks", "within_examples", "partial")
+            found = [getattr(each, name + suffix) for name in named]
             table.add_row(each.name, *map(_correlation, found))
+            if any(part.value is None for part in found):
+                table.caption = "-: the similarity does not vary there"
         yield table
 
 
@@ -454,7 +457,7 @@ def study_tables(found: SimilarityStudy) -> Iterator[RenderableType]:
     """Yield what similarities correlate with, what they forecast beside completion, and which baselines it beats."""
     yield from association_tables(found.associations)
     yield from map(escape, found.notes)
-    table = FigureTable(Name("arm"), "k", "RMSE", "difference", "rank corr.", "difference")
+    table = FigureTable(Name("arm"), "k", "RMSE", "RMSE, difference", "rank corr.", "rank corr., difference")
     table.title = "Forecasts minus bayesian's with k chosen probes (95 % over tasks)"
     for each in sorted(found.versus, key=lambda each: each.k):
         rmse = _signed(each.rmse_difference, each.rmse_lower, each.rmse_upper, 4)
