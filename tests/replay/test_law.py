@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,17 @@ def test_advice_matches_its_intervals() -> None:
     assert "expect a ratio of 0.2 (90 % interval 0.1 to inf)" in text
     assert "beyond the largest ratio that was run, 0.125" in text
     assert "for mine" in text
+
+
+def test_runs_of_a_task_that_forgot_nothing_are_not_said_to_be_missing(tmp_path: Path) -> None:
+    atlas = make_atlas(tmp_path / "a.atlas", make_pool())
+    assert "This atlas has no runs with replay" in " ".join(advise(atlas, "random").sentences())
+    atlas.add_replays(asdict(each) for each in (one("t", "none", 0.0, -0.1), one("t", "random", 0.25, -0.3)))
+    advice = advise(atlas, "random")
+    assert (advice.runs, advice.largest) == (0, 0.25)
+    text = " ".join(advice.sentences())
+    assert "This atlas has no runs with replay" not in text
+    assert "No run with replay in this atlas has one without replay beside it that forgot anything on the mean" in text
 
 
 def test_the_atlas_keeps_runs(tmp_path: Path) -> None:
