@@ -144,7 +144,6 @@ def train(
     check_output_directory(output)
     partial = output.with_name(f"{output.name}.partial")
     check_destination(partial, folder=True)
-    check_models(loading, model)
     if (plan is None) != (pool is None):
         raise ConfigError("--plan needs --pool, the pool that the plan was made for; --pool alone replays nothing")
     if pool is None and (pool_format is not None or pool_column):
@@ -159,20 +158,23 @@ def train(
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
         say_ratios([replay.ratio], settings)
-    selector = None
-    if online is not None or (replay is not None and replay.phase == "in-training"):
-        if replay is None or opened is None:
-            raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
-        selector = _selector(opened, replay, online, probes)
+    selects = online is not None or (replay is not None and replay.phase == "in-training")
+    if selects and (replay is None or opened is None):
+        raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
     if watch is None and stop_if is not None:
         raise ConfigError("--stop-if is about what is forgotten: give an atlas with --watch too")
-    monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
     if revise:
-        if watched is None or monitor is None or replay is None or selector is not None:
+        if watched is None or replay is None or selects:
             raise ConfigError(
                 "--revise needs --watch, and --plan with --pool; without --online, or a plan that selects by itself"
             )
         replay.check_pool(watched.pool)
+    check_models(loading, model)  # what follows imports PyTorch
+    selector = None
+    if selects and replay is not None and opened is not None:
+        selector = _selector(opened, replay, online, probes)
+    monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
+    if revise and monitor is not None:
         selector = _revising(monitor)
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
