@@ -500,8 +500,9 @@ def show(rows: Rows, measured: Measured, console: Console) -> None:
     console.print(table)
     for r in of("structure"):
         table = Table("rank", "R^2", "held out", title=f"Rank of {r['tasks']} x {r['examples']}, mean {r['mean']:.4f}")
-        for rank, (own, held) in enumerate(zip(r["rank_r2"], r["held_out_r2"], strict=True), start=1):
-            table.add_row(f"{rank}", f"{own:.3f}", f"{held:.3f}")
+        for rank, own in enumerate(r["rank_r2"], start=1):
+            held = r["held_out_r2"][rank - 1 : rank]  # not of the last ranks of few tasks
+            table.add_row(f"{rank}", f"{own:.3f}", f"{held[0]:.3f}" if held else "")
         for name in ("row_r2", "column_r2", "additive_r2", "source_means_r2"):
             table.add_row(name.removesuffix("_r2"), f"{r[name]:.3f}", "")
         console.print(table)
@@ -556,7 +557,13 @@ def draw(rows: Rows, measured: Measured, path: Path) -> None:
     (structure,) = (r for r in rows if r["part"] == "structure")
     ranks = range(1, len(structure["rank_r2"]) + 1)
     right.plot(ranks, structure["rank_r2"], marker="o", markersize=3, label="measured")
-    right.plot(ranks, structure["held_out_r2"], marker="o", markersize=3, label="held-out entries")
+    right.plot(
+        ranks[: len(structure["held_out_r2"])],
+        structure["held_out_r2"],
+        marker="o",
+        markersize=3,
+        label="held-out entries",
+    )
     right.axhline(structure["additive_r2"], color="gray", linestyle=":", label="additive")
     right.set(title="rank", xlabel="rank", ylabel="R²", ylim=(-0.4, 1))
     right.legend(fontsize=8)

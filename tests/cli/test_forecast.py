@@ -143,6 +143,7 @@ def test_probes_with_random_ones_go_through_a_score_file(folder: Path, run: RunC
     code, out, err = run(*words)
     assert code == 0, err
     assert "No probe is known to be random" in " ".join(out.split())
+    assert "Rely on the guaranteed ones" not in " ".join(out.split())  # there are none
     assert {each.kind for each in TaskForecast.load(folder / "by-file.parquet").whole} == {"model-based"}
     code, out, err = run(*words, "--audit", 9, "--json")
     assert code == 0, err

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from support import dying
-from support.data import make_pool, make_scores
+from support.data import make_atlas, make_pool, make_scores
 from support.processes import exit_code
 from support.training import make_recipe, model_files
 
@@ -112,6 +112,33 @@ def test_an_interrupted_import(tmp_path: Path, at: str, words: list[str], number
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=tmp_path)
     said = b"loading PyTorch and Transformers\n" * (words == GENERATE) + b"interrupted\n"
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, b"", said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "./model", "task.jsonl", "-o", "tuned"],
+        ["train", "./model", "task.jsonl", "--watch", "runs.atlas", "-o", "tuned"],
+        ["pilot", "./model", "task.jsonl", "--atlas", "runs.atlas"],
+    ],
+)
+def test_no_command_imports_pytorch_without_a_word(tmp_path: Path, words: list[str]) -> None:
+    """Where Transformers cannot be imported, that it is loaded was said before."""
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    pool = make_pool()
+    pool.save(tmp_path / "task.jsonl")
+    make_atlas(tmp_path / "runs.atlas", pool)
+    (tmp_path / "recipe.yaml").write_text(make_recipe(steps=8).model_dump_json())
+    words = [*words, "--recipe", "recipe.yaml"]
+    without = f"import sys; sys.modules['transformers'] = None; sys.argv[1:] = {words}; "
+    code = without + "from forgetcast.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=tmp_path, text=True)
+    assert done.returncode == 2, done.stderr
+    *_, said, error = done.stderr.splitlines()
+    assert said == "loading PyTorch and Transformers"
+    assert "forgetcast[lm]" in error
 
 
 def test_work_that_is_interrupted_says_so(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_analyze_correlates_similarities(run: RunCommand, project: Path) -> None
     code, out, _ = run(*words)
     assert code == 0
     assert "Correlation with forgetting" in out
+    assert "-: the similarity does not vary there" in out  # the length, within an example
 
 
 def test_bench_compares_and_the_report_shows_it(run: RunCommand, project: Path) -> None:
@@ -65,6 +66,19 @@ def test_bench_compares_and_the_report_shows_it(run: RunCommand, project: Path) 
     page = (project / "report.html").read_text()
     assert "What else predicts forgetting" in page
     assert "bayesian+ridge" in page
+
+
+def test_tasks_that_have_their_own_columns_are_read(run: RunCommand, project: Path) -> None:
+    words = ["analyze", project / "runs.atlas", "--similarity", "tfidf", "--tasks", project / "tasks", "--json"]
+    expected = run(*words)[1]
+    path = project / "tasks" / "t3.jsonl"
+    path.write_text(path.read_text().replace('"prompt"', '"frage"'))
+    code, _, err = run(*words)
+    assert code == 2
+    assert "--column TASK:FIELD=NAME" in err
+    code, out, err = run(*words, "--column", "t3:prompt=frage")
+    assert code == 0, err
+    assert json.loads(out) == json.loads(expected)
 
 
 def test_updates_of_tuned_models(run: RunCommand, project: Path) -> None:

@@ -95,7 +95,8 @@ def test_what_cannot_be_watched_is_refused_before_the_model_is_loaded(
     work: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(work)
-    code, _, err = run("train", "no-model", "task.jsonl", *words, "-o", "refused")
+    monkeypatch.setattr("forgetcast.cli.train.load_tuner", lambda *_, **__: pytest.fail("the model is loaded"))
+    code, _, err = run("train", "model", "task.jsonl", *words, "-o", "refused")
     assert code == 2
     assert message in err
 

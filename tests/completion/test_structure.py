@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from forgetcast import DataError, ForgettingMatrix, analyze
+from forgetcast.completion.low_rank import fit_low_rank
 from support.data import planted
 
 
@@ -27,6 +28,28 @@ def test_held_out_entries_tell_structure_from_noise() -> None:
     assert found.rank_r2[7] > found.rank_r2[1] + 0.02
     # The share of the truth in the variance is 2 / 2.49; an entry that was not seen can be explained no better.
     assert found.held_out_r2[1] == pytest.approx(2 / 2.49, abs=0.06)
+
+
+def test_few_tasks_do_not_look_regular_by_chance() -> None:
+    """Of additive effects and noise, nearly full ranks of seven tasks would keep the additive start of what they miss.
+
+    Oracle: ten disjoint tenths of the same matrix. One tenth alone is off by far more.
+    """
+    rng = np.random.default_rng(2)
+    values = rng.normal(0, 0.3, (7, 1)) + rng.normal(0, 0.3, (1, 120)) + rng.standard_t(3, (7, 120)) * 0.25
+    found = analyze(ForgettingMatrix(values))
+    assert (len(found.rank_r2), len(found.held_out_r2), len(found.median_error)) == (7, 5, 5)
+    fold = rng.permutation(values.size).reshape(values.shape) % 10
+    squares = np.zeros(5)
+    for i in range(10):
+        kept = np.where(fold == i, np.nan, values)
+        for rank in range(1, 6):
+            fit = fit_low_rank(kept, rank, centred=False, rounds=100).fit
+            squares[rank - 1] += ((fit - values)[fold == i] ** 2).sum()
+    expected = 1 - squares / ((values - values.mean()) ** 2).sum()
+    np.testing.assert_allclose(found.held_out_r2[:2], expected[:2], atol=0.2)
+    assert max(found.held_out_r2) < found.additive_r2
+    assert analyze(ForgettingMatrix(values[:2])).held_out_r2 == ()
 
 
 def test_fits_of_means_are_least_squares() -> None:

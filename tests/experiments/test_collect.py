@@ -176,6 +176,16 @@ def test_atlas_without_a_newer_recipe_field_can_grow(tmp_path: Path) -> None:
     assert collect_into(tmp_path / "a.atlas", tiny(), make_pool(), TASKS, RECIPE).tasks == tuple(TASKS)
 
 
+@pytest.mark.parametrize("name", ["m.gguf", "m", "hub/id"])
+def test_the_model_is_beside_the_configuration(tmp_path: Path, name: str) -> None:
+    """A file as a directory is found from any working directory; a hub id stays one."""
+    (tmp_path / "config.yaml").write_text(f"model: {name}\npool: p\ntasks: t\natlas: a\n")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "m").mkdir()
+    expected = name if name == "hub/id" else str(tmp_path / name)
+    assert CollectConfig.load(tmp_path / "config.yaml").model == expected
+
+
 def test_a_recipe_by_its_name_or_its_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("steps: 7")
     for recipe, steps in (("paper", 1000), ("mine.yaml", 7), ("{steps: 5}", 5)):

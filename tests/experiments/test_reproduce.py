@@ -153,6 +153,16 @@ def test_every_row_says_what_it_is_of(found: Reproduction) -> None:
         assert all(len(row) == len(section.columns) for row in section.rows)
 
 
+def test_noise_of_the_same_size_is_beside_the_rank(found: Reproduction) -> None:
+    """Oracles: singular values of another draw; and a share of rank / tasks where there are far more examples."""
+    values = np.random.default_rng(5).normal(size=(16, 50))
+    strengths = np.linalg.svd(values, compute_uv=False) ** 2
+    chance = beside.noise_r2(16, 50, 3)
+    assert chance == pytest.approx(strengths[:3].sum() / strengths.sum(), abs=0.03)
+    assert f"where noise of this size (independent normal entries) has {chance:.2f}" in beside.markdown(found)
+    assert beside.noise_r2(10, 10**6, 3) == pytest.approx(0.3, abs=0.03)
+
+
 def test_names_are_escaped(found: Reproduction) -> None:
     page = beside.markdown(replace(found, name="a|b <img src=x> [x](y)\n# c"))
     assert "a\\|b \\<img src=x\\> \\[x\\](y) \\# c" in page

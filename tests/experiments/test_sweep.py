@@ -484,7 +484,7 @@ def test_figures_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     screen.print(runs_table(figures))
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert f"{figures['naming']['forgetting']:+.3f}" in text
-    assert "mean forgetting of 3 rows so far" in text
+    assert "mean forgetting of 3 rows made since this start" in text
 
 
 def test_checkpoints_measure_the_model_on_the_way(tmp_path: Path, run: RunCommand, straight: Atlas) -> None:

@@ -150,6 +150,17 @@ def test_the_weights_are_those_without_it(
     assert [loss for loss in found[1][1] if loss is not None] == [loss for loss in found[0][1] if loss is not None]
 
 
+def test_nothing_is_forgotten_before_the_first_step(atlas: Atlas, tmp_path: Path) -> None:
+    """A few probes that lost nothing would be completed to what finished fine-tunes of the atlas forgot beside them."""
+    monitor = ForgettingMonitor(atlas, probes=8, every=100)
+    plain_trainer(tiny(), tmp_path, [monitor]).train()
+    first, last = monitor.readings
+    assert (first.step, first.misfit) == (0, None)
+    assert set(first.named().values()) == {0.0}
+    assert set(first.named()) == set(last.named()) - {"misfit"}
+    assert last.figures["mean"].value != 0
+
+
 def test_what_it_logs_is_what_the_model_forgot(atlas: Atlas, tmp_path: Path) -> None:
     recorder, monitor = Recorder(), ForgettingMonitor(atlas, probes=len(POOL), every=4)
     language_model = tiny()

@@ -385,3 +385,13 @@ class TestCommand:
         assert found["corrected_p"] == {}
         assert found["loss"]["clusters"] == 3
         assert run(*words, "--fail-if", "kl_mean>0.01")[0] == 1
+
+    def test_a_source_of_too_few_examples_for_a_p_value_says_so(self, tmp_path: Path, run: RunCommand) -> None:
+        pool = make_pool(15)  # five of each of three sources
+        pool.save(tmp_path / "pool.jsonl")
+        rng = np.random.default_rng(0)
+        make_scores(pool, np.full(15, 2.0)).save(tmp_path / "before.parquet")
+        make_scores(pool, 2.0 + rng.normal(0.1, 0.1, 15)).save(tmp_path / "after.parquet")
+        words = ("diff", tmp_path / "before.parquet", tmp_path / "after.parquet", "--pool", tmp_path / "pool.jsonl")
+        for form in ((), ("--markdown",)):
+            assert run(*words, *form)[1].count("takes 6, not 5") == 3

@@ -269,7 +269,7 @@ def test_the_command(tmp_path: Path, pool: Pool, plan: ReplayPlan, task: Pool, r
     assert code == 0, err
     told = json.loads(out)
     assert (told["replayed"], told["ratio"]) == (5, 1.0 if kind in TRAINERS else 0.5)
-    assert "note:" not in err
+    assert "note: the ratio" not in err
     written = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
     assert written
     for text in [e.full_text for e in pool if e.id in plan.held_out_ids]:
@@ -306,6 +306,22 @@ def test_a_plan_carries_its_recipe_to_the_trainer(
     assert yaml.safe_load((tmp_path / "out" / "axolotl.yaml").read_text())["base_model"] == "hub/name"
 
 
+def test_a_data_set_of_several_forms_is_said_to_be_one(tmp_path: Path, run: RunCommand) -> None:
+    """TRL reads data of one form; the library that saves the data set draws no bar of its own."""
+    chat = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
+    texts = [Example("t0", text="a text"), Example("t1", text="another")]
+    Pool([Example("n", text="new"), Example("m", text="and new")]).save(tmp_path / "task.jsonl")
+    for name, examples in (("one", texts), ("two", [*texts, Example("c", messages=chat)])):
+        pool = Pool(examples)
+        pool.save(tmp_path / f"{name}.jsonl")
+        plan_for(pool, "random", len(pool) / 2).save(tmp_path / f"{name}.parquet")
+        words = ("export", tmp_path / f"{name}.parquet", tmp_path / f"{name}.jsonl", "--format", "datasets")
+        code, _, err = run(*words, "--task", tmp_path / "task.jsonl", "-o", tmp_path / name)
+        assert code == 0, err
+        assert ("holds 4 texts, 1 conversations; TRL reads data of one form" in err) == (name == "two")
+        assert "Saving" not in err
+
+
 def test_too_long_a_task_names_the_remedy(tmp_path: Path, pool: Pool, plan: ReplayPlan, run: RunCommand) -> None:
     plan.save(tmp_path / "plan.parquet")
     pool.save(tmp_path / "pool.jsonl")
@@ -337,7 +353,9 @@ def test_conversations_are_exported_where_supported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'c': in a data set, messages have role and content only"):
         export_mixture(plan_for(weighed, "random", 0.5), weighed, task, tmp_path / "other", 1)
     for name, export in TRAINERS.items():
-        with pytest.raises(ConfigError, match="'c' is a conversation"):
+        with pytest.raises(
+            ConfigError, match="to be replayed are conversations, such as 'c'; make the plan with --source"
+        ):
             export(plan, pool, task, tmp_path / name, recipe=Recipe(steps=2, batch_size=1), model="m")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +346,14 @@ def test_the_commands(atlas: Atlas, tmp_path: Path, run: RunCommand) -> None:
     assert "give -o, the plan to write, or --advise" in run(*plan)[2]
     assert "advice may have a --task" in run(*plan, "--task", tmp_path / "task.jsonl", "-o", tmp_path / "q.parquet")[2]
     assert "--ratios: '1/0' is no fraction" in run(*words[:7], "--ratios", "1/0")[2]
+
+
+def test_runs_of_a_task_that_forgot_nothing_are_not_said_to_be_missing(tmp_path: Path) -> None:
+    atlas = make_atlas(tmp_path / "a.atlas", make_pool())
+    assert "This atlas has no runs with replay" in " ".join(advise(atlas, "random").sentences())
+    atlas.add_replays(asdict(each) for each in (one("t", "none", 0.0, -0.1), one("t", "random", 0.25, -0.3)))
+    advice = advise(atlas, "random")
+    assert (advice.runs, advice.largest) == (0, 0.25)
+    text = " ".join(advice.sentences())
+    assert "This atlas has no runs with replay" not in text
+    assert "No run with replay in this atlas has one without replay beside it that forgot anything on the mean" in text

@@ -51,6 +51,11 @@ TEXTS = """() => [...document.querySelectorAll("figure")].flatMap((figure) => {
 """Every text of the plots with the corners of its box, which may be turned, and its plot's frame."""
 
 
+HIDDEN = """[...document.querySelectorAll(".scroll")]
+  .filter(each => each.scrollWidth > each.clientWidth + 1).map(each => each.innerText.slice(0, 60))"""
+"""Tables that are wider than the page."""
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a report with every plot and long names."""
@@ -119,6 +124,8 @@ def test_no_label_overlaps_or_is_cut(browser: Browser, report: Path, width: int)
     if folder := os.environ.get("FORGETCAST_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"report-{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == max(WIDTHS):  # what a wide window has room for is not hidden behind a scroll bar
+        assert page.evaluate(HIDDEN) == []
     page.close()
     assert len({text["figure"] for text in found}) == 10
     assert len(found) > 100

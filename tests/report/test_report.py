@@ -87,7 +87,10 @@ def test_a_forecast_without_the_truth(tmp_path: Path, atlas: Atlas) -> None:
     forecast = TaskForecast.from_forecast(row, atlas.pool, method="bayesian")
     write_report(tmp_path / "report.html", atlas, forecasts=[forecast])
     page = Page(tmp_path / "report.html")
-    assert f"Forecast for the new task: {row.mean.mean():.3f}" in page.text
+    tail = forecast.figure("worst_tenth")
+    assert tail is not None
+    said = f"Forecast for the new task: {row.mean.mean():.3f} nats per token on average, {tail.value:.3f} on the worst"
+    assert said in page.text  # as in the table below it
     assert "No probe was measured for this task" in page.text
     assert "against the truth" not in page.text
 

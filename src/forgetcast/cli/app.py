@@ -193,9 +193,10 @@ def load_tuner(
     sharded: bool = False,
 ) -> FineTuner:
     """Load a base model for fine-tuning, as `load_base`."""
+    base = load_base(model, loading, atlas, rendering)  # first, because it says that PyTorch is imported
     from forgetcast.lm import FineTuner
 
-    return FineTuner(load_base(model, loading, atlas, rendering), sharded=sharded)
+    return FineTuner(base, sharded=sharded)
 
 
 def load_matrix(location: str, *, exact_match: bool) -> ForgettingMatrix:
@@ -272,17 +273,25 @@ def load_tasks(
     where: Path | Sequence[Path], format: DataFormat | None, columns: Iterable[str] | None, strict: bool
 ) -> dict[str, Pool]:
     """Read every task of a folder, or of a list of files; the column "law:prompt=frage" is one of the task law."""
-    from forgetcast.data.reader import data_name
     from forgetcast.experiments.collect import load_tasks as read_tasks
     from forgetcast.experiments.collect import task_files
 
-    shared, own = columns_of(columns, list(task_files(where)), "task")
+    return read_tasks(where, task_reader(list(task_files(where)), format, columns, strict))
+
+
+def task_reader(
+    names: Sequence[str], format: DataFormat | None, columns: Iterable[str] | None, strict: bool
+) -> Callable[[Path], Pool]:
+    """Return what reads the files of tasks of these names; the column "law:prompt=frage" is one of the task law."""
+    from forgetcast.data.reader import data_name
+
+    shared, own = columns_of(columns, names, "task")
 
     def read(path: Path) -> Pool:
         with naming_columns("task", len(own)):
             return load_data(path, format, [*shared, *own[data_name(path)]], strict)
 
-    return read_tasks(where, read)
+    return read
 
 
 def say_read(pool: Pool) -> None:

@@ -35,7 +35,17 @@ from forgetcast.cli.options import (
     Strict,
     loads_a_model,
 )
-from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
+from forgetcast.cli.similarity import (
+    BaseOption,
+    EmbeddingOption,
+    Similarities,
+    TaskData,
+    TasksColumns,
+    TasksFolder,
+    TasksFormat,
+    TunedOption,
+    gather_side,
+)
 from forgetcast.errors import ConfigError, IncompleteError
 from forgetcast.files import check_destination
 from forgetcast.results import plain
@@ -187,6 +197,8 @@ def analyze(
     exact_match: ByAnswers = False,
     similarity: Similarities = None,
     tasks: TasksFolder = None,
+    format: TasksFormat = None,
+    column: TasksColumns = None,
     model: BaseOption = None,
     embedding: EmbeddingOption = None,
     tuned: TunedOption = None,
@@ -213,7 +225,7 @@ def analyze(
     if similarity is not None:
         from forgetcast.similarity import associate
 
-        side = gather_side(matrix, values, similarity, tasks, model, embedding, tuned)
+        side = gather_side(matrix, values, similarity, TaskData(tasks, format, column), model, embedding, tuned)
         associations = associate(values, side.similarities)
         for note in side.notes:
             err.print(note, markup=False, soft_wrap=True)

@@ -16,12 +16,12 @@ from forgetcast.cli.app import (
     column_names,
     err,
     load_base,
-    load_data,
     load_tuned,
     numbers,
     progress,
     require_single_process,
     show,
+    task_reader,
 )
 from forgetcast.cli.options import (
     FORECAST,
@@ -32,6 +32,7 @@ from forgetcast.cli.options import (
     Format,
     Loading,
     ModelName,
+    NamedColumns,
     Output,
     Strict,
     TaskPath,
@@ -153,6 +154,9 @@ def preflight(
     ] = None,
     level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.9,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Forecast to write (Parquet).")] = None,
+    format: Format = None,
+    column: NamedColumns = None,
+    strict: Strict = False,
     as_json: AsJson = False,
     *,
     loading: Loading,
@@ -164,6 +168,8 @@ def preflight(
     fine-tune has made the model forget, if that has helped more. The width is that of the errors on left-out tasks: of
     tasks left out alone, and of tasks left out with all of their kind, for a task unlike those of the atlas.
 
+    --format and --column are about the new task and the tasks of the atlas.
+
     Example: forgetcast preflight ./my-model task.jsonl --atlas runs.atlas --tasks tasks/
     """
     import numpy as np
@@ -174,7 +180,6 @@ def preflight(
     from forgetcast.completion.forecast import TaskForecast
     from forgetcast.completion.preflight import ATLAS_MEAN, FEWEST, Preflight
     from forgetcast.completion.whole import check_level
-    from forgetcast.data import Pool
     from forgetcast.data.reader import data_name
     from forgetcast.experiments.collect import task_files
 
@@ -185,9 +190,19 @@ def preflight(
     opened = Atlas.open(atlas)
     if pilot is None and share is not None:
         raise ConfigError("--share is that of a --pilot; give the model, too")
-    new = load_data(task)
     name = data_name(task)
     past = opened.others(name)
+    paths = {} if tasks is None else {each: path for each, path in task_files(tasks).items() if each in past}
+    if tasks is not None and not paths:
+        raise DataError(f"{tasks} has no file of a task of the atlas, such as {past[0]}.jsonl")
+    read = task_reader([name, *paths], format, column, strict)
+    new, texts = read(task), {each: read(path) for each, path in paths.items()}
+    learned = len(texts) > FEWEST  # else nothing can be learned from the others once one is left out
+    if texts and not learned:
+        err.print(
+            f"note: the texts of {len(texts)} tasks are too few to learn from, and are not used: it takes {FEWEST + 1}",
+            soft_wrap=True,
+        )
     families = _families(past, family)
     begun_at = None if pilot is None else _share(opened, share, past)
     check_models(loading, pilot)
@@ -195,19 +210,14 @@ def preflight(
     from forgetcast.lm.features import task_features
 
     fitted = Bayesian().fit(opened.stored(past))
-    paths = {} if tasks is None else task_files(tasks)
-    texts = [paths.get(each) for each in past]
-    if tasks is not None and not any(texts):
-        raise DataError(f"{tasks} has no file of a task of the atlas, such as {past[0]}.jsonl")
     own = task_features(base, new)
     features: np.ndarray | None = None
-    if any(texts):
+    if learned:
         features = np.full((len(past), len(own)), np.nan)
         with progress(resumable=False) as report:
-            for i, path in enumerate(texts):
-                if path is not None:
-                    features[i] = task_features(base, Pool.load(path))
-                report("texts of the atlas's tasks", i + 1, len(past))
+            for i, (each, data) in enumerate(texts.items()):
+                report(f"texts of the atlas's tasks: {each}", i, len(texts))
+                features[past.index(each)] = task_features(base, data)
     del base  # one model in memory at a time
     begun = None if pilot is None or begun_at is None else _begun(opened, begun_at, past, pilot, k, output, loading)
     before = Preflight(fitted).fit(
@@ -229,7 +239,7 @@ def preflight(
     facts = {
         "task": name,
         "tasks_of_the_atlas": len(past),
-        "with_text": sum(path is not None for path in texts),
+        "with_text": len(texts),
         "share": None if begun is None else begun.share,
         "with_pilot": None if begun is None else int(np.isfinite(begun.known).all(axis=1).sum()),
         "pilot_probes": None if begun is None else len(begun.own),
@@ -256,9 +266,9 @@ def preflight(
         unknown = all(math.isnan(error) for name, error in before.errors_.items() if name != ATLAS_MEAN)
         why = (
             "the data of its tasks are not given (--tasks)"
-            if features is None and begun is None
+            if not texts and begun is None
             else f"once tasks are left out, fewer than {FEWEST} are known to learn from"
-            if unknown
+            if unknown or (features is None and begun is None)
             else "what is known of the task does not help on left-out tasks"
         )
         err.print(f"the forecast is the atlas's mean: {why}")
@@ -267,13 +277,14 @@ def preflight(
         if before.kinds_
         else f"with the {SIMILAR_SHARE:.0%} of the others that are most similar"
     )
-    if begun is None:
+    if begun is None and np.isfinite(halves[False]):
+        wide = f"it is mean forgetting +- {halves[True]:.3f}" if np.isfinite(halves[True]) else "there is none"
         err.print(
-            "the interval is for a task like those of the atlas; for another one, it is mean forgetting "
-            f"+- {halves[True]:.3f}, by tasks left out {apart}. Nothing measured yet says which it is.",
+            f"the interval is for a task like those of the atlas; for another one, {wide}, by tasks left out {apart}. "
+            "Nothing measured yet says which it is.",
             soft_wrap=True,
         )
-    elif unlike:
+    elif begun is not None and unlike:
         err.print(
             f"the {len(begun.own)} probes say that the task is unlike those in the atlas (p = {misfit:.3f}): the "
             f"interval is as wide as the errors on tasks left out {apart}.",
@@ -306,7 +317,7 @@ def _share(atlas: Atlas, share: float | None, past: Sequence[str]) -> float:
     if not there:
         raise ConfigError(
             f"the atlas {atlas.path} has no learning curves, which --pilot is compared with; collect them with "
-            "checkpoints:"
+            "checkpoints: [0.25], or the shares that you want, in the configuration of `collect`"
         )
     if share is None and len(atlas.shares) > 1:
         raise ConfigError(f"--pilot needs --share: the atlas has curves at {there}")

@@ -36,7 +36,17 @@ from forgetcast.cli.options import (
     Seed,
     loads_a_model,
 )
-from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, TunedOption, gather_side
+from forgetcast.cli.similarity import (
+    BaseOption,
+    EmbeddingOption,
+    Similarities,
+    TaskData,
+    TasksColumns,
+    TasksFolder,
+    TasksFormat,
+    TunedOption,
+    gather_side,
+)
 from forgetcast.defaults import MAX_SEED
 from forgetcast.errors import ConfigError, DataError
 from forgetcast.files import check_destination
@@ -303,10 +313,13 @@ def forecast(
     if (calibrated := completed.calibration_tasks or 0) < FEW_TASKS and not completed.probed.all():
         out.print(
             f"Only {calibrated} tasks could be left out to calibrate the model-based intervals: their widths are "
-            "mostly Student's t. Rely on the guaranteed ones."
+            "mostly Student's t." + " Rely on the guaranteed ones." * bool(completed.audit)
         )
     if not completed.audit:
-        out.print("No probe is known to be random, so that there are no guaranteed intervals; see --audit.")
+        out.print(
+            "No probe is known to be random, so that there are no guaranteed intervals: draw random ones with "
+            "`probes --audit`, and give the same number here."
+        )
     out.print(risk_table(completed, rows, opened.pool))
     if completed.misfit < MISFIT_THRESHOLD:
         out.print(completed.likeness())
@@ -440,6 +453,8 @@ def bench(
     exact_match: ByAnswers = False,
     similarity: Similarities = None,
     tasks: TasksFolder = None,
+    format: TasksFormat = None,
+    column: TasksColumns = None,
     model: BaseOption = None,
     embedding: EmbeddingOption = None,
     tuned: TunedOption = None,
@@ -473,7 +488,7 @@ def bench(
     if similarity is not None:
         from forgetcast.similarity import arms_of
 
-        side = gather_side(matrix, values, similarity, tasks, model, embedding, tuned)
+        side = gather_side(matrix, values, similarity, TaskData(tasks, format, column), model, embedding, tuned)
         wanted.setdefault("bayesian", _method("bayesian"))
         wanted.update(arms_of(side))
     split = read_split(Path(matrix))[1]["tasks"] if Path(matrix).suffix in PICKLES else []

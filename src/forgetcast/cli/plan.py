@@ -449,7 +449,7 @@ def export(
     """
     from forgetcast.data import Recipe
     from forgetcast.replay import ReplayPlan
-    from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted, new_examples
+    from forgetcast.replay.export import TRAINERS, export_mixture, export_weighted, forms, new_examples, replayed
 
     check_destination(output, folder=kind not in (ExportFormat.JSONL, ExportFormat.PARQUET))
     replay, upstream = ReplayPlan.load(plan), load_data(pool, pool_format, pool_column, strict)
@@ -483,6 +483,14 @@ def export(
         assert count is not None, "a task gives a count"
         mixed = examples if settings is None else new_examples(examples, count=new or 0, seed=settings.seed)
         export_mixture(replay, upstream, mixed, output, count)
+        held_forms = forms([*mixed, *replayed(replay, upstream, count)])
+        if len(held_forms) > 1:
+            held = ", ".join(f"{number} {form}" for form, number in held_forms.items())
+            err.print(
+                f"note: the data set holds {held}; TRL reads data of one form only: make the plan with --source, of "
+                "sources in the task's form",
+                soft_wrap=True,
+            )
     elif model is None:
         raise ConfigError(f"the format {kind.value} needs --model: its configuration names the base model")
     elif given is None or settings is None:

@@ -9,7 +9,16 @@ import typer
 
 from forgetcast.cli.app import app, err, load_matrix, out, progress, require_single_process
 from forgetcast.cli.options import REPORT, MatrixPath, Output
-from forgetcast.cli.similarity import BaseOption, EmbeddingOption, Similarities, TasksFolder, gather_side
+from forgetcast.cli.similarity import (
+    BaseOption,
+    EmbeddingOption,
+    Similarities,
+    TaskData,
+    TasksColumns,
+    TasksFolder,
+    TasksFormat,
+    gather_side,
+)
 from forgetcast.errors import ConfigError
 from forgetcast.files import check_destination
 
@@ -32,6 +41,8 @@ def reproduce(
     ] = 0.0,
     similarity: Similarities = None,
     tasks: TasksFolder = None,
+    format: TasksFormat = None,
+    column: TasksColumns = None,
     model: BaseOption = None,
     embedding: EmbeddingOption = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write too.")] = None,
@@ -78,7 +89,9 @@ def reproduce(
         domains = load_split(split, values)
     else:
         domains = draw_split(values, () if atlas is None else atlas.priors)
-    side = gather_side(matrix, values, similarity, tasks, model, embedding) if similarity is not None else None
+    side = None
+    if similarity is not None:
+        side = gather_side(matrix, values, similarity, TaskData(tasks, format, column), model, embedding)
     # The tests of the replay take no time; a fault in an outcome is found before the work that does.
     arms = () if atlas is None else replay_arms(atlas.replays)
     parts_file = output.with_name(f"{output.name}.parts.json")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from forgetcast.cli.app import load_base, load_data, progress
-from forgetcast.cli.options import Loading
+from forgetcast.cli.app import load_base, load_tasks, progress
+from forgetcast.cli.options import DataFormat, Loading
 from forgetcast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,19 @@ Similarities = Annotated[
     ),
 ]
 TasksFolder = Annotated[
-    Path | None, typer.Option("--tasks", help="With --similarity: folder with the data of every task, TASK.jsonl.")
+    Path | None,
+    typer.Option("--tasks", help="With --similarity: folder with the data of every task, named as its row."),
+]
+TasksFormat = Annotated[
+    DataFormat | None,
+    typer.Option("--format", help="Format of the data of --tasks; default: by each row's fields."),
+]
+TasksColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="What --tasks call a field, such as prompt=frage, or one of them: law:prompt=frage; repeatable.",
+    ),
 ]
 BaseOption = Annotated[
     str | None, typer.Option("--model", help="With --similarity: the base model, for hidden and gradient.")
@@ -44,11 +56,19 @@ TunedOption = Annotated[
 ]
 
 
+class TaskData(NamedTuple):
+    """Where the data of an atlas's tasks are, and how they are read."""
+
+    folder: Path | None
+    format: DataFormat | None = None
+    columns: list[str] | None = None
+
+
 def gather_side(
     location: str,
     matrix: ForgettingMatrix,
     similarity: str,
-    tasks: Path | None,
+    tasks: TaskData,
     model: str | None,
     embedding: Path | None,
     tuned: Path | None = None,
@@ -65,17 +85,17 @@ def gather_side(
         If a task has no tuned model, where they are given.
     """
     from forgetcast.atlas import Atlas
-    from forgetcast.experiments import load_tasks
     from forgetcast.experiments.add import models_of_run
     from forgetcast.similarity import Material, gather, names_of, tasks_of
 
     if Path(location).is_file():
         raise ConfigError("--similarity needs an atlas: a matrix in a file has no texts")
-    if tasks is None:
+    if tasks.folder is None:
         raise ConfigError("--similarity needs --tasks: the folder with the data of the tasks")
     names = names_of(similarity)
     atlas = Atlas.open(location)
-    data = tasks_of(matrix, load_tasks(tasks, load_data), where=str(tasks))
+    read = load_tasks(tasks.folder, tasks.format, tasks.columns, strict=False)
+    data = tasks_of(matrix, read, where=str(tasks.folder))
     runs = None if tuned is None else {name: models_of_run(tuned / name) for name in data}
     base = load_base(model, Loading(), atlas) if model is not None else None
     with progress(resumable=False) as report:

@@ -205,7 +205,8 @@ def runs_table(figures: Mapping[str, Mapping[str, float]], last: int = 10) -> Fi
         table.add_row(name, *(f"{found[key]:{form}}" if key in found else "" for key, form in formats.items()))
     if so_far := [found["forgetting"] for found in figures.values() if "forgetting" in found]:
         rows = f"{len(so_far)} rows" if len(so_far) > 1 else "1 row"
-        table.caption = f"mean forgetting of {rows} so far: {np.mean(so_far):+.3f} nats per token"
+        # An earlier start of the same sweep may have made others.
+        table.caption = f"mean forgetting of {rows} made since this start: {np.mean(so_far):+.3f} nats per token"
     return table
 
 
@@ -273,13 +274,17 @@ def structure_tables(structure: Structure) -> Iterator[RenderableType]:
     fits.add_row("additive", f"{structure.additive_r2:.3f}")
     for rank, r2 in enumerate(structure.rank_r2, 1):
         figures = (structure.held_out_r2, structure.rank_correlation, structure.median_error)
-        held_out = [each[rank - 1] if each else None for each in figures]
+        held_out = [each[rank - 1] if rank <= len(each) else None for each in figures]
         worse = held_out[0] is not None and held_out[0] < 0
+        word = "worse than the mean" if worse else ""
+        if structure.held_out_r2 and held_out[0] is None:
+            word = "too few tasks to tell" if structure.tasks <= structure.examples else "too few examples to tell"
         cells = ("" if value is None else f"{value:.3f}" for value in held_out)
-        fits.add_row(f"rank {rank}", f"{r2:.3f}", *cells, "worse than the mean" if worse else "")
+        fits.add_row(f"rank {rank}", f"{r2:.3f}", *cells, word)
     if structure.held_out_r2:
         fits.caption = (
-            "From the third column on: on a tenth of the entries, which the fit did not see; the error is absolute."
+            "From the third column on: on a tenth of the entries, which the fit did not see, of a small matrix on "
+            "several tenths in turn; the error is absolute."
         )
     yield fits
     if structure.held_out_r2 and max(structure.held_out_r2) <= 0:
@@ -375,8 +380,11 @@ SOURCE_COLUMNS = ("source", "examples", "mean", "95 % interval", "worst tenth", 
 def _source_rows(result: Difference) -> Iterator[tuple[str, ...]]:
     """Yield what `SOURCE_COLUMNS` names."""
     for name, part in result.by_source.items():
-        tested = name in result.by_source_p and (part.clusters or part.examples) >= FEWEST_RANKS
-        p = f"p = {result.by_source_p[name]:.2g}" if tested else ""
+        p = ""
+        if name in result.by_source_p:
+            units = part.clusters or part.examples
+            few = f"takes {FEWEST_RANKS}, not {units}"
+            p = f"p = {result.by_source_p[name]:.2g}" if units >= FEWEST_RANKS else few
         worst = _part(part.worst_tenth, part.examples, 10)
         yield name, f"{part.examples}", f"{part.mean:+.4f}", _interval(part), worst, p
 
@@ -450,6 +458,8 @@ def bench_table(rows: Sequence[BenchRow], baseline: str) -> FigureTable:
         *(Name("method"), "probes", "RMSE", "ratio (95 %)", "corr.", "recall", "in 90%", "ms"),
         *(["F1"] if binary else []),
         title=f"Forecast of left-out tasks, on examples that were not probed; ratio to {baseline}, random probes",
+        caption="corr.: rank correlation with the true forgetting; recall: of the most forgotten tenth; in 90%: true "
+        "values in the 90 % interval; ms: to complete the row of a task",
     )
     for row in _sorted_by_probes(rows):
         figures = [
@@ -489,8 +499,11 @@ def association_tables(associations: Sequence[Association]) -> Iterator[Renderab
         table = FigureTable(Name("similarity"), *titles)
         table.title = f"Correlation with forgetting, {kind} (95 % over tasks)"
         for each in associations:
-            found = (getattr(each, name + suffix) for name in ("cells", "within_tasks", "within_examples", "partial"))
+            named = ("cells", "within_tasks", "within_examples", "partial")
+            found = [getattr(each, name + suffix) for name in named]
             table.add_row(each.name, *map(_correlation, found))
+            if any(part.value is None for part in found):
+                table.caption = "-: the similarity does not vary there"
         yield table
 
 
@@ -504,7 +517,7 @@ def study_tables(found: SimilarityStudy) -> Iterator[RenderableType]:
     """Yield what similarities correlate with, what they forecast beside completion, and which baselines it beats."""
     yield from association_tables(found.associations)
     yield from map(escape, found.notes)
-    table = FigureTable(Name("arm"), "k", "RMSE", "difference", "rank corr.", "difference")
+    table = FigureTable(Name("arm"), "k", "RMSE", "RMSE, difference", "rank corr.", "rank corr., difference")
     table.title = "Forecasts minus bayesian's with k chosen probes (95 % over tasks)"
     for each in sorted(found.versus, key=lambda each: each.k):
         rmse = _signed(each.rmse_difference, each.rmse_lower, each.rmse_upper, 4)

@@ -158,20 +158,23 @@ def train(
         replay.check_pool(upstream)
         replay.count(settings.steps, settings.batch_size)  # too many or none is an error before the model is loaded
         say_ratios([replay.ratio], settings)
-    selector = None
-    if online is not None or (replay is not None and replay.phase == "in-training"):
-        if replay is None or opened is None:
-            raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
-        selector = _selector(opened, replay, online, probes)
+    selects = online is not None or (replay is not None and replay.phase == "in-training")
+    if selects and (replay is None or opened is None):
+        raise ConfigError("--online and plans that select during training need --plan, --pool and --atlas")
     if watch is None and stop_if is not None:
         raise ConfigError("--stop-if is about what is forgotten: give an atlas with --watch too")
-    monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
     if revise:
-        if watched is None or monitor is None or replay is None or selector is not None:
+        if watched is None or replay is None or selects:
             raise ConfigError(
                 "--revise needs --watch, and --plan with --pool; without --online, or a plan that selects by itself"
             )
         replay.check_pool(watched.pool)
+    check_models(loading, model)  # what follows imports PyTorch
+    selector = None
+    if selects and replay is not None and opened is not None:
+        selector = _selector(opened, replay, online, probes)
+    monitor = None if watched is None else _monitor(watched, probes, watch_every, stop_if)
+    if revise and monitor is not None:
         selector = _revising(monitor)
     asked = date is not None or no_thinking  # else conversations are rendered as for the atlas
     rendering = Rendering(date or Rendering.date, not no_thinking) if asked else None
@@ -254,6 +257,7 @@ def _store(tuned: Tuned, partial: Path, output: Path, watched: WatchedRun | None
 
 
 def _monitor(atlas: Atlas, probes: int, every: int, stop_if: str | None) -> ForgettingMonitor:
+    import_torch()
     from forgetcast.lm import ForgettingMonitor
 
     return ForgettingMonitor(atlas, probes=probes, every=every, stop_if=stop_if)
@@ -274,6 +278,7 @@ def _watched_facts(monitor: ForgettingMonitor) -> dict[str, Any]:
 
 def _selector(atlas: Atlas, plan: ReplayPlan, online: str | None, k: int) -> ReplaySelector:
     """Make what selects during training: from probes after fractions of training, or before every batch."""
+    import_torch()
     from forgetcast.lm import MostForgottenSelector, OnlineSelector
 
     if online is None:

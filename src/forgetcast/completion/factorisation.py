@@ -122,12 +122,12 @@ class HeldOut(NamedTuple):
     kept: np.ndarray
 
 
-def held_out_entries(values: np.ndarray) -> HeldOut | None:
-    """Hold out a tenth of the observed entries of at most CALIBRATION_EXAMPLES columns.
+def held_out_entries(values: np.ndarray, seed: int = 0) -> HeldOut | None:
+    """Hold out a tenth, by the seed, of the observed entries of at most CALIBRATION_EXAMPLES columns.
 
     Return None where nothing could be held out, or a row would become empty.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     part = values[:, rng.permutation(values.shape[1])[:CALIBRATION_EXAMPLES]]
     held_out = ~np.isnan(part) & (rng.random(part.shape) < HELD_OUT)
     kept = np.where(held_out, np.nan, part)

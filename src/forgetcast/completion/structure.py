@@ -24,6 +24,13 @@ F1_RANKS, F1_PRECISION = 5, 0.1
 """Highest rank and the prior's precision for F1, as in arXiv 2406.14026."""
 
 
+MOST_SPLITS = 10
+"""Random tenths of a small matrix that are held out in turn."""
+
+ENOUGH_HELD_OUT = 5000
+"""Held-out entries after which no further tenth is."""
+
+
 @dataclass(frozen=True)
 class Component:
     """One component of the rank-r fit and its loadings by source.
@@ -80,7 +87,8 @@ class Structure(Result):
         R^2 of the best rank-1, rank-2, ... reconstruction (truncated SVD, not centred, as in arXiv 2406.14026).
     held_out_r2 : tuple of float
         The same on a held-out tenth of the entries, on at most 1,000 examples. It falls where a rank explains noise.
-        Empty where too few entries are observed to hold any out.
+        Of a small matrix, over up to ten random tenths: one would be little but chance. Without the last two ranks of
+        few tasks or examples; empty where too few entries are observed to hold any out.
     row_r2, column_r2, additive_r2 : float
         R^2 of a_i alone, b_j alone, and a_i + b_j. That of a_i b_j, the multiplicative fit, is `rank_r2[0]`.
     rank_f1 : tuple of float
@@ -265,12 +273,24 @@ def _held_out_errors(values: np.ndarray, ranks: int) -> list[float]:
 
 
 def _held_out_fits(values: np.ndarray, ranks: int, lowest: int = 1) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return held-out entries, and their fit by each rank; no fits if nothing can be held out."""
-    split = held_out_entries(values)
-    if split is None:
-        return np.empty(0), []
-    fits = (fit_low_rank(split.kept, rank, centred=False, rounds=100).fit for rank in range(lowest, ranks + 1))
-    return split.values[split.held_out], [fit[split.held_out] for fit in fits]
+    """Return held-out entries, and their fit by each rank; no fits if nothing can be held out.
+
+    A matrix of few tasks is split several times. Ranks within one of the full rank are left out: where an entry is
+    held out, they leave nothing to tell it by, and it keeps the value that the fit starts from.
+    """
+    tried = range(lowest, min(ranks, min(values.shape) - 2) + 1)
+    truths: list[np.ndarray] = []
+    fits: list[list[np.ndarray]] = [[] for _ in tried]
+    for seed in range(MOST_SPLITS if tried else 0):
+        split = held_out_entries(values, seed)
+        if split is None:
+            continue
+        truths.append(split.values[split.held_out])
+        for found, rank in zip(fits, tried, strict=True):
+            found.append(fit_low_rank(split.kept, rank, centred=False, rounds=100).fit[split.held_out])
+        if sum(map(len, truths)) >= ENOUGH_HELD_OUT:
+            break
+    return (np.concatenate(truths), [np.concatenate(each) for each in fits]) if truths else (np.empty(0), [])
 
 
 def _run_noise(values: np.ndarray, tasks: Sequence[str], max_rank: int) -> RunNoise | None:

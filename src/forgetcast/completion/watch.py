@@ -54,7 +54,7 @@ class Reading(BaseModel, frozen=True):
     sources : dict of str to Estimate
         Mean of the largest sources, with model-based intervals.
     misfit : float or None
-        p-value of "the task is like those in the atlas"; None without an atlas.
+        p-value of "the task is like those in the atlas"; None without an atlas, and before the first step.
     share_of_time : float
         Of the run's time so far, what was spent on the monitor.
     """
@@ -220,6 +220,9 @@ class AtlasGauge:
         self, forgetting: np.ndarray, progress: float
     ) -> tuple[dict[str, Estimate], dict[str, Estimate], float | None]:
         """Return figures, sources and misfit; see `Gauge`."""
+        if not progress:  # the model is the base: nothing is forgotten, whatever the atlas says of finished fine-tunes
+            nothing = _estimate(0.0, 0.0, 0.0)
+            return {MEAN: nothing, WORST_TENTH: nothing}, dict.fromkeys(self._sources, nothing), None
         forecast = self.forecast(forgetting)
         # The atlas is of finished fine-tunes, so that what follows from it alone may be too sure of this one.
         figures = {

@@ -247,7 +247,7 @@ class CollectConfig(BaseModel):
         config = read_settings(Path(path), cls)
         base = Path(path).parent
         tasks = [base / t for t in config.tasks] if isinstance(config.tasks, list) else base / config.tasks
-        model = str(base / config.model) if (base / config.model).is_dir() else config.model
+        model = str(base / config.model) if (base / config.model).exists() else config.model
         recipe = config.recipe.model_copy(update={"seed": config.seeds[0]}) if config.seeds else config.recipe
         atlas = str(config.atlas) if is_url(config.atlas) else base / config.atlas
         kept = None if config.keep_models is None else base / config.keep_models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -99,7 +100,14 @@ def export_mixture(plan: ReplayPlan, pool: Pool, task: Sequence[Example], direct
         Number of rows.
     """
     try:
-        from datasets import Dataset, Features, Value
+        from datasets import (
+            Dataset,
+            Features,
+            Value,
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
     except ImportError as error:
         raise MissingExtraError("lm", error) from error
     old = replayed(plan, pool, count)
@@ -118,8 +126,26 @@ def export_mixture(plan: ReplayPlan, pool: Pool, task: Sequence[Example], direct
     features["replayed"] = Value("bool")
     used = [name for name, values in columns.items() if any(value is not None for value in values)]
     data = Dataset.from_dict(columns, features=features).select_columns(used)
-    data.save_to_disk(str(_new_directory(directory)))
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        data.save_to_disk(str(_new_directory(directory)))
+    finally:
+        if shown:
+            enable_progress_bars()
     return len(order)
+
+
+def forms(examples: Iterable[Example]) -> Counter[str]:
+    """Count the examples of each form: "texts", "prompts with completions", "conversations"."""
+    return Counter(
+        "conversations"
+        if each.messages is not None
+        else "texts"
+        if each.text is not None
+        else "prompts with completions"
+        for each in examples
+    )
 
 
 def export_axolotl(
@@ -264,7 +290,8 @@ def _of_recipe(plan: ReplayPlan, pool: Pool, task: Pool, recipe: Recipe) -> dict
     _micro_batch_size(recipe)
     new = new_examples(task, recipe.steps * recipe.batch_size, seed=recipe.seed)
     old = replayed(plan, pool, plan.count(recipe.steps, recipe.batch_size))
-    _without_conversations([*task, *old])
+    _without_conversations(task, "of the task")
+    _without_conversations(old, "to be replayed", "make the plan with --source, of sources without any, or ")
     return {"task": new, "replay": old}
 
 
@@ -286,11 +313,14 @@ def _from_folder(model: str, folder: Path) -> str:
     return Path(os.path.relpath(model, folder)).as_posix() if Path(model).exists() else model
 
 
-def _without_conversations(examples: Iterable[Example]) -> None:
+def _without_conversations(examples: Iterable[Example], which: str, remedy: str = "") -> None:
     """Raise ConfigError for a conversation, which needs a chat template: a trainer has one template for all."""
-    for example in examples:
-        if example.messages is not None:
-            raise ConfigError(f"example {example.id!r} is a conversation; export those as jsonl, parquet or datasets")
+    found = [example.id for example in examples if example.messages is not None]
+    if found:
+        raise ConfigError(
+            f"{len(found)} example(s) {which} are conversations, such as {found[0]!r}; {remedy}export them as jsonl, "
+            "parquet or datasets"
+        )
 
 
 def _new_directory(path: str | Path) -> Path:

@@ -276,6 +276,12 @@ class Advice(Result):
         if self.runs:
             which = self.task or "a new task like these"
             lines = [f"Based on {self.runs} runs with replay of {self.tasks} task(s); the estimates are for {which}."]
+        elif self.largest:
+            lines = [
+                "No run with replay in this atlas has one without replay beside it that forgot anything on the mean, "
+                "so there was nothing to save: the mean is a rough estimate from published results. Pilot a task that "
+                "costs more, or fine-tune longer."
+            ]
         else:
             lines = [
                 "This atlas has no runs with replay, so this is a rough estimate from published results; "

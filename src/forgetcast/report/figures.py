@@ -162,7 +162,7 @@ def spectrum(structure: Structure) -> str:
     )
     if structure.held_out_r2:
         figure.add_scatter(
-            x=ranks,
+            x=ranks[: len(structure.held_out_r2)],
             y=structure.held_out_r2,
             mode="lines+markers",
             line={"color": ORANGE, "dash": "dash"},

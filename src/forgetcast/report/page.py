@@ -304,9 +304,11 @@ def _averages(accuracies: Mapping[str, Mapping[str, ForecastErrors]]) -> list[di
 def _forecast_finding(forecasts: Sequence[TaskForecast], averages: Sequence[Mapping[str, Any]]) -> str:
     if not averages:
         worst = max(forecasts, key=lambda forecast: float(forecast.mean.mean()))
+        # Not that of the examples' means, which are closer together than the truth.
+        tail = worst.figure("worst_tenth")
+        on_tail = "" if tail is None else f", {tail.value:.3f} on the worst tenth"
         return (
-            f"Forecast for {worst.task or 'the new task'}: {worst.mean.mean():.3f} nats per token on average, "
-            f"{worst_tenth(worst.mean):.3f} on the worst tenth."
+            f"Forecast for {worst.task or 'the new task'}: {worst.mean.mean():.3f} nats per token on average{on_tail}."
         )
     errors = ", ".join(f"{row['method']} {row['rmse']:.3f}" for row in averages)
     return (
