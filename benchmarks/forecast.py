@@ -196,7 +196,7 @@ def targets_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append(target(f"{name}: coverage", row["coverage"], 0.88, least=True))
             found.append(target(f"{name}: coverage", row["coverage"], 0.93))
             found.append(target(f"{name}: width", row["width_to_plain"], 0.7))
-        elif row["setting"].endswith("in-domain"):
+        elif row["kind"] == "model-based" and row["setting"].endswith("in-domain"):
             found.append(target(f"{name}: coverage", row["coverage"], 0.86, least=True))
             found.append(target(f"{name}: coverage", row["coverage"], 0.94))
     seconds = {row["what"]: row["seconds"] for row in rows if row["part"] == "cost"}
