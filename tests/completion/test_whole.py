@@ -165,6 +165,18 @@ def test_the_tail_has_the_examples_own_noise() -> None:
     assert worst_tenth(forecast.mean) < lower
 
 
+def test_the_tail_holds_where_the_atlas_puts_its_threshold_far_too_high() -> None:
+    rng = np.random.default_rng(0)
+    model = Bayesian().fit(rng.normal(2.0, 1.0, (20, 200)) + rng.normal(0, 1.0, 200))
+    held = []
+    for seed in range(20):
+        row = rng.normal(0.0, 0.1, 200)
+        at = probes.choose(model, 20, audit=15, seed=seed)
+        _, lower, upper = model.predict(at, row[at], audit=15).tail_interval(0.1, 0.9, True)
+        held.append(bool(lower <= worst_tenth(row) <= upper))
+    assert np.mean(held) > 0.8
+
+
 def test_everything_measured_leaves_nothing_open(values: np.ndarray) -> None:
     model, every = Bayesian().fit(values[:-1]), np.arange(120)
     forecast = model.predict(every, values[-1], audit=120)

@@ -134,7 +134,8 @@ class Forecast:
         """Return the mean of the most forgotten share of the examples, by the truth, and its interval.
 
         It is above the mean of the highest forecasts, because the truth has noise that a forecast has not. The
-        guaranteed interval takes the threshold of the tail from the forecast; one that is far off makes it too high.
+        guaranteed interval takes the threshold of the tail from the forecast, and its lower end also from the random
+        probes, because a threshold that is far off makes it too high.
         Otherwise as `mean_interval`.
         """
         check_share(share)

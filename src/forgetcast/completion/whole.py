@@ -462,7 +462,10 @@ class Whole:
                 f"a guaranteed interval needs at least two random probes, and there are {len(at)}: choose them with "
                 "probes.choose(model, k, audit=10), and pass the same audit to predict"
             )
-        statistics = [self._located(statistic, columns) for statistic in statistics]
+        drawn = self.observed[audit][at]
+        # A tail is computed with two thresholds, the first of which is the forecast's.
+        located = [self._located(statistic, columns, drawn) for statistic in statistics]
+        statistics = [each for several in located for each in several]
         inside, candidates = np.zeros(self.size, dtype=bool), np.zeros(self.size, dtype=bool)
         inside[columns] = candidates[self._columns(None)] = True
         candidates[self.probes[certain]] = False
@@ -500,16 +503,21 @@ class Whole:
                 )
         free = len(columns) - int(inside[self.probes[certain]].sum())
         known = self.observed[inside[self.probes]]
-        found = []
+        intervals = []
         for total, statistic in zip(sums, statistics, strict=True):
             interval = total.interval(statistic, len(columns), free, level)
-            drawn = statistic.transform(self.observed[audit][inside[self.probes[audit]]])
-            if isinstance(statistic, Above) and np.ptp(drawn) == 0:
+            kinds = statistic.transform(drawn)
+            if isinstance(statistic, Above) and np.ptp(kinds) == 0:
                 least = float(inclusion[design.levels[candidates & inside]].min()) * free / len(at)
                 interval = _of_one_kind(
-                    interval, drawn, float(statistic.transform(known).sum()), len(columns), free, level, least
+                    interval, kinds, float(statistic.transform(known).sum()), len(columns), free, level, least
                 )
-            found.append(interval)
+            intervals.append(interval)
+        found, following = [], iter(intervals)
+        for several in located:
+            value, lower, upper = next(following)
+            # No threshold gives less than the tail, so the lower of two lower ends holds if one of them is near it.
+            found.append((value, min([lower, *(next(following)[1] for _ in several[1:])]), upper))
         return found
 
     def _parts(self) -> tuple[np.ndarray, np.ndarray]:
@@ -517,17 +525,18 @@ class Whole:
         every = np.arange(len(self.probes))
         return every[: len(every) - self.audit], every[len(every) - self.audit :]
 
-    def _located(self, statistic: Statistic, columns: np.ndarray) -> Statistic:
-        """Give a tail the threshold where the forecast puts it."""
+    def _located(self, statistic: Statistic, columns: np.ndarray, drawn: np.ndarray) -> list[Statistic]:
+        """Give a tail the threshold where the forecast puts it, and one where the random probes' values put it."""
         if not isinstance(statistic, Tail):
-            return statistic
+            return [statistic]
         rest, known = self._unmeasured(columns)
         count, thresholds = statistic.count(len(columns)), []
         joint = self.state.joint(self.probes, self.observed)
         for row in draws(joint, rest, CALIBRATION_DRAWS, scale=self.scale):
             whole = np.concatenate([known, row])
             thresholds.append(float(np.partition(whole, len(whole) - count)[-count]))
-        return Tail(statistic.share, float(np.mean(thresholds)), count / len(columns))
+        share = count / len(columns)
+        return [Tail(statistic.share, float(q), share) for q in (np.mean(thresholds), np.quantile(drawn, 1 - share))]
 
 
 def _of_one_kind(
