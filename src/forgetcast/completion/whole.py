@@ -448,6 +448,7 @@ class Whole:
         The estimate is unbiased, whatever the atlas: each part of the random probes is, given the others, a random
         sample of what is not measured. The interval is Student's t of the errors at the random probes, with the
         correction for a finite population; its variance is the sample's, averaged with the model's (PRIOR_DEGREES).
+        With unequal draws, errors and variances are divided by their probabilities.
 
         Raises
         ------
@@ -456,27 +457,50 @@ class Whole:
         """
         columns = self._columns(among)
         certain, audit = self._parts()
-        at = np.flatnonzero(np.isin(self.probes[audit], columns))
-        if len(at) < 2:
+        drawn = self.observed[audit][np.isin(self.probes[audit], columns)]
+        if len(drawn) < 2:
             raise DataError(
-                f"a guaranteed interval needs at least two random probes, and there are {len(at)}: choose them with "
+                f"a guaranteed interval needs at least two random probes, and there are {len(drawn)}: choose them with "
                 "probes.choose(model, k, audit=10), and pass the same audit to predict"
             )
-        drawn = self.observed[audit][at]
-        # A tail is computed with two thresholds, the first of which is the forecast's.
-        located = [self._located(statistic, columns, drawn) for statistic in statistics]
-        statistics = [each for several in located for each in several]
         inside, candidates = np.zeros(self.size, dtype=bool), np.zeros(self.size, dtype=bool)
         inside[columns] = candidates[self._columns(None)] = True
         candidates[self.probes[certain]] = False
+        free = np.flatnonzero(candidates & inside)
         design = Design.equal(self.size) if self.weights is None else Design.of(self.weights)
+        inclusion = design.inclusion(free, len(drawn))
+        # A tail is computed with two thresholds, the first of which is the forecast's.
+        located = [self._located(statistic, columns, drawn) for statistic in statistics]
+        every = [each for several in located for each in several]
+        sums = iter(self._cross_fitted(every, design, candidates, inside))
+        found = []
+        for several in located:
+            computed = [next(sums).interval(each, inclusion, len(columns), len(free), level) for each in several]
+            value, _, upper = computed[0]
+            # No threshold gives less than the tail, so the lower of two lower ends holds if one of them is near it.
+            interval = value, min(lower for _, lower, _ in computed), upper
+            kinds = several[0].transform(drawn)
+            if isinstance(several[0], Above) and np.ptp(kinds) == 0:
+                known = float(several[0].transform(self.observed[inside[self.probes]]).sum())
+                least = float(inclusion[design.levels[free]].min()) * len(free) / len(drawn)
+                interval = _of_one_kind(interval, kinds, known, len(columns), len(free), level, least)
+            found.append(interval)
+        return found
+
+    def _cross_fitted(
+        self, statistics: Sequence[Statistic], design: Design, candidates: np.ndarray, inside: np.ndarray
+    ) -> list[_Sums]:
+        """Compare the random probes among the columns `inside` with forecasts from the other probes.
+
+        `candidates` (N,) says from which examples they were drawn.
+        """
+        certain, audit = self._parts()
         chances = np.full(len(self.probes), np.nan)
         chances[audit] = design.chances(candidates, self.probes[audit], inside)
-        inclusion = design.inclusion(np.flatnonzero(candidates & inside), len(at))
         # The order of the probes may follow the pool's; a random one makes every part a random sample.
         order = np.random.default_rng(0).permutation(len(audit))
         audit = audit[np.argsort(self.probes[audit], kind="stable")][order]
-        sums = [_Sums(inclusion) for _ in statistics]
+        sums = [_Sums(len(design.weights)) for _ in statistics]
         for part in np.array_split(np.arange(len(audit)), min(len(audit), FOLDS)):
             held = audit[part]
             held = held[inside[self.probes[held]]]
@@ -501,24 +525,7 @@ class Whole:
                     design.levels[self.probes[held]],
                     np.bincount(design.levels[rest], spread[rest], len(design.weights)) / rest.sum(),
                 )
-        free = len(columns) - int(inside[self.probes[certain]].sum())
-        known = self.observed[inside[self.probes]]
-        intervals = []
-        for total, statistic in zip(sums, statistics, strict=True):
-            interval = total.interval(statistic, len(columns), free, level)
-            kinds = statistic.transform(drawn)
-            if isinstance(statistic, Above) and np.ptp(kinds) == 0:
-                least = float(inclusion[design.levels[candidates & inside]].min()) * free / len(at)
-                interval = _of_one_kind(
-                    interval, kinds, float(statistic.transform(known).sum()), len(columns), free, level, least
-                )
-            intervals.append(interval)
-        found, following = [], iter(intervals)
-        for several in located:
-            value, lower, upper = next(following)
-            # No threshold gives less than the tail, so the lower of two lower ends holds if one of them is near it.
-            found.append((value, min([lower, *(next(following)[1] for _ in several[1:])]), upper))
-        return found
+        return sums
 
     def _parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of the chosen probes, and of the random ones."""
@@ -557,15 +564,14 @@ def _of_one_kind(
 
 
 class _Sums:
-    """Gathers the parts of a difference estimate; `inclusion` is the probability of measuring an example, by level."""
+    """Gathers the parts of a difference estimate, from draws with so many levels of weights."""
 
-    def __init__(self, inclusion: np.ndarray) -> None:
-        self.inclusion = inclusion
+    def __init__(self, levels: int) -> None:
         self.totals: list[np.ndarray] = []
         self.errors: list[np.ndarray] = []
         self.variances: list[np.ndarray] = []
         self.levels: list[np.ndarray] = []
-        self.everywhere = np.zeros(len(inclusion))
+        self.everywhere = np.zeros(levels)
 
     def add(
         self, totals: np.ndarray, errors: np.ndarray, variances: np.ndarray, levels: np.ndarray, everywhere: np.ndarray
@@ -580,12 +586,15 @@ class _Sums:
         self.levels.append(levels)
         self.everywhere += len(errors) * everywhere
 
-    def interval(self, statistic: Statistic, size: int, free: int, level: float) -> Interval:
-        """Return the figure of `size` examples, `free` of which were not chosen."""
+    def interval(self, statistic: Statistic, inclusion: np.ndarray, size: int, free: int, level: float) -> Interval:
+        """Return the figure of `size` examples, `free` of which were not chosen.
+
+        `inclusion`, shape (L,), is the probability of being among the random probes, by level.
+        """
         levels = np.concatenate(self.levels)
         n = len(levels)
         # Relative to draws with equal probabilities; with those, all are one, and `left` corrects for a finite pool.
-        density, left = self.inclusion * free / n, 1 - self.inclusion
+        density, left = inclusion * free / n, 1 - inclusion
         errors, remaining = np.concatenate(self.errors) / density[levels], left[levels]
         variances = np.concatenate(self.variances) * remaining / density[levels] ** 2
         everywhere = float((self.everywhere * left / density).sum()) / n
