@@ -103,6 +103,16 @@ class TestRatio:
         assert "the atlas has no recipe of ours" in err
         assert "replayed" not in json.loads(out)
 
+    def test_examples_that_the_steps_do_not_reach_are_counted(self, tmp_path: Path, run: RunCommand) -> None:
+        model_files(tmp_path)
+        task = tmp_path / "task.jsonl"
+        for steps, told in ((1, True), (len(Pool.load(task)), False)):
+            (tmp_path / "short.yaml").write_text(f"{{steps: {steps}, batch_size: 1}}")
+            recipe = ("--recipe", tmp_path / "short.yaml")
+            code, _, err = run("train", tmp_path / "absent", task, *recipe, "-o", tmp_path / "out")
+            assert code == 2
+            assert (f"1 steps of 1 read 1 of the {len(Pool.load(task))} examples" in err) == told
+
     def test_before_anything_is_trained(self, tmp_path: Path, atlas: Atlas, run: RunCommand) -> None:
         """No model is there to be loaded, so the ratio was judged before."""
         model_files(tmp_path)

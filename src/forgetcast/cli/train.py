@@ -153,6 +153,12 @@ def train(
     watched = Atlas.open(watch) if watch is not None else None
     settings = _recipe(recipe, replay, opened or watched)
     examples = load_data(task, format, column, strict)
+    if (read := settings.steps * settings.batch_size) < len(examples):
+        err.print(
+            f"{settings.steps} steps of {settings.batch_size} read {read} of the {len(examples)} examples; the others "
+            "are not trained on",
+            soft_wrap=True,
+        )
     upstream = load_data(pool, pool_format, pool_column, strict) if pool is not None else None
     if replay is not None and upstream is not None:
         replay.check_pool(upstream)
