@@ -135,8 +135,7 @@ class Forecast:
 
         It is above the mean of the highest forecasts, because the truth has noise that a forecast has not. The
         guaranteed interval takes the threshold of the tail from the forecast, and its lower end also from the random
-        probes, because a threshold that is far off makes it too high.
-        Otherwise as `mean_interval`.
+        probes, because a threshold that is far off makes it too high. Otherwise as `mean_interval`.
         """
         check_share(share)
         return self._interval(Tail(share), level, guaranteed, among)

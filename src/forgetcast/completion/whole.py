@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -467,12 +468,11 @@ class Whole:
         inside[columns] = candidates[self._columns(None)] = True
         candidates[self.probes[certain]] = False
         free = np.flatnonzero(candidates & inside)
-        design = Design.equal(self.size) if self.weights is None else Design.of(self.weights)
-        inclusion = design.inclusion(free, len(drawn))
+        inclusion = self._design.inclusion(free, len(drawn))
         # A tail is computed with two thresholds, the first of which is the forecast's.
         located = [self._located(statistic, columns, drawn) for statistic in statistics]
         every = [each for several in located for each in several]
-        sums = iter(self._cross_fitted(every, design, candidates, inside))
+        sums = iter(self._cross_fitted(every, candidates, inside))
         found = []
         for several in located:
             computed = [next(sums).interval(each, inclusion, len(columns), len(free), level) for each in several]
@@ -482,19 +482,17 @@ class Whole:
             kinds = several[0].transform(drawn)
             if isinstance(several[0], Above) and np.ptp(kinds) == 0:
                 known = float(several[0].transform(self.observed[inside[self.probes]]).sum())
-                least = float(inclusion[design.levels[free]].min()) * len(free) / len(drawn)
+                least = float(inclusion[self._design.levels[free]].min()) * len(free) / len(drawn)
                 interval = _of_one_kind(interval, kinds, known, len(columns), len(free), level, least)
             found.append(interval)
         return found
 
-    def _cross_fitted(
-        self, statistics: Sequence[Statistic], design: Design, candidates: np.ndarray, inside: np.ndarray
-    ) -> list[_Sums]:
+    def _cross_fitted(self, statistics: Sequence[Statistic], candidates: np.ndarray, inside: np.ndarray) -> list[_Sums]:
         """Compare the random probes among the columns `inside` with forecasts from the other probes.
 
         `candidates` (N,) says from which examples they were drawn.
         """
-        certain, audit = self._parts()
+        design, (certain, audit) = self._design, self._parts()
         chances = np.full(len(self.probes), np.nan)
         chances[audit] = design.chances(candidates, self.probes[audit], inside)
         # The order of the probes may follow the pool's; a random one makes every part a random sample.
@@ -526,6 +524,11 @@ class Whole:
                     np.bincount(design.levels[rest], spread[rest], len(design.weights)) / rest.sum(),
                 )
         return sums
+
+    @cached_property
+    def _design(self) -> Design:
+        """What the random probes were drawn by, rounded once for all figures and sources."""
+        return Design.equal(self.size) if self.weights is None else Design.of(self.weights)
 
     def _parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of the chosen probes, and of the random ones."""

@@ -66,7 +66,7 @@ def run_on_ray(
     import torch
 
     where = {"atlas": config.atlas if isinstance(config.atlas, str) else config.atlas.absolute()}
-    if Path(config.model).is_dir():
+    if Path(config.model).exists():
         where["model"] = str(Path(config.model).absolute())
     if config.keep_models is not None:
         where["keep_models"] = config.keep_models.absolute()
